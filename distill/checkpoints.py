@@ -1,0 +1,129 @@
+"""Checkpoints that appear whole and resume bit for bit.
+
+A checkpoint is a folder ``step-000010`` with the trained weights, the optimizer's state and ``state.json``, which is
+written last. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from neurosig.errors import UserError
+from neurosig.fsio import sha256_file, write_atomic
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_NAME = re.compile(r"step-(\d{6})")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    key: Mapping[str, Any],
+    *,
+    keep: int,
+) -> None:
+    """Write the state after ``step`` steps and drop all but the ``keep`` newest checkpoints.
+
+    Args:
+        folder: The run's ``checkpoints`` folder.
+        step: Steps done.
+        parameters: Name -> trained parameter, in the optimizer's order.
+        optimizer: Its per-parameter tensors are stored under the parameter's name.
+        key: Everything that must be the same when the run is resumed.
+        keep: Checkpoints kept.
+    """
+    folder.mkdir(exist_ok=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    aside = folder / f".step-{step:06d}"
+    aside.mkdir()
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}, aside / WEIGHTS)
+    save_file(_optimizer_tensors(parameters, optimizer), aside / OPTIMIZER)
+    hashes = {name: sha256_file(aside / name) for name in (WEIGHTS, OPTIMIZER)}
+    write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
+    target = folder / f"step-{step:06d}"
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(aside, target)
+    for old in _existing(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_newest(
+    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, key: Mapping[str, Any]
+) -> int:
+    """Restore the newest intact checkpoint in place; returns its step, 0 when there is none.
+
+    A damaged checkpoint is moved aside as ``.corrupt`` and the one before it is used.
+
+    Raises:
+        UserError: The checkpoint comes from a run with other options; each differing one is named.
+    """
+    for candidate in reversed(_existing(folder)):
+        try:
+            state = json.loads((candidate / STATE).read_text())
+            if any(sha256_file(candidate / name) != digest for name, digest in state["sha256"].items()):
+                raise ValueError("sha256 differs")
+            weights, moments = load_file(candidate / WEIGHTS), load_file(candidate / OPTIMIZER)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            logger.warning("%s is damaged (%s); falling back to the checkpoint before it", candidate, error)
+            aside = candidate.with_name(candidate.name + ".corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            candidate.rename(aside)
+            continue
+        wanted = json.loads(json.dumps(key))
+        changed = sorted(name for name in {*wanted, *state["key"]} if wanted.get(name) != state["key"].get(name))
+        if changed:
+            raise UserError(
+                f"{folder.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
+                "use the same options or --overwrite"
+            )
+        with torch.no_grad():
+            for name, tensor in parameters.items():
+                tensor.copy_(weights[name])
+        _restore_optimizer(parameters, optimizer, moments)
+        return int(state["step"])
+    return 0
+
+
+def _existing(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def _optimizer_tensors(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    return {
+        f"{name}/{entry}": value.detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for entry, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+) -> None:
+    state = optimizer.state_dict()
+    state["state"] = {
+        index: {
+            entry.rpartition("/")[2]: tensor for entry, tensor in moments.items() if entry.rpartition("/")[0] == name
+        }
+        for index, name in enumerate(parameters)
+    }
+    optimizer.load_state_dict(state)

@@ -1,0 +1,264 @@
+"""Measure a model on labelled questions: accuracy and calibration of K samples a question.
+
+    python -m distill.evaluate --model smollm2-135m --questions world-facts --out runs/demo/eval/base
+    python -m distill.evaluate --model smollm2-135m --adapter runs/demo/nopsd/adapter --questions world-facts ...
+
+The only command that reads gold answers. Confidence is the majority's share of all K samples; a sample without an
+answer is wrong, never wins and stays in the denominator. Per-question results go to ``results.parquet``, aggregates
+for each domain to ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from neurosig.cli import PhaseTimer, config_record, progress, run_command
+from neurosig.errors import UserError
+from neurosig.options import QWEN3_4B, GenerationOptions
+
+if TYPE_CHECKING:
+    from neurosig.models import LoadedModel
+    from neurosig.questions import Question
+    from neurosig.rollouts import Rollout
+
+logger = logging.getLogger(__name__)
+
+RESULTS, SUMMARY, ROLLOUTS, LOG = "results.parquet", "summary.json", "rollouts.jsonl", ".rollouts.log"
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(GenerationOptions):
+    """Sample K answers a question and compare them with the gold answers.
+
+    Writes results.parquet (a row a question), rollouts.jsonl and summary.json (a block a domain).
+    """
+
+    model: str
+    """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
+    adapter: Path | None = None
+    """LoRA adapter folder written by distill.train."""
+    questions: tuple[str, ...]
+    """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME; several are allowed."""
+    split: Literal["train", "dev", "test", "all"] = "test"
+    """Split of bundled sets whose name gives none."""
+    limit: int | None = None
+    """Use the first N questions of each source only."""
+    out: Path
+    """Folder of the results."""
+    resume: bool = False
+    """Continue an interrupted evaluation; leave a finished one alone."""
+    overwrite: bool = False
+    """Replace an earlier evaluation in --out."""
+
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "cpu": {"model": "smollm2-135m"},
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
+}
+
+
+def main(config: EvaluateConfig) -> None:
+    """Run the evaluation described by ``config``."""
+    from neurosig.outdir import output_folder
+
+    owned = (RESULTS, SUMMARY, ROLLOUTS, LOG)
+    with output_folder(
+        config.out, finished=SUMMARY, owned=owned, resume=config.resume, overwrite=config.overwrite
+    ) as complete:
+        if complete:
+            logger.info("%s: already complete", config.out)
+            return
+        with PhaseTimer() as timer:
+            _evaluate(config, timer)
+
+
+def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
+    questions = _questions(config)
+    with timer.phase("load"):
+        loaded, adapter_sha256 = _load(config)
+    with timer.phase("sample"):
+        groups = _rollouts(config, loaded, questions, adapter_sha256)
+    with timer.phase("score"):
+        rows = [_row(question, groups[question.id], config) for question in questions]
+        summary = summarise(rows, seed=config.seed)
+    _write(config, loaded, adapter_sha256, groups, rows, summary)
+    for domain, metrics in summary.items():
+        logger.info(
+            "%s: Avg@%d %.3f, maj@%d %.3f, ECE %.3f (n=%d)",
+            domain, metrics["k"], metrics["avg_at_k"]["estimate"], metrics["k"], metrics["maj_at_k"]["estimate"],
+            metrics["ece"]["estimate"], metrics["n"],
+        )  # fmt: skip
+
+
+def _questions(config: EvaluateConfig) -> list[Question]:
+    from neurosig.questions import load_questions
+
+    by_source = [load_questions(source, split=config.split, limit=config.limit) for source in config.questions]
+    questions = [question for group in by_source for question in group]
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise UserError(f'id "{question.id}" is in two of the --questions sources; name each set once')
+        seen.add(question.id)
+        if question.answer is None:
+            raise UserError(f'question "{question.id}" (line {question.line}) has no answer; evaluation needs gold answers')
+    return questions
+
+
+def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
+    from neurosig.fsio import sha256_file
+    from neurosig.models import load_model
+
+    loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
+    if config.adapter is None:
+        return loaded, None
+    weights = config.adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"--adapter {config.adapter}: no adapter_model.safetensors there; give a folder of distill.train")
+    from peft import PeftModel
+
+    # merged into the weights: the same function, and sampling is faster
+    PeftModel.from_pretrained(loaded.model, config.adapter).merge_and_unload()
+    return loaded, sha256_file(weights)
+
+
+def _rollouts(
+    config: EvaluateConfig, loaded: LoadedModel, questions: Sequence[Question], adapter_sha256: str | None
+) -> dict[str, list[Rollout]]:
+    from neurosig.prompts import PromptBuilder
+    from neurosig.rollouts import RolloutLog
+    from neurosig.sampling import Prompt, sample
+
+    builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
+    key = {
+        "model": loaded.info.as_dict(),
+        "adapter": adapter_sha256,
+        "prompts": config.prompt_config().as_dict(),
+        "sampling": config.sampling_config().as_dict(),
+        "questions": [question.text_sha256 for question in questions],
+    }
+    log = RolloutLog(config.out / LOG, key)
+    todo = [Prompt(question.id, builder.student(question)) for question in questions if question.id not in log.groups]
+    with progress(total=len(questions), desc="sample", quiet=config.quiet) as bar:
+        bar.update(len(log.groups))
+        for group in sample(loaded, todo, config.sampling_config(), batch_rows=config.batch_rows, salt="evaluate"):
+            log.append([group])
+            bar.update()
+    return log.groups
+
+
+def _row(question: Question, group: Sequence[Rollout], config: EvaluateConfig) -> dict[str, Any]:
+    """One question's result: what its K samples said, and what of it was right."""
+    from neurosig.answers import extract_answer, is_correct, majority_vote
+
+    answers = [extract_answer(rollout.text, question, config.answer_format) for rollout in group]
+    vote = majority_vote(answers, question.id)
+    return {
+        "id": question.id,
+        "domain": question.domain,
+        "kind": question.kind,
+        "k": len(group),
+        "answers": answers,
+        "winner": vote.winner,
+        "votes": vote.count,
+        "winners": len(vote.tied),
+        "right_winners": sum(is_correct(candidate, question) for candidate in vote.tied),
+        "n_correct": sum(is_correct(answer, question) for answer in answers),
+        "unparsed": sum(answer is None for answer in answers),
+        "distinct": len({answer for answer in answers if answer is not None}),
+        "truncated": sum(rollout.finish_reason == "length" for rollout in group),
+        "mean_length": sum(len(rollout.token_ids) for rollout in group) / len(group),
+        "mean_entropy": sum(rollout.mean_entropy or 0.0 for rollout in group) / len(group),
+        "mean_logprob": sum(rollout.mean_logprob or 0.0 for rollout in group) / len(group),
+    }
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, dict[str, Any]]:
+    """Aggregates of each domain, with 95% bootstrap intervals over questions where they are the point."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from neurosig import metrics
+
+    summary = {}
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        mine = sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])
+        k, n = mine[0]["k"], len(mine)
+        column = {name: np.array([row[name] for row in mine]) for name in mine[0] if name not in ("answers", "winner")}
+        avg = column["n_correct"] / k
+        votes = column["votes"]
+        maj = metrics.maj_at_k(column["right_winners"], column["winners"])
+
+        def interval(values: Any, n: int = n) -> dict[str, Any]:
+            if n < 2:
+                return {"estimate": float(values[0]), "low": None, "high": None}
+            return asdict(metrics.paired_mean_interval(values, np.zeros(n), seed=seed))
+
+        def calibration(index: Any, votes: Any = votes, k: int = k, maj: Any = maj) -> float:
+            return metrics.ece(votes[index], k, maj[index])
+
+        summary[domain] = {
+            "n": n,
+            "k": k,
+            "avg_at_k": interval(avg),
+            "maj_at_k": interval(maj),
+            "pass_at_k": float(metrics.pass_at_k(k, column["n_correct"], k).mean()),
+            "ece": asdict(metrics.bootstrap_interval(calibration, n, seed=seed, resamples=2000))
+            if n > 1
+            else {"estimate": metrics.ece(votes, k, maj), "low": None, "high": None},
+            "ece_floor": metrics.ece_floor(k, n, seed=seed),
+            "smooth_ece": metrics.smooth_ece(votes, k, maj),
+            "brier": metrics.brier(votes, k, maj),
+            "mean_confidence": float((votes / k).mean()),
+            "signed_gap": metrics.signed_gap(votes, k, maj),
+            "tie_rate": float((column["winners"] > 1).mean()),
+            "unparsed_rate": float(column["unparsed"].sum() / (n * k)),
+            "truncated_rate": float(column["truncated"].sum() / (n * k)),
+            "distinct_answers": float(column["distinct"].mean()),
+            "mean_length": float(column["mean_length"].mean()),
+            "mean_entropy": float(column["mean_entropy"].mean()),
+        }
+    return summary
+
+
+def _write(
+    config: EvaluateConfig,
+    loaded: LoadedModel,
+    adapter_sha256: str | None,
+    groups: Mapping[str, Sequence[Rollout]],
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+) -> None:
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    from neurosig.fsio import write_atomic
+    from neurosig.provenance import run_record
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
+    write_atomic(config.out / RESULTS, buffer.getvalue())
+    lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["id"]]]
+    write_atomic(config.out / ROLLOUTS, "".join(lines))
+    record = {
+        "domains": summary,
+        "model": loaded.info.as_dict(),
+        "adapter_sha256": adapter_sha256,
+        "config": config_record(config),
+        "run": run_record(),
+    }
+    write_atomic(config.out / SUMMARY, json.dumps(record, indent=1) + "\n")
+    (config.out / LOG).unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(EvaluateConfig, main, presets=PRESETS, prog="python -m distill.evaluate"))

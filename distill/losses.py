@@ -1,0 +1,357 @@
+"""Divergence between teacher and student over the whole vocabulary, a few rows at a time.
+
+Hidden states go in; the loss and its gradient come out. The ``[tokens, vocab]`` logits never exist: each
+chunk of rows is projected, reduced and turned into its gradient at once. A step costs three projections
+(student, teacher, gradient of the hidden states), a fourth where the head is trained, and two ``[chunk,
+vocab]`` buffers.
+
+Notation: s and t are the student's and the teacher's next-token probabilities, f_v the contribution of
+vocabulary entry v. Every divergence here is a sum over v, which the pointwise clip of OPSD (arXiv 2601.18734)
+needs: ``sum_v min(f_v, clip_value)``. A contribution may be negative and is not clipped from below, so a
+clipped loss can be negative too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neurosig.errors import UserError
+
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+ClipName = Literal["none", "pointwise", "token"]
+
+_CPU_BLOCK_ENTRIES = 2**19
+"""Entries handled at once on the CPU: a block and its temporaries stay in the cache between operations."""
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceOutput:
+    """What `chunked_divergence` returns; everything but ``loss`` is detached.
+
+    Attributes:
+        loss: scalar, the sum of weight times clipped divergence; in nats.
+        per_token: clipped divergence of each token, in nats; 0 where the weight is 0, as below.
+        unclipped: divergence of each token without the clip.
+        teacher_entropy: entropy of the teacher's next-token distribution, in nats, at the loss temperature.
+        student_entropy: the same for the student.
+        clip_fraction: share of what the clip looks at that it cut, over the tokens with a weight: vocabulary
+            entries for ``pointwise``, tokens for ``token``.
+    """
+
+    loss: Float[Tensor, ""]
+    per_token: Float[Tensor, " tokens"]
+    unclipped: Float[Tensor, " tokens"]
+    teacher_entropy: Float[Tensor, " tokens"]
+    student_entropy: Float[Tensor, " tokens"]
+    clip_fraction: Float[Tensor, ""]
+
+
+class Terms(NamedTuple):
+    """The vocabulary entries of a divergence.
+
+    ``slope`` is the derivative of ``value`` with respect to log s, less ``gauge * s``. A multiple of s
+    changes nothing after the softmax, and without it the slope is exactly 0 for KL where s and t agree.
+    """
+
+    value: Float[Tensor, "rows vocab"]
+    slope: Float[Tensor, "rows vocab"]
+    gauge: int
+
+
+_TermsFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Terms]
+
+
+def forward_kl(
+    log_s: Float[Tensor, "rows vocab"],
+    s: Float[Tensor, "rows vocab"],
+    log_t: Float[Tensor, "rows vocab"],
+    t: Float[Tensor, "rows vocab"],
+) -> Terms:
+    """KL(teacher || student): ``t (log t - log s)``."""
+    return Terms((log_t - log_s).mul_(t), s - t, -1)
+
+
+def reverse_kl(
+    log_s: Float[Tensor, "rows vocab"],
+    s: Float[Tensor, "rows vocab"],
+    log_t: Float[Tensor, "rows vocab"],
+    t: Float[Tensor, "rows vocab"],
+) -> Terms:
+    """KL(student || teacher): ``s (log s - log t)``."""
+    value = (log_s - log_t).mul_(s)
+    return Terms(value, value.clone(), 1)
+
+
+def generalized_jsd(beta: float) -> _TermsFunction:
+    """Generalised Jensen-Shannon divergence with the mixture ``m = beta t + (1 - beta) s``.
+
+    ``beta KL(t || m) + (1 - beta) KL(s || m)``, the convention of GKD (arXiv 2306.13649, eq. 1) and of TRL:
+    divided by beta it tends to the forward KL as beta goes to 0, divided by 1 - beta to the reverse KL as
+    beta goes to 1.
+    """
+
+    def terms(log_s: Tensor, s: Tensor, log_t: Tensor, t: Tensor) -> Terms:
+        log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+        slope = (log_s - log_m).mul_(s).mul_(1 - beta)
+        value = (log_t - log_m).mul_(t).mul_(beta).add_(slope)
+        return Terms(value, slope, 0)
+
+    return terms
+
+
+def chunked_divergence(
+    student_hidden: Float[Tensor, "tokens d_model"],
+    teacher_hidden: Float[Tensor, "tokens d_teacher"],
+    student_head: Float[Tensor, "vocab d_model"],
+    teacher_head: Float[Tensor, "vocab d_teacher"],
+    *,
+    divergence: DivergenceName = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    clip: ClipName = "none",
+    clip_value: float = 0.05,
+    softcap: float | None = None,
+    chunk_size: int = 256,
+    weights: Float[Tensor, " tokens"] | None = None,
+) -> DivergenceOutput:
+    """Weighted sum over tokens of the divergence between teacher and student.
+
+    The gradient reaches ``student_hidden`` and ``student_head``, whichever require it, and never the teacher.
+    It is formed during the forward pass; second derivatives are not available. Softmax and sums run in
+    float32, or in float64 for float64 input; on the CPU a bfloat16 head is converted once a call.
+
+    Args:
+        student_hidden: last hidden states, after the final norm, at the positions that predict the tokens.
+        teacher_hidden: the teacher's, for the same tokens.
+        student_head: output embedding.
+        teacher_head: the teacher's, over the same vocabulary.
+        divergence: ``forward_kl`` is KL(teacher || student), ``reverse_kl`` is KL(student || teacher).
+        beta: the teacher's share of the mixture; for ``jsd`` only.
+        temperature: divides both logits. The loss is not multiplied by its square.
+        clip: ``pointwise`` caps each vocabulary entry's contribution, ``token`` each token's sum; what lies
+            above the cap gives no gradient.
+        clip_value: the cap, in nats.
+        softcap: ``final_logit_softcapping`` of Gemma 2, applied before the temperature.
+        chunk_size: rows projected at once.
+        weights: one for each token; a token of weight 0 is never looked at.
+
+    Raises:
+        UserError: if shapes do not fit together or an option is out of range.
+    """
+    _check(student_hidden, teacher_hidden, student_head, teacher_head, weights)
+    if clip not in get_args(ClipName):
+        raise UserError(f"clip is {clip!r}; choose one of {', '.join(get_args(ClipName))}")
+    for name, option in (
+        ("temperature", temperature),
+        ("clip_value", clip_value),
+        ("chunk_size", chunk_size),
+    ):
+        if not option > 0:
+            raise UserError(f"{name} is {option}; it must be above 0")
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"softcap is {softcap}; it must be above 0, or None")
+    options = _Options(_terms_function(divergence, beta), temperature, clip, clip_value, softcap, chunk_size)
+
+    tokens = student_hidden.shape[0]
+    if weights is None:
+        weights = student_hidden.new_ones(tokens)
+    kept = weights.detach().nonzero().squeeze(1)
+    gradients = torch.is_grad_enabled()
+    loss, statistics, clip_fraction = _ChunkedDivergence.apply(
+        student_hidden.index_select(0, kept),
+        student_head,
+        teacher_hidden.detach().index_select(0, kept),
+        teacher_head.detach(),
+        weights.detach()[kept],
+        options,
+        gradients and student_hidden.requires_grad,
+        gradients and student_head.requires_grad,
+    )
+    scattered = statistics.new_zeros(4, tokens).index_copy_(1, kept, statistics)
+    per_token, unclipped, teacher_entropy, student_entropy = scattered.unbind(0)
+    return DivergenceOutput(loss, per_token, unclipped, teacher_entropy, student_entropy, clip_fraction)
+
+
+class _Options(NamedTuple):
+    terms: _TermsFunction
+    temperature: float
+    clip: ClipName
+    clip_value: float
+    softcap: float | None
+    chunk_size: int
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor,
+        weights: Tensor,
+        options: _Options,
+        train_hidden: bool,
+        train_head: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device, tokens, vocab = student_hidden.device, student_hidden.shape[0], student_head.shape[0]
+        work = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+        ctx.dtypes = student_hidden.dtype, student_head.dtype
+        if device.type == "cpu":
+            student_hidden, student_head = student_hidden.to(work), student_head.to(work)
+            teacher_hidden, teacher_head = teacher_hidden.to(work), teacher_head.to(work)
+        weights = weights.to(work)
+
+        statistics = torch.zeros(4, tokens, dtype=work, device=device)
+        clipped = torch.zeros((), dtype=torch.int64, device=device)
+        grad_hidden = torch.zeros(student_hidden.shape, dtype=work, device=device) if train_hidden else None
+        grad_head = torch.zeros(student_head.shape, dtype=work, device=device) if train_head else None
+
+        chunk = min(options.chunk_size, tokens)
+        student_buffer = torch.empty(chunk, vocab, dtype=work, device=device)
+        teacher_buffer = torch.empty(chunk, vocab, dtype=work, device=device)
+        block = max(1, _CPU_BLOCK_ENTRIES // vocab) if device.type == "cpu" else max(1, chunk)
+        for start in range(0, tokens, max(1, chunk)):
+            rows = slice(start, min(start + chunk, tokens))
+            size = rows.stop - start
+            hidden = student_hidden[rows]
+            logits, teacher_logits = student_buffer[:size], teacher_buffer[:size]
+            _matmul(hidden, student_head.t(), logits)
+            _matmul(teacher_hidden[rows], teacher_head.t(), teacher_logits)
+            for first in range(0, size, block):
+                inner = slice(first, min(first + block, size))
+                outer = slice(start + inner.start, start + inner.stop)
+                clipped += _reduce(
+                    logits[inner],
+                    teacher_logits[inner],
+                    weights[outer],
+                    statistics[:, outer],
+                    options,
+                    train_hidden or train_head,
+                )
+            if grad_hidden is not None:
+                _matmul(logits.to(student_head.dtype), student_head, grad_hidden[rows])
+            if grad_head is not None:
+                grad_head.addmm_(logits.t(), hidden.to(work))
+
+        looked_at = tokens * vocab if options.clip == "pointwise" else tokens
+        loss = torch.dot(weights, statistics[0])
+        clip_fraction = (clipped / max(1, looked_at)).to(work)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.mark_non_differentiable(statistics, clip_fraction)
+        return loss, statistics, clip_fraction
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            None if saved is None else (saved * grad_loss).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *gradients, None, None, None, None, None, None
+
+
+def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _reduce(
+    logits: Float[Tensor, "rows vocab"],
+    teacher_logits: Float[Tensor, "rows vocab"],
+    weights: Float[Tensor, " rows"],
+    statistics: Float[Tensor, "4 rows"],
+    options: _Options,
+    with_gradient: bool,
+) -> Tensor:
+    """Fill ``statistics``, turn ``logits`` into the gradient of the loss and return the count clipped."""
+    log_s, log_t = _log_softmax(logits, options), _log_softmax(teacher_logits, options)
+    s, t = log_s.exp(), log_t.exp()
+    value, slope, gauge = options.terms(log_s, s, log_t, t)
+    per_token, unclipped, teacher_entropy, student_entropy = statistics
+    torch.sum(value, dim=1, out=unclipped)
+    torch.sum(t.mul_(log_t), dim=1, out=teacher_entropy).neg_()
+    torch.sum(log_s.mul_(s), dim=1, out=student_entropy).neg_()
+
+    clipped = torch.zeros((), dtype=torch.int64, device=logits.device)
+    per_token.copy_(unclipped)
+    if options.clip == "pointwise":
+        above = value > options.clip_value
+        clipped = above.sum()
+        torch.sum(value.clamp_(max=options.clip_value), dim=1, out=per_token)
+        slope = torch.where(above, s * -gauge, slope)
+    elif options.clip == "token":
+        above = unclipped > options.clip_value
+        clipped = above.sum()
+        per_token.clamp_(max=options.clip_value)
+        weights = weights * ~above
+
+    if with_gradient:
+        scale = (weights / options.temperature).unsqueeze(1)
+        gradient = slope.addcmul_(s, slope.sum(dim=1, keepdim=True), value=-1).mul_(scale)
+        if options.softcap is None:
+            logits.copy_(gradient)
+        else:
+            logits.div_(options.softcap).square_().neg_().add_(1).mul_(gradient)
+    return clipped
+
+
+def _log_softmax(logits: Float[Tensor, "rows vocab"], options: _Options) -> Float[Tensor, "rows vocab"]:
+    if options.softcap is not None:
+        logits.div_(options.softcap).tanh_().mul_(options.softcap)
+    scaled = logits if options.temperature == 1.0 else logits / options.temperature
+    return torch.log_softmax(scaled, dim=1)
+
+
+def _terms_function(divergence: DivergenceName, beta: float) -> _TermsFunction:
+    if divergence == "forward_kl":
+        return forward_kl
+    if divergence == "reverse_kl":
+        return reverse_kl
+    if divergence == "jsd":
+        if not 0 < beta < 1:
+            raise UserError(
+                f"beta is {beta}; jsd needs it strictly between 0 and 1: "
+                "choose forward_kl or reverse_kl for the two ends"
+            )
+        return generalized_jsd(beta)
+    raise UserError(f"divergence is {divergence!r}; choose one of {', '.join(get_args(DivergenceName))}")
+
+
+def _check(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    student_head: Tensor,
+    teacher_head: Tensor,
+    weights: Tensor | None,
+) -> None:
+    tokens = student_hidden.shape[0]
+    if teacher_hidden.shape[0] != tokens:
+        raise UserError(
+            f"chunked_divergence: {tokens} student tokens but {teacher_hidden.shape[0]} teacher tokens; "
+            "both sides must score the same completion"
+        )
+    if weights is not None and weights.shape != (tokens,):
+        raise UserError(f"chunked_divergence: weights of shape {tuple(weights.shape)} for {tokens} tokens")
+    if student_head.shape[0] != teacher_head.shape[0]:
+        raise UserError(
+            f"chunked_divergence: heads of {student_head.shape[0]} and {teacher_head.shape[0]} entries; "
+            "teacher and student must share one tokenizer"
+        )
+    sides = (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head))
+    for side, hidden, head in sides:
+        if hidden.shape[1] != head.shape[1] or hidden.dtype != head.dtype:
+            raise UserError(
+                f"chunked_divergence: {side} hidden states of width {hidden.shape[1]} in {hidden.dtype}, "
+                f"head of width {head.shape[1]} in {head.dtype}; they must agree"
+            )

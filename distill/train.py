@@ -1,0 +1,471 @@
+"""Train a model on its own rollouts against itself with context (Neuron-OPSD, arXiv 2607.02460).
+
+    python -m distill.train --manifest runs/demo/manifest --out runs/demo/nopsd
+
+Each step: the student answers some of the manifest's selected questions from the bare prompt; the teacher, the same
+model before training, reads the same completion after the manifest's solved examples; the student moves towards the
+teacher's next-token distribution on the completion's tokens. No label and no reward is used.
+
+Where the paper's body was not available, OPSD (arXiv 2601.18734) and SDFT guide the defaults: forward KL over the full
+vocabulary, a frozen base teacher, cut-off rollouts left out of the loss.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from neurosig.cli import CommonConfig, PhaseTimer, config_record, progress, run_command
+from neurosig.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+    from neurosig.manifest import Manifest, QuestionRow
+    from neurosig.models import LoadedModel
+    from neurosig.prompts import PromptBuilder
+    from neurosig.rollouts import Rollout
+    from neurosig.sampling import SamplingConfig
+
+logger = logging.getLogger(__name__)
+
+RECORD, METRICS = "train.json", "metrics.jsonl"
+
+
+@dataclass(kw_only=True)
+class TrainConfig(CommonConfig):
+    """Distil a manifest's contexts into the model.
+
+    The student sees the bare question, the teacher also sees the manifest's solved examples; both read the student's
+    own completion.
+    """
+
+    manifest: Path
+    """Folder written by neurosig.export."""
+    out: Path
+    """Folder of metrics.jsonl, checkpoints/ and the final adapter/ (or model/)."""
+    model: str | None = None
+    """The manifest's model, if it lies elsewhere here; its weights must be the same."""
+    allow_model_mismatch: bool = False
+    """Train although the model is not the one that made the manifest; noted in the run record."""
+    resume: bool = False
+    """Continue from the newest checkpoint; leave a finished run alone."""
+    overwrite: bool = False
+    """Replace an earlier run in --out."""
+
+    steps: int = 30
+    """Optimizer steps."""
+    questions_per_step: int = 8
+    """Questions sampled a step."""
+    num_generations: int = 4
+    """Rollouts a question and step."""
+    micro_batch_size: int = 16
+    """Rollouts in one forward and backward; memory and speed only."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 3
+    """Steps of linear warm-up, then constant."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    full: bool = False
+    """Full fine-tuning (input and output embeddings stay frozen) instead of LoRA."""
+    lora_r: int = 16
+    """LoRA rank."""
+    lora_alpha: int = 32
+    """LoRA scale numerator."""
+
+    teacher: Literal["base", "live"] = "base"
+    """base: the model before training; live: the student as it stands."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """forward_kl is KL(teacher || student)."""
+    beta: float = 0.5
+    """Teacher's share of the mixture in jsd."""
+    loss_temperature: float = 1.0
+    """Divides both logits in the loss."""
+    clip: Literal["none", "pointwise", "token"] = "none"
+    """Cap on each vocabulary entry's, or each token's, contribution."""
+    clip_value: float = 0.05
+    """The cap, in nats."""
+    skip_first: int = 0
+    """Completion tokens left out at the start of each rollout."""
+    keep_truncated: bool = False
+    """Learn from rollouts without an end-of-sequence token too."""
+
+    temperature: float | None = None
+    """Sampling temperature; default: the manifest's."""
+    max_new_tokens: int | None = None
+    """Completion tokens of a rollout; default: the manifest's."""
+    batch_rows: int = 128
+    """Rollouts decoded at a time (memory and speed only)."""
+    seed: int = 0
+    """Seed of the question order, the rollouts and the adapter."""
+    save_steps: int = 10
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    dtype: str = "auto"
+    """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
+    device: str | None = None
+    """torch device; default: the first accelerator, else the CPU."""
+
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "cpu": {},
+    "qwen3-4b": {
+        "steps": 100,
+        "questions_per_step": 32,
+        "num_generations": 1,
+        "micro_batch_size": 4,
+        "learning_rate": 5e-6,
+        "warmup_steps": 10,
+        "lora_r": 64,
+        "lora_alpha": 128,
+        "clip": "pointwise",
+        "save_steps": 25,
+    },
+}
+
+
+def main(config: TrainConfig) -> None:
+    """Run the training described by ``config``."""
+    from neurosig.outdir import output_folder
+
+    _check(config)
+    owned = (METRICS, RECORD, "checkpoints", "adapter", "model", ".final")
+    with output_folder(
+        config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
+    ) as complete:
+        if complete:
+            logger.info("%s: already complete", config.out)
+            return
+        with PhaseTimer() as timer:
+            _train(config, timer)
+
+
+def _train(config: TrainConfig, timer: PhaseTimer) -> None:
+    import torch
+
+    from distill.checkpoints import load_newest, save_checkpoint
+    from distill.teacher import Teacher
+    from neurosig.manifest import read_manifest
+    from neurosig.models import load_model
+    from neurosig.prompts import PromptBuilder, PromptConfig
+    from neurosig.sampling import Prompt, sample
+
+    with timer.phase("load"):
+        manifest = read_manifest(config.manifest)
+        options = manifest.header.options
+        loaded = load_model(
+            config.model or manifest.header.model["id"],
+            dtype=config.dtype,
+            device=config.device,
+            template=options["template"],
+        )
+        _check_model(config, manifest, loaded)
+    builder = PromptBuilder(
+        loaded.tokenizer,
+        PromptConfig(
+            options["system"], options["instruction"], options["choice_instruction"], options["enable_thinking"]
+        ),
+    )
+    sampling = _sampling_config(config, manifest)
+    tasks = _tasks(manifest, builder, loaded, sampling)
+
+    torch.manual_seed(config.seed)
+    model, adapter = _student(config, loaded)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    teacher = Teacher(config.teacher, model, adapter)
+    key = _resume_key(config, manifest, sampling)
+    done = load_newest(config.out / "checkpoints", parameters, optimizer, key)
+    log = _reopen_metrics(config.out / METRICS, done)
+
+    with log, progress(total=config.steps, desc="train", quiet=config.quiet) as bar:
+        bar.update(done)
+        for step in range(done + 1, config.steps + 1):
+            chosen = _questions_of_step(len(tasks), config, step)
+            prompts = [Prompt(tasks[index].id, tasks[index].student_prompt) for index in chosen]
+            with timer.phase("sample"):
+                groups = list(sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt=f"step{step}"))
+            by_id = {tasks[index].id: tasks[index] for index in chosen}
+            pairs = [(by_id[rollout.question_id], rollout) for group in groups for rollout in group]
+            rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with timer.phase("learn"):
+                metrics = _step(config, loaded, teacher, optimizer, list(parameters.values()), pairs)
+            metrics = {"step": step, "learning_rate": rate, **metrics}
+            _check_finite(metrics, [task.id for task in by_id.values()])
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", gap=f"{metrics['entropy_gap']:.3f}")
+            bar.update()
+            if step % config.save_steps == 0 or step == config.steps:
+                with timer.phase("save"):
+                    save_checkpoint(
+                        config.out / "checkpoints", step, parameters, optimizer, key, keep=config.keep_checkpoints
+                    )
+    _write_final(config, manifest, loaded, model, adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A selected question: the prompts of student and teacher."""
+
+    id: str
+    student_prompt: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
+
+
+def _check(config: TrainConfig) -> None:
+    for name, least in (("steps", 1), ("questions_per_step", 1), ("num_generations", 1), ("micro_batch_size", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
+    if config.learning_rate <= 0:
+        raise UserError(f"--learning-rate: expected a number above 0, got {config.learning_rate}")
+
+
+def _check_model(config: TrainConfig, manifest: Manifest, loaded: LoadedModel) -> None:
+    """The model must be the one that made the manifest: same weights, tokenizer and chat template."""
+    header, info = manifest.header, loaded.info
+    for what, made, here in (
+        ("weights", header.model["weights"], info.weights),
+        ("tokenizer", header.tokenizer["sha256"], info.tokenizer_sha256),
+        ("chat template", header.tokenizer["chat_template_sha256"], info.chat_template_sha256),
+    ):
+        if made == here:
+            continue
+        message = (
+            f"manifest {config.manifest} was made by {header.model['id']}, not by {info.id}: "
+            f"{what} {_short(made)} against {_short(here)}"
+        )
+        if not config.allow_model_mismatch:
+            raise UserError(f"{message}; give the right --model, export again, or use --allow-model-mismatch")
+        logger.warning("%s", message)
+
+
+def _short(digest: object) -> str:
+    return str(next(iter(digest.values()), None) if isinstance(digest, dict) else digest)[:12]
+
+
+def _sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
+    from neurosig.sampling import SamplingConfig
+
+    options = manifest.header.options
+    return SamplingConfig(
+        num_generations=config.num_generations,
+        temperature=options["temperature"] if config.temperature is None else config.temperature,
+        top_p=options["top_p"],
+        top_k=options["top_k"],
+        repetition_penalty=options["repetition_penalty"],
+        max_new_tokens=config.max_new_tokens or options["max_new_tokens"],
+        seed=config.seed,
+    )
+
+
+def _tasks(
+    manifest: Manifest, builder: PromptBuilder, loaded: LoadedModel, sampling: SamplingConfig
+) -> list[Task]:
+    """Prompts of every selected question; a prompt that does not fit is an error now, never cut later."""
+    from neurosig.prompts import Demonstration
+
+    selected = manifest.selected
+    if not selected:
+        counts = ", ".join(f"{n} {reason}" for reason, n in manifest.header.counts.items() if reason != "questions")
+        raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected ({counts})")
+    by_id = {row.id: row.as_question() for row in manifest.rows}
+    tasks = []
+    for row in selected:
+        context = [
+            Demonstration(by_id[item.question_id], manifest.rollouts[item.question_id, item.rollout_id].text)
+            for item in row.context
+        ]
+        task = Task(row.id, builder.student(by_id[row.id]), builder.teacher(by_id[row.id], context))
+        for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
+            if len(prompt) + sampling.max_new_tokens > loaded.max_length:
+                raise UserError(
+                    f'question "{row.id}": the {who} prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new '
+                    f"tokens exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with "
+                    "fewer --num-demonstrations"
+                )
+        tasks.append(task)
+    return tasks
+
+
+def _student(config: TrainConfig, loaded: LoadedModel) -> tuple[Any, PeftModel | None]:
+    """The trainable model in place: LoRA layers on all linear projections, or every weight but the embeddings."""
+    model = loaded.model
+    if config.full:
+        model.requires_grad_(True)
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
+        return model, None
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    adapter = get_peft_model(model, lora)
+    adapter.eval()
+    return model, adapter
+
+
+def _questions_of_step(n: int, config: TrainConfig, step: int) -> list[int]:
+    """Questions of a step: epochs of seeded permutations, cut into steps; a function of the step alone."""
+    import numpy as np
+
+    first = (step - 1) * config.questions_per_step
+    chosen: list[int] = []
+    for position in range(first, first + min(config.questions_per_step, n)):
+        order = np.random.default_rng([config.seed, position // n]).permutation(n)
+        if (index := int(order[position % n])) not in chosen:
+            chosen.append(index)
+    return chosen
+
+
+def _step(
+    config: TrainConfig,
+    loaded: LoadedModel,
+    teacher: Any,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.nn.Parameter],
+    pairs: Sequence[tuple[Task, Rollout]],
+) -> dict[str, float]:
+    """One optimizer step on a global batch; the loss is the mean over its completion tokens in the loss."""
+    import torch
+
+    from distill.hidden import completion_hidden
+    from distill.losses import chunked_divergence
+
+    kept = [
+        (task, rollout)
+        for task, rollout in pairs
+        if (config.keep_truncated or rollout.finish_reason == "stop") and len(rollout.token_ids) > config.skip_first
+    ]
+    total = sum(len(rollout.token_ids) - config.skip_first for _, rollout in kept)
+    sums = {"loss": 0.0, "divergence": 0.0, "teacher_entropy": 0.0, "student_entropy": 0.0, "clip_fraction": 0.0}
+    optimizer.zero_grad(set_to_none=True)
+    for start in range(0, len(kept), config.micro_batch_size):
+        batch = kept[start : start + config.micro_batch_size]
+        completions = [rollout.token_ids for _, rollout in batch]
+        with teacher.active() as model:
+            teacher_hidden = completion_hidden(model, [task.teacher_prompt for task, _ in batch], completions)
+        student_hidden = completion_hidden(loaded.model, [task.student_prompt for task, _ in batch], completions)
+        head = loaded.model.get_output_embeddings().weight
+        position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(student_hidden.device)
+        output = chunked_divergence(
+            student_hidden,
+            teacher_hidden,
+            head,
+            head,
+            divergence=config.divergence,
+            beta=config.beta,
+            temperature=config.loss_temperature,
+            clip=config.clip,
+            clip_value=config.clip_value,
+            softcap=getattr(loaded.model.config.get_text_config(), "final_logit_softcapping", None),
+            weights=(position >= config.skip_first).float() / total,
+        )
+        output.loss.backward()
+        share = sum(len(ids) - config.skip_first for ids in completions) / total
+        sums["loss"] += float(output.loss.detach())
+        sums["divergence"] += float(output.unclipped.sum()) / total
+        sums["teacher_entropy"] += float(output.teacher_entropy.sum()) / total
+        sums["student_entropy"] += float(output.student_entropy.sum()) / total
+        sums["clip_fraction"] += float(output.clip_fraction) * share
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm) if kept else torch.tensor(0.0)
+    if kept and bool(torch.isfinite(norm)):
+        optimizer.step()
+    rollouts = [rollout for _, rollout in pairs]
+    return {
+        **sums,
+        "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"],
+        "grad_norm": float(norm),
+        "mean_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
+        "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
+        "rollouts_in_loss": float(len(kept)),
+        "tokens_in_loss": float(total),
+    }
+
+
+def _check_finite(metrics: Mapping[str, float], question_ids: Sequence[str]) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            raise UserError(
+                f"step {metrics['step']}: {name} is {metrics[name]} (question ids {', '.join(question_ids)}); the last "
+                "checkpoint is kept, lower --learning-rate and --resume from it"
+            )
+
+
+def _resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:
+    import torch
+
+    free = {"preset", "config", "manifest", "out", "model", "resume", "overwrite", "save_steps", "keep_checkpoints"}
+    record = {name: value for name, value in config_record(config).items() if name not in free}
+    return {
+        **record,
+        **{f"sampling.{name}": value for name, value in sampling.as_dict().items()},
+        "manifest": manifest.header.content_sha256,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _reopen_metrics(path: Path, done: int) -> Any:
+    """The metrics file cut back to ``done`` steps, open for appending."""
+    from neurosig.fsio import write_atomic
+
+    lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
+    write_atomic(path, "".join(lines))
+    return path.open("a", encoding="utf-8")
+
+
+def _write_final(
+    config: TrainConfig, manifest: Manifest, loaded: LoadedModel, model: Any, adapter: PeftModel | None
+) -> None:
+    """The adapter (or model) and then the run record, whose presence means that the run is complete."""
+    from neurosig.fsio import sha256_file, write_atomic
+    from neurosig.provenance import run_record
+
+    name = "model" if adapter is None else "adapter"
+    aside, target = config.out / ".final", config.out / name
+    shutil.rmtree(aside, ignore_errors=True)
+    (model if adapter is None else adapter).save_pretrained(aside)
+    if adapter is None:
+        loaded.tokenizer.save_pretrained(aside)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    metrics = [json.loads(line) for line in (config.out / METRICS).read_text().splitlines()]
+    record = {
+        "config": config_record(config),
+        "manifest_sha256": manifest.header.content_sha256,
+        "domains": sorted({row.domain for row in manifest.rows}),
+        "questions_selected": len(manifest.selected),
+        "model": loaded.info.as_dict(),
+        "weights": {file.name: sha256_file(file) for file in sorted(target.glob("*.safetensors"))},
+        "first": metrics[0],
+        "last": metrics[-1],
+        "run": run_record(),
+    }
+    write_atomic(config.out / RECORD, json.dumps(record, indent=1) + "\n")
+    logger.info(
+        "%s: %d steps on %d questions, entropy gap %.3f -> %.3f nats",
+        target, config.steps, len(manifest.selected), metrics[0]["entropy_gap"], metrics[-1]["entropy_gap"],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(TrainConfig, main, presets=PRESETS, prog="python -m distill.train"))

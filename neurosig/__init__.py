@@ -1,0 +1,39 @@
+"""Neuron signals of a model's own rollouts: how far to trust an answer, and which questions reason alike.
+
+The public names load on first use, so ``import neurosig`` brings in neither torch nor nnsight.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from neurosig.manifest import read_manifest
+    from neurosig.models import load_model
+    from neurosig.questions import load_questions
+    from neurosig.sampling import sample
+    from neurosig.tracing import NeuronTracer
+
+__version__ = "0.1.0"
+__all__ = ["NeuronTracer", "__version__", "load_model", "load_questions", "read_manifest", "sample"]
+
+_HOME = {
+    "load_model": "neurosig.models",
+    "load_questions": "neurosig.questions",
+    "sample": "neurosig.sampling",
+    "NeuronTracer": "neurosig.tracing",
+    "read_manifest": "neurosig.manifest",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'neurosig' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Bundled question sets and the generator that writes them."""

@@ -1,0 +1,454 @@
+"""Export a selection manifest: from unlabelled questions to what distillation learns from.
+
+    python -m neurosig.export --model smollm2-135m --questions world-facts --out runs/demo/manifest
+
+Sample K rollouts a question, trace their FFN neurons, score each question for hallucination, keep the clean ones and
+give each a context of solved questions that reason alike. Gold answers are dropped as soon as the questions are
+read. The steps follow Neuron-OPSD (arXiv 2607.02460); the options of tracing, scoring and selection are a
+reconstruction, and every one of them is recorded in the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from neurosig.cli import PhaseTimer, printable, progress, run_command
+from neurosig.errors import UserError
+from neurosig.options import QWEN3_4B, GenerationOptions
+
+if TYPE_CHECKING:
+    from neurosig.answers import Vote
+    from neurosig.hallucination import QuestionSignals, Scores
+    from neurosig.manifest import QuestionRow
+    from neurosig.models import LoadedModel
+    from neurosig.prompts import PromptBuilder
+    from neurosig.questions import Question
+    from neurosig.rollouts import Rollout
+    from neurosig.sampling import Prompt
+    from neurosig.selection import SelectionConfig
+    from neurosig.tracing import ActiveSets
+
+logger = logging.getLogger(__name__)
+
+WORK = ".work"
+TRACE_CHUNK = 512
+"""Rollouts traced between two saves."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig(GenerationOptions):
+    """Write a selection manifest from unlabelled questions.
+
+    Samples K rollouts a question, traces the neurons behind them, keeps the questions whose majority answer they
+    trust and gives each a few-shot context of questions that reason alike.
+    """
+
+    model: str
+    """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
+    questions: tuple[str, ...]
+    """Bundled set (world-facts, geography, language, chemistry; optionally :train, :dev, :test), file, folder or
+    hf:ORG/NAME; several are allowed."""
+    out: Path
+    """Folder of the manifest."""
+    rollouts: Path | None = None
+    """JSONL of rollouts made elsewhere (question_id, text, optional token_ids, finish_reason); nothing is sampled."""
+    split: Literal["train", "dev", "test", "all"] = "train"
+    """Split of bundled sets whose name gives none."""
+    limit: int | None = None
+    """Use the first N questions only."""
+    resume: bool = False
+    """Continue an interrupted export; leave a complete one alone."""
+    overwrite: bool = False
+    """Replace an earlier export in --out."""
+
+    neuron_value: Literal["gated", "act"] = "gated"
+    """A neuron's value: act(gate)*up, or act(gate) alone."""
+    contribution: Literal["cett", "magnitude"] = "cett"
+    """Contribution score: share of the FFN output's norm, or the norm itself."""
+    set_size: int = 1000
+    """Neurons in a rollout's active set, spread evenly over the layers."""
+    hallucination_score: Literal["probe", "agreement", "vote_share", "mean_logprob", "entropy"] = "probe"
+    """What the clean filter ranks by; all scores are stored."""
+    probe_agree_share: float = 0.75
+    """The probe takes a question as known when its majority holds at least this share; 1 is unanimity."""
+    probe_split_share: float = 0.5
+    """The probe takes a question as guessed when its majority holds less than this share."""
+    probe_inverse_penalty: float = 0.1
+    """C of the L1 probe; smaller keeps fewer neurons."""
+    probe_folds: int = 5
+    """Cross-fitting folds of the probe."""
+
+    clean_filter: Literal["neuron", "vote_only", "neuron_only", "threshold", "all"] = "neuron"
+    """Which questions are trained on; neuron: agreeing majority and the cleanest --keep-fraction by the score."""
+    min_vote_share: float = 0.5
+    """Least share of the K answers that the majority holds."""
+    keep_fraction: float = 0.5
+    """Share of the agreeing questions kept by the score."""
+    max_score: float = 0.5
+    """Largest score kept by --clean-filter threshold."""
+    context_policy: Literal["nearest", "nearest_first", "random", "random_within_kind", "none"] = "nearest"
+    """How the teacher's solved examples are picked; nearest shows the most similar last."""
+    num_demonstrations: int = 2
+    """Solved examples a context holds."""
+
+    batch_tokens: int = 4096
+    """Tokens traced at a time (memory and speed only)."""
+
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "cpu": {"model": "smollm2-135m"},
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
+}
+
+
+def main(config: ExportConfig) -> None:
+    """Run the export described by ``config``."""
+    from neurosig.manifest import HEADER
+    from neurosig.outdir import output_folder
+
+    owned = (HEADER, "*.jsonl", "signals.safetensors", "neurons.csv", "run.json", WORK)
+    with output_folder(
+        config.out, finished=HEADER, owned=owned, resume=config.resume, overwrite=config.overwrite
+    ) as complete:
+        if complete:
+            logger.info("%s: already complete", config.out)
+            return
+        with PhaseTimer() as timer:
+            _export(config, timer)
+
+
+def _export(config: ExportConfig, timer: PhaseTimer) -> None:
+    from neurosig.models import load_model
+    from neurosig.prompts import PromptBuilder
+    from neurosig.questions import load_questions, without_answers
+
+    questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
+    with timer.phase("load model"):
+        loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
+    builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
+    prompts = _prompts(questions, builder, loaded, config)
+    work = config.out / WORK
+    work.mkdir(exist_ok=True)
+    with timer.phase("sample"):
+        groups = _rollouts(config, loaded, questions, prompts, work)
+    with timer.phase("trace"):
+        sets, sites = _trace(config, loaded, prompts, groups, work)
+    with timer.phase("score and select"):
+        signals = _signals(config, questions, groups, sets)
+        scores = _scores(config, signals, sites.n_layers, sites.d_mlp)
+        rows = _rows(config, questions, signals, scores, sites.d_mlp)
+    with timer.phase("write"):
+        _write(config, loaded, questions, rows, groups, sets, scores, sites.d_mlp)
+    shutil.rmtree(work)
+    _report(config, rows, groups)
+
+
+def _selection_config(config: ExportConfig) -> SelectionConfig:
+    from neurosig.selection import SelectionConfig
+
+    return SelectionConfig(
+        clean_filter=config.clean_filter,
+        min_vote_share=config.min_vote_share,
+        keep_fraction=config.keep_fraction,
+        max_score=config.max_score,
+        context_policy=config.context_policy,
+        num_demonstrations=config.num_demonstrations,
+        seed=config.seed,
+    )
+
+
+def _prompts(
+    questions: Sequence[Question], builder: PromptBuilder, loaded: LoadedModel, config: ExportConfig
+) -> dict[str, Prompt]:
+    """Student prompts of the questions that fit the model together with a full completion."""
+    from neurosig.sampling import Prompt
+
+    prompts = {question.id: Prompt(question.id, builder.student(question)) for question in questions}
+    room = loaded.max_length - config.max_new_tokens
+    fitting = {name: prompt for name, prompt in prompts.items() if len(prompt.token_ids) <= room}
+    if not fitting:
+        shortest = min(len(prompt.token_ids) for prompt in prompts.values())
+        raise UserError(
+            f"every question is too long: the shortest prompt has {shortest} tokens, the model's {loaded.max_length} "
+            f"positions less --max-new-tokens leave {room}"
+        )
+    if len(fitting) < len(prompts):
+        logger.warning("%d of %d questions are too long and left out", len(prompts) - len(fitting), len(prompts))
+    return fitting
+
+
+def _rollouts(
+    config: ExportConfig,
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    prompts: Mapping[str, Prompt],
+    work: Path,
+) -> dict[str, list[Rollout]]:
+    """Rollouts of every prompt, in question order; sampled, resumed or read from a file."""
+    from neurosig.rollouts import RolloutLog, read_external_rollouts
+    from neurosig.sampling import sample
+
+    if config.rollouts is not None:
+
+        def encode(text: str) -> list[int]:
+            return list(loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+        known = {question.id for question in questions}
+        groups = read_external_rollouts(config.rollouts, encode, loaded.eos_token_ids[0], known)
+        return {name: groups[name] for name in prompts}
+
+    sampling = config.sampling_config()
+    log = RolloutLog(
+        work / "rollouts.log",
+        {
+            "model": loaded.info.as_dict(),
+            "prompts": config.prompt_config().as_dict(),
+            "sampling": sampling.as_dict(),
+            "questions": _dataset_sha256(questions),
+        },
+    )
+    todo = [prompt for name, prompt in prompts.items() if name not in log.groups]
+    with progress(total=len(prompts), desc="sample", quiet=config.quiet) as bar:
+        bar.update(len(log.groups))
+        for group in sample(loaded, todo, sampling, batch_rows=config.batch_rows):
+            log.append([group])
+            bar.update()
+    return {name: log.groups[name] for name in prompts}
+
+
+def _trace(
+    config: ExportConfig,
+    loaded: LoadedModel,
+    prompts: Mapping[str, Prompt],
+    groups: Mapping[str, Sequence[Rollout]],
+    work: Path,
+) -> tuple[ActiveSets, Any]:
+    """Active sets of all rollouts in the order of ``groups``; finished chunks are kept in ``work``."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    from neurosig.fsio import sha256_text, write_atomic
+    from neurosig.tracing import ActiveSets, NeuronTracer, TraceConfig
+
+    tracer = NeuronTracer(
+        loaded.model,
+        TraceConfig(config.neuron_value, config.contribution, config.set_size, config.batch_tokens),
+    )
+    flat = [(prompts[name].token_ids, rollout.body_ids) for name, group in groups.items() for rollout in group]
+    chunks = []
+    with progress(total=len(flat), desc="trace", quiet=config.quiet) as bar:
+        for start in range(0, len(flat), TRACE_CHUNK):
+            chunk = flat[start : start + TRACE_CHUNK]
+            key = sha256_text(repr((loaded.info.weights, tracer.config, chunk)))
+            shard = work / f"signals-{start:08d}.safetensors"
+            if not _holds(shard, key):
+                sets = tracer.trace(*zip(*chunk, strict=True))
+                tensors = {"ids": sets.ids, "values": sets.values.half()}
+                write_atomic(shard, save(tensors, metadata={"key": key}))
+            with safe_open(shard, framework="pt") as stored:
+                chunks.append(ActiveSets(stored.get_tensor("ids"), stored.get_tensor("values")))
+            bar.update(len(chunk))
+    return ActiveSets(*(torch.cat(parts) for parts in zip(*chunks, strict=True))), tracer.sites
+
+
+def _holds(shard: Path, key: str) -> bool:
+    from safetensors import safe_open
+
+    if not shard.exists():
+        return False
+    with safe_open(shard, framework="pt") as stored:
+        return (stored.metadata() or {}).get("key") == key
+
+
+def _signals(
+    config: ExportConfig,
+    questions: Sequence[Question],
+    groups: Mapping[str, Sequence[Rollout]],
+    sets: ActiveSets,
+) -> dict[str, QuestionSignals]:
+    from neurosig.answers import extract_answer, majority_vote
+    from neurosig.hallucination import QuestionSignals
+
+    by_id = {question.id: question for question in questions}
+    signals, start = {}, 0
+    for name, group in groups.items():
+        answers = [extract_answer(rollout.text, by_id[name], config.answer_format) for rollout in group]
+        stop = start + len(group)
+        signals[name] = QuestionSignals(
+            group, answers, majority_vote(answers, name), sets.ids[start:stop], sets.values[start:stop]
+        )
+        start = stop
+    return signals
+
+
+def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], n_layers: int, d_mlp: int) -> Scores:
+    from neurosig.hallucination import hallucination_scores
+    from neurosig.probing import ProbeConfig
+
+    probe = ProbeConfig(
+        config.probe_agree_share,
+        config.probe_split_share,
+        config.probe_inverse_penalty,
+        config.probe_folds,
+        config.seed,
+    )
+    scores = hallucination_scores(signals, n_layers=n_layers, d_mlp=d_mlp, probe=probe)
+    if config.hallucination_score not in scores.by_name:
+        raise UserError(
+            f"--hallucination-score {config.hallucination_score}: the rollouts in {config.rollouts} carry no "
+            f"log-probabilities; use one of {', '.join(scores.by_name)}"
+        )
+    return scores
+
+
+def _rows(
+    config: ExportConfig,
+    questions: Sequence[Question],
+    signals: Mapping[str, QuestionSignals],
+    scores: Scores,
+    d_mlp: int,
+) -> list[QuestionRow]:
+    """Select, choose contexts and make one manifest row an input question."""
+    from neurosig.manifest import ContextItem, QuestionRow, VoteRecord
+    from neurosig.patterns import flat_ids
+    from neurosig.selection import Candidate, choose_contexts, clean_reasons, representative
+
+    by_id = {question.id: question for question in questions}
+    candidates = []
+    for index, (name, signal) in enumerate(signals.items()):
+        chosen = representative(signal.answers, signal.vote, scores.rollout_probe[index])
+        candidates.append(
+            Candidate(
+                question_id=name,
+                text_sha256=by_id[name].text_sha256,
+                kind=by_id[name].kind or by_id[name].domain,
+                vote=signal.vote,
+                score=float(scores.by_name[config.hallucination_score][index]),
+                representative=chosen,
+                signature=flat_ids(signal.ids[[chosen or 0]], d_mlp)[0],
+            )
+        )
+    selection = _selection_config(config)
+    reasons = clean_reasons(candidates, selection)
+    contexts = choose_contexts(candidates, [reason == "selected" for reason in reasons], selection)
+    if config.context_policy != "none":
+        reasons = [
+            "no_context" if reason == "selected" and not context else reason
+            for reason, context in zip(reasons, contexts, strict=True)
+        ]
+    place = {name: index for index, name in enumerate(signals)}
+
+    def row(question: Question) -> QuestionRow:
+        index = place.get(question.id)
+        vote: Vote | None = None if index is None else signals[question.id].vote
+        return QuestionRow(
+            id=question.id,
+            line=question.line,
+            domain=question.domain,
+            kind=question.kind,
+            question=question.question,
+            choices=question.choices,
+            text_sha256=question.text_sha256,
+            answers=() if index is None else tuple(signals[question.id].answers),
+            vote=None if vote is None else VoteRecord(count=vote.count, n=vote.n, tied=len(vote.tied)),
+            pseudo_label=None if vote is None else vote.winner,
+            scores={}
+            if index is None
+            else {name: round(float(values[index]), 6) for name, values in scores.by_name.items()},
+            selected=index is not None and reasons[index] == "selected",
+            reason="too_long" if index is None else reasons[index],
+            context=()
+            if index is None
+            else tuple(
+                ContextItem(question_id=shown.question_id, rollout_id=shown.rollout_id, similarity=shown.similarity)
+                for shown in contexts[index]
+            ),
+        )
+
+    return [row(question) for question in questions]
+
+
+def _write(
+    config: ExportConfig,
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    rows: Sequence[QuestionRow],
+    groups: Mapping[str, Sequence[Rollout]],
+    sets: ActiveSets,
+    scores: Scores,
+    d_mlp: int,
+) -> None:
+    from safetensors.torch import save
+
+    import neurosig
+    from neurosig.cli import config_record
+    from neurosig.fsio import sha256_file, write_atomic
+    from neurosig.manifest import write_manifest
+    from neurosig.provenance import run_record
+
+    places = {"preset", "config", "out", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
+    info = loaded.info.as_dict()
+    tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
+    external = None if config.rollouts is None else {"rollouts_sha256": sha256_file(config.rollouts)}
+    header = {
+        "tool": {"name": "neurosig", "version": neurosig.__version__},
+        "model": info,
+        "tokenizer": tokenizer,
+        "dataset": {"sources": list(config.questions), "sha256": _dataset_sha256(questions), "rows": len(questions)},
+        "sampling": external or config.sampling_config().as_dict(),
+        "options": {key: value for key, value in config_record(config).items() if key not in places},
+    }
+    write_atomic(config.out / "run.json", json.dumps(run_record(), indent=1) + "\n")
+    write_manifest(
+        config.out,
+        rows,
+        [rollout for group in groups.values() for rollout in group],
+        signals=save(
+            {"ids": sets.ids, "values": sets.values}, metadata={"d_mlp": str(d_mlp), "order": "rollouts.jsonl"}
+        ),
+        neurons_csv=_neurons_csv(sets, scores, d_mlp),
+        header=header,
+    )
+
+
+def _neurons_csv(sets: ActiveSets, scores: Scores, d_mlp: int) -> str:
+    """The probe's neurons: layer, index, weight, and the share of rollouts in whose active set they are."""
+    from neurosig.patterns import flat_ids
+
+    counts = flat_ids(sets.ids, d_mlp).flatten().bincount(minlength=sets.ids.shape[1] * d_mlp)
+    lines = ["layer,index,weight,active_share"]
+    for neuron, weight in zip(scores.probe.neurons, scores.probe.weights, strict=True):
+        share = counts[int(neuron)].item() / len(sets.ids)
+        lines.append(f"{neuron // d_mlp},{neuron % d_mlp},{weight:.6g},{share:.4f}")
+    return "\n".join(lines) + "\n"
+
+
+def _dataset_sha256(questions: Sequence[Question]) -> str:
+    from neurosig.fsio import sha256_text
+
+    return sha256_text("".join(f"{question.id}\x00{question.text_sha256}\n" for question in questions))
+
+
+def _report(config: ExportConfig, rows: Sequence[QuestionRow], groups: Mapping[str, Sequence[Rollout]]) -> None:
+    from collections import Counter
+
+    reasons = Counter(row.reason for row in rows)
+    logger.info("%s: %s", config.out, ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()))
+    if not reasons["selected"]:
+        first = next(iter(groups.values()))[0]
+        logger.warning(
+            'no question was selected, so there is nothing to distil; the first rollout reads "%s"',
+            printable(first.text)[:120],
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(ExportConfig, main, presets=PRESETS, prog="python -m neurosig.export"))

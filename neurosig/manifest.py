@@ -1,0 +1,280 @@
+"""The selection manifest: what export hands to distillation, and the only thing it hands over.
+
+A folder of ``questions.jsonl`` (one row an input question, in input order), ``rollouts.jsonl``,
+``signals.safetensors``, ``neurons.csv`` and, written last, ``manifest.json``: its presence means that the export is
+complete. No gold answer is anywhere in it. Same inputs and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from neurosig.errors import UserError
+from neurosig.fsio import sha256_file, sha256_text, write_atomic
+from neurosig.questions import Question
+from neurosig.rollouts import Rollout
+
+FORMAT = "neurosig-manifest"
+SCHEMA_VERSION = "1.0"
+HEADER = "manifest.json"
+QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = "questions.jsonl", "rollouts.jsonl", "signals.safetensors", "neurons.csv"
+
+Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "hallucination", "no_context"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class VoteRecord(_Strict):
+    """A majority vote: votes of the winner, of how many samples, and how many candidates tie."""
+
+    count: int = Field(ge=0)
+    n: int = Field(ge=1)
+    tied: int = Field(ge=0)
+
+
+class ContextItem(_Strict):
+    """One solved example of the teacher's context: a rollout of another question."""
+
+    question_id: str
+    rollout_id: int = Field(ge=0)
+    similarity: float
+
+
+class QuestionRow(_Strict):
+    """One input question and what was decided about it.
+
+    Attributes:
+        answers: The K parsed answers, ``None`` where a rollout gave none.
+        pseudo_label: The majority answer.
+        scores: Every hallucination score, higher is worse.
+        selected: Whether distillation trains on it.
+        reason: Why, or why not.
+        context: The teacher's solved examples in prompt order.
+    """
+
+    id: str
+    line: int = Field(ge=0)
+    domain: str
+    kind: str | None
+    question: str
+    choices: tuple[str, ...] | None
+    text_sha256: str
+    answers: tuple[str | None, ...]
+    vote: VoteRecord | None
+    pseudo_label: str | None
+    scores: dict[str, float]
+    selected: bool
+    reason: Reason
+    context: tuple[ContextItem, ...]
+
+    def as_question(self) -> Question:
+        """The question without any gold answer."""
+        return Question(self.id, self.domain, self.question, self.choices, kind=self.kind, line=self.line)
+
+
+class RolloutRow(_Strict):
+    """A line of ``rollouts.jsonl``; the fields of `Rollout`."""
+
+    question_id: str
+    rollout_id: int = Field(ge=0)
+    text: str
+    token_ids: tuple[int, ...] = Field(min_length=1)
+    finish_reason: Literal["stop", "length"]
+    mean_logprob: float | None
+    mean_entropy: float | None
+
+
+class FileEntry(_Strict):
+    """Hash, size and rows (``None`` for a file without rows) of one file of the manifest."""
+
+    sha256: str
+    bytes: int = Field(ge=0)
+    rows: int | None
+
+
+class Header(_Strict):
+    """``manifest.json``. ``model`` and ``tokenizer`` fingerprint what the rollouts came from."""
+
+    format: Literal["neurosig-manifest"]
+    schema_version: str
+    content_sha256: str
+    tool: dict[str, str]
+    model: dict[str, Any]
+    tokenizer: dict[str, str | None]
+    dataset: dict[str, Any]
+    sampling: dict[str, Any]
+    options: dict[str, Any]
+    counts: dict[str, int]
+    files: dict[str, FileEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A verified manifest in memory."""
+
+    folder: Path
+    header: Header
+    rows: tuple[QuestionRow, ...]
+    rollouts: Mapping[tuple[str, int], Rollout]
+
+    @property
+    def selected(self) -> list[QuestionRow]:
+        return [row for row in self.rows if row.selected]
+
+
+def write_manifest(
+    folder: Path,
+    rows: Sequence[QuestionRow],
+    rollouts: Iterable[Rollout],
+    *,
+    signals: bytes,
+    neurons_csv: str,
+    header: Mapping[str, Any],
+) -> Header:
+    """Write the manifest's files, then its header.
+
+    Args:
+        folder: An existing folder.
+        rows: One row an input question, in input order.
+        rollouts: In the order of ``rows``.
+        signals: The bytes of ``signals.safetensors``.
+        neurons_csv: The text of ``neurons.csv``.
+        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling`` and ``options``.
+    """
+    rollout_lines = [rollout.to_json() for rollout in rollouts]
+    contents: dict[str, tuple[bytes, int | None]] = {
+        QUESTIONS: ("".join(row.model_dump_json() + "\n" for row in rows).encode(), len(rows)),
+        ROLLOUTS: ("".join(line + "\n" for line in rollout_lines).encode(), len(rollout_lines)),
+        SIGNALS: (signals, None),
+        NEURONS: (neurons_csv.encode(), neurons_csv.count("\n") - 1),
+    }
+    files = {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "rows": count}
+        for name, (data, count) in contents.items()
+    }
+    reasons = Counter(row.reason for row in rows)
+    body = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        **header,
+        "counts": {"questions": len(rows), **{reason: reasons[reason] for reason in get_args(Reason) if reasons[reason]}},
+        "files": files,
+    }
+    body = json.loads(json.dumps(body))
+    body["content_sha256"] = _content_sha256(body)
+    for name, (data, _) in contents.items():
+        write_atomic(folder / name, data)
+    write_atomic(folder / HEADER, json.dumps(body, indent=1, sort_keys=True) + "\n")
+    return Header.model_validate(body)
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and verify a manifest.
+
+    Raises:
+        UserError: Naming file, line and field: the export is incomplete, a file changed after export, a row is
+            malformed, or a context points nowhere or at its own question.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"manifest {folder}: no such folder")
+    if not (folder / HEADER).is_file():
+        raise UserError(f"manifest {folder}: incomplete export (no {HEADER}); rerun neurosig.export with --resume")
+    text = (folder / HEADER).read_text(encoding="utf-8")
+    header = _parse_header(folder / HEADER, text)
+    for name, entry in header.files.items():
+        _verify_file(folder, name, entry)
+    rows = _read_rows(folder / QUESTIONS, QuestionRow, header.files[QUESTIONS].rows)
+    rollouts = {
+        (row.question_id, row.rollout_id): Rollout(**row.model_dump())
+        for row in _read_rows(folder / ROLLOUTS, RolloutRow, header.files[ROLLOUTS].rows)
+    }
+    _verify_contexts(folder / QUESTIONS, rows, rollouts)
+    return Manifest(folder, header, tuple(rows), rollouts)
+
+
+def _parse_header(path: Path, text: str) -> Header:
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: invalid JSON ({error})") from error
+    version = str(raw.get("schema_version")) if isinstance(raw, dict) else "none"
+    if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        raise UserError(
+            f"{path}: schema version {version}, this neurosig reads {SCHEMA_VERSION}; upgrade neurosig or export again"
+        )
+    try:
+        header = Header.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error, Header)}") from error
+    if header.content_sha256 != _content_sha256(raw):
+        raise UserError(f"{path}: content_sha256 differs from the header's content; export again")
+    absent = {QUESTIONS, ROLLOUTS, SIGNALS, NEURONS} - set(header.files)
+    if absent:
+        raise UserError(f"{path}: files: {', '.join(sorted(absent))} missing; export again")
+    return header
+
+
+def _content_sha256(header: Mapping[str, Any]) -> str:
+    return sha256_text(json.dumps({k: v for k, v in header.items() if k != "content_sha256"}, sort_keys=True))
+
+
+def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    if Path(name).name != name or path.resolve().parent != folder.resolve():
+        raise UserError(f'{folder / HEADER}: files["{name}"]: path leaves the manifest folder')
+    if not path.is_file():
+        raise UserError(f"{path}: missing, though {HEADER} lists it; export again")
+    if sha256_file(path) != entry.sha256:
+        raise UserError(f"{path}: sha256 differs from {HEADER}; it was changed after export, export again")
+
+
+RowT = TypeVar("RowT", QuestionRow, RolloutRow)
+
+
+def _read_rows(path: Path, kind: type[RowT], expected: int | None) -> list[RowT]:
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            rows.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise UserError(f"{path}:{number}: {_first_problem(error, kind)}") from error
+    if len(rows) != expected:
+        raise UserError(f"{path}: {len(rows)} rows, {HEADER} says {expected}; export again")
+    return rows
+
+
+def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(problem["loc"][-1]), model.model_fields, n=1)
+        return f"{where}: unknown field" + (f' (did you mean "{close[0]}"?)' if close else "")
+    got = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:60]!r}"
+    return f"{where}: {problem['msg'].lower()}{got}"
+
+
+def _verify_contexts(
+    path: Path, rows: Sequence[QuestionRow], rollouts: Mapping[tuple[str, int], Rollout]
+) -> None:
+    by_id = {row.id: row for row in rows}
+    if len(by_id) != len(rows):
+        raise UserError(f"{path}: an id stands on two lines; export again")
+    for number, row in enumerate(rows, start=1):
+        for index, item in enumerate(row.context):
+            where = f"{path}:{number}: $.context[{index}]"
+            if (item.question_id, item.rollout_id) not in rollouts or item.question_id not in by_id:
+                raise UserError(f'{where}: no rollout {item.rollout_id} of question "{item.question_id}"')
+            if by_id[item.question_id].text_sha256 == row.text_sha256:
+                raise UserError(f"{where}: a question is its own context")

@@ -1,0 +1,80 @@
+"""Options that several commands share, so that a flag means the same in each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from neurosig.cli import CommonConfig
+
+if TYPE_CHECKING:
+    from neurosig.prompts import PromptConfig
+    from neurosig.sampling import SamplingConfig
+
+
+@dataclass(kw_only=True)
+class GenerationOptions(CommonConfig):
+    """Wording of the prompt, sampling and parsing."""
+
+    num_generations: int = 8
+    """K, rollouts a question."""
+    temperature: float = 0.8
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus mass kept; 1 keeps all."""
+    top_k: int = 0
+    """Number of most likely tokens kept; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Penalty on tokens already seen; 1 is none."""
+    max_new_tokens: int = 24
+    """Completion tokens before a rollout is cut off."""
+    seed: int = 0
+    """Seed of every random number."""
+
+    system: str | None = None
+    """System message; none leaves the chat template's default."""
+    instruction: str = "Answer in one short sentence."
+    """Line after a free-form question."""
+    choice_instruction: str = "Reply with the letter of the right choice, as in: Answer: A"
+    """Line after the choices of a multiple-choice question."""
+    enable_thinking: bool | None = None
+    """Handed to the chat template (Qwen3); none hands over nothing."""
+    template: str | None = None
+    """'plain' or a Jinja file, in place of the tokenizer's chat template."""
+    answer_format: Literal["auto", "letter", "number", "short"] = "auto"
+    """How answers are parsed; auto: letter when there are choices, else short text."""
+
+    batch_rows: int = 128
+    """Rollouts decoded at a time (memory and speed only)."""
+    dtype: str = "auto"
+    """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
+    device: str | None = None
+    """torch device; default: the first accelerator, else the CPU."""
+
+    def prompt_config(self) -> PromptConfig:
+        from neurosig.prompts import PromptConfig
+
+        return PromptConfig(self.system, self.instruction, self.choice_instruction, self.enable_thinking)
+
+    def sampling_config(self) -> SamplingConfig:
+        from neurosig.sampling import SamplingConfig
+
+        return SamplingConfig(
+            num_generations=self.num_generations,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+        )
+
+
+QWEN3_4B: dict[str, object] = {
+    "max_new_tokens": 1024,
+    "temperature": 1.0,
+    "enable_thinking": False,
+    "instruction": "Think step by step, then end with one line: Answer: <answer>",
+    "choice_instruction": "Think step by step, then end with one line: Answer: <letter>",
+}
+"""Generation options of the Qwen3-4B presets."""

@@ -1,0 +1,59 @@
+"""Reasoning patterns: how alike two rollouts are in the neurons they rely on.
+
+A rollout's signature is its active set; two signatures are compared by Jaccard similarity (reconstruction, after
+the neuron agreement of NeuFS and the nearest-neighbour contexts of the first author's earlier code).
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def flat_ids(ids: Int[Tensor, "n n_layers k"], d_mlp: int) -> Int[Tensor, "n set_size"]:
+    """Neuron ids that are unique over the layers: ``layer * d_mlp + index``."""
+    offset = torch.arange(ids.shape[1]) * d_mlp
+    return rearrange(ids.long() + rearrange(offset, "layer -> layer 1"), "n layer k -> n (layer k)")
+
+
+def jaccard(
+    a: Int[Tensor, "n set_size"], b: Int[Tensor, "m set_size"], *, block: int = 1024
+) -> Float[Tensor, "n m"]:
+    """Jaccard similarity of every pair of active sets of one size, exact.
+
+    Args:
+        a: Unique neuron ids of each set (`flat_ids`).
+        b: The sets to compare with.
+        block: Rows of ``a`` compared at a time; memory only.
+    """
+    size = a.shape[1]
+    used, columns = torch.cat([a, b]).unique(return_inverse=True)
+    right = _multi_hot(columns[len(a) :], len(used))
+    shared = torch.cat([_multi_hot(rows, len(used)) @ right.T for rows in columns[: len(a)].split(block)])
+    return shared / (2 * size - shared)
+
+
+def mean_pairwise_jaccard(sets: Int[Tensor, "k set_size"]) -> float:
+    """Agreement of one question's K rollouts: mean Jaccard over its pairs; 1 for a single rollout."""
+    k = len(sets)
+    if k == 1:
+        return 1.0
+    return float((jaccard(sets, sets).sum() - k) / (k * (k - 1)))
+
+
+def rank_neighbours(
+    similarity: Float[Tensor, "n m"], forbidden: Bool[Tensor, "n m"], m: int
+) -> tuple[Int[Tensor, "n m_kept"], Float[Tensor, "n m_kept"]]:
+    """The ``m`` most similar columns of each row, most similar first, ties by column order.
+
+    Forbidden columns come last with similarity ``-inf``.
+    """
+    values, order = similarity.masked_fill(forbidden, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return order[:, :m], values[:, :m]
+
+
+def _multi_hot(columns: Int[Tensor, "n set_size"], width: int) -> Float[Tensor, "n width"]:
+    # float32 counts are exact up to 2**24 shared neurons, and its product is the fastest on every device
+    return torch.zeros(len(columns), width).scatter_(1, columns, 1.0)

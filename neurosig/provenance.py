@@ -1,0 +1,82 @@
+"""The record of who made an output: tool, libraries, machine, command. It lies beside every output."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import neurosig
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "trl",
+    "nnsight",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pyarrow",
+    "pydantic",
+)
+
+
+def run_record() -> dict[str, Any]:
+    """Describe this run as plain JSON values.
+
+    Returns:
+        ``tool``, ``version``, ``git_commit`` and ``git_dirty`` (null unless git tracks the package's files), ``python``,
+        ``libraries`` (name -> version, null when not installed), ``platform``, ``machine``, ``cpus``, ``threads``
+        (torch's intra-op threads, null when torch is not loaded), ``omp_num_threads`` and ``command``.
+    """
+    commit, dirty = _git_state(Path(neurosig.__file__).resolve().parent)
+    torch = sys.modules.get("torch")
+    return {
+        "tool": "neurosig",
+        "version": neurosig.__version__,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "python": platform.python_version(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state(package: Path) -> tuple[str | None, bool | None]:
+    """Commit and dirtiness of the working tree that tracks ``package``; nulls for an installed copy."""
+    tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
+    commit = _git(package, "rev-parse", "HEAD") if tracked else None
+    if commit is None:
+        return None, None
+    return commit, bool(_git(package, "status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,175 @@
+"""Which questions to learn from, and which solved examples the teacher sees for each.
+
+The clean filter keeps questions whose majority answer the neurons trust; the context policy then picks, for each of
+them, trajectories of other clean questions that reason alike (reconstruction).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from neurosig.answers import Vote
+from neurosig.manifest import Reason
+from neurosig.patterns import jaccard, rank_neighbours
+
+CleanFilter = Literal["neuron", "vote_only", "neuron_only", "threshold", "all"]
+ContextPolicy = Literal["nearest", "nearest_first", "random", "random_within_kind", "none"]
+
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionConfig:
+    """Options of the clean filter and the teacher's context; all are recorded in the manifest.
+
+    Attributes:
+        clean_filter: ``neuron`` needs ``min_vote_share`` and keeps the cleanest ``keep_fraction`` of what is left
+            by hallucination score; ``vote_only`` and ``neuron_only`` use one of the two conditions; ``threshold``
+            needs ``min_vote_share`` and a score of at most ``max_score``; ``all`` keeps every question.
+        min_vote_share: Least share of the K answers that the majority holds.
+        keep_fraction: Share of the questions kept by the score.
+        max_score: Largest score kept by ``threshold``.
+        context_policy: ``nearest`` shows the most similar last; ``random_within_kind`` draws among questions of
+            the same kind, the control for matching by topic alone.
+        num_demonstrations: Solved examples a context holds.
+        seed: Seed of the random policies.
+    """
+
+    clean_filter: CleanFilter = "neuron"
+    min_vote_share: float = 0.5
+    keep_fraction: float = 0.5
+    max_score: float = 0.5
+    context_policy: ContextPolicy = "nearest"
+    num_demonstrations: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A traced question as selection sees it.
+
+    Attributes:
+        question_id: Its id.
+        text_sha256: Hash of its text; near-duplicates share it and never serve each other.
+        kind: Its kind or, without one, its domain.
+        vote: Majority vote.
+        score: Hallucination score, higher is worse.
+        representative: Index of the majority rollout with the lowest hallucination score; ``None`` without a vote.
+        signature: Active set of that rollout as flat ids.
+    """
+
+    question_id: str
+    text_sha256: str
+    kind: str
+    vote: Vote
+    score: float
+    representative: int | None
+    signature: Int[Tensor, " set_size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstrated:
+    """One solved example of a context: whose rollout, and how similar."""
+
+    question_id: str
+    rollout_id: int
+    similarity: float | None
+
+
+def representative(
+    answers: Sequence[str | None], vote: Vote, rollout_scores: Float[np.ndarray, " k"]
+) -> int | None:
+    """Index of the rollout that stands for a question: majority answer, lowest hallucination score, first on ties."""
+    majority = [index for index, answer in enumerate(answers) if answer is not None and answer == vote.winner]
+    return min(majority, key=lambda index: rollout_scores[index], default=None)
+
+
+def clean_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> list[Reason]:
+    """``selected``, or why a question is not clean, for each candidate."""
+    if config.clean_filter == "all":
+        return ["selected"] * len(candidates)
+    reasons: list[Reason] = [_vote_reason(candidate.vote, config) for candidate in candidates]
+    if config.clean_filter == "vote_only":
+        return reasons
+    passed = [index for index, reason in enumerate(reasons) if reason == "selected"]
+    if config.clean_filter == "threshold":
+        dirty = [index for index in passed if candidates[index].score > config.max_score]
+    else:
+        ranked = sorted(passed, key=lambda index: (candidates[index].score, candidates[index].question_id))
+        dirty = ranked[math.ceil(config.keep_fraction * len(passed)) :]
+    for index in dirty:
+        reasons[index] = "hallucination"
+    return reasons
+
+
+def choose_contexts(
+    candidates: Sequence[Candidate], clean: Sequence[bool], config: SelectionConfig
+) -> list[list[Demonstrated]]:
+    """The teacher's context of each clean question, in prompt order; empty for the others and for ``none``."""
+    if config.context_policy == "none":
+        return [[] for _ in candidates]
+    pool = [index for index, keep in enumerate(clean) if keep and candidates[index].representative is not None]
+    students = [index for index, keep in enumerate(clean) if keep]
+    contexts: list[list[Demonstrated]] = [[] for _ in candidates]
+    if not pool or not students:
+        return contexts
+    similarity = _similarity(candidates, students, pool)
+    forbidden = _forbidden(candidates, students, pool)
+    preference = _preference(similarity, candidates, students, pool, config)
+    order, _ = rank_neighbours(preference, forbidden, len(pool))
+    for row, student in enumerate(students):
+        allowed = [int(column) for column in order[row] if not forbidden[row, column]][: config.num_demonstrations]
+        shown = [_demonstrated(candidates[pool[column]], float(similarity[row, column])) for column in allowed]
+        contexts[student] = shown if config.context_policy == "nearest_first" else shown[::-1]
+    return contexts
+
+
+def _vote_reason(vote: Vote, config: SelectionConfig) -> Reason:
+    if vote.winner is None:
+        return "no_parse"
+    if config.clean_filter == "neuron_only":
+        return "selected"
+    if len(vote.tied) > 1:
+        return "tie"
+    return "selected" if vote.share >= config.min_vote_share else "low_agreement"
+
+
+def _similarity(candidates: Sequence[Candidate], students: list[int], pool: list[int]) -> Float[Tensor, "students pool"]:
+    rows = torch.stack([candidates[index].signature for index in students])
+    columns = torch.stack([candidates[index].signature for index in pool])
+    return jaccard(rows, columns)
+
+
+def _forbidden(candidates: Sequence[Candidate], students: list[int], pool: list[int]) -> Bool[Tensor, "students pool"]:
+    """The question itself and its duplicates in text are never its own context."""
+    texts = [candidates[index].text_sha256 for index in pool]
+    return torch.tensor([[candidates[student].text_sha256 == text for text in texts] for student in students])
+
+
+def _preference(
+    similarity: Float[Tensor, "students pool"],
+    candidates: Sequence[Candidate],
+    students: list[int],
+    pool: list[int],
+    config: SelectionConfig,
+) -> Float[Tensor, "students pool"]:
+    """What the policy ranks by, higher first."""
+    if config.context_policy in ("nearest", "nearest_first"):
+        return similarity
+    drawn = torch.from_numpy(np.random.default_rng(config.seed).random(similarity.shape, dtype=np.float32))
+    if config.context_policy == "random":
+        return drawn
+    same = [[candidates[student].kind == candidates[index].kind for index in pool] for student in students]
+    return drawn + torch.tensor(same).float()
+
+
+def _demonstrated(candidate: Candidate, similarity: float) -> Demonstrated:
+    assert candidate.representative is not None
+    return Demonstrated(candidate.question_id, candidate.representative, round(similarity, 6))
