@@ -106,9 +106,7 @@ def _existing(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def _optimizer_tensors(
-    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
+def _optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{entry}": value.detach().cpu().contiguous()
         for name, parameter in parameters.items()

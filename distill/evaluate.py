@@ -107,7 +107,9 @@ def _questions(config: EvaluateConfig) -> list[Question]:
             raise UserError(f'id "{question.id}" is in two of the --questions sources; name each set once')
         seen.add(question.id)
         if question.answer is None:
-            raise UserError(f'question "{question.id}" (line {question.line}) has no answer; evaluation needs gold answers')
+            raise UserError(
+                f'question "{question.id}" (line {question.line}) has no answer; evaluation needs gold answers'
+            )
     return questions
 
 
@@ -120,7 +122,9 @@ def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
         return loaded, None
     weights = config.adapter / "adapter_model.safetensors"
     if not weights.is_file():
-        raise UserError(f"--adapter {config.adapter}: no adapter_model.safetensors there; give a folder of distill.train")
+        raise UserError(
+            f"--adapter {config.adapter}: no adapter_model.safetensors there; give a folder of distill.train"
+        )
     from peft import PeftModel
 
     # merged into the weights: the same function, and sampling is faster

@@ -60,7 +60,9 @@ def main(config: ReportConfig) -> None:
     ids = {name: sorted(run["rows"]) for name, run in runs.items()}
     for name in runs:
         if ids[name] != ids["base"]:
-            raise UserError(f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions")
+            raise UserError(
+                f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
+            )
     source = _source_domains(config, runs["base"])
     groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
     rows = [
@@ -87,7 +89,11 @@ def _read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
     summary = json.loads((folder / SUMMARY).read_text())
     rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
-    return {"rows": {row["id"]: row for row in rows}, "domains": list(summary["domains"]), "config": summary["config"]}
+    return {
+        "rows": {row["id"]: row for row in rows},
+        "domains": list(summary["domains"]),
+        "config": summary["config"],
+    }
 
 
 def _source_domains(config: ReportConfig, base: Mapping[str, Any]) -> list[str]:
@@ -101,9 +107,7 @@ def _source_domains(config: ReportConfig, base: Mapping[str, Any]) -> list[str]:
     return [domain for domain in base["domains"] if domain in trained_on]
 
 
-def _compare(
-    runs: Mapping[str, Any], name: str, domains: Sequence[str], config: ReportConfig
-) -> dict[str, Any]:
+def _compare(runs: Mapping[str, Any], name: str, domains: Sequence[str], config: ReportConfig) -> dict[str, Any]:
     """Every metric of one run, and its change against base and control, over the questions of ``domains``."""
     mine = _columns(runs[name], domains)
     row: dict[str, Any] = {"n": len(mine["avg_at_k"]), "temperature": runs[name]["config"]["temperature"]}
@@ -111,9 +115,7 @@ def _compare(
         row[metric] = asdict(_difference(metric, mine, None, config))
         for other in ("base", "control"):
             if other in runs and name not in ("base", other):
-                row[f"{metric}_vs_{other}"] = asdict(
-                    _difference(metric, mine, _columns(runs[other], domains), config)
-                )
+                row[f"{metric}_vs_{other}"] = asdict(_difference(metric, mine, _columns(runs[other], domains), config))
     row["mean_confidence"] = float((mine["votes"] / mine["k"]).mean())
     row["ece_floor"] = _floor(mine)
     return row

@@ -27,13 +27,10 @@ from neurosig.cli import CommonConfig, PhaseTimer, config_record, progress, run_
 from neurosig.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
 
-    from neurosig.manifest import Manifest, QuestionRow
+    from neurosig.manifest import Manifest
     from neurosig.models import LoadedModel
-    from neurosig.prompts import PromptBuilder
-    from neurosig.rollouts import Rollout
     from neurosig.sampling import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -155,30 +152,24 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     import torch
 
     from distill.checkpoints import load_newest, save_checkpoint
+    from distill.step import learn
+    from distill.tasks import check_model, manifest_tasks, questions_of_step
     from distill.teacher import Teacher
     from neurosig.manifest import read_manifest
     from neurosig.models import load_model
-    from neurosig.prompts import PromptBuilder, PromptConfig
     from neurosig.sampling import Prompt, sample
 
     with timer.phase("load"):
         manifest = read_manifest(config.manifest)
-        options = manifest.header.options
         loaded = load_model(
             config.model or manifest.header.model["id"],
             dtype=config.dtype,
             device=config.device,
-            template=options["template"],
+            template=manifest.header.options["template"],
         )
-        _check_model(config, manifest, loaded)
-    builder = PromptBuilder(
-        loaded.tokenizer,
-        PromptConfig(
-            options["system"], options["instruction"], options["choice_instruction"], options["enable_thinking"]
-        ),
-    )
+        check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
     sampling = _sampling_config(config, manifest)
-    tasks = _tasks(manifest, builder, loaded, sampling)
+    tasks = manifest_tasks(manifest, loaded, max_new_tokens=sampling.max_new_tokens)
 
     torch.manual_seed(config.seed)
     model, adapter = _student(config, loaded)
@@ -192,7 +183,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     with log, progress(total=config.steps, desc="train", quiet=config.quiet) as bar:
         bar.update(done)
         for step in range(done + 1, config.steps + 1):
-            chosen = _questions_of_step(len(tasks), config, step)
+            chosen = questions_of_step(len(tasks), step, per_step=config.questions_per_step, seed=config.seed)
             prompts = [Prompt(tasks[index].id, tasks[index].student_prompt) for index in chosen]
             with timer.phase("sample"):
                 groups = list(sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt=f"step{step}"))
@@ -202,7 +193,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with timer.phase("learn"):
-                metrics = _step(config, loaded, teacher, optimizer, list(parameters.values()), pairs)
+                metrics = learn(config, model, teacher, optimizer, pairs)
             metrics = {"step": step, "learning_rate": rate, **metrics}
             _check_finite(metrics, [task.id for task in by_id.values()])
             log.write(json.dumps(metrics) + "\n")
@@ -212,49 +203,27 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
             if step % config.save_steps == 0 or step == config.steps:
                 with timer.phase("save"):
                     save_checkpoint(
-                        config.out / "checkpoints", step, parameters, optimizer, key, keep=config.keep_checkpoints
+                        config.out / "checkpoints",
+                        step,
+                        parameters,
+                        optimizer,
+                        key,
+                        keep=config.keep_checkpoints,
                     )
     _write_final(config, manifest, loaded, model, adapter)
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A selected question: the prompts of student and teacher."""
-
-    id: str
-    student_prompt: tuple[int, ...]
-    teacher_prompt: tuple[int, ...]
-
-
 def _check(config: TrainConfig) -> None:
-    for name, least in (("steps", 1), ("questions_per_step", 1), ("num_generations", 1), ("micro_batch_size", 1)):
+    for name, least in (
+        ("steps", 1),
+        ("questions_per_step", 1),
+        ("num_generations", 1),
+        ("micro_batch_size", 1),
+    ):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
     if config.learning_rate <= 0:
         raise UserError(f"--learning-rate: expected a number above 0, got {config.learning_rate}")
-
-
-def _check_model(config: TrainConfig, manifest: Manifest, loaded: LoadedModel) -> None:
-    """The model must be the one that made the manifest: same weights, tokenizer and chat template."""
-    header, info = manifest.header, loaded.info
-    for what, made, here in (
-        ("weights", header.model["weights"], info.weights),
-        ("tokenizer", header.tokenizer["sha256"], info.tokenizer_sha256),
-        ("chat template", header.tokenizer["chat_template_sha256"], info.chat_template_sha256),
-    ):
-        if made == here:
-            continue
-        message = (
-            f"manifest {config.manifest} was made by {header.model['id']}, not by {info.id}: "
-            f"{what} {_short(made)} against {_short(here)}"
-        )
-        if not config.allow_model_mismatch:
-            raise UserError(f"{message}; give the right --model, export again, or use --allow-model-mismatch")
-        logger.warning("%s", message)
-
-
-def _short(digest: object) -> str:
-    return str(next(iter(digest.values()), None) if isinstance(digest, dict) else digest)[:12]
 
 
 def _sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
@@ -270,35 +239,6 @@ def _sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
         max_new_tokens=config.max_new_tokens or options["max_new_tokens"],
         seed=config.seed,
     )
-
-
-def _tasks(
-    manifest: Manifest, builder: PromptBuilder, loaded: LoadedModel, sampling: SamplingConfig
-) -> list[Task]:
-    """Prompts of every selected question; a prompt that does not fit is an error now, never cut later."""
-    from neurosig.prompts import Demonstration
-
-    selected = manifest.selected
-    if not selected:
-        counts = ", ".join(f"{n} {reason}" for reason, n in manifest.header.counts.items() if reason != "questions")
-        raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected ({counts})")
-    by_id = {row.id: row.as_question() for row in manifest.rows}
-    tasks = []
-    for row in selected:
-        context = [
-            Demonstration(by_id[item.question_id], manifest.rollouts[item.question_id, item.rollout_id].text)
-            for item in row.context
-        ]
-        task = Task(row.id, builder.student(by_id[row.id]), builder.teacher(by_id[row.id], context))
-        for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
-            if len(prompt) + sampling.max_new_tokens > loaded.max_length:
-                raise UserError(
-                    f'question "{row.id}": the {who} prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new '
-                    f"tokens exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with "
-                    "fewer --num-demonstrations"
-                )
-        tasks.append(task)
-    return tasks
 
 
 def _student(config: TrainConfig, loaded: LoadedModel) -> tuple[Any, PeftModel | None]:
@@ -323,84 +263,6 @@ def _student(config: TrainConfig, loaded: LoadedModel) -> tuple[Any, PeftModel |
     return model, adapter
 
 
-def _questions_of_step(n: int, config: TrainConfig, step: int) -> list[int]:
-    """Questions of a step: epochs of seeded permutations, cut into steps; a function of the step alone."""
-    import numpy as np
-
-    first = (step - 1) * config.questions_per_step
-    chosen: list[int] = []
-    for position in range(first, first + min(config.questions_per_step, n)):
-        order = np.random.default_rng([config.seed, position // n]).permutation(n)
-        if (index := int(order[position % n])) not in chosen:
-            chosen.append(index)
-    return chosen
-
-
-def _step(
-    config: TrainConfig,
-    loaded: LoadedModel,
-    teacher: Any,
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.nn.Parameter],
-    pairs: Sequence[tuple[Task, Rollout]],
-) -> dict[str, float]:
-    """One optimizer step on a global batch; the loss is the mean over its completion tokens in the loss."""
-    import torch
-
-    from distill.hidden import completion_hidden
-    from distill.losses import chunked_divergence
-
-    kept = [
-        (task, rollout)
-        for task, rollout in pairs
-        if (config.keep_truncated or rollout.finish_reason == "stop") and len(rollout.token_ids) > config.skip_first
-    ]
-    total = sum(len(rollout.token_ids) - config.skip_first for _, rollout in kept)
-    sums = {"loss": 0.0, "divergence": 0.0, "teacher_entropy": 0.0, "student_entropy": 0.0, "clip_fraction": 0.0}
-    optimizer.zero_grad(set_to_none=True)
-    for start in range(0, len(kept), config.micro_batch_size):
-        batch = kept[start : start + config.micro_batch_size]
-        completions = [rollout.token_ids for _, rollout in batch]
-        with teacher.active() as model:
-            teacher_hidden = completion_hidden(model, [task.teacher_prompt for task, _ in batch], completions)
-        student_hidden = completion_hidden(loaded.model, [task.student_prompt for task, _ in batch], completions)
-        head = loaded.model.get_output_embeddings().weight
-        position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(student_hidden.device)
-        output = chunked_divergence(
-            student_hidden,
-            teacher_hidden,
-            head,
-            head,
-            divergence=config.divergence,
-            beta=config.beta,
-            temperature=config.loss_temperature,
-            clip=config.clip,
-            clip_value=config.clip_value,
-            softcap=getattr(loaded.model.config.get_text_config(), "final_logit_softcapping", None),
-            weights=(position >= config.skip_first).float() / total,
-        )
-        output.loss.backward()
-        share = sum(len(ids) - config.skip_first for ids in completions) / total
-        sums["loss"] += float(output.loss.detach())
-        sums["divergence"] += float(output.unclipped.sum()) / total
-        sums["teacher_entropy"] += float(output.teacher_entropy.sum()) / total
-        sums["student_entropy"] += float(output.student_entropy.sum()) / total
-        sums["clip_fraction"] += float(output.clip_fraction) * share
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm) if kept else torch.tensor(0.0)
-    if kept and bool(torch.isfinite(norm)):
-        optimizer.step()
-    rollouts = [rollout for _, rollout in pairs]
-    return {
-        **sums,
-        "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"],
-        "grad_norm": float(norm),
-        "mean_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
-        "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
-        "rollouts_in_loss": float(len(kept)),
-        "tokens_in_loss": float(total),
-    }
-
-
 def _check_finite(metrics: Mapping[str, float], question_ids: Sequence[str]) -> None:
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
@@ -413,7 +275,17 @@ def _check_finite(metrics: Mapping[str, float], question_ids: Sequence[str]) -> 
 def _resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:
     import torch
 
-    free = {"preset", "config", "manifest", "out", "model", "resume", "overwrite", "save_steps", "keep_checkpoints"}
+    free = {
+        "preset",
+        "config",
+        "manifest",
+        "out",
+        "model",
+        "resume",
+        "overwrite",
+        "save_steps",
+        "keep_checkpoints",
+    }
     record = {name: value for name, value in config_record(config).items() if name not in free}
     return {
         **record,
@@ -443,7 +315,7 @@ def _write_final(
     name = "model" if adapter is None else "adapter"
     aside, target = config.out / ".final", config.out / name
     shutil.rmtree(aside, ignore_errors=True)
-    (model if adapter is None else adapter).save_pretrained(aside)
+    (model if adapter is None else adapter).save_pretrained(str(aside))
     if adapter is None:
         loaded.tokenizer.save_pretrained(aside)
     shutil.rmtree(target, ignore_errors=True)

@@ -31,16 +31,23 @@ _CLAUSE_END = re.compile(
     r"[,;:(]|\b(?:and|or)\b(?!\s+[A-Z])|\b(?:but|which|who|that|not|though|because|since|as|when|where|while|also)\b"
 )
 _PREDICATE = re.compile(r"\b(?:is|are|was|were|be|has|had|lies|means|becomes|called|belongs)\b", re.IGNORECASE)
-_WORD = re.compile(r"[\w$%+'’.\-]*\w[\w$%+'’]*", re.UNICODE)
-_QUOTED = re.compile(r"[\"“«*‘]+([^\"“”«»*‘’]+?)[.,]?[\"”»*’]+")
-_REFUSAL = re.compile(r"\b(?:i'?m sorry|i am sorry|i (?:do not|don'?t) know|i can(?:not|'t)|as an ai|unable to)\b", re.IGNORECASE)
+_WORD = re.compile(r"[\w$%+'\u2019.\-]*\w[\w$%+'\u2019]*")
+_QUOTED = re.compile(
+    r"[\"*\u201c\u00ab\u2018]+([^\"*\u201c\u201d\u00ab\u00bb\u2018\u2019]+?)[.,]?[\"*\u201d\u00bb\u2019]+"
+)
+_REFUSAL = re.compile(
+    r"\b(?:i'?m sorry|i am sorry|i (?:do not|don'?t) know|i can(?:not|'t)|as an ai|unable to)\b",
+    re.IGNORECASE,
+)
 _FILLER = frozenset(
-    """a an the of in on at to from by for with as its it this that there their one two
+    """
+    a an the of in on at to from by for with as its it this that there their one two
     is are was were be been being has have had do does can could will would may
     located situated found considered known called named referred represented spelled written defined given
     actually indeed typically often usually officially currently simply generally commonly
     continent continental country nation state city town place capital language word term name person people
-    official chemical element symbol formula compound number atomic past tense plural singular form opposite verb noun""".split()
+    official chemical element symbol formula compound number atomic past tense plural singular form opposite verb noun
+    """.split()  # noqa: SIM905 (a list of eighty strings reads worse)
 )
 
 
@@ -119,7 +126,7 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKD", text)
     text = "".join(char for char in text if not unicodedata.combining(char)).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    text = re.sub(r"[^\w\s.+%$/-]|(?<!\d)\.|\.(?!\d)", " ", text).replace("-", " " if not text[:1] == "-" else "-")
+    text = re.sub(r"[^\w\s.+%$/-]|(?<!\d)\.|\.(?!\d)", " ", text).replace("-", " " if text[:1] != "-" else "-")
     text = re.sub(r"^(?:the|an|a)\s+", "", " ".join(text.split()))
     number = re.fullmatch(r"\$?([-+]?\d+)(?:\.0+)?", text)
     return str(int(number[1])) if number else text
@@ -129,7 +136,9 @@ def _letter(text: str, choices: Sequence[str]) -> str | None:
     letters = string.ascii_uppercase[: len(choices) or 26]
     marked = _MARKER.findall(text)
     tail = next((part for part in marked[-1] if part), "").strip("*() .") if marked else ""
-    for said in ([tail[:1]] if re.match(r"[A-Z]\b", tail) else []) + [a or b for a, b in _LETTER_SAID.findall(text)][-1:]:
+    for said in ([tail[:1]] if re.match(r"[A-Z]\b", tail) else []) + [a or b for a, b in _LETTER_SAID.findall(text)][
+        -1:
+    ]:
         if said in letters:
             return normalise(said)
     named = [

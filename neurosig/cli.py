@@ -176,13 +176,11 @@ def config_record(config: CommonConfig) -> dict[str, Any]:
 
 
 def printable(text: str) -> str:
-    r"""Model text for a terminal, on one line: control characters (``\x1b``), line breaks and bidi overrides escaped."""
+    r"""Model text for a terminal, on one line: control characters (``\x1b``) and bidi overrides escaped."""
     return _UNPRINTABLE.sub(lambda match: repr(match.group())[1:-1], text)
 
 
-def progress(
-    iterable: Iterable[T] | None = None, *, total: int | None = None, desc: str, quiet: bool = False
-) -> Any:
+def progress(iterable: Iterable[T] | None = None, *, total: int | None = None, desc: str, quiet: bool = False) -> Any:
     """A tqdm bar on stderr over ``iterable``, or to ``update`` by hand; none when quiet or not on a terminal."""
     from tqdm import tqdm
 
@@ -292,7 +290,10 @@ def _explain(fault: BaseException, *, can_resume: bool) -> tuple[int, str]:
         return EXIT_USER, f"error: {printable(_os_text(fault, named=True))}"
     if type(fault).__name__ == "SafetensorError" and "os error 28" in text:  # its full disk is no OSError
         return EXIT_USER, f"error: {text}"
-    return EXIT_INTERNAL, f"error: internal: {type(fault).__name__}: {text} (rerun with --debug for the traceback)"
+    return (
+        EXIT_INTERNAL,
+        f"error: internal: {type(fault).__name__}: {text} (rerun with --debug for the traceback)",
+    )
 
 
 def _os_text(fault: OSError, *, named: bool = False) -> str:

@@ -40,9 +40,7 @@ def masked_mean(x: Float[Tensor, "batch seq d"], mask: Bool[Tensor, "batch seq"]
     return torch.einsum("bs,bsd->bd", mask.to(x.dtype), x) / mask.sum(dim=1, keepdim=True)
 
 
-def active_set(
-    mean: Float[Tensor, "batch d_mlp"], k: int
-) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
+def active_set(mean: Float[Tensor, "batch d_mlp"], k: int) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
     """The ``k`` largest entries of each row and their indices, largest first, equal values by lower index.
 
     A stable sort: ``torch.topk`` leaves the order and choice among equal values open. NaN sorts first.

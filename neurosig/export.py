@@ -24,7 +24,6 @@ from neurosig.errors import UserError
 from neurosig.options import QWEN3_4B, GenerationOptions
 
 if TYPE_CHECKING:
-    from neurosig.answers import Vote
     from neurosig.hallucination import QuestionSignals, Scores
     from neurosig.manifest import QuestionRow
     from neurosig.models import LoadedModel
@@ -128,6 +127,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.models import load_model
     from neurosig.prompts import PromptBuilder
     from neurosig.questions import load_questions, without_answers
+    from neurosig.rows import manifest_rows
 
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
     with timer.phase("load model"):
@@ -143,7 +143,14 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     with timer.phase("score and select"):
         signals = _signals(config, questions, groups, sets)
         scores = _scores(config, signals, sites.n_layers, sites.d_mlp)
-        rows = _rows(config, questions, signals, scores, sites.d_mlp)
+        rows = manifest_rows(
+            questions,
+            signals,
+            scores,
+            ranked_by=config.hallucination_score,
+            selection=_selection_config(config),
+            d_mlp=sites.d_mlp,
+        )
     with timer.phase("write"):
         _write(config, loaded, questions, rows, groups, sets, scores, sites.d_mlp)
     shutil.rmtree(work)
@@ -309,73 +316,6 @@ def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], n_laye
     return scores
 
 
-def _rows(
-    config: ExportConfig,
-    questions: Sequence[Question],
-    signals: Mapping[str, QuestionSignals],
-    scores: Scores,
-    d_mlp: int,
-) -> list[QuestionRow]:
-    """Select, choose contexts and make one manifest row an input question."""
-    from neurosig.manifest import ContextItem, QuestionRow, VoteRecord
-    from neurosig.patterns import flat_ids
-    from neurosig.selection import Candidate, choose_contexts, clean_reasons, representative
-
-    by_id = {question.id: question for question in questions}
-    candidates = []
-    for index, (name, signal) in enumerate(signals.items()):
-        chosen = representative(signal.answers, signal.vote, scores.rollout_probe[index])
-        candidates.append(
-            Candidate(
-                question_id=name,
-                text_sha256=by_id[name].text_sha256,
-                kind=by_id[name].kind or by_id[name].domain,
-                vote=signal.vote,
-                score=float(scores.by_name[config.hallucination_score][index]),
-                representative=chosen,
-                signature=flat_ids(signal.ids[[chosen or 0]], d_mlp)[0],
-            )
-        )
-    selection = _selection_config(config)
-    reasons = clean_reasons(candidates, selection)
-    contexts = choose_contexts(candidates, [reason == "selected" for reason in reasons], selection)
-    if config.context_policy != "none":
-        reasons = [
-            "no_context" if reason == "selected" and not context else reason
-            for reason, context in zip(reasons, contexts, strict=True)
-        ]
-    place = {name: index for index, name in enumerate(signals)}
-
-    def row(question: Question) -> QuestionRow:
-        index = place.get(question.id)
-        vote: Vote | None = None if index is None else signals[question.id].vote
-        return QuestionRow(
-            id=question.id,
-            line=question.line,
-            domain=question.domain,
-            kind=question.kind,
-            question=question.question,
-            choices=question.choices,
-            text_sha256=question.text_sha256,
-            answers=() if index is None else tuple(signals[question.id].answers),
-            vote=None if vote is None else VoteRecord(count=vote.count, n=vote.n, tied=len(vote.tied)),
-            pseudo_label=None if vote is None else vote.winner,
-            scores={}
-            if index is None
-            else {name: round(float(values[index]), 6) for name, values in scores.by_name.items()},
-            selected=index is not None and reasons[index] == "selected",
-            reason="too_long" if index is None else reasons[index],
-            context=()
-            if index is None
-            else tuple(
-                ContextItem(question_id=shown.question_id, rollout_id=shown.rollout_id, similarity=shown.similarity)
-                for shown in contexts[index]
-            ),
-        )
-
-    return [row(question) for question in questions]
-
-
 def _write(
     config: ExportConfig,
     loaded: LoadedModel,
@@ -396,13 +336,20 @@ def _write(
 
     places = {"preset", "config", "out", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
     info = loaded.info.as_dict()
-    tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
+    tokenizer = {
+        "sha256": info.pop("tokenizer_sha256"),
+        "chat_template_sha256": info.pop("chat_template_sha256"),
+    }
     external = None if config.rollouts is None else {"rollouts_sha256": sha256_file(config.rollouts)}
     header = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
         "model": info,
         "tokenizer": tokenizer,
-        "dataset": {"sources": list(config.questions), "sha256": _dataset_sha256(questions), "rows": len(questions)},
+        "dataset": {
+            "sources": list(config.questions),
+            "sha256": _dataset_sha256(questions),
+            "rows": len(questions),
+        },
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in places},
     }
@@ -412,7 +359,8 @@ def _write(
         rows,
         [rollout for group in groups.values() for rollout in group],
         signals=save(
-            {"ids": sets.ids, "values": sets.values}, metadata={"d_mlp": str(d_mlp), "order": "rollouts.jsonl"}
+            {"ids": sets.ids, "values": sets.values},
+            metadata={"d_mlp": str(d_mlp), "order": "rollouts.jsonl"},
         ),
         neurons_csv=_neurons_csv(sets, scores, d_mlp),
         header=header,

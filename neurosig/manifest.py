@@ -26,7 +26,12 @@ from neurosig.rollouts import Rollout
 FORMAT = "neurosig-manifest"
 SCHEMA_VERSION = "1.0"
 HEADER = "manifest.json"
-QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = "questions.jsonl", "rollouts.jsonl", "signals.safetensors", "neurons.csv"
+QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = (
+    "questions.jsonl",
+    "rollouts.jsonl",
+    "signals.safetensors",
+    "neurons.csv",
+)
 
 Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "hallucination", "no_context"]
 
@@ -168,7 +173,10 @@ def write_manifest(
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         **header,
-        "counts": {"questions": len(rows), **{reason: reasons[reason] for reason in get_args(Reason) if reasons[reason]}},
+        "counts": {
+            "questions": len(rows),
+            **{reason: reasons[reason] for reason in get_args(Reason) if reasons[reason]},
+        },
         "files": files,
     }
     body = json.loads(json.dumps(body))
@@ -265,9 +273,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     return f"{where}: {problem['msg'].lower()}{got}"
 
 
-def _verify_contexts(
-    path: Path, rows: Sequence[QuestionRow], rollouts: Mapping[tuple[str, int], Rollout]
-) -> None:
+def _verify_contexts(path: Path, rows: Sequence[QuestionRow], rollouts: Mapping[tuple[str, int], Rollout]) -> None:
     by_id = {row.id: row for row in rows}
     if len(by_id) != len(rows):
         raise UserError(f"{path}: an id stands on two lines; export again")

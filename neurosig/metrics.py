@@ -132,9 +132,7 @@ def brier(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarr
     return float(np.mean((votes / k - accuracy) ** 2 + accuracy * (1 - accuracy)))
 
 
-def signed_gap(
-    votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]
-) -> float:
+def signed_gap(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]) -> float:
     """Mean confidence minus mean accuracy: above 0 is overconfident.
 
     Raises:
@@ -144,9 +142,7 @@ def signed_gap(
     return float(np.mean(votes / k - accuracy))
 
 
-def smooth_ece(
-    votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]
-) -> float:
+def smooth_ece(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]) -> float:
     """Smooth calibration error smECE of Blasiok & Nakkiran 2023 (arXiv 2309.12236).
 
     ``smECE_s`` is the integral over [0, 1] of the absolute residual smoothed by a Gaussian of width s,
@@ -335,9 +331,7 @@ def paired_permutation_p(
     return float(result.pvalue)
 
 
-def _reflected_gaussian(
-    centres: Float[np.ndarray, " support"], width: float
-) -> Float[np.ndarray, "support cells"]:
+def _reflected_gaussian(centres: Float[np.ndarray, " support"], width: float) -> Float[np.ndarray, "support cells"]:
     """Mass that a Gaussian of the given width, folded into [0, 1], puts on each cell of an equal grid."""
     edges = np.linspace(0.0, 1.0, _SMOOTH_GRID + 1)
     mass = np.zeros((len(centres), _SMOOTH_GRID))

@@ -92,12 +92,6 @@ class LoadedModel:
         return tuple(sorted(ids))
 
     @property
-    def pad_token_id(self) -> int:
-        """The tokenizer's padding id, or its first end-of-sequence id when it has none."""
-        pad = self.tokenizer.pad_token_id
-        return self.eos_token_ids[0] if pad is None else int(pad)
-
-    @property
     def max_length(self) -> int:
         """Positions the model can hold."""
         return int(self.model.config.get_text_config().max_position_embeddings)
@@ -197,12 +191,14 @@ def _embedded() -> str:
 
 def _hub_snapshot(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
             snapshot_download(
-                repo_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+                repo_id,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -221,7 +217,9 @@ def _check_folder(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        reason = f"{pickled[0].name} holds pickle weights; convert to safetensors" if pickled else "no .safetensors file"
+        reason = (
+            f"{pickled[0].name} holds pickle weights; convert to safetensors" if pickled else "no .safetensors file"
+        )
         raise UserError(f"model {folder}: {reason}")
     for file in files:
         with file.open("rb") as handle:

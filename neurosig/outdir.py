@@ -15,9 +15,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def output_folder(
-    out: Path, *, finished: str, owned: Sequence[str], resume: bool, overwrite: bool
-) -> Iterator[bool]:
+def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: bool, overwrite: bool) -> Iterator[bool]:
     """Hold ``out`` for one run; yields whether an earlier run already finished it (then change nothing).
 
     Args:
@@ -44,7 +42,9 @@ def output_folder(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise UserError(f"--out {out}: in use by pid {lock.read().strip() or 'unknown'}; wait or choose another") from error
+            raise UserError(
+                f"--out {out}: in use by pid {lock.read().strip() or 'unknown'}; wait or choose another"
+            ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -53,7 +53,9 @@ def output_folder(
             for path in earlier:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif earlier and not resume:
-            raise UserError(f"--out {out}: holds an earlier run; give --resume to continue it, --overwrite, or another folder")
+            raise UserError(
+                f"--out {out}: holds an earlier run; give --resume to continue it, --overwrite, or another folder"
+            )
         try:
             yield (out / finished).exists()
         finally:

@@ -18,9 +18,7 @@ def flat_ids(ids: Int[Tensor, "n n_layers k"], d_mlp: int) -> Int[Tensor, "n set
     return rearrange(ids.long() + rearrange(offset, "layer -> layer 1"), "n layer k -> n (layer k)")
 
 
-def jaccard(
-    a: Int[Tensor, "n set_size"], b: Int[Tensor, "m set_size"], *, block: int = 1024
-) -> Float[Tensor, "n m"]:
+def jaccard(a: Int[Tensor, "n set_size"], b: Int[Tensor, "m set_size"], *, block: int = 1024) -> Float[Tensor, "n m"]:
     """Jaccard similarity of every pair of active sets of one size, exact.
 
     Args:

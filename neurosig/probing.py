@@ -60,7 +60,9 @@ class ProbeResult:
 
 
 def contribution_matrix(
-    flat_ids: Int[np.ndarray, "rollouts set_size"], values: Float[np.ndarray, "rollouts set_size"], n_neurons: int
+    flat_ids: Int[np.ndarray, "rollouts set_size"],
+    values: Float[np.ndarray, "rollouts set_size"],
+    n_neurons: int,
 ) -> sparse.csr_array:
     """Contributions as a sparse matrix [rollouts, n_neurons]; a neuron outside a rollout's active set counts 0."""
     rows, size = flat_ids.shape
@@ -71,9 +73,7 @@ def contribution_matrix(
     return sparse.csr_array((data, columns, pointers), shape=(rows, n_neurons))
 
 
-def agreement_labels(
-    shares: Float[np.ndarray, " questions"], config: ProbeConfig
-) -> Int[np.ndarray, " questions"]:
+def agreement_labels(shares: Float[np.ndarray, " questions"], config: ProbeConfig) -> Int[np.ndarray, " questions"]:
     """1 where rollouts split (guessed), 0 where they agree (known), -1 in between."""
     return np.where(shares >= config.agree_share, 0, np.where(shares < config.split_share, 1, -1))
 

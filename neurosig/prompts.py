@@ -55,7 +55,9 @@ def question_text(question: Question, config: PromptConfig) -> str:
     """What the user turn says: question, lettered choices, instruction."""
     lines = [question.question]
     if question.choices:
-        lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, question.choices, strict=False)]
+        lines += [
+            f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, question.choices, strict=False)
+        ]
         lines.append(config.choice_instruction)
     else:
         lines.append(config.instruction)
@@ -121,7 +123,10 @@ class PromptBuilder:
             before, found, rest = rest.partition(mark)
             if not found:
                 raise UserError("the chat template leaves out a message; give --template plain or a Jinja file")
-            ids += [*self._tokenise(before), *self._tokenise(message["content"].strip(), split_special_tokens=True)]
+            ids += [
+                *self._tokenise(before),
+                *self._tokenise(message["content"].strip(), split_special_tokens=True),
+            ]
         return (*ids, *self._tokenise(rest))
 
 

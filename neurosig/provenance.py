@@ -34,7 +34,7 @@ def run_record() -> dict[str, Any]:
     """Describe this run as plain JSON values.
 
     Returns:
-        ``tool``, ``version``, ``git_commit`` and ``git_dirty`` (null unless git tracks the package's files), ``python``,
+        ``tool``, ``version``, ``git_commit`` and ``git_dirty`` (null unless git tracks the package), ``python``,
         ``libraries`` (name -> version, null when not installed), ``platform``, ``machine``, ``cpus``, ``threads``
         (torch's intra-op threads, null when torch is not loaded), ``omp_num_threads`` and ``command``.
     """

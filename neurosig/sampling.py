@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from neurosig.batching import pad
 from neurosig.errors import UserError
 from neurosig.rollouts import Rollout
 
@@ -113,7 +114,8 @@ def _decode_batch(
     model, device = loaded.model, loaded.model.device
     k, budget = config.num_generations, config.max_new_tokens
     width = max(len(prompt.token_ids) for prompt in prompts)
-    ids, mask = _left_pad([prompt.token_ids for prompt in prompts], loaded.pad_token_id, device)
+    ids, held = pad([prompt.token_ids for prompt in prompts], side="left", device=device)
+    mask = held.long()
     cache = StaticCache(config=model.config, max_cache_len=width + budget)
     output = model(
         input_ids=ids,
@@ -154,7 +156,13 @@ def _decode_batch(
             seen[torch.arange(len(rows), device=device), chosen] = True
         if (~done).float().mean() < COMPACT_BELOW:
             keep = (~done).nonzero()[:, 0]
-            rows, chosen, mask, positions, done = rows[keep], chosen[keep], mask[keep], positions[keep], done[keep]
+            rows, chosen, mask, positions, done = (
+                rows[keep],
+                chosen[keep],
+                mask[keep],
+                positions[keep],
+                done[keep],
+            )
             seen = None if seen is None else seen[keep]
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[keep], layer.values[keep]
@@ -169,15 +177,6 @@ def _decode_batch(
     return _collect(loaded, prompts, k, tokens.cpu(), logprobs.cpu(), entropies.cpu())
 
 
-def _left_pad(
-    sequences: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    width = max(map(len, sequences))
-    ids = torch.tensor([[pad] * (width - len(s)) + list(s) for s in sequences], device=device)
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device)
-    return ids, mask
-
-
 def _uniforms(question_id: str, config: SamplingConfig, salt: str) -> Float[np.ndarray, "k budget"]:
     digest = hashlib.sha256(f"{config.seed}\x00{salt}\x00{question_id}".encode()).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
@@ -190,7 +189,9 @@ def _seen_tokens(ids: Tensor, mask: Tensor, vocab: int, k: int) -> Tensor:
     return seen[:, :vocab].repeat_interleave(k, dim=0)
 
 
-def _penalised(logits: Tensor, log_p: Tensor, seen: Tensor | None, config: SamplingConfig) -> Float[Tensor, "rows vocab"]:
+def _penalised(
+    logits: Tensor, log_p: Tensor, seen: Tensor | None, config: SamplingConfig
+) -> Float[Tensor, "rows vocab"]:
     """Scores to sample from: the repetition penalty (CTRL, arXiv 1909.05858) needs the logits' own signs."""
     if seen is None:
         return log_p
@@ -218,7 +219,12 @@ def _choose(
 
 
 def _collect(
-    loaded: LoadedModel, prompts: Sequence[Prompt], k: int, tokens: Tensor, logprobs: Tensor, entropies: Tensor
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    k: int,
+    tokens: Tensor,
+    logprobs: Tensor,
+    entropies: Tensor,
 ) -> list[list[Rollout]]:
     eos = set(loaded.eos_token_ids)
     groups = []

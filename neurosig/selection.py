@@ -24,7 +24,6 @@ CleanFilter = Literal["neuron", "vote_only", "neuron_only", "threshold", "all"]
 ContextPolicy = Literal["nearest", "nearest_first", "random", "random_within_kind", "none"]
 
 
-
 @dataclass(frozen=True, slots=True)
 class SelectionConfig:
     """Options of the clean filter and the teacher's context; all are recorded in the manifest.
@@ -80,12 +79,10 @@ class Demonstrated:
 
     question_id: str
     rollout_id: int
-    similarity: float | None
+    similarity: float
 
 
-def representative(
-    answers: Sequence[str | None], vote: Vote, rollout_scores: Float[np.ndarray, " k"]
-) -> int | None:
+def representative(answers: Sequence[str | None], vote: Vote, rollout_scores: Float[np.ndarray, " k"]) -> int | None:
     """Index of the rollout that stands for a question: majority answer, lowest hallucination score, first on ties."""
     majority = [index for index, answer in enumerate(answers) if answer is not None and answer == vote.winner]
     return min(majority, key=lambda index: rollout_scores[index], default=None)
@@ -141,7 +138,9 @@ def _vote_reason(vote: Vote, config: SelectionConfig) -> Reason:
     return "selected" if vote.share >= config.min_vote_share else "low_agreement"
 
 
-def _similarity(candidates: Sequence[Candidate], students: list[int], pool: list[int]) -> Float[Tensor, "students pool"]:
+def _similarity(
+    candidates: Sequence[Candidate], students: list[int], pool: list[int]
+) -> Float[Tensor, "students pool"]:
     rows = torch.stack([candidates[index].signature for index in students])
     columns = torch.stack([candidates[index].signature for index in pool])
     return jaccard(rows, columns)

@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from neurosig.batching import run_prompts
 from neurosig.contributions import active_set, cett, magnitude, masked_mean, neurons_per_layer
 from neurosig.errors import UserError
 from neurosig.sites import ffn_sites, w_out_norms
@@ -80,9 +81,7 @@ class NeuronTracer:
         self._envoy = nnsight.NNsight(model)
         self._layers = [
             (self._envoy.get(act), self._envoy.get(down), norm.to(model.get_submodule(down).weight.device))
-            for act, down, norm in zip(
-                self.sites.acts, self.sites.layers, w_out_norms(model, self.sites), strict=True
-            )
+            for act, down, norm in zip(self.sites.acts, self.sites.layers, w_out_norms(model, self.sites), strict=True)
         ]
 
     def trace(
@@ -146,28 +145,11 @@ class NeuronTracer:
     @torch.no_grad()
     def _trace_batch(self, prompts: list[tuple[int, ...]], completions: list[Sequence[int]]) -> ActiveSets:
         """Each distinct prompt runs once, untraced; the trace continues from its keys and values."""
-        distinct = list(dict.fromkeys(prompts))
-        owner = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        prompt_rows, prompt_mask = _pad(distinct, left=True)
-        cache = DynamicCache(config=self.model.config)
-        self.model.base_model(
-            input_ids=prompt_rows.to(self.model.device),
-            attention_mask=prompt_mask.long().to(self.model.device),
-            position_ids=(prompt_mask.long().cumsum(-1) - 1).clamp_min(0).to(self.model.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache.batch_select_indices(owner.to(self.model.device))
-        input_ids, completion_mask = _pad(completions)
-        offset = prompt_mask.sum(-1, keepdim=True)[owner]
+        prefix = run_prompts(self.model, prompts)
+        inputs = prefix.inputs(completions)
+        completion_mask = inputs["attention_mask"][:, prefix.mask.shape[1] :].bool()
         gated, relative, k = self.config.value == "gated", self.config.score == "cett", self.k
-        with self._envoy.trace(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=torch.cat([prompt_mask[owner], completion_mask], dim=1).long().to(self.model.device),
-            position_ids=(offset + torch.arange(input_ids.shape[1])).to(self.model.device),
-            past_key_values=cache,
-            use_cache=True,
-        ) as tracer:
+        with self._envoy.trace(**inputs) as tracer:
             reduced = nnsight.save([])
             for act, down, norm in self._layers:
                 # no name for the value: it would keep the layer's values alive until the next layer's arrive
@@ -215,9 +197,7 @@ def _reduce(
     return active_set(masked_mean(score, completion_mask.to(score.device)), k)
 
 
-def _pack(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_tokens: int
-) -> list[list[int]]:
+def _pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
     """Split indices into batches, rollouts of one prompt side by side: rows * longest <= ``batch_tokens``."""
 
     def order(i: int) -> tuple[int, tuple[int, ...], int]:
@@ -232,15 +212,3 @@ def _pack(
             longest = len(prompts[i]) + len(completions[i])
         batches[-1].append(i)
     return batches
-
-
-def _pad(
-    sequences: Sequence[Sequence[int]], *, left: bool = False
-) -> tuple[Int64[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Sequences as one tensor, and which of its positions hold a token; the others are masked, so any id serves."""
-    width = max(map(len, sequences))
-    fill = [[0] * (width - len(sequence)) for sequence in sequences]
-    ids = [[*f, *s] if left else [*s, *f] for s, f in zip(sequences, fill, strict=True)]
-    lengths = torch.tensor([[len(sequence)] for sequence in sequences])
-    position = torch.arange(width)
-    return torch.tensor(ids), position >= width - lengths if left else position < lengths

@@ -1,0 +1,97 @@
+"""What a manifest asks the trainer to do: one task a selected question, in a seeded order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from neurosig.errors import UserError
+from neurosig.manifest import Header, Manifest
+from neurosig.models import LoadedModel
+from neurosig.prompts import Demonstration, PromptBuilder, PromptConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A selected question: the prompts of student and teacher."""
+
+    id: str
+    student_prompt: tuple[int, ...]
+    teacher_prompt: tuple[int, ...]
+
+
+def check_model(header: Header, loaded: LoadedModel, *, allow_mismatch: bool) -> None:
+    """The model must be the one that made the manifest: same weights, tokenizer and chat template.
+
+    Raises:
+        UserError: It is another one and ``allow_mismatch`` is off (else a warning).
+    """
+    info = loaded.info
+    for what, made, here in (
+        ("weights", header.model["weights"], info.weights),
+        ("tokenizer", header.tokenizer["sha256"], info.tokenizer_sha256),
+        ("chat template", header.tokenizer["chat_template_sha256"], info.chat_template_sha256),
+    ):
+        if made == here:
+            continue
+        message = (
+            f"the manifest was made by {header.model['id']}, not by {info.id}: "
+            f"{what} {_short(made)} against {_short(here)}"
+        )
+        if not allow_mismatch:
+            raise UserError(f"{message}; give the right --model, export again, or use --allow-model-mismatch")
+        logger.warning("%s", message)
+
+
+def _short(digest: Mapping[str, str] | str | None) -> str:
+    return str(next(iter(digest.values()), None) if isinstance(digest, Mapping) else digest)[:12]
+
+
+def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
+    """Prompts of every selected question; one that does not fit is an error now, never cut later.
+
+    Raises:
+        UserError: Nothing is selected, or a prompt and its completion exceed the model's positions.
+    """
+    options = manifest.header.options
+    wording = PromptConfig(
+        options["system"], options["instruction"], options["choice_instruction"], options["enable_thinking"]
+    )
+    builder = PromptBuilder(loaded.tokenizer, wording)
+    selected = manifest.selected
+    if not selected:
+        counts = ", ".join(f"{n} {reason}" for reason, n in manifest.header.counts.items() if reason != "questions")
+        raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected ({counts})")
+    by_id = {row.id: row.as_question() for row in manifest.rows}
+    tasks = []
+    for row in selected:
+        context = [
+            Demonstration(by_id[item.question_id], manifest.rollouts[item.question_id, item.rollout_id].text)
+            for item in row.context
+        ]
+        task = Task(row.id, builder.student(by_id[row.id]), builder.teacher(by_id[row.id], context))
+        for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
+            if len(prompt) + max_new_tokens > loaded.max_length:
+                raise UserError(
+                    f'question "{row.id}": the {who} prompt of {len(prompt)} tokens and {max_new_tokens} new '
+                    f"tokens exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with "
+                    "fewer --num-demonstrations"
+                )
+        tasks.append(task)
+    return tasks
+
+
+def questions_of_step(n: int, step: int, *, per_step: int, seed: int) -> list[int]:
+    """Questions of a step: epochs of seeded permutations, cut into steps; a function of the step alone."""
+    first = (step - 1) * per_step
+    chosen: list[int] = []
+    for position in range(first, first + min(per_step, n)):
+        order = np.random.default_rng([seed, position // n]).permutation(n)
+        if (index := int(order[position % n])) not in chosen:
+            chosen.append(index)
+    return chosen

@@ -1,0 +1,80 @@
+"""Padding, and the one forward pass over distinct prompts that sampling, tracing and training continue from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Distinct prompts after their forward pass, expanded to one row a completion.
+
+    Attributes:
+        cache: Keys and values, one row a completion.
+        mask: Which cached positions hold a prompt token.
+        last_hidden: Hidden state of each prompt's last token, after the final norm: it predicts the first
+            completion token.
+    """
+
+    cache: Cache
+    mask: Bool[Tensor, "rows prefix"]
+    last_hidden: Float[Tensor, "rows d_model"]
+
+    def inputs(self, completions: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Keyword arguments of a forward pass that continues each row with its completion, padded on the right."""
+        device = self.mask.device
+        ids, mask = pad(completions, side="right", device=device)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.cat([self.mask, mask], dim=1).long(),
+            "position_ids": self.mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=device),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+
+
+def run_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> Prefix:
+    """Run every distinct prompt once, without the head; rows of one prompt share the result, gradients included.
+
+    Args:
+        model: Causal language model.
+        prompts: Prompt ids of each row; repeats cost nothing.
+    """
+    from transformers import DynamicCache
+
+    distinct = list(dict.fromkeys(prompts))
+    place = {prompt: row for row, prompt in enumerate(distinct)}
+    owner = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
+    ids, mask = pad(distinct, side="left", device=model.device)
+    cache = DynamicCache(config=model.config)
+    hidden = model.base_model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    cache.batch_select_indices(owner)
+    return Prefix(cache, mask[owner], hidden[owner, -1])
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], *, side: Literal["left", "right"], device: torch.device | str
+) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """Token ids as one tensor, and which positions hold a token; the others are to be masked, so any id serves."""
+    width = max(map(len, sequences))
+    fill = [[0] * (width - len(sequence)) for sequence in sequences]
+    rows = [[*f, *s] if side == "left" else [*s, *f] for s, f in zip(sequences, fill, strict=True)]
+    lengths = torch.tensor([[len(sequence)] for sequence in sequences], device=device)
+    position = torch.arange(width, device=device)
+    mask = position >= width - lengths if side == "left" else position < lengths
+    return torch.tensor(rows, device=device), mask
