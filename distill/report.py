@@ -73,7 +73,14 @@ def main(config: ReportConfig) -> None:
     ]
     k = next(iter(runs["base"]["rows"].values()))["k"]
     text = _table(rows, k, runs, config) + "\n" + _verdict(rows, k)
-    record = {"rows": rows, "k": k, "domains": groups, "verdict": _verdict(rows, k), "run": run_record()}
+    record = {
+        "rows": rows,
+        "k": k,
+        "domains": groups,
+        "folders": {name: str(folders[name]) for name in runs},
+        "verdict": _verdict(rows, k),
+        "run": run_record(),
+    }
     config.out.mkdir(parents=True, exist_ok=True)
     write_atomic(config.out / COMPARISON, json.dumps(record, indent=1) + "\n")
     write_atomic(config.out / TABLE, text)

@@ -81,13 +81,11 @@ def learn(
         sums["teacher_entropy"] += float(output.teacher_entropy.sum()) / total
         sums["student_entropy"] += float(output.student_entropy.sum()) / total
         sums["clip_fraction"] += float(output.clip_fraction) * share
-    norm = (
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm)
-        if kept
-        else torch.tensor(0.0)
-    )
-    if kept and bool(torch.isfinite(norm)):
-        optimizer.step()
+    norm = 0.0
+    if kept:
+        norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm))
+        if math.isfinite(norm):
+            optimizer.step()
     rollouts = [rollout for _, rollout in pairs]
     return {
         **sums,

@@ -63,11 +63,11 @@ class TrainConfig(CommonConfig):
     """Optimizer steps."""
     questions_per_step: int = 8
     """Questions sampled a step."""
-    num_generations: int = 4
+    num_generations: int = 2
     """Rollouts a question and step."""
     micro_batch_size: int = 16
     """Rollouts in one forward and backward; memory and speed only."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int = 3
     """Steps of linear warm-up, then constant."""
