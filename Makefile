@@ -6,13 +6,16 @@ VENV ?= .venv
 # For another torch version, change its line in constraints.txt.
 TORCH ?= torch
 DEMO ?= runs/demo
+# the temperature at which the untrained base has its best Avg@8 on the development split (make control)
+CONTROL_T := 0.3
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.setup-stamp
 RUN := $(VENV)/bin/python -m
+EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry --limit 100
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench figures notebooks clean
+.PHONY: help setup demo control test lint bench figures notebooks clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
@@ -30,14 +33,21 @@ setup: ## make the environment (does nothing when it is up to date)
 
 demo: setup ## the whole method on a CPU with the embedded model; results in runs/demo
 	$(eval DEMO_START := $(shell date +%s))
-	$(RUN) neurosig.export --preset cpu --model smollm2-135m --questions world-facts --out $(DEMO)/manifest --resume
-	$(RUN) distill.train --preset cpu --manifest $(DEMO)/manifest --out $(DEMO)/nopsd --resume
-	$(RUN) distill.evaluate --preset cpu --model smollm2-135m --questions world-facts --out $(DEMO)/eval/base --resume
-	$(RUN) distill.evaluate --preset cpu --model smollm2-135m --questions world-facts --temperature 0.5 --out $(DEMO)/eval/base-t0.5 --resume
-	$(RUN) distill.evaluate --preset cpu --model smollm2-135m --questions world-facts --checkpoint $(DEMO)/nopsd --out $(DEMO)/eval/nopsd --resume
-	$(RUN) distill.report --results $(DEMO)/eval
+	$(RUN) neurosig.export --model smollm2-135m --questions world-facts --out $(DEMO)/manifest --resume
+	$(RUN) distill.train --manifest $(DEMO)/manifest --out $(DEMO)/nopsd --resume
+	$(EVALUATE) --out $(DEMO)/eval/base --resume
+	$(EVALUATE) --temperature $(CONTROL_T) --out $(DEMO)/eval/control --resume
+	$(EVALUATE) --adapter $(DEMO)/nopsd/adapter --out $(DEMO)/eval/nopsd --resume
+	$(RUN) distill.report --base $(DEMO)/eval/base --control $(DEMO)/eval/control --trained $(DEMO)/eval/nopsd \
+		--train $(DEMO)/nopsd --out $(DEMO)/report
 	$(RUN) figures before_after --results $(DEMO)
 	@echo "demo: done in $$(( $$(date +%s) - $(DEMO_START) )) s; see $(DEMO)"
+
+control: setup ## the dev runs that chose the control's temperature; results in runs/control
+	for t in 0.1 0.2 0.3 0.5 0.6 0.8; do \
+		$(RUN) distill.evaluate --model smollm2-135m --questions world-facts:dev --temperature $$t \
+			--out runs/control/t$$t --resume; \
+	done
 
 test: setup ## all tests
 	$(RUN) pytest

@@ -148,12 +148,16 @@ def _rollouts(
         "questions": [question.text_sha256 for question in questions],
     }
     log = RolloutLog(config.out / LOG, key)
-    todo = [Prompt(question.id, builder.student(question)) for question in questions if question.id not in log.groups]
-    with progress(total=len(questions), desc="sample", quiet=config.quiet) as bar:
+    prompts = [Prompt(question.id, builder.student(question)) for question in questions]
+    sampling = config.sampling_config()
+    todo = sample(
+        loaded, prompts, sampling, batch_rows=config.batch_rows, salt="evaluate", done=set(log.groups)
+    )
+    with progress(total=len(prompts), desc="sample", quiet=config.quiet) as bar:
         bar.update(len(log.groups))
-        for group in sample(loaded, todo, config.sampling_config(), batch_rows=config.batch_rows, salt="evaluate"):
-            log.append([group])
-            bar.update()
+        for group in todo:
+            log.append(group)
+            bar.update(len(log.groups) - bar.n)
     return log.groups
 
 

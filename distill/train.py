@@ -263,7 +263,7 @@ def _student(config: TrainConfig, loaded: LoadedModel) -> tuple[Any, PeftModel |
     return model, adapter
 
 
-def _check_finite(metrics: Mapping[str, float], question_ids: Sequence[str]) -> None:
+def _check_finite(metrics: Mapping[str, int | float], question_ids: Sequence[str]) -> None:
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise UserError(
@@ -289,7 +289,7 @@ def _resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfi
     record = {name: value for name, value in config_record(config).items() if name not in free}
     return {
         **record,
-        **{f"sampling.{name}": value for name, value in sampling.as_dict().items()},
+        **sampling.as_dict(),
         "manifest": manifest.header.content_sha256,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -116,4 +116,5 @@ def _draw_reliability(axis: Axes, table: pd.DataFrame) -> None:
         xlabel="confidence (majority's share of the votes)",
         ylabel="majority is right",
     )
-    axis.set_title("reliability, in-domain (size: questions)")
+    axis.set_title("reliability, in-domain")
+    axis.text(0.98, 0.02, "marker area: questions", ha="right", fontsize=7.5, color="#555555", transform=axis.transAxes)

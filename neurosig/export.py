@@ -221,12 +221,12 @@ def _rollouts(
             "questions": _dataset_sha256(questions),
         },
     )
-    todo = [prompt for name, prompt in prompts.items() if name not in log.groups]
+    todo = sample(loaded, list(prompts.values()), sampling, batch_rows=config.batch_rows, done=set(log.groups))
     with progress(total=len(prompts), desc="sample", quiet=config.quiet) as bar:
         bar.update(len(log.groups))
-        for group in sample(loaded, todo, sampling, batch_rows=config.batch_rows):
-            log.append([group])
-            bar.update()
+        for group in todo:
+            log.append(group)
+            bar.update(len(log.groups) - bar.n)
     return {name: log.groups[name] for name in prompts}
 
 
@@ -360,7 +360,7 @@ def _write(
         [rollout for group in groups.values() for rollout in group],
         signals=save(
             {"ids": sets.ids, "values": sets.values},
-            metadata={"d_mlp": str(d_mlp), "order": "rollouts.jsonl"},
+            metadata={"d_mlp": str(d_mlp)},
         ),
         neurons_csv=_neurons_csv(sets, scores, d_mlp),
         header=header,

@@ -42,7 +42,7 @@ class ModelInfo:
     """What identifies a loaded model; the manifest and every run record carry it.
 
     Attributes:
-        id: What the user asked for: hub id, folder name, GGUF file name, embedded name, or ``live``.
+        id: What the user asked for: hub id, folder, GGUF file, embedded name, or ``live``.
         revision: Commit of the hub snapshot, if the model came from one.
         weights: SHA-256 of each weight file, or of the live state dict.
         config_sha256: Hash of the architecture's configuration.
@@ -182,7 +182,7 @@ def _resolve(spec: str | Path) -> tuple[str, Path]:
         raise UserError(f"model {spec}: expected a folder, a .gguf file, a hub id or one of {_embedded()}")
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.suffix == ".gguf"):
         raise UserError(f"model {spec}: no such file or folder")
-    return (path.name if path.exists() else str(spec)), path
+    return str(spec), path
 
 
 def _embedded() -> str:

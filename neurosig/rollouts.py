@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,14 +63,13 @@ class RolloutLog:
         else:
             write_atomic(self.path, json.dumps({"key": self.key}) + "\n")
 
-    def append(self, groups: Iterable[Sequence[Rollout]]) -> None:
-        """Add finished groups and flush them to disk."""
+    def append(self, group: Sequence[Rollout]) -> None:
+        """Add one question's finished rollouts and flush them to disk."""
         with self.path.open("a", encoding="utf-8") as handle:
-            for group in groups:
-                handle.write(json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False) + "\n")
-                self.groups[group[0].question_id] = list(group)
+            handle.write(json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
+        self.groups[group[0].question_id] = list(group)
 
     def _reopen(self) -> None:
         lines = self.path.read_bytes().split(b"\n")

@@ -7,7 +7,7 @@ question lands in does not change its rollouts (up to the last bits of floating 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ def sample(
     *,
     batch_rows: int = 128,
     salt: str = "",
+    done: Collection[str] = (),
 ) -> Iterator[list[Rollout]]:
     """Yield each prompt's K rollouts, shortest prompts first.
 
@@ -89,6 +90,8 @@ def sample(
         config: The sampling configuration.
         batch_rows: Rollouts decoded at a time; memory and speed only.
         salt: Mixed into the seed, so that each training step draws afresh.
+        done: Question ids of an earlier, interrupted call. Batches are cut as in that call and those that are done
+            are skipped, so that what is left comes out the same to the last bit.
 
     Raises:
         UserError: A prompt and its completion exceed the model's positions, or a logit is not finite.
@@ -102,7 +105,9 @@ def sample(
     ordered = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
     questions = max(1, batch_rows // config.num_generations)
     for start in range(0, len(ordered), questions):
-        yield from _decode_batch(loaded, ordered[start : start + questions], config, salt)
+        batch = ordered[start : start + questions]
+        if not all(prompt.question_id in done for prompt in batch):
+            yield from _decode_batch(loaded, batch, config, salt)
 
 
 @torch.inference_mode()

@@ -1,0 +1,62 @@
+"""The commands on a tiny model, for the end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiny import Arch, tiny_model, tiny_tokenizer
+
+from neurosig.export import ExportConfig
+from neurosig.export import main as export
+
+WORDS = ("red", "blue", "green", "amber", "pink", "grey", "white", "black", "teal", "plum", "rust", "sand")
+
+
+def save_tiny(folder: Path, arch: Arch = "qwen3", seed: int = 0) -> Path:
+    """A tiny model folder that every command can load."""
+    tiny_model(arch, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_questions(path: Path, n: int = 8, **changes: Any) -> Path:
+    """``n`` questions; ``changes`` replaces fields of every record, ``None`` removes them."""
+    records = []
+    for index, word in enumerate(WORDS[:n]):
+        record = {"id": f"q{index}", "domain": "colour", "kind": f"k{index % 2}", "question": f"Is {word} nice?"}
+        record |= {"choices": None, "answer": f"GOLD{index}", **changes}
+        records.append({key: value for key, value in record.items() if value is not None})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def export_config(tmp_path: Path, model: Path, questions: Path, out: str = "manifest", **changes: Any) -> ExportConfig:
+    """A quick export: one-token answers of a random model, so every question is kept and none agrees."""
+    defaults: dict[str, Any] = {
+        "num_generations": 3,
+        "max_new_tokens": 4,
+        "temperature": 1.0,
+        "set_size": 16,
+        "clean_filter": "all",
+        "quiet": True,
+    }
+    return ExportConfig(model=str(model), questions=(str(questions),), out=tmp_path / out, **{**defaults, **changes})
+
+
+def make_manifest(tmp_path: Path, out: str = "manifest", **changes: Any) -> Path:
+    """Export on a fresh tiny model; returns the manifest's folder."""
+    model = tmp_path / "model"
+    if not model.exists():
+        save_tiny(model)
+    questions = tmp_path / "questions.jsonl"
+    if not questions.exists():
+        write_questions(questions)
+    export(export_config(tmp_path, model, questions, out, **changes))
+    return tmp_path / out
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    """Name -> bytes of every file of a folder but the run record."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "run.json"}

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
+from safetensors.torch import load_file
+
+import neurosig.sampling
+import neurosig.tracing
+from distill.train import TrainConfig
+from distill.train import main as train
+from neurosig.errors import UserError
+from neurosig.export import main as export
+from neurosig.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+def test_gold_answers_change_nothing(tmp_path: Path, model: Path) -> None:
+    """With answers, without them, with other ones: the same manifest to the byte, and the same adapter."""
+    files, adapters = [], []
+    for out, answer in (("with", "GOLDEN"), ("without", None), ("wrong", "LEADEN")):
+        questions = write_questions(tmp_path / "questions.jsonl", answer=answer)
+        export(export_config(tmp_path, model, questions, out))
+        files.append(file_bytes(tmp_path / out))
+        train(
+            TrainConfig(
+                manifest=tmp_path / out, out=tmp_path / f"{out}-run", steps=2, keep_truncated=True, quiet=True, lora_r=2
+            )
+        )
+        adapters.append((tmp_path / f"{out}-run" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2]
+    assert adapters[0] == adapters[1] == adapters[2]
+    assert set(files[0]) == {"manifest.json", "questions.jsonl", "rollouts.jsonl", "signals.safetensors", "neurons.csv"}
+    assert not any(b"GOLDEN" in data or b"LEADEN" in data for data in files[0].values())
+
+
+def test_the_seed_decides_the_rollouts(tmp_path: Path) -> None:
+    first, again, other = (make_manifest(tmp_path, out, seed=seed) for out, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert file_bytes(first) == file_bytes(again)
+    assert file_bytes(first)["rollouts.jsonl"] != file_bytes(other)["rollouts.jsonl"]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_killed_while_sampling(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+    questions = write_questions(tmp_path / "questions.jsonl")
+    export(export_config(tmp_path, model, questions, "straight", batch_rows=6))
+    sample = neurosig.sampling.sample
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        for number, group in enumerate(sample(*args, **kwargs)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield group
+
+    monkeypatch.setattr(neurosig.sampling, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(export_config(tmp_path, model, questions, "broken", batch_rows=6))
+    monkeypatch.undo()
+    log = tmp_path / "broken" / ".work" / "rollouts.log"
+    assert len(log.read_bytes().splitlines()) == 1 + 5
+    assert not (tmp_path / "broken" / "manifest.json").exists()
+    if torn:
+        log.write_bytes(log.read_bytes()[:-20])
+    with pytest.raises(UserError, match="incomplete export"):
+        read_manifest(tmp_path / "broken")
+    with pytest.raises(UserError, match="holds an earlier run"):
+        export(export_config(tmp_path, model, questions, "broken", batch_rows=6))
+    with pytest.raises(UserError, match="differ from the interrupted run: sampling"):
+        export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True, temperature=0.5))
+    export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True))
+    assert file_bytes(tmp_path / "broken") == file_bytes(tmp_path / "straight")
+
+
+def test_killed_while_tracing(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished shards are kept, the rest is traced again, and the bytes are those of an uninterrupted export."""
+    monkeypatch.setattr("neurosig.export.TRACE_CHUNK", 6)
+    questions = write_questions(tmp_path / "questions.jsonl")
+    export(export_config(tmp_path, model, questions, "straight"))
+    traced: list[int] = []
+    trace = neurosig.tracing.NeuronTracer.trace
+
+    def counted(self: Any, prompts: Any, completions: Any, **kwargs: Any) -> Any:
+        if len(traced) == 2 and not resumed:
+            raise KeyboardInterrupt
+        traced.append(len(prompts))
+        return trace(self, prompts, completions, **kwargs)
+
+    resumed = False
+    monkeypatch.setattr(neurosig.tracing.NeuronTracer, "trace", counted)
+    with pytest.raises(KeyboardInterrupt):
+        export(export_config(tmp_path, model, questions, "broken"))
+    resumed = True
+    export(export_config(tmp_path, model, questions, "broken", resume=True))
+    assert traced == [6, 6, 6, 6]
+    assert file_bytes(tmp_path / "broken") == file_bytes(tmp_path / "straight")
+
+
+def test_a_complete_export_is_left_alone(tmp_path: Path) -> None:
+    folder = make_manifest(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    make_manifest(tmp_path, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    (folder / "mine.txt").write_text("keep me")
+    make_manifest(tmp_path, overwrite=True, seed=5)
+    assert (folder / "mine.txt").read_text() == "keep me"
+    assert read_manifest(folder).header.options["seed"] == 5
+
+
+def test_rollouts_made_elsewhere(tmp_path: Path) -> None:
+    own = make_manifest(tmp_path)
+    lines = [json.loads(line) for line in (own / "rollouts.jsonl").read_text().splitlines()]
+    path = tmp_path / "elsewhere.jsonl"
+    keep = ("question_id", "text", "token_ids", "finish_reason")
+    path.write_text("".join(json.dumps({key: line[key] for key in keep}) + "\n" for line in lines))
+    other = make_manifest(tmp_path, "other", rollouts=path)
+    assert (own / "signals.safetensors").read_bytes() == (other / "signals.safetensors").read_bytes()
+    assert "mean_logprob" not in read_manifest(other).rows[0].scores
+    with pytest.raises(UserError, match="carry no log-probabilities"):
+        make_manifest(tmp_path, "third", rollouts=path, hallucination_score="mean_logprob")
+    path.write_text(path.read_text().replace('"q3"', '"q99"', 1))
+    with pytest.raises(UserError, match=r'elsewhere\.jsonl:10: question_id "q99" is in none'):
+        make_manifest(tmp_path, "fourth", rollouts=path)
+
+
+@pytest.mark.parametrize("policy", ["nearest", "nearest_first", "random", "random_within_kind", "none"])
+def test_contexts_are_rollouts_of_other_questions(tmp_path: Path, policy: str) -> None:
+    manifest = read_manifest(make_manifest(tmp_path, context_policy=policy))
+    for row in manifest.rows:
+        assert len(row.context) == (0 if policy == "none" else 2)
+        assert row.id not in {item.question_id for item in row.context}
+        similarities = [item.similarity for item in row.context]
+        if policy.startswith("nearest"):
+            assert similarities == sorted(similarities, reverse=policy == "nearest_first")
+
+
+@pytest.mark.parametrize("clean_filter", ["neuron", "vote_only", "neuron_only", "threshold", "all"])
+def test_every_filter_says_why(tmp_path: Path, clean_filter: str) -> None:
+    manifest = read_manifest(make_manifest(tmp_path, clean_filter=clean_filter, min_vote_share=0.3))
+    assert all(row.selected == (row.reason == "selected") for row in manifest.rows)
+    counts = manifest.header.counts
+    assert counts.pop("questions") == sum(counts.values()) == 8
+    kept = {row.id for row in manifest.selected}
+    assert all(item.question_id in kept for row in manifest.selected for item in row.context)
+
+
+def test_nothing_selected_is_told_and_not_trained_on(tmp_path: Path) -> None:
+    folder = make_manifest(tmp_path, clean_filter="vote_only", min_vote_share=1.0)
+    with pytest.raises(UserError, match=r"0 of 8 questions selected \(\d tie"):
+        train(TrainConfig(manifest=folder, out=tmp_path / "run", quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_question_has_no_context(tmp_path: Path) -> None:
+    (row,) = read_manifest(make_manifest(tmp_path, limit=1)).rows
+    assert (row.reason, row.selected, row.context) == ("no_context", False, ())
+
+
+def test_a_question_that_does_not_fit_is_left_out_and_counted(tmp_path: Path, model: Path) -> None:
+    questions = write_questions(tmp_path / "questions.jsonl")
+    long = {"id": "long", "domain": "colour", "question": "Is it? " * 100}
+    questions.write_text(json.dumps(long) + "\n" + questions.read_text())
+    export(export_config(tmp_path, model, questions))
+    rows = read_manifest(tmp_path / "manifest").rows
+    assert [(row.id, row.reason) for row in rows[:2]] == [("long", "too_long"), ("q0", "selected")]
+    questions.write_text(json.dumps(long) + "\n")
+    with pytest.raises(UserError, match="every question is too long"):
+        export(export_config(tmp_path, model, questions, "none"))
+
+
+def test_signals_follow_the_rollouts(tmp_path: Path) -> None:
+    folder = make_manifest(tmp_path)
+    signals = load_file(folder / "signals.safetensors")
+    assert signals["ids"].shape == signals["values"].shape == (8 * 3, 2, 8)
+    assert len((folder / "rollouts.jsonl").read_text().splitlines()) == 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--questions", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--questions", "broken.jsonl"], "broken.jsonl:17: invalid JSON"),
+        (["--questions", "twice.jsonl"], 'twice.jsonl:2: id "a" already on line 1'),
+        (["--questions", "empty.jsonl"], "empty.jsonl: 0 questions"),
+        (["--questions", "good.jsonl", "--model", "no/such-model"], "model no/such-model: not a folder here"),
+        (["--questions", "good.jsonl", "--model", "bare"], "no chat template; give --template plain"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, model: Path, arguments: list[str], message: str
+) -> None:
+    good = json.dumps({"id": "a", "domain": "d", "question": "Why?"}) + "\n"
+    (tmp_path / "good.jsonl").write_text(good)
+    (tmp_path / "twice.jsonl").write_text(good + good)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    records = [json.dumps({"id": f"a{n}", "domain": "d", "question": f"Why {n}?"}) for n in range(16)]
+    (tmp_path / "broken.jsonl").write_text("\n".join([*records, '{"id": "x", "question"']) + "\n")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in model.iterdir():
+        if file.name != "chat_template.jinja":
+            (bare / file.name).write_bytes(file.read_bytes())
+    model_argument = [] if "--model" in arguments else ["--model", str(model)]
+    done = subprocess.run(
+        [sys.executable, "-m", "neurosig.export", *arguments, *model_argument, "--out", "out", "--quiet"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tiny import ARCHS, EOS_ID, VOCAB_SIZE, Arch, tiny_model, tiny_tokenizer
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+from neurosig.errors import UserError
+from neurosig.models import LoadedModel, load_model
+from neurosig.rollouts import Rollout
+from neurosig.sampling import Prompt, SamplingConfig, _choose, _penalised, _seen_tokens, sample
+
+LENGTHS = (5, 12, 9, 12, 3)
+
+
+def loaded(arch: Arch = "qwen3") -> LoadedModel:
+    return load_model((tiny_model(arch), tiny_tokenizer()))
+
+
+def often_ending(arch: Arch = "qwen3") -> LoadedModel:
+    """A model that ends about one completion in eight at every step."""
+    model = tiny_model(arch)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[EOS_ID] *= 3
+    return load_model((model, tiny_tokenizer()))
+
+
+def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Prompt(f"q{index}", tuple(torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()))
+        for index, n in enumerate(lengths)
+    ]
+
+
+def draw(model: LoadedModel, asked: list[Prompt], **options: Any) -> dict[str, list[Rollout]]:
+    extra = {key: options.pop(key) for key in ("batch_rows", "salt", "done") if key in options}
+    config = SamplingConfig(**{"num_generations": 4, "max_new_tokens": 10, **options})
+    return {group[0].question_id: group for group in sample(model, asked, config, **extra)}
+
+
+def tokens(groups: dict[str, list[Rollout]]) -> dict[str, list[tuple[int, ...]]]:
+    return {name: [rollout.token_ids for rollout in group] for name, group in groups.items()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_greedy_equals_generate_token_for_token(arch: Arch) -> None:
+    """Mixed prompt lengths in one batch, beyond gemma3's sliding window, against one `generate` a prompt."""
+    model = loaded(arch)
+    ours = draw(model, prompts(), temperature=0.0, num_generations=2, max_new_tokens=12)
+    for prompt in prompts():
+        with torch.no_grad():
+            reference = model.model.generate(
+                torch.tensor([prompt.token_ids]), do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=EOS_ID
+            )[0, len(prompt.token_ids) :]
+        for rollout in ours[prompt.question_id]:
+            assert rollout.token_ids == tuple(reference.tolist())
+
+
+@pytest.mark.parametrize("batch_rows", [1, 8, 12])
+def test_the_batch_does_not_matter(batch_rows: int) -> None:
+    model = often_ending()
+    assert tokens(draw(model, prompts(), batch_rows=batch_rows)) == tokens(draw(model, prompts()))
+    assert tokens(draw(model, prompts()[2:3])) == {"q2": tokens(draw(model, prompts()))["q2"]}
+
+
+def test_every_question_seed_and_salt_draws_its_own_numbers() -> None:
+    model, asked = loaded(), [Prompt("a", (5, 6, 7)), Prompt("b", (5, 6, 7))]
+    first = tokens(draw(model, asked))
+    assert first == tokens(draw(model, asked))
+    assert len({*first["a"], *first["b"]}) == 8
+    assert first != tokens(draw(model, asked, seed=1))
+    assert first != tokens(draw(model, asked, salt="step1"))
+
+
+def test_rows_that_end_leave_the_others_as_they_are() -> None:
+    model = often_ending()
+    groups = draw(model, prompts(), num_generations=16, max_new_tokens=20)
+    lengths = [len(rollout.token_ids) for group in groups.values() for rollout in group]
+    assert min(lengths) < 5 and max(lengths) == 20
+    for group in groups.values():
+        for rollout in group:
+            ended = rollout.token_ids[-1] == EOS_ID
+            assert rollout.finish_reason == ("stop" if ended else "length")
+            assert EOS_ID not in rollout.token_ids[:-1]
+            expected = rollout.token_ids[:-1] if ended and len(rollout.token_ids) > 1 else rollout.token_ids
+            assert rollout.body_ids == expected
+            assert rollout.text == model.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+
+
+def test_log_probabilities_and_entropies_are_those_of_a_plain_forward() -> None:
+    model = often_ending()
+    groups = draw(model, prompts(), temperature=0.7, top_p=0.9)
+    for prompt in prompts():
+        for rollout in groups[prompt.question_id]:
+            with torch.no_grad():
+                logits = model.model(torch.tensor([[*prompt.token_ids, *rollout.token_ids]])).logits[0].double()
+            log_p = logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
+            chosen = log_p.gather(1, torch.tensor(rollout.token_ids)[:, None])
+            assert rollout.mean_logprob == pytest.approx(chosen.mean().item(), abs=1e-4)
+            assert rollout.mean_entropy == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_first_tokens_follow_the_softmax(temperature: float) -> None:
+    model = loaded()
+    drawn = draw(model, [Prompt("a", (5, 6, 7))], num_generations=4000, max_new_tokens=1, temperature=temperature)["a"]
+    with torch.no_grad():
+        logits = model.model(torch.tensor([[5, 6, 7]])).logits[0, -1].double()
+    expected = 4000 * (logits / temperature).softmax(-1).numpy()
+    counts = np.bincount([rollout.token_ids[0] for rollout in drawn], minlength=VOCAB_SIZE)
+    often = expected >= 5
+    table = np.append(counts[often], counts[~often].sum()), np.append(expected[often], expected[~often].sum())
+    assert stats.chisquare(*table).pvalue > 0.01
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 7}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_k": 9, "top_p": 0.5}])
+def test_top_k_and_top_p_keep_what_transformers_keeps(options: dict[str, Any]) -> None:
+    scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    kept = scores
+    if "top_k" in options:
+        kept = TopKLogitsWarper(options["top_k"])(None, kept)
+    if "top_p" in options:
+        kept = TopPLogitsWarper(options["top_p"])(None, kept)
+    uniform = (torch.arange(20_000) + 0.5) / 20_000
+    chosen = _choose(scores.expand(20_000, -1), uniform, SamplingConfig(**options))
+    share = chosen.bincount(minlength=50) / 20_000
+    torch.testing.assert_close(share, kept.softmax(-1)[0], atol=2e-4, rtol=0)
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    ids, mask = torch.tensor([[0, 0, 4, 7], [9, 4, 4, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+    seen = _seen_tokens(ids, mask, 20, 2)
+    ours = _penalised(logits, logits.log_softmax(-1), seen, SamplingConfig(repetition_penalty=1.7))
+    penalty = RepetitionPenaltyLogitsProcessor(1.7)
+    for row, said in enumerate(([4, 7], [4, 7], [9, 4, 4, 8], [9, 4, 4, 8])):
+        torch.testing.assert_close(ours[row], penalty(torch.tensor([said]), logits[[row]])[0])
+
+
+def test_a_penalty_reaches_the_completion() -> None:
+    (rollout,) = draw(loaded(), prompts((6,)), temperature=0.0, num_generations=1, max_new_tokens=30)["q0"]
+    (varied,) = draw(
+        loaded(), prompts((6,)), temperature=0.0, num_generations=1, max_new_tokens=30, repetition_penalty=50.0
+    )["q0"]
+    assert len(set(varied.token_ids)) == len(varied.token_ids)
+    assert len(set(rollout.token_ids)) < len(rollout.token_ids)
+
+
+def test_the_models_own_generation_config_leaks_nothing() -> None:
+    plain, opinionated = loaded(), loaded()
+    opinionated.model.generation_config.update(temperature=0.1, top_k=1, top_p=0.2, repetition_penalty=5.0)
+    assert tokens(draw(plain, prompts())) == tokens(draw(opinionated, prompts()))
+
+
+def test_an_interrupted_call_goes_on_batch_by_batch() -> None:
+    model = loaded()
+    everything = draw(model, prompts(), batch_rows=8)
+    order = list(everything)
+    rest = draw(model, prompts(), batch_rows=8, done={*order[:2], order[2]})
+    assert list(rest) == order[2:]  # the batch of which one question was missing comes whole
+    assert rest == {name: everything[name] for name in order[2:]}
+
+
+def test_prompts_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UserError, match="a prompt of 12 tokens and --max-new-tokens 505 exceed its 512 positions"):
+        draw(loaded(), prompts(), max_new_tokens=505)
+
+
+def test_logits_that_are_not_finite_name_the_question() -> None:
+    model = loaded()
+    with torch.no_grad():
+        model.model.lm_head.weight[5] = torch.nan
+    with pytest.raises(UserError, match='logits are not finite while sampling question "q'):
+        draw(model, prompts())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_generations", 0), ("temperature", -0.1), ("top_p", 0.0), ("top_k", -1), ("max_new_tokens", 0)],
+)
+def test_options_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{name.replace('_', '-')}: expected .*, got {value}"):
+        SamplingConfig(**{name: value})

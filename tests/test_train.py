@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flow import make_manifest, save_tiny
+from safetensors.torch import load_file
+from tiny import ARCHS, Arch, tiny_model
+
+import distill.step
+from distill.hidden import completion_hidden
+from distill.tasks import questions_of_step
+from distill.teacher import Teacher
+from distill.train import TrainConfig, main
+from neurosig.errors import UserError
+from neurosig.models import load_model
+
+FIELDS = {
+    "loss",
+    "teacher_entropy",
+    "student_entropy",
+    "entropy_gap",
+    "mean_length",
+    "eos_rate",
+    "grad_norm",
+    "clip_fraction",
+}
+
+
+def train_config(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "steps": 4,
+        "questions_per_step": 3,
+        "num_generations": 2,
+        "lora_r": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "keep_truncated": True,
+        "save_steps": 2,
+        "quiet": True,
+    }
+    return TrainConfig(manifest=manifest, out=tmp_path / out, **{**defaults, **changes})
+
+
+def train(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> tuple[list[dict[str, float]], bytes]:
+    main(train_config(tmp_path, manifest, out, **changes))
+    metrics = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+    return metrics, (tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_manifest(tmp_path_factory.mktemp("export"))
+
+
+def test_no_context_and_a_live_teacher_teach_exactly_nothing(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path, context_policy="none")
+    metrics, _ = train(tmp_path, manifest, teacher="live")
+    for step in metrics:
+        assert step["loss"] == 0.0
+        assert step["grad_norm"] == 0.0
+        assert step["entropy_gap"] == 0.0
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_a_context_teaches(tmp_path: Path, manifest: Path) -> None:
+    metrics, _ = train(tmp_path, manifest, steps=12, num_generations=4)
+    assert set(metrics[0]) >= FIELDS
+    assert metrics[0]["loss"] > 0.05
+    assert sum(step["loss"] for step in metrics[-3:]) < 0.8 * sum(step["loss"] for step in metrics[:3])
+
+
+def test_micro_batches_of_1_give_the_trajectory_of_8(tmp_path: Path, manifest: Path) -> None:
+    single, _ = train(tmp_path, manifest, "single", micro_batch_size=1)
+    eight, _ = train(tmp_path, manifest, "eight", micro_batch_size=8)
+    for one, other in zip(single, eight, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    a, b = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("single", "eight"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("broken_at", [2, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch, broken_at: int
+) -> None:
+    straight = train(tmp_path, manifest, "straight")
+    calls = []
+    learn = distill.step.learn
+
+    def interrupted(*args: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == broken_at:
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    monkeypatch.setattr(distill.step, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(train_config(tmp_path, manifest, "broken"))
+    monkeypatch.undo()
+    assert not (tmp_path / "broken" / "train.json").exists()
+    assert train(tmp_path, manifest, "broken", resume=True) == straight
+
+
+def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_used(tmp_path: Path, manifest: Path) -> None:
+    straight = train(tmp_path, manifest, "run", steps=6)
+    (tmp_path / "run" / "train.json").unlink()
+    newest = tmp_path / "run" / "checkpoints" / "step-000006" / "weights.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    assert train(tmp_path, manifest, "run", steps=6, resume=True) == straight
+    assert (tmp_path / "run" / "checkpoints" / "step-000006.corrupt").is_dir()
+
+
+def test_a_finished_run_is_left_alone_and_never_overwritten_by_accident(tmp_path: Path, manifest: Path) -> None:
+    train(tmp_path, manifest)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    main(train_config(tmp_path, manifest, resume=True))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    with pytest.raises(UserError, match="holds an earlier run"):
+        main(train_config(tmp_path, manifest))
+    mine = tmp_path / "run" / "notes.txt"
+    mine.write_text("keep me")
+    main(train_config(tmp_path, manifest, overwrite=True, steps=1))
+    assert mine.read_text() == "keep me"
+
+
+def test_resuming_with_other_options_names_them(tmp_path: Path, manifest: Path) -> None:
+    train(tmp_path, manifest, steps=2)
+    (tmp_path / "run" / "train.json").unlink()
+    with pytest.raises(UserError, match="learning_rate, seed"):
+        main(train_config(tmp_path, manifest, steps=2, resume=True, learning_rate=1.0, seed=3))
+
+
+def test_the_manifest_of_another_model_is_refused(tmp_path: Path, manifest: Path) -> None:
+    other = save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"made by \S+model, not by \S+other: weights [0-9a-f]{12} against [0-9a-f]{12}"):
+        main(train_config(tmp_path, manifest, model=str(other)))
+    assert not (tmp_path / "run").exists()
+    train(tmp_path, manifest, model=str(other), allow_model_mismatch=True, steps=1)
+
+
+def test_prompts_that_do_not_fit_stop_before_training(tmp_path: Path, manifest: Path) -> None:
+    with pytest.raises(UserError, match=r'question "q\d": the \w+ prompt of \d+ tokens and 500 new tokens exceed'):
+        main(train_config(tmp_path, manifest, max_new_tokens=500))
+    assert not (tmp_path / "run").exists()
+
+
+def test_cut_off_rollouts_leave_the_loss(tmp_path: Path, manifest: Path) -> None:
+    metrics, _ = train(tmp_path, manifest, keep_truncated=False, num_generations=16, steps=2)
+    for step in metrics:
+        assert step["rollouts_in_loss"] == pytest.approx(step["eos_rate"] * 3 * 16)
+        assert step["rollouts_in_loss"] < 3 * 16
+    everything, _ = train(tmp_path, manifest, "all", num_generations=16, steps=2)
+    assert everything[0]["rollouts_in_loss"] == 3 * 16
+    skipping, _ = train(tmp_path, manifest, "skip", num_generations=16, steps=2, skip_first=1)
+    assert skipping[0]["tokens_in_loss"] == everything[0]["tokens_in_loss"] - 3 * 16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 0.3}, {"clip": "pointwise"}, {"loss_temperature": 2.0}],
+)
+def test_every_divergence_trains(tmp_path: Path, manifest: Path, options: dict[str, Any]) -> None:
+    metrics, _ = train(tmp_path, manifest, steps=1, **options)
+    plain, _ = train(tmp_path, manifest, "plain", steps=1)
+    assert metrics[0]["grad_norm"] > 0
+    assert metrics[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = distill.step.completion_hidden
+    monkeypatch.setattr(distill.step, "completion_hidden", lambda *args: hidden(*args) * torch.nan)
+    with pytest.raises(UserError, match=r"step 1: loss is nan \(question ids q\d"):
+        main(train_config(tmp_path, manifest))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_full_fine_tuning_keeps_the_embeddings(tmp_path: Path, manifest: Path) -> None:
+    main(train_config(tmp_path, manifest, full=True, steps=2, learning_rate=1e-3))
+    trained = load_model(tmp_path / "run" / "model").model.state_dict()
+    before = tiny_model("qwen3").state_dict()
+    assert torch.equal(trained["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert torch.equal(trained["lm_head.weight"], before["lm_head.weight"])
+    assert not torch.equal(
+        trained["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_base_teacher_stays_the_untrained_model(full: bool) -> None:
+    model, reference = tiny_model("llama"), tiny_model("llama")
+    adapter = None
+    if not full:
+        from peft import LoraConfig, get_peft_model
+
+        adapter = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    teacher, live = Teacher("base", model, adapter), Teacher("live", model, adapter)
+    if full:
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.add_(0.1)
+    args = ([(5, 6, 7)], [[8, 9]])
+    with torch.no_grad():
+        untrained, now = completion_hidden(reference, *args), completion_hidden(model, *args)
+    with teacher.active() as base:
+        torch.testing.assert_close(completion_hidden(base, *args), untrained)
+        assert not completion_hidden(base, *args).requires_grad
+    with live.active() as student:
+        assert torch.equal(completion_hidden(student, *args), now)
+    assert not torch.allclose(now, untrained, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_completion_hidden_equals_one_plain_forward_a_row(arch: Arch) -> None:
+    """In value and in gradient; prompts are longer than gemma3's sliding window and shared by several rows."""
+    model = tiny_model(arch)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 300, (n,), generator=generator).tolist())
+
+    distinct = [draw(14), draw(5), draw(9)]
+    prompts = [distinct[index] for index in (0, 0, 1, 2, 2)]
+    completions = [draw(n) for n in (3, 7, 1, 5, 4)]
+    shared = completion_hidden(model, prompts, completions)
+    weight = torch.randn(shared.shape, generator=generator)
+    (shared * weight).sum().backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    def rows(shift: int) -> torch.Tensor:
+        parts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            hidden = model.base_model(input_ids=torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+            parts.append(hidden[len(prompt) - 1 + shift : len(prompt) + len(completion) - 1 + shift])
+        return torch.cat(parts)
+
+    torch.testing.assert_close(shared, rows(0), rtol=1e-4, atol=1e-5)
+    assert (shared - rows(1)).abs().amax(dim=1).min() > 1e-2
+    (rows(0) * weight).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in gradient:
+            torch.testing.assert_close(gradient[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_every_epoch_visits_each_question_once() -> None:
+    steps = [questions_of_step(10, step, per_step=5, seed=1) for step in range(1, 5)]
+    assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == list(range(10))
+    assert steps[0] + steps[1] != steps[2] + steps[3]
+    assert sorted(questions_of_step(3, 7, per_step=8, seed=0)) == [0, 1, 2]
+    for step in range(1, 20):
+        chosen = questions_of_step(7, step, per_step=5, seed=0)
+        assert len(chosen) == len(set(chosen)) >= 3
