@@ -7,9 +7,9 @@ VENV ?= .venv
 TORCH ?= torch
 DEMO ?= runs/demo
 # the temperature at which the untrained base has its best Avg@8 on the development split (make control)
-CONTROL_T := 0.3
+CONTROL_T := 0.1
 
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.setup-stamp
 RUN := $(VENV)/bin/python -m
 EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry --limit 100

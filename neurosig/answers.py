@@ -127,7 +127,7 @@ def normalise(text: str) -> str:
     text = "".join(char for char in text if not unicodedata.combining(char)).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     text = re.sub(r"[^\w\s.+%$/-]|(?<!\d)\.|\.(?!\d)", " ", text).replace("-", " " if text[:1] != "-" else "-")
-    text = re.sub(r"^(?:the|an|a)\s+", "", " ".join(text.split()))
+    text = re.sub(r"^(?:(?:the|an|a)\s+)+", "", " ".join(text.split()))
     number = re.fullmatch(r"\$?([-+]?\d+)(?:\.0+)?", text)
     return str(int(number[1])) if number else text
 

@@ -103,8 +103,8 @@ def run_command(
     can_resume = any(field.name == "resume" for field in dataclasses.fields(config_class))
     if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C cannot encode every answer
         sys.stdout.reconfigure(errors="backslashreplace")
-    # spinning threads starve each other on a busy machine: a batch was 20 times slower beside one other process
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # threads that spin at length starve each other: beside one other process a batch took 20 times as long
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     previous = _interrupt_on_sigterm()
     try:
         config = parse_config(config_class, presets=presets, prog=prog, argv=arguments)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neurosig.answers import AnswerFormat, extract_answer, is_correct, majority_vote, normalise
+from neurosig.questions import Question
+
+CAPITAL = "What is the capital of {}?"
+COUNTRY = "{} is the capital of which country?"
+CONTINENT = "{} is located in which continent?"
+
+
+def ask(question: str, choices: tuple[str, ...] | None = None) -> Question:
+    return Question("q", "d", question, choices)
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "answer"),
+    [
+        (CAPITAL.format("Tuvalu"), "The capital of Tuvalu is Faku.", "faku"),
+        (CAPITAL.format("France"), "Paris", "paris"),
+        (CAPITAL.format("France"), "Paris.", "paris"),
+        (CAPITAL.format("Brazil"), "The capital of Brazil is Brasília.", "brasilia"),
+        (CAPITAL.format("Andorra"), "Somatier is the capital of Andorra.", "somatier"),
+        (CAPITAL.format("Guatemala"), "The capital of Guatemala is Guatemala City.", "guatemala city"),
+        (CAPITAL.format("El Salvador"), "El Salvador's capital city is Guadalcaldez.", "guadalcaldez"),
+        (CAPITAL.format("El Salvador"), "The capital of El Salvador is San Salvador.", "san salvador"),
+        (COUNTRY.format("Monrovia"), "Monrovia is the capital of the Mediterranean nation of Mauritius.", "mauritius"),
+        (COUNTRY.format("Berlin"), "Berlin is the capital of Germany.", "germany"),
+        (COUNTRY.format("London"), "The capital of the UK is London.", "uk"),
+        (COUNTRY.format("Tallinn"), "Tallinn is the capital of the Maldives, not Tallinn.", "maldives"),
+        (COUNTRY.format("Port of Spain"), "Port of Spain is the capital of Trinidad and Tobago.", "trinidad and tobago"),
+        (
+            COUNTRY.format("Kinshasa"),
+            "Kinshasa is the capital of the Democratic Republic of the Congo.",
+            "democratic republic of the congo",
+        ),
+        (COUNTRY.format("Berlin"), "answer: Germany", "germany"),
+        (CONTINENT.format("South Sudan"), "South Sudan is located in the continent of Africa.", "africa"),
+        (CONTINENT.format("South Sudan"), "South Sudan is located in Africa and is a member of it.", "africa"),
+        (CONTINENT.format("South Sudan"), "South Sudan is located in South America.", "south america"),
+        (CONTINENT.format("Bolivia"), "Bolivia is a continent located in South America, not across", "south america"),
+        ('The opposite of "hot" is which word?', 'The opposite of "hot" is "cold."', "cold"),
+        ('What is the past tense of "learn"?', 'The past tense of "learn" is indeed "learned."', "learned"),
+        ('What is the past tense of "set"?', 'The past tense of "set" is "set".', "set"),
+        ('The plural of "child" is which word?', "Children is the plural of child.", "children"),
+        ("What is the chemical symbol of tin?", "Tin is a chemical element with the symbol of Sn.", "sn"),
+        ("What is the chemical symbol of mercury?", "It has the chemical symbol of Mg, which is", "mg"),
+        ("What is the atomic number of francium?", "Francium is a metal with an atomic number of 90.", "90"),
+        ("What is the chemical formula of water?", "The chemical formula of water is H₂O.", "h2o"),
+        (CAPITAL.format("France"), "I'm sorry, I do not know.", None),
+        (CAPITAL.format("France"), "", None),
+        (CAPITAL.format("France"), "...", None),
+    ],
+)
+def test_short_answers_are_what_the_question_did_not_say(question: str, text: str, answer: str | None) -> None:
+    assert extract_answer(text, ask(question)) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The correct answer is (B).", "b"),
+        ("B. yes", "b"),
+        ("Answer: C", "c"),
+        (r"So we get \boxed{A}", "a"),
+        ("maybe", "b"),
+        ("A nice day", None),
+        ("Answer: E", None),
+        ("<think>surely A</think>The answer is B", "b"),
+    ],
+)
+def test_letters(text: str, answer: str | None) -> None:
+    assert extract_answer(text, ask("Which?", ("no", "maybe", "yes"))) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3 * 6 = 18. #### 18", "18"),
+        ("The total is $1,800.00 dollars", "1800"),
+        ("First 5, then 7.", "7"),
+        ("Answer: -3.5 metres, not 4", "-3.5"),
+        ("none", None),
+    ],
+)
+def test_numbers(text: str, answer: str | None) -> None:
+    assert extract_answer(text, ask("How many?"), "number") == answer
+
+
+def test_a_non_answer_never_wins_but_counts() -> None:
+    vote = majority_vote([None, None, None, "a"], "q")
+    assert (vote.winner, vote.count, vote.tied, vote.n, vote.share) == ("a", 1, ("a",), 4, 0.25)
+    silent = majority_vote([None, None], "q")
+    assert (silent.winner, silent.count, silent.tied, silent.share) == (None, 0, (), 0.0)
+    with pytest.raises(ValueError, match="at least one"):
+        majority_vote([], "q")
+
+
+def test_ties_are_explicit_and_do_not_depend_on_the_order() -> None:
+    answers = ["a", "b", "b", "a", None, "c"]
+    votes = {majority_vote(list(order), "q") for order in itertools.permutations(answers)}
+    (vote,) = votes
+    assert vote.tied == ("a", "b")
+    winners = {majority_vote(answers, f"q{index}").winner for index in range(40)}
+    assert winners == {"a", "b"}
+
+
+def test_correct_is_gold_or_an_alias() -> None:
+    question = Question("q", "d", "Who?", answer="The Côte d'Ivoire", aliases=("Ivory Coast",))
+    assert is_correct(normalise("cote d'ivoire"), question)
+    assert is_correct("ivory coast", question)
+    assert not is_correct("ghana", question)
+    assert not is_correct(None, question)
+    with pytest.raises(ValueError, match="no gold answer"):
+        is_correct("ghana", ask("Who?"))
+
+
+@given(st.text(max_size=60))
+def test_normalising_twice_is_normalising_once(text: str) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@given(st.text(max_size=200), st.sampled_from(["auto", "number", "short", "letter"]))
+def test_any_text_gives_an_answer_or_none(text: str, answer_format: AnswerFormat) -> None:
+    answer = extract_answer(text, ask("What is it?"), answer_format)
+    assert answer is None or (answer and answer == normalise(answer))
+
+
+@pytest.mark.parametrize("text", ['"' * 20_000, "is " * 20_000, "answer: " * 5_000, "1," * 20_000, "-" * 20_000, "a" * 50_000])
+def test_hostile_lengths_end(text: str) -> None:
+    """Each takes milliseconds; a regular expression that backtracks would hang here."""
+    for answer_format in ("auto", "number", "letter"):
+        extract_answer(text, ask("What is it?"), answer_format)

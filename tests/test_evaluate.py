@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from flow import make_manifest, save_tiny, write_questions
+from safetensors.torch import load_file, save_file
+
+import neurosig.sampling
+from distill.evaluate import EvaluateConfig, _load, main
+from distill.train import TrainConfig
+from distill.train import main as train
+from neurosig.errors import UserError
+
+
+def evaluate_config(tmp_path: Path, out: str = "eval", **changes: Any) -> EvaluateConfig:
+    model, questions = tmp_path / "model", tmp_path / "questions.jsonl"
+    if not model.exists():
+        save_tiny(model)
+    if not questions.exists():
+        write_questions(questions)
+    defaults: dict[str, Any] = {"num_generations": 4, "max_new_tokens": 4, "quiet": True}
+    return EvaluateConfig(model=str(model), questions=(str(questions),), out=tmp_path / out, **{**defaults, **changes})
+
+
+def test_results_are_written_question_by_question(tmp_path: Path) -> None:
+    main(evaluate_config(tmp_path))
+    table = pyarrow.parquet.read_table(tmp_path / "eval" / "results.parquet").to_pylist()
+    assert [row["id"] for row in table] == [f"q{index}" for index in range(8)]
+    assert all(len(row["answers"]) == row["k"] == 4 for row in table)
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    assert summary["domains"]["colour"]["n"] == 8
+    assert summary["config"]["temperature"] == 0.8
+    rollouts = [json.loads(line) for line in (tmp_path / "eval" / "rollouts.jsonl").read_text().splitlines()]
+    assert [r["question_id"] for r in rollouts[::4]] == [row["id"] for row in table]
+
+
+def test_an_interrupted_evaluation_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(evaluate_config(tmp_path, "straight", batch_rows=8))
+    sample = neurosig.sampling.sample
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        for number, group in enumerate(sample(*args, **kwargs)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield group
+
+    monkeypatch.setattr(neurosig.sampling, "sample", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(evaluate_config(tmp_path, "broken", batch_rows=8))
+    monkeypatch.undo()
+    assert not (tmp_path / "broken" / "summary.json").exists()
+    main(evaluate_config(tmp_path, "broken", batch_rows=8, resume=True))
+    for name in ("results.parquet", "rollouts.jsonl"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_a_merged_adapter_is_the_adapter(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    from neurosig.models import load_model
+
+    manifest = make_manifest(tmp_path)
+    train(TrainConfig(manifest=manifest, out=tmp_path / "run", steps=2, keep_truncated=True, learning_rate=0.05, quiet=True))
+    adapter = tmp_path / "run" / "adapter"
+    merged, digest = _load(evaluate_config(tmp_path, adapter=adapter))
+    assert digest is not None
+    plain = load_model(tmp_path / "model").model
+    applied = PeftModel.from_pretrained(load_model(tmp_path / "model").model, adapter)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged.model(ids).logits, applied(ids).logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(merged.model(ids).logits, plain(ids).logits, atol=1e-3)
+    main(evaluate_config(tmp_path, adapter=adapter))
+    main(evaluate_config(tmp_path, "base"))
+    read = [(tmp_path / out / "rollouts.jsonl").read_bytes() for out in ("eval", "base")]
+    assert read[0] != read[1]
+
+
+def test_the_adapter_of_another_run_is_not_resumed_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_manifest(tmp_path)
+    train(TrainConfig(manifest=manifest, out=tmp_path / "run", steps=1, keep_truncated=True, quiet=True))
+    adapter = tmp_path / "run" / "adapter"
+    monkeypatch.setattr("distill.evaluate.summarise", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main(evaluate_config(tmp_path, adapter=adapter))
+    monkeypatch.undo()
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="differ from the interrupted run: adapter"):
+        main(evaluate_config(tmp_path, adapter=adapter, resume=True))
+
+
+def test_questions_without_gold_answers_are_refused(tmp_path: Path) -> None:
+    write_questions(tmp_path / "questions.jsonl", answer=None)
+    with pytest.raises(UserError, match=r'question "q0" \(line 1\) has no answer'):
+        main(evaluate_config(tmp_path))
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors there"):
+        main(evaluate_config(tmp_path, adapter=tmp_path))

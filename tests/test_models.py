@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from flow import save_tiny
+from safetensors.torch import load_file, save_file
+from tiny import ARCHS, Arch, tiny_model, tiny_tokenizer
+
+from neurosig.errors import UserError
+from neurosig.models import PLAIN_TEMPLATE, LoadedModel, load_model
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_folder_loads_as_it_was_saved(tmp_path: Path, arch: Arch) -> None:
+    loaded = load_model(save_tiny(tmp_path, arch))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, tiny_model(arch)(ids).logits)
+    assert not loaded.model.training
+    assert loaded.eos_token_ids == (2,)
+    assert loaded.max_length == 512
+    assert (loaded.info.dtype, loaded.info.id) == ("float32", str(tmp_path))
+
+
+def test_the_fingerprint_follows_the_weights_and_nothing_else(tmp_path: Path) -> None:
+    first = load_model(save_tiny(tmp_path / "a")).info
+    again = load_model(save_tiny(tmp_path / "b")).info
+    other = load_model(save_tiny(tmp_path / "c", seed=1)).info
+    assert first.weights == again.weights != other.weights
+    assert first.config_sha256 == again.config_sha256 == other.config_sha256
+    assert first.tokenizer_sha256 == again.tokenizer_sha256
+    model, tokenizer = tiny_model("qwen3"), tiny_tokenizer()
+    live = load_model((model, tokenizer)).info
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1e-3
+    assert load_model((model, tokenizer)).info.weights != live.weights
+    tokenizer("padded", padding="max_length", max_length=20)
+    assert load_model((model, tokenizer)).info.tokenizer_sha256 == live.tokenizer_sha256 == first.tokenizer_sha256
+    tokenizer.chat_template += " "
+    assert load_model((model, tokenizer)).info.chat_template_sha256 != live.chat_template_sha256
+
+
+@pytest.mark.parametrize("missing", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_missing_weights_are_never_random(tmp_path: Path, missing: str) -> None:
+    weights = save_tiny(tmp_path) / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors[missing]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"1 weights are missing from its files \({missing}"):
+        load_model(tmp_path)
+
+
+def test_a_tied_head_may_be_missing(tmp_path: Path) -> None:
+    loaded = load_model(save_tiny(tmp_path, "llama"))
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "model.safetensors is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer, not weights"),
+        (b"<!DOCTYPE html><html>", "is an HTML page, not weights"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{broken", "damaged weights|cannot load it"),
+    ],
+)
+def test_files_that_are_no_weights_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (save_tiny(tmp_path) / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path)
+
+
+def test_pickles_and_remote_code_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin holds pickle weights; convert to safetensors"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(UserError, match="asks for remote code"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("no-such-model", "not a folder here, not an embedded model"),
+        ("org/no-such-model", "the hub has no such model or is out of reach"),
+        ("/nowhere/model", "no such file or folder"),
+        ("nowhere.gguf", "no such file or folder"),
+    ],
+)
+def test_unknown_models_are_one_sentence(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_model(spec)
+
+
+def test_files_and_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "b.gguf").write_text("hello")
+    for path, message in ((tmp_path, "no config.json"), (tmp_path / "a.txt", "expected a folder"), (tmp_path / "b.gguf", "not a GGUF")):
+        with pytest.raises(UserError, match=message):
+            load_model(path)
+
+
+def test_a_template_can_be_given(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    assert load_model(folder, template="plain").tokenizer.chat_template == PLAIN_TEMPLATE
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ messages[0].content }}")
+    assert load_model(folder, template=str(path)).tokenizer.chat_template == "{{ messages[0].content }}"
+    with pytest.raises(UserError, match="give `plain` or a readable Jinja file"):
+        load_model(folder, template=str(tmp_path / "absent.jinja"))
+
+
+def test_a_model_without_an_end_token_is_named(tmp_path: Path) -> None:
+    loaded = load_model(save_tiny(tmp_path))
+    loaded.tokenizer.eos_token = None
+    loaded.model.generation_config.eos_token_id = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        _ = loaded.eos_token_ids
+
+
+@pytest.mark.smollm2
+def test_the_embedded_model_answers_and_is_dequantised_once(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", None)  # must not be needed again
+    again = load_model("smollm2-135m")
+    assert again.info == smollm2.info
+    assert list(again.info.weights) == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = again.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    answer = again.model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert "Paris" in again.tokenizer.decode(answer)
