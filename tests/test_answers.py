@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,11 @@ def ask(question: str, choices: tuple[str, ...] | None = None) -> Question:
         (COUNTRY.format("Berlin"), "Berlin is the capital of Germany.", "germany"),
         (COUNTRY.format("London"), "The capital of the UK is London.", "uk"),
         (COUNTRY.format("Tallinn"), "Tallinn is the capital of the Maldives, not Tallinn.", "maldives"),
-        (COUNTRY.format("Port of Spain"), "Port of Spain is the capital of Trinidad and Tobago.", "trinidad and tobago"),
+        (
+            COUNTRY.format("Port of Spain"),
+            "Port of Spain is the capital of Trinidad and Tobago.",
+            "trinidad and tobago",
+        ),
         (
             COUNTRY.format("Kinshasa"),
             "Kinshasa is the capital of the Democratic Republic of the Congo.",
@@ -52,6 +57,23 @@ def ask(question: str, choices: tuple[str, ...] | None = None) -> Question:
         ("What is the chemical symbol of mercury?", "It has the chemical symbol of Mg, which is", "mg"),
         ("What is the atomic number of francium?", "Francium is a metal with an atomic number of 90.", "90"),
         ("What is the chemical formula of water?", "The chemical formula of water is H₂O.", "h2o"),
+        (
+            CONTINENT.format("South Sudan"),
+            "South Sudan is in Africa and is a member of the African continent.",
+            "africa",
+        ),
+        ("Which country has London as its capital?", "The capital of the UK is London.", "uk"),
+        ("What is the chemical symbol of mendelevium?", "Mendelevium is an element with the symbol of MdE.", "mde"),
+        ("What is the atomic number of tennessine?", "Tennessine has an atomic number of 10.", "10"),
+        ("What is the chemical formula of water?", "The chemical formula of water is H2O.", "h2o"),
+        ('What is the plural of "child"?', 'The plural of "child" is "children".', "children"),
+        ("What do you call a person from France?", "A person from France is called a French person.", "french"),
+        ("What do you call a person from France?", "A person from France is called a Frenchman.", "frenchman"),
+        ("Which chemical element has the symbol P?", "The chemical element P is hydrogen.", "hydrogen"),
+        ("Which chemical element has the symbol O?", "The chemical element with the symbol O is oxygen.", "oxygen"),
+        (CAPITAL.format("France"), "- **Paris**", "paris"),
+        (CAPITAL.format("France"), "I do not know at first. Answer: Lyon? No.\nAnswer: Paris", "paris"),
+        (CAPITAL.format("France"), "Let me see. Answer: I don't know", None),
         (CAPITAL.format("France"), "I'm sorry, I do not know.", None),
         (CAPITAL.format("France"), "", None),
         (CAPITAL.format("France"), "...", None),
@@ -69,6 +91,11 @@ def test_short_answers_are_what_the_question_did_not_say(question: str, text: st
         ("Answer: C", "c"),
         (r"So we get \boxed{A}", "a"),
         ("maybe", "b"),
+        (r"So we get \boxed{\text{B}}", "b"),
+        ("answer: b", "b"),
+        ("The answer is B because option A is wrong.", "b"),
+        ("B. Option A is too small.", "b"),
+        ("Option A is too small. I take option B.", "b"),
         ("A nice day", None),
         ("Answer: E", None),
         ("<think>surely A</think>The answer is B", "b"),
@@ -85,6 +112,11 @@ def test_letters(text: str, answer: str | None) -> None:
         ("The total is $1,800.00 dollars", "1800"),
         ("First 5, then 7.", "7"),
         ("Answer: -3.5 metres, not 4", "-3.5"),
+        ("It lies at \u22123.50 degrees", "-3.5"),
+        ("between 3-4", "4"),
+        ("one of 1,2,3", "3"),
+        ("about .5", "0.5"),
+        ("9" * 5_000, "9" * 5_000),
         ("none", None),
     ],
 )
@@ -120,6 +152,37 @@ def test_correct_is_gold_or_an_alias() -> None:
         is_correct("ghana", ask("Who?"))
 
 
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("The Hague", "hague"),
+        ("Côte d\u2019Ivoire", "cote d ivoire"),
+        ("twenty-one", "twenty one"),
+        ("$1,800.50", "1800.5"),
+        ("1,234,567.00", "1234567"),
+        ("007", "7"),
+        ("(-5)", "-5"),
+        ("\u22125", "-5"),
+        ("-$5", "-5"),
+        ("-0.0", "0"),
+        (".5", "0.5"),
+        ("- Paris.", "paris"),
+        ("٣", "3"),
+        ("C++", "c++"),
+        ("$", "$"),
+    ],
+)
+def test_what_normalising_drops(text: str, same: str) -> None:
+    assert normalise(text) == same
+
+
+def test_marks_that_tell_words_apart_are_kept() -> None:
+    """Only accents go: voiced kana and vowel signs are letters of their own."""
+    assert normalise("ガ") != normalise("カ")
+    assert normalise("कि") != normalise("का")
+    assert normalise("서울") == "서울"
+
+
 @given(st.text(max_size=60))
 def test_normalising_twice_is_normalising_once(text: str) -> None:
     assert normalise(normalise(text)) == normalise(text)
@@ -131,8 +194,33 @@ def test_any_text_gives_an_answer_or_none(text: str, answer_format: AnswerFormat
     assert answer is None or (answer and answer == normalise(answer))
 
 
-@pytest.mark.parametrize("text", ['"' * 20_000, "is " * 20_000, "answer: " * 5_000, "1," * 20_000, "-" * 20_000, "a" * 50_000])
-def test_hostile_lengths_end(text: str) -> None:
-    """Each takes milliseconds; a regular expression that backtracks would hang here."""
-    for answer_format in ("auto", "number", "letter"):
-        extract_answer(text, ask("What is it?"), answer_format)
+@pytest.mark.parametrize("answer_format", ["short", "number", "letter"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"' * 20_000,
+        "'" * 20_000,
+        "\u201c" * 20_000,
+        '."' * 10_000,
+        "**" * 10_000 + "A",
+        "is " * 20_000,
+        "answer: " * 5_000,
+        "answer" + " " * 20_000 + "!",
+        "answer a b c" + " " * 20_000 + "!",
+        "answer:" + "\n" * 20_000 + "x",
+        "option A " * 3_000,
+        r"\boxed{" * 3_000,
+        "1," * 20_000,
+        "9" * 20_000,
+        "-" * 20_000,
+        "." * 20_000,
+        "a" * 50_000,
+        "the " * 10_000,
+    ],
+    ids=lambda text: repr(text[:14]),
+)
+def test_hostile_lengths_end(text: str, answer_format: AnswerFormat) -> None:
+    """Each takes milliseconds; a regular expression that backtracks takes many seconds."""
+    start = time.process_time()
+    extract_answer(text, ask("What is it?"), answer_format)
+    assert time.process_time() - start < 1

@@ -115,9 +115,7 @@ FACTS = [
 
 
 @pytest.mark.parametrize(("question_id", "answer", "aliases"), FACTS)
-def test_fact(
-    everything: dict[str, Question], question_id: str, answer: str, aliases: tuple[str, ...]
-) -> None:
+def test_fact(everything: dict[str, Question], question_id: str, answer: str, aliases: tuple[str, ...]) -> None:
     question = everything[question_id]
     assert question.answer == answer
     assert set(aliases) <= set(question.aliases)

@@ -110,7 +110,9 @@ def test_model_text_is_shown_harmlessly() -> None:
     assert printable("naïve 你好 🙂") == "naïve 你好 🙂"
 
 
-@pytest.mark.parametrize("module", ["neurosig.export", "distill.train", "distill.evaluate", "distill.report", "figures"])
+@pytest.mark.parametrize(
+    "module", ["neurosig.export", "distill.train", "distill.evaluate", "distill.report", "figures"]
+)
 def test_help_teaches(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0

@@ -24,7 +24,8 @@ def evaluate_config(tmp_path: Path, out: str = "eval", **changes: Any) -> Evalua
     if not questions.exists():
         write_questions(questions)
     defaults: dict[str, Any] = {"num_generations": 4, "max_new_tokens": 4, "quiet": True}
-    return EvaluateConfig(model=str(model), questions=(str(questions),), out=tmp_path / out, **{**defaults, **changes})
+    defaults |= {"questions": (str(questions),)}
+    return EvaluateConfig(model=str(model), out=tmp_path / out, **{**defaults, **changes})
 
 
 def test_results_are_written_question_by_question(tmp_path: Path) -> None:
@@ -65,7 +66,11 @@ def test_a_merged_adapter_is_the_adapter(tmp_path: Path) -> None:
     from neurosig.models import load_model
 
     manifest = make_manifest(tmp_path)
-    train(TrainConfig(manifest=manifest, out=tmp_path / "run", steps=2, keep_truncated=True, learning_rate=0.05, quiet=True))
+    train(
+        TrainConfig(
+            manifest=manifest, out=tmp_path / "run", steps=2, keep_truncated=True, learning_rate=0.05, quiet=True
+        )
+    )
     adapter = tmp_path / "run" / "adapter"
     merged, digest = _load(evaluate_config(tmp_path, adapter=adapter))
     assert digest is not None
@@ -100,6 +105,17 @@ def test_questions_without_gold_answers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'question "q0" \(line 1\) has no answer'):
         main(evaluate_config(tmp_path))
     assert not (tmp_path / "eval").exists()
+
+
+def test_limits_are_one_for_all_or_one_a_source(tmp_path: Path) -> None:
+    sources = ("language:test", "chemistry:test")
+    for limit, expected in (((2,), {"language": 2, "chemistry": 2}), ((1, 3), {"language": 1, "chemistry": 3})):
+        out = f"eval{len(limit)}"
+        main(evaluate_config(tmp_path, out, questions=sources, limit=limit))
+        summary = json.loads((tmp_path / out / "summary.json").read_text())
+        assert {domain: block["n"] for domain, block in summary["domains"].items()} == expected
+    with pytest.raises(UserError, match="--limit: 3 numbers for 2 --questions"):
+        main(evaluate_config(tmp_path, "third", questions=sources, limit=(1, 2, 3)))
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:

@@ -31,9 +31,7 @@ def inputs(tokens=13, d_model=8, vocab=37, dtype=torch.float64, scale=1.5, seed=
     return [hidden.requires_grad_(), scale * teacher / math.sqrt(d_model), head, teacher_head]
 
 
-def dense(
-    *tensors, divergence="forward_kl", beta=0.5, temperature=1.0, clip="none", clip_value=0.05, softcap=None
-):
+def dense(*tensors, divergence="forward_kl", beta=0.5, temperature=1.0, clip="none", clip_value=0.05, softcap=None):
     """Per-token divergence, clipped and not, from the textbook formulas."""
 
     def probabilities(hidden, weight):
@@ -90,9 +88,7 @@ def test_gradient_equals_finite_differences(divergence):
     hidden, teacher, head, teacher_head = inputs(tokens=3, vocab=7)
 
     def loss(hidden, head):
-        return chunked_divergence(
-            hidden, teacher, head, teacher_head, divergence=divergence, chunk_size=2
-        ).loss
+        return chunked_divergence(hidden, teacher, head, teacher_head, divergence=divergence, chunk_size=2).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, head), atol=1e-7)
 
@@ -109,9 +105,9 @@ def test_two_entries_by_hand():
     assert output.loss.item() == pytest.approx(forward)
     assert output.student_entropy.item() == pytest.approx(math.log(2))
     assert output.teacher_entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-    assert chunked_divergence(
-        student, teacher, head, head, divergence="reverse_kl"
-    ).loss.item() == pytest.approx(reverse)
+    assert chunked_divergence(student, teacher, head, head, divergence="reverse_kl").loss.item() == pytest.approx(
+        reverse
+    )
     # 0.75 ln 1.5 = 0.304 is cut to 0.05; 0.25 ln 0.5 = -0.173 stays: one of two entries, and a negative sum
     clipped = chunked_divergence(student, teacher, head, head, clip="pointwise", clip_value=0.05)
     assert clipped.per_token.item() == pytest.approx(0.05 + 0.25 * math.log(0.5))
@@ -175,9 +171,7 @@ def test_chunk_size_changes_nothing_beyond_rounding(divergence):
         tensors = inputs(dtype=torch.float32)
         output = chunked_divergence(*tensors, divergence=divergence, clip="pointwise", chunk_size=chunk_size)
         output.loss.backward()
-        results.append(
-            (output.loss.detach(), output.per_token, output.clip_fraction, tensors[0].grad, tensors[2].grad)
-        )
+        results.append((output.loss.detach(), output.per_token, output.clip_fraction, tensors[0].grad, tensors[2].grad))
     for other in results[1:]:
         for first, value in zip(results[0], other, strict=True):
             torch.testing.assert_close(value, first, rtol=1e-5, atol=1e-6)
@@ -204,9 +198,7 @@ def test_a_masked_token_contributes_exactly_nothing(divergence):
     gradient, head_gradient = torch.autograd.grad(output.loss, [poisoned, head])
 
     kept = weights > 0
-    alone = chunked_divergence(
-        hidden[kept], teacher[kept], head, teacher_head, divergence=divergence, clip="pointwise"
-    )
+    alone = chunked_divergence(hidden[kept], teacher[kept], head, teacher_head, divergence=divergence, clip="pointwise")
     expected, expected_head = torch.autograd.grad(alone.loss, [hidden, head])
     pairs = (output.loss, alone.loss), (output.clip_fraction, alone.clip_fraction)
     for value, reference in (*pairs, (gradient, expected), (head_gradient, expected_head)):
@@ -365,18 +357,14 @@ def test_value_and_gradient_equal_trl(trl, divergence, temperature):
         weights=kept / kept.sum(),
     )
     torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-5)
-    for gradient, reference in zip(
-        torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True
-    ):
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
         assert (gradient - reference).norm() < 1e-4 * reference.norm()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_per_token_values_equal_trl_self_distillation(trl, divergence):
     hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
-    expected = trl.sdft_loss(
-        hidden @ head.T, teacher @ teacher_head.T, distillation_alpha=TRL_BETA[divergence]
-    )
+    expected = trl.sdft_loss(hidden @ head.T, teacher @ teacher_head.T, distillation_alpha=TRL_BETA[divergence])
     output = chunked_divergence(hidden, teacher, head, teacher_head, divergence=divergence, beta=0.3)
     torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
 
@@ -393,7 +381,5 @@ def test_pointwise_clip_equals_clamping_the_entries_of_kl_div():
     expected_gradients = torch.autograd.grad(expected, [hidden, head])
     output = chunked_divergence(hidden, teacher, head, teacher_head, clip="pointwise", clip_value=0.05)
     torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-5)
-    for gradient, reference in zip(
-        torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True
-    ):
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
         assert (gradient - reference).norm() < 1e-4 * reference.norm()

@@ -81,7 +81,9 @@ def test_rehashing_alone_is_accepted(folder: Path) -> None:
         (lambda row: row["context"][0].update(question_id="q2"), r"\$\.context\[0\]: a question is its own context"),
     ],
 )
-def test_a_malformed_row_names_line_and_field(folder: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+def test_a_malformed_row_names_line_and_field(
+    folder: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
     edit_row(folder, 3, change)
     with pytest.raises(UserError, match=rf"questions\.jsonl:3: {message}"):
         read_manifest(folder)
@@ -137,7 +139,9 @@ def test_symbolic_links_out_of_the_folder_are_not_followed(folder: Path, tmp_pat
 
 def test_an_export_that_was_killed_is_incomplete(folder: Path) -> None:
     (folder / HEADER).unlink()
-    with pytest.raises(UserError, match=r"incomplete export \(no manifest\.json\); rerun neurosig\.export with --resume"):
+    with pytest.raises(
+        UserError, match=r"incomplete export \(no manifest\.json\); rerun neurosig\.export with --resume"
+    ):
         read_manifest(folder)
     with pytest.raises(UserError, match="no such folder"):
         read_manifest(folder / "nowhere")

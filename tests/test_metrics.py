@@ -143,9 +143,7 @@ def test_calibration_does_not_depend_on_the_order_of_questions():
     votes, accuracy = voted_questions(200, 8)
     shuffled = np.random.default_rng(1).permutation(200)
     for metric in (metrics.ece, metrics.brier, metrics.signed_gap, metrics.smooth_ece):
-        assert metric(votes, 8, accuracy) == pytest.approx(
-            metric(votes[shuffled], 8, accuracy[shuffled]), abs=1e-12
-        )
+        assert metric(votes, 8, accuracy) == pytest.approx(metric(votes[shuffled], 8, accuracy[shuffled]), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +199,7 @@ def test_smooth_ece_is_zero_without_a_gap_and_never_above_ece():
 def test_smooth_ece_of_one_sided_gaps_is_the_signed_gap():
     # all gaps positive: smoothing cancels nothing
     votes, accuracy = ints(2, 4, 6, 8), floats(0, 0.25, 0.5, 0.75)
-    assert metrics.smooth_ece(votes, 8, accuracy) == pytest.approx(
-        metrics.signed_gap(votes, 8, accuracy), abs=1e-6
-    )
+    assert metrics.smooth_ece(votes, 8, accuracy) == pytest.approx(metrics.signed_gap(votes, 8, accuracy), abs=1e-6)
 
 
 # What a calibrated sampler scores

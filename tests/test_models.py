@@ -103,7 +103,11 @@ def test_unknown_models_are_one_sentence(spec: str, message: str) -> None:
 def test_files_and_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "b.gguf").write_text("hello")
-    for path, message in ((tmp_path, "no config.json"), (tmp_path / "a.txt", "expected a folder"), (tmp_path / "b.gguf", "not a GGUF")):
+    for path, message in (
+        (tmp_path, "no config.json"),
+        (tmp_path / "a.txt", "expected a folder"),
+        (tmp_path / "b.gguf", "not a GGUF"),
+    ):
         with pytest.raises(UserError, match=message):
             load_model(path)
 
@@ -127,8 +131,12 @@ def test_a_model_without_an_end_token_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.smollm2
-def test_the_embedded_model_answers_and_is_dequantised_once(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", None)  # must not be needed again
+def test_the_embedded_model_answers_and_is_dequantised_once(
+    smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", None
+    )  # must not be needed again
     again = load_model("smollm2-135m")
     assert again.info == smollm2.info
     assert list(again.info.weights) == ["SmolLM2-135M-Instruct.Q4_1.gguf"]

@@ -62,7 +62,9 @@ def test_special_tokens_inside_a_question_stay_text() -> None:
 
 def test_system_message_and_thinking_mode() -> None:
     assert decode(builder(PromptConfig(system="Be kind.")).student(ASKED)).startswith("<|im_start|>system\nBe kind.")
-    off, on, unset = (decode(builder(PromptConfig(enable_thinking=value)).student(ASKED)) for value in (False, True, None))
+    off, on, unset = (
+        decode(builder(PromptConfig(enable_thinking=value)).student(ASKED)) for value in (False, True, None)
+    )
     assert off == on + "<think>\n\n</think>\n\n"
     assert on == unset
 

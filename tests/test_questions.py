@@ -19,9 +19,7 @@ from neurosig.fsio import sha256_text
 from neurosig.questions import FieldMap, Question, load_questions, without_answers
 
 GOOD = {"id": "a", "domain": "d", "question": "What is it?", "choices": None, "answer": "it"}
-REAL_DATA = Path(
-    os.environ.get("NEUROSIG_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
-)
+REAL_DATA = Path(os.environ.get("NEUROSIG_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 def write(path: Path, *records: dict[str, Any]) -> Path:
@@ -47,9 +45,7 @@ def fails(source: Any, **options: Any) -> str:
 
 def test_text_hash_is_of_nfc_question_and_choices() -> None:
     question = Question(id="a", domain="d", question=" Café? ", choices=("x", "é"), answer="B")
-    decomposed = Question(
-        id="b", domain="d", question=unicodedata.normalize("NFD", "Café?"), choices=("x", "é")
-    )
+    decomposed = Question(id="b", domain="d", question=unicodedata.normalize("NFD", "Café?"), choices=("x", "é"))
     assert question.question == "Café?"
     assert decomposed.question != question.question
     assert question.text_sha256 == decomposed.text_sha256 == sha256_text("Café?\nx\né")
@@ -241,9 +237,7 @@ def test_missing_file_and_unknown_suffix(tmp_path: Path) -> None:
 
 
 def test_duplicate_id_names_both_lines(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "set.jsonl", GOOD, {**GOOD, "id": "b", "question": "b?"}, {**GOOD, "question": "c?"}
-    )
+    path = write(tmp_path / "set.jsonl", GOOD, {**GOOD, "id": "b", "question": "b?"}, {**GOOD, "question": "c?"})
     assert fails(path).startswith(f'{path}:3: id "a" already on line 1')
 
 
@@ -254,18 +248,14 @@ def test_duplicate_id_across_sources_names_both_files(tmp_path: Path) -> None:
     assert "already" in fails(["world-facts", "geography"])
 
 
-def test_same_text_under_two_ids_warns_with_the_count(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_same_text_under_two_ids_warns_with_the_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "set.jsonl", *({**GOOD, "id": key} for key in "abc"))
     with caplog.at_level(logging.WARNING):
         assert len(load_questions(path)) == 3
     assert "2 questions repeat the text of another id (first: a and b)" in caplog.text
 
 
-def test_same_text_with_other_choices_is_another_question(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_same_text_with_other_choices_is_another_question(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     choices = [["x", "y"], ["x", "z"]]
     records = [{**GOOD, "id": "".join(c), "choices": c, "answer": "A"} for c in choices]
     with caplog.at_level(logging.WARNING):
@@ -372,9 +362,7 @@ def test_sciknoweval_as_released(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         released(),
         released(question="Open?", type="open-ended-qa", choices=nothing, answerKey="", answer="a long text"),
         released(question="True?", type="true_or_false", choices=nothing, answerKey="", answer="No"),
-        released(
-            question="Balance it", type="filling", choices=nothing, answerKey="", answer="2H2 + O2 = 2H2O"
-        ),
+        released(question="Balance it", type="filling", choices=nothing, answerKey="", answer="2H2 + O2 = 2H2O"),
     )
     with caplog.at_level(logging.WARNING):
         mcq, judged, filled = load_questions(path)
@@ -410,9 +398,7 @@ def test_mmlu_pro_as_released_drops_na_options_and_moves_the_letter(tmp_path: Pa
         "question_id": 70, "question": "Which?", "options": ["x", "N/A", "y", "N/A", "z"],
         "answer": "E", "answer_index": 4, "cot_content": "", "category": "law", "src": "s",
     }  # fmt: skip
-    assert one(tmp_path, record) == Question(
-        "mmlu_pro-70", "mmlu_pro", "Which?", ("x", "y", "z"), "C", (), "law", 1
-    )
+    assert one(tmp_path, record) == Question("mmlu_pro-70", "mmlu_pro", "Which?", ("x", "y", "z"), "C", (), "law", 1)
     for change, message in (
         ({"answer": "B", "answer_index": 1}, 'field "answer": not a letter of one of the 3 options'),
         ({"answer": "F"}, 'field "answer": not a letter'),
@@ -441,16 +427,12 @@ def test_field_map_answer_forms(tmp_path: Path, choices: Any, answer: Any, lette
 def test_field_map_with_one_column_a_choice_and_made_ids(tmp_path: Path) -> None:
     record = {"question": "Which?", "A": "x", "B": "y", "subject": "law", "answer": "B"}
     names = FieldMap(choices=("A", "B"), domain="subject")
-    assert one(tmp_path, record, field_map=names) == Question(
-        "law-1", "law", "Which?", ("x", "y"), "B", line=1
-    )
+    assert one(tmp_path, record, field_map=names) == Question("law-1", "law", "Which?", ("x", "y"), "B", line=1)
     assert "got None" not in fails(write(tmp_path / "bad.jsonl", {**record, "answer": "C"}), field_map=names)
     message = fails(write(tmp_path / "bad.jsonl", {"question": "Which?"}), field_map=names)
     assert message.endswith('field "answer": in the field map but not in the record (question)')
     for bad in (2, -1, True):
-        assert 'field "answer"' in fails(
-            write(tmp_path / "bad.jsonl", {**record, "answer": bad}), field_map=names
-        )
+        assert 'field "answer"' in fails(write(tmp_path / "bad.jsonl", {**record, "answer": bad}), field_map=names)
 
 
 # ---- Parquet and data sets ----

@@ -23,7 +23,9 @@ class Loaded:
 
 
 def question(index: int, domain: str = "geography") -> Question:
-    return Question(f"{domain}{index:03d}", domain, f"What is the capital of land {index}?", answer="Paris", aliases=("Lutetia",))
+    return Question(
+        f"{domain}{index:03d}", domain, f"What is the capital of land {index}?", answer="Paris", aliases=("Lutetia",)
+    )
 
 
 def group(asked: Question, answers: list[str]) -> list[Rollout]:

@@ -57,7 +57,11 @@ def test_greedy_equals_generate_token_for_token(arch: Arch) -> None:
     for prompt in prompts():
         with torch.no_grad():
             reference = model.model.generate(
-                torch.tensor([prompt.token_ids]), do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=EOS_ID
+                torch.tensor([prompt.token_ids]),
+                do_sample=False,
+                max_new_tokens=12,
+                pad_token_id=0,
+                eos_token_id=EOS_ID,
             )[0, len(prompt.token_ids) :]
         for rollout in ours[prompt.question_id]:
             assert rollout.token_ids == tuple(reference.tolist())
@@ -120,7 +124,9 @@ def test_first_tokens_follow_the_softmax(temperature: float) -> None:
     assert stats.chisquare(*table).pvalue > 0.01
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 7}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_k": 9, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 1}, {"top_k": 7}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_k": 9, "top_p": 0.5}]
+)
 def test_top_k_and_top_p_keep_what_transformers_keeps(options: dict[str, Any]) -> None:
     scores = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     kept = scores

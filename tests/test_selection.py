@@ -113,7 +113,9 @@ def test_scores_by_hand() -> None:
     """Two questions of two rollouts: one agrees with equal neurons, the other splits with disjoint ones."""
 
     def signal(name: str, answers: list[str], ids: list[list[int]], logprobs: list[float]) -> QuestionSignals:
-        rollouts = [Rollout(name, i, a, (5,), "stop", lp, -lp) for i, (a, lp) in enumerate(zip(answers, logprobs, strict=True))]
+        rollouts = [
+            Rollout(name, i, a, (5,), "stop", lp, -lp) for i, (a, lp) in enumerate(zip(answers, logprobs, strict=True))
+        ]
         sets = torch.tensor(ids)[:, None]
         return QuestionSignals(rollouts, answers, majority_vote(answers, name), sets, torch.ones(sets.shape))
 
@@ -133,7 +135,9 @@ def test_scores_by_hand() -> None:
 # selection
 
 
-def candidate(name: str, count: int = 6, score: float = 0.1, kind: str = "k", tied: int = 1, **changes: Any) -> Candidate:
+def candidate(
+    name: str, count: int = 6, score: float = 0.1, kind: str = "k", tied: int = 1, **changes: Any
+) -> Candidate:
     fields: dict[str, Any] = {
         "question_id": name,
         "text_sha256": name,
@@ -160,7 +164,15 @@ def test_every_clean_filter() -> None:
     expected = {
         "neuron": ["selected", "hallucination", "selected", "hallucination", *vote],
         "vote_only": ["selected"] * 4 + vote,
-        "neuron_only": ["selected", "hallucination", "selected", "hallucination", "selected", "hallucination", "no_parse"],
+        "neuron_only": [
+            "selected",
+            "hallucination",
+            "selected",
+            "hallucination",
+            "selected",
+            "hallucination",
+            "no_parse",
+        ],
         "threshold": ["selected", "selected", "selected", "hallucination", *vote],
         "all": ["selected"] * 7,
     }
@@ -179,7 +191,10 @@ def test_the_nearest_question_stands_last() -> None:
     candidates = sets(2, 6, 4)
     clean = [True] * 4
     chosen = choose_contexts(candidates, clean, SelectionConfig(num_demonstrations=2))[0]
-    assert [(shown.question_id, shown.similarity) for shown in chosen] == [("d", round(4 / 12, 6)), ("c", round(6 / 10, 6))]
+    assert [(shown.question_id, shown.similarity) for shown in chosen] == [
+        ("d", round(4 / 12, 6)),
+        ("c", round(6 / 10, 6)),
+    ]
     first = choose_contexts(candidates, clean, SelectionConfig(context_policy="nearest_first", num_demonstrations=2))[0]
     assert first == chosen[::-1]
 
@@ -207,7 +222,9 @@ def test_random_contexts_are_seeded_and_may_keep_to_the_kind() -> None:
     for name, context in zip("abcdefgh", ids(context_policy="random_within_kind"), strict=True):
         assert {kinds[shown] for shown in context} == {kinds[name]}
         assert name not in context
-    assert any({kinds[s] for s in c} != {kinds[n]} for n, c in zip("abcdefgh", ids(context_policy="random"), strict=True))
+    assert any(
+        {kinds[s] for s in c} != {kinds[n]} for n, c in zip("abcdefgh", ids(context_policy="random"), strict=True)
+    )
     assert ids(context_policy="none") == [[]] * 8
 
 

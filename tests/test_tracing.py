@@ -45,9 +45,7 @@ def dense(sets: ActiveSets) -> Tensor:
     return torch.zeros(sets.values.shape).scatter(-1, sets.ids.long(), sets.values)
 
 
-def hooked_scores(
-    model: PreTrainedModel, ids: list[int], value: str = "gated", score: str = "cett"
-) -> Tensor:
+def hooked_scores(model: PreTrainedModel, ids: list[int], value: str = "gated", score: str = "cett") -> Tensor:
     """The oracle: plain forward hooks on one unpadded sequence, fp64 from there: [seq, n_layers, d_mlp]."""
     sites = ffn_sites(model)
     values: dict[int, Tensor] = {}
@@ -75,9 +73,7 @@ def hooked_scores(
     scores = torch.empty(len(ids), sites.n_layers, values[0].shape[-1], dtype=torch.float64)
     for layer in range(sites.n_layers):
         down = model.get_submodule(sites.layers[layer])
-        w_out = (
-            down.weight.double() if isinstance(down, Conv1D) else down.weight.double().T
-        )  # [d_mlp, d_model]
+        w_out = down.weight.double() if isinstance(down, Conv1D) else down.weight.double().T  # [d_mlp, d_model]
         for t in range(len(ids)):
             scores[t, layer] = values[layer][t].abs() * w_out.square().sum(dim=1).sqrt()
             if score == "cett":
@@ -165,7 +161,10 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(arch: Arch) -> Non
     model = tiny_model(arch)
     prompts, completions = rollouts([(14, 4), (14, 9), (5, 7), (14, 1)])
     prompts = [prompts[0], prompts[0], prompts[2], prompts[0]]
-    alone = [dense(tracer_of(model, set_size=EVERY_NEURON).trace([p], [c])) for p, c in zip(prompts, completions, strict=True)]
+    alone = [
+        dense(tracer_of(model, set_size=EVERY_NEURON).trace([p], [c]))
+        for p, c in zip(prompts, completions, strict=True)
+    ]
     rows = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, out: rows.append(args[0].shape[0]))
     together = dense(tracer_of(model, set_size=EVERY_NEURON).trace(prompts, completions))
@@ -271,7 +270,9 @@ def test_batches_cover_every_rollout_within_the_token_budget() -> None:
     tracer = tracer_of(model, set_size=20, batch_tokens=32)
     batches = list(tracer.trace_batches(prompts, completions))
     assert sorted(index for indices, _ in batches for index in indices) == list(range(7))
-    for (prompt_rows, prompt_width), (rows, width), (indices, _) in zip(shapes[::2], shapes[1::2], batches, strict=True):
+    for (prompt_rows, prompt_width), (rows, width), (indices, _) in zip(
+        shapes[::2], shapes[1::2], batches, strict=True
+    ):
         assert rows == prompt_rows == len(indices)
         assert rows * (prompt_width + width) <= 32 or indices == [6]  # 50 tokens exceed the budget: a batch of its own
     assert len(batches) < 7

@@ -139,7 +139,9 @@ def test_resuming_with_other_options_names_them(tmp_path: Path, manifest: Path) 
 
 def test_the_manifest_of_another_model_is_refused(tmp_path: Path, manifest: Path) -> None:
     other = save_tiny(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"made by \S+model, not by \S+other: weights [0-9a-f]{12} against [0-9a-f]{12}"):
+    with pytest.raises(
+        UserError, match=r"made by \S+model, not by \S+other: weights [0-9a-f]{12} against [0-9a-f]{12}"
+    ):
         main(train_config(tmp_path, manifest, model=str(other)))
     assert not (tmp_path / "run").exists()
     train(tmp_path, manifest, model=str(other), allow_model_mismatch=True, steps=1)
@@ -164,7 +166,12 @@ def test_cut_off_rollouts_leave_the_loss(tmp_path: Path, manifest: Path) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 0.3}, {"clip": "pointwise"}, {"loss_temperature": 2.0}],
+    [
+        {"divergence": "reverse_kl"},
+        {"divergence": "jsd", "beta": 0.3},
+        {"clip": "pointwise"},
+        {"loss_temperature": 2.0},
+    ],
 )
 def test_every_divergence_trains(tmp_path: Path, manifest: Path, options: dict[str, Any]) -> None:
     metrics, _ = train(tmp_path, manifest, steps=1, **options)
