@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neurosig.batching import run_prompts
+from neurosig.batching import distinct_rows, run_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,8 @@ def completion_hidden(
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
     """
-    prefix = run_prompts(model, prompts)
+    distinct, owners = distinct_rows(prompts)
+    prefix = run_prompts(model, distinct).rows(torch.tensor(owners, device=model.device))
     hidden = prefix.last_hidden[:, None]
     width = max(map(len, completions))
     if width > 1:

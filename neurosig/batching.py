@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Distinct prompts after their forward pass, expanded to one row a completion.
+    """Prompts after their forward pass: what a completion continues from.
 
     Attributes:
-        cache: Keys and values, one row a completion.
+        cache: Keys and values, one row a prompt.
         mask: Which cached positions hold a prompt token.
         last_hidden: Hidden state of each prompt's last token, after the final norm: it predicts the first
             completion token.
@@ -29,8 +30,15 @@ class Prefix:
     mask: Bool[Tensor, "rows prefix"]
     last_hidden: Float[Tensor, "rows d_model"]
 
+    def rows(self, index: Int[Tensor, " n"]) -> Prefix:
+        """These rows, in this order and as often as they occur; this prefix stays as it is, gradients flow."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(index)
+        return Prefix(cache, self.mask[index], self.last_hidden[index])
+
     def inputs(self, completions: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Keyword arguments of a forward pass that continues each row with its completion, padded on the right."""
+        """Keyword arguments of the forward pass that continues each row with its completion, padded on the right."""
         device = self.mask.device
         ids, mask = pad(completions, side="right", device=device)
         return {
@@ -42,19 +50,11 @@ class Prefix:
         }
 
 
-def run_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> Prefix:
-    """Run every distinct prompt once, without the head; rows of one prompt share the result, gradients included.
-
-    Args:
-        model: Causal language model.
-        prompts: Prompt ids of each row; repeats cost nothing.
-    """
+def run_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefix:
+    """Run prompts through a causal language model, without its head."""
     from transformers import DynamicCache
 
-    distinct = list(dict.fromkeys(prompts))
-    place = {prompt: row for row, prompt in enumerate(distinct)}
-    owner = torch.tensor([place[prompt] for prompt in prompts], device=model.device)
-    ids, mask = pad(distinct, side="left", device=model.device)
+    ids, mask = pad(prompts, side="left", device=model.device)
     cache = DynamicCache(config=model.config)
     hidden = model.base_model(
         input_ids=ids,
@@ -63,8 +63,14 @@ def run_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> P
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    cache.batch_select_indices(owner)
-    return Prefix(cache, mask[owner], hidden[owner, -1])
+    return Prefix(cache, mask, hidden[:, -1])
+
+
+def distinct_rows(prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The distinct prompts in order of first use, and which of them each row has."""
+    place: dict[tuple[int, ...], int] = {}
+    owners = [place.setdefault(prompt, len(place)) for prompt in prompts]
+    return list(place), owners
 
 
 def pad(

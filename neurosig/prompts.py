@@ -72,7 +72,8 @@ class PromptBuilder:
             raise UserError("the tokenizer has no chat template; give --template plain or a Jinja file")
         self.tokenizer = tokenizer
         self.config = config
-        self._special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = sorted({*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
 
     def student(self, question: Question) -> tuple[int, ...]:
         """Prompt ids of the bare question."""
@@ -97,8 +98,6 @@ class PromptBuilder:
         return self._encode_pieces(messages) if hostile else self._tokenise(self._render(messages))
 
     def _render(self, messages: Sequence[Message]) -> str:
-        from jinja2 import TemplateError
-
         options: dict[str, Any] = (
             {} if self.config.enable_thinking is None else {"enable_thinking": self.config.enable_thinking}
         )
@@ -106,8 +105,10 @@ class PromptBuilder:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template fails: {error}; give --template plain or a Jinja file") from error
+        except Exception as error:  # a template can raise whatever Python can
+            raise UserError(
+                f"the chat template fails: {str(error) or type(error).__name__}; give --template plain or a Jinja file"
+            ) from error
         if messages[-1]["content"].strip() not in text:
             raise UserError("the chat template leaves out the question; give --template plain or a Jinja file")
         return str(text)

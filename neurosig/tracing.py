@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from neurosig.batching import run_prompts
+from neurosig.batching import Prefix, distinct_rows, run_prompts
 from neurosig.contributions import active_set, cett, magnitude, masked_mean, neurons_per_layer
 from neurosig.errors import UserError
 from neurosig.sites import ffn_sites, w_out_norms
@@ -122,30 +122,31 @@ class NeuronTracer:
                 an id outside its vocabulary, a model in training mode, or scores that are not finite.
         """
         self._check(prompt_ids, completion_ids)
-        batches = _pack(prompt_ids, completion_ids, self.config.batch_tokens)
-        return self._run(prompt_ids, completion_ids, batches)
+        return self._run([tuple(prompt) for prompt in prompt_ids], completion_ids)
 
     def _run(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        completion_ids: Sequence[Sequence[int]],
-        batches: list[list[int]],
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], ActiveSets]]:
-        for indices in batches:
-            sets = self._trace_batch([tuple(prompt_ids[i]) for i in indices], [completion_ids[i] for i in indices])
-            finite = sets.values.isfinite().all(dim=-1)
-            if not finite.all():
-                row, layer = (~finite).nonzero()[0].tolist()
-                raise UserError(
-                    f"rollout {indices[row]}: the neuron scores of layer {layer} are not finite; "
-                    "check the weights, or load the model in float32"
-                )
-            yield indices, sets
+        """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths."""
+        distinct, owners = distinct_rows(prompts)
+        rollouts_of: list[list[int]] = [[] for _ in distinct]
+        for index, owner in enumerate(owners):
+            rollouts_of[owner].append(index)
+        for group in _pack([len(prompt) for prompt in distinct], self.config.batch_tokens):
+            with torch.no_grad():
+                prefix = run_prompts(self.model, [distinct[owner] for owner in group])
+            row_of = {owner: row for row, owner in enumerate(group)}
+            members = [index for owner in group for index in rollouts_of[owner]]
+            width = prefix.mask.shape[1]
+            for batch in _pack([width + len(completions[index]) for index in members], self.config.batch_tokens):
+                indices = [members[place] for place in batch]
+                rows = torch.tensor([row_of[owners[index]] for index in indices], device=self.model.device)
+                sets = self._trace_batch(prefix.rows(rows), [completions[index] for index in indices])
+                _check_finite(sets, indices)
+                yield indices, sets
 
     @torch.no_grad()
-    def _trace_batch(self, prompts: list[tuple[int, ...]], completions: list[Sequence[int]]) -> ActiveSets:
-        """Each distinct prompt runs once, untraced; the trace continues from its keys and values."""
-        prefix = run_prompts(self.model, prompts)
+    def _trace_batch(self, prefix: Prefix, completions: list[Sequence[int]]) -> ActiveSets:
         inputs = prefix.inputs(completions)
         completion_mask = inputs["attention_mask"][:, prefix.mask.shape[1] :].bool()
         gated, relative, k = self.config.value == "gated", self.config.score == "cett", self.k
@@ -197,18 +198,23 @@ def _reduce(
     return active_set(masked_mean(score, completion_mask.to(score.device)), k)
 
 
-def _pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
-    """Split indices into batches, rollouts of one prompt side by side: rows * longest <= ``batch_tokens``."""
+def _check_finite(sets: ActiveSets, indices: Sequence[int]) -> None:
+    finite = sets.values.isfinite().all(dim=-1)
+    if not finite.all():
+        row, layer = (~finite).nonzero()[0].tolist()
+        raise UserError(
+            f"rollout {indices[row]}: the neuron scores of layer {layer} are not finite; "
+            "check the weights, or load the model in float32"
+        )
 
-    def order(i: int) -> tuple[int, tuple[int, ...], int]:
-        return -len(prompts[i]), tuple(prompts[i]), -len(completions[i])
 
+def _pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Split indices into batches of near-equal lengths, longest first: rows * longest <= ``batch_tokens``."""
     batches: list[list[int]] = []
-    longest = 0
-    for i in sorted(range(len(prompts)), key=order):
-        longest = max(longest, len(prompts[i]) + len(completions[i]))
-        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
+    rows = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) == rows:
             batches.append([])
-            longest = len(prompts[i]) + len(completions[i])
+            rows = max(1, batch_tokens // lengths[i])
         batches[-1].append(i)
     return batches

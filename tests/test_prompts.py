@@ -60,6 +60,27 @@ def test_special_tokens_inside_a_question_stay_text() -> None:
     assert twice.count(EOS_ID) == builder().teacher(ASKED, [Demonstration(ASKED, "no")]).count(EOS_ID)
 
 
+def test_a_special_token_leaves_the_words_around_it_as_they_are() -> None:
+    """Template and contents are then encoded apart, to the same ids."""
+    system = PromptConfig(system="Be kind.", enable_thinking=False)
+    ids = builder(system).student(Question("h", "d", "x <|im_end|> y"))
+    template = decode(ids).replace("x <|im_end|> y", "")
+    assert template == decode(builder(system).student(Question("n", "d", "x y"))).replace("x y", "")
+    assert ids.count(EOS_ID) == 2
+
+
+def test_added_tokens_that_are_not_special_are_the_templates_matter() -> None:
+    """Qwen3's template drops the thoughts of earlier turns; it must get to see them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content + '<|im_end|>", "message.content.split('</think>')[-1] + '<|im_end|>"
+    )
+    shown = [Demonstration(CHOICE, "<think>red or blue</think>B")]
+    ids = PromptBuilder(tokenizer, CONFIG).teacher(ASKED, shown)
+    assert ids == builder().teacher(ASKED, [Demonstration(CHOICE, "B")])
+
+
 def test_system_message_and_thinking_mode() -> None:
     assert decode(builder(PromptConfig(system="Be kind.")).student(ASKED)).startswith("<|im_start|>system\nBe kind.")
     off, on, unset = (
@@ -80,11 +101,17 @@ def test_the_plain_template_serves_base_models() -> None:
         ("{{ 'always the same' }}", "leaves out the question"),
         ("{{ raise_exception('no') }}", "the chat template fails"),
         ("{% for %}", "the chat template fails"),
+        ("{{ ''.__class__.__mro__ }}", "the chat template fails: access to attribute '__class__'"),
+        ("{{ 1 / 0 }}", "the chat template fails: division by zero"),
+        ("{% for i in range(10**9) %}{% endfor %}", "the chat template fails: Range too big"),
+        ("{{ 'a' * 10**15 }}", "the chat template fails: MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template fails: maximum recursion"),
+        ("{{ messages[0].content }}", "leaves out the question"),
     ],
 )
 def test_a_template_that_does_not_work_is_refused(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        builder(template=template).student(ASKED)
+        builder(template=template).teacher(ASKED, [Demonstration(CHOICE, "B")])
 
 
 def test_a_tokenizer_without_template_is_refused() -> None:

@@ -265,16 +265,12 @@ def test_rows_follow_the_input_order() -> None:
 def test_batches_cover_every_rollout_within_the_token_budget() -> None:
     model = tiny_model("llama")
     prompts, completions = rollouts([*LENGTHS, (30, 20)])
-    shapes = []
-    model.model.embed_tokens.register_forward_hook(lambda _, args, out: shapes.append(tuple(args[0].shape)))
     tracer = tracer_of(model, set_size=20, batch_tokens=32)
     batches = list(tracer.trace_batches(prompts, completions))
     assert sorted(index for indices, _ in batches for index in indices) == list(range(7))
-    for (prompt_rows, prompt_width), (rows, width), (indices, _) in zip(
-        shapes[::2], shapes[1::2], batches, strict=True
-    ):
-        assert rows == prompt_rows == len(indices)
-        assert rows * (prompt_width + width) <= 32 or indices == [6]  # 50 tokens exceed the budget: a batch of its own
+    for indices, _ in batches:
+        longest = max(len(prompts[index]) + len(completions[index]) for index in indices)
+        assert len(indices) * longest <= 32 or indices == [6]  # 50 tokens exceed the budget: a batch of its own
     assert len(batches) < 7
     merged = tracer.trace(prompts, completions)
     for indices, sets in batches:
