@@ -12,7 +12,9 @@ CONTROL_T := 0.1
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.setup-stamp
 RUN := $(VENV)/bin/python -m
-EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry --limit 90 30 30
+# test questions of each set; `make demo LIMIT=` takes the whole test split (about 20 minutes more)
+LIMIT ?= --limit 70 20 20
+EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry $(LIMIT)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo control test lint bench figures notebooks clean

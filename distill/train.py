@@ -101,7 +101,7 @@ class TrainConfig(CommonConfig):
     """Sampling temperature; default: the manifest's."""
     max_new_tokens: int | None = None
     """Completion tokens of a rollout; default: the manifest's."""
-    batch_rows: int = 128
+    batch_rows: int = 256
     """Rollouts decoded at a time (memory and speed only)."""
     seed: int = 0
     """Seed of the question order, the rollouts and the adapter."""

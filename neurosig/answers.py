@@ -30,6 +30,7 @@ _LETTER_SAID = (  # the surest first; in each the last mention counts
     re.compile(r"\b(?:choice|option)\b(?:\s+\w+){0,3}?(?:\s*[:=])?\s*\**\(?\b([A-Z])\b(?!')"),
 )
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_NEXT_QUESTION = re.compile(r"(?:^|\n)[ \t]*Question:")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”*]*(?:\s|$)|\n")
 _CLAUSE_END = re.compile(
     r"[,;:(]|\b(?:and|or)\b(?!\s+[A-Z])|\b(?:but|which|who|that|not|though|because|since|as|when|where|while|also)\b"
@@ -84,11 +85,12 @@ def extract_answer(text: str, question: Question, answer_format: AnswerFormat = 
     """The answer a completion gives, normalised for voting; ``None`` when it gives none.
 
     Args:
-        text: Decoded completion. Text before a closing ``</think>`` is ignored.
+        text: Decoded completion. Text before a closing ``</think>`` is ignored, and so is a further question that
+            the model asks itself (``--template plain``).
         question: The question it answers; its text and choices are used, its gold answer never.
         answer_format: ``auto`` is ``letter`` when the question has choices, else ``short``.
     """
-    text = text.rpartition("</think>")[2].strip()
+    text = _NEXT_QUESTION.split(text.rpartition("</think>")[2].strip())[0].strip()
     if not text:
         return None
     if answer_format == "letter" or (answer_format == "auto" and question.choices):

@@ -38,6 +38,7 @@ import time
 import tomllib
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -340,3 +341,4 @@ def _configure_logging(*, quiet: bool, debug: bool) -> None:
     if not debug:
         for variable, value in _QUIET_LIBRARIES.items():
             os.environ.setdefault(variable, value)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

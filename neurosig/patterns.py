@@ -18,19 +18,22 @@ def flat_ids(ids: Int[Tensor, "n n_layers k"], d_mlp: int) -> Int[Tensor, "n set
     return rearrange(ids.long() + rearrange(offset, "layer -> layer 1"), "n layer k -> n (layer k)")
 
 
-def jaccard(a: Int[Tensor, "n set_size"], b: Int[Tensor, "m set_size"], *, block: int = 1024) -> Float[Tensor, "n m"]:
+def jaccard(a: Int[Tensor, "n set_size"], b: Int[Tensor, "m set_size"], *, block: int = 512) -> Float[Tensor, "n m"]:
     """Jaccard similarity of every pair of active sets of one size, exact.
 
     Args:
         a: Unique neuron ids of each set (`flat_ids`).
         b: The sets to compare with.
-        block: Rows of ``a`` compared at a time; memory only.
+        block: Sets of each side compared at a time; memory only.
     """
-    size = a.shape[1]
     used, columns = torch.cat([a, b]).unique(return_inverse=True)
-    right = _multi_hot(columns[len(a) :], len(used))
-    shared = torch.cat([_multi_hot(rows, len(used)) @ right.T for rows in columns[: len(a)].split(block)])
-    return shared / (2 * size - shared)
+    left, right = columns[: len(a)].split(block), columns[len(a) :].split(block)
+    shared = torch.empty(len(a), len(b))
+    for stripe, sets in zip(shared.split(block, dim=1), right, strict=True):
+        hot = _multi_hot(sets, len(used)).T
+        for cell, rows in zip(stripe.split(block), left, strict=True):
+            torch.matmul(_multi_hot(rows, len(used)), hot, out=cell)
+    return shared.div_(2 * a.shape[1] - shared)
 
 
 def mean_pairwise_jaccard(sets: Int[Tensor, "k set_size"]) -> float:

@@ -19,6 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import MaxAbsScaler
 
+from neurosig.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +42,16 @@ class ProbeConfig:
     inverse_penalty: float = 0.1
     folds: int = 5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("agree_share", 0 <= self.agree_share <= 1, "0 to 1"),
+            ("split_share", 0 <= self.split_share <= self.agree_share, "0 to --probe-agree-share"),
+            ("inverse_penalty", self.inverse_penalty > 0, "above 0"),
+            ("folds", self.folds >= 2, "at least 2"),
+        ):
+            if not valid:
+                raise UserError(f"probe-{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)

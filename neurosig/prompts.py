@@ -92,7 +92,7 @@ class PromptBuilder:
         """Token ids of a chat that ends with the generation prompt.
 
         Raises:
-            UserError: The template fails, or leaves out the last message.
+            UserError: The template fails, or leaves out what a user turn says.
         """
         hostile = any(token in message["content"] for message in messages for token in self._special)
         return self._encode_pieces(messages) if hostile else self._tokenise(self._render(messages))
@@ -109,8 +109,10 @@ class PromptBuilder:
             raise UserError(
                 f"the chat template fails: {str(error) or type(error).__name__}; give --template plain or a Jinja file"
             ) from error
-        if messages[-1]["content"].strip() not in text:
-            raise UserError("the chat template leaves out the question; give --template plain or a Jinja file")
+        asked = [message["content"].strip() for message in messages if message["role"] == "user"]
+        if not all(content in text for content in asked):
+            what = "the question" if asked[-1] not in text else "the examples before the question"
+            raise UserError(f"the chat template leaves out {what}; give --template plain or a Jinja file")
         return str(text)
 
     def _tokenise(self, text: str, *, split_special_tokens: bool = False) -> tuple[int, ...]:

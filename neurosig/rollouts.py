@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,16 +73,18 @@ class RolloutLog:
 
     def _reopen(self) -> None:
         lines = self.path.read_bytes().split(b"\n")
-        found = json.loads(lines[0])["key"]
+        try:
+            found = json.loads(lines[0])["key"]
+            groups = [[parse_rollout(fields) for fields in json.loads(line)] for line in lines[1:-1]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{self.path}: damaged, so it cannot be resumed ({error}); use --overwrite") from error
         changed = sorted(name for name in {*found, *self.key} if found.get(name) != self.key.get(name))
         if changed:
             raise UserError(
                 f"{self.path.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
                 "use the same options or --overwrite"
             )
-        for line in lines[1:-1]:
-            group = [parse_rollout(fields) for fields in json.loads(line)]
-            self.groups[group[0].question_id] = group
+        self.groups = {group[0].question_id: group for group in groups}
         write_atomic(self.path, b"\n".join(lines[:-1]) + b"\n")
 
 
@@ -92,18 +94,18 @@ def parse_rollout(fields: Mapping[str, Any]) -> Rollout:
 
 
 def read_external_rollouts(
-    path: str | Path, encode: Any, eos_token_id: int, known_ids: set[str]
+    path: str | Path, encode: Callable[[str], Sequence[int]], eos_token_ids: Sequence[int], known_ids: set[str]
 ) -> dict[str, list[Rollout]]:
     """Read rollouts made elsewhere (a vLLM cluster, say), grouped by question.
 
     Each line is an object with ``question_id`` and ``text``; ``token_ids`` and ``finish_reason`` are optional.
-    Without ``token_ids`` the text is encoded by ``encode`` and, unless cut off, closed with the end-of-sequence
-    token.
+    Without ``token_ids`` the text is encoded by ``encode``. Ids that do not end with an end-of-sequence token are
+    closed with one, unless the completion was cut off.
 
     Args:
         path: JSONL file.
         encode: text -> token ids, special tokens in the text taken as text.
-        eos_token_id: The id that closes a finished completion.
+        eos_token_ids: Ids that end a completion; the first closes those that lack one.
         known_ids: Ids of the questions at hand.
 
     Raises:
@@ -114,21 +116,29 @@ def read_external_rollouts(
         raise UserError(f"rollouts {path}: no such file")
     groups: dict[str, list[Rollout]] = {}
     for number, fields in _json_lines(path):
-        question_id, text = fields.get("question_id"), fields.get("text")
-        for name, value in (("question_id", question_id), ("text", text)):
-            if not isinstance(value, str):
-                raise UserError(f"{path}:{number}: {name}: expected a string, got {json.dumps(value)[:60]}")
+        for name in ("question_id", "text"):
+            if not isinstance(fields.get(name), str):
+                raise UserError(f"{path}:{number}: {name}: expected a string, got {json.dumps(fields.get(name))[:60]}")
+        question_id, text = fields["question_id"], fields["text"]
         if question_id not in known_ids:
             raise UserError(f'{path}:{number}: question_id "{question_id}" is in none of the question files')
         reason = fields.get("finish_reason", "stop")
         if reason not in ("stop", "length"):
             raise UserError(f'{path}:{number}: finish_reason: expected "stop" or "length", got {json.dumps(reason)}')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}:{number}: text: a lone surrogate at character {error.start}") from error
         given = fields.get("token_ids")
-        ids = tuple(given) if given else (*encode(text), *((eos_token_id,) if reason == "stop" else ()))
-        if not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
-            raise UserError(f"{path}:{number}: token_ids: expected a non-empty list of token ids")
-        group = groups.setdefault(str(question_id), [])
-        group.append(Rollout(str(question_id), len(group), str(text), ids, reason))
+        ids = list(encode(text)) if given is None else given
+        if not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
+            raise UserError(f"{path}:{number}: token_ids: expected a list of token ids, got {json.dumps(given)[:60]}")
+        if reason == "stop" and (not ids or ids[-1] not in eos_token_ids):
+            ids = [*ids, eos_token_ids[0]]
+        if not ids:
+            raise UserError(f"{path}:{number}: an empty completion that was cut off; leave it out")
+        group = groups.setdefault(question_id, [])
+        group.append(Rollout(question_id, len(group), text, tuple(ids), reason))
     sizes = {len(group) for group in groups.values()}
     if len(sizes) != 1:
         raise UserError(f"{path}: every question needs the same number of rollouts, found {sorted(sizes) or 'none'}")

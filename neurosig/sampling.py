@@ -78,7 +78,7 @@ def sample(
     prompts: Sequence[Prompt],
     config: SamplingConfig,
     *,
-    batch_rows: int = 128,
+    batch_rows: int = 256,
     salt: str = "",
     done: Collection[str] = (),
 ) -> Iterator[list[Rollout]]:

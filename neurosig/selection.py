@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neurosig.answers import Vote
+from neurosig.errors import UserError
 from neurosig.manifest import Reason
 from neurosig.patterns import jaccard, rank_neighbours
 
@@ -48,6 +49,15 @@ class SelectionConfig:
     context_policy: ContextPolicy = "nearest"
     num_demonstrations: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("min_vote_share", 0 <= self.min_vote_share <= 1, "0 to 1"),
+            ("keep_fraction", 0 < self.keep_fraction <= 1, "above 0 and at most 1"),
+            ("num_demonstrations", self.num_demonstrations >= 1, "at least 1 (or --context-policy none)"),
+        ):
+            if not valid:
+                raise UserError(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +130,9 @@ def choose_contexts(
     similarity = _similarity(candidates, students, pool)
     forbidden = _forbidden(candidates, students, pool)
     preference = _preference(similarity, candidates, students, pool, config)
-    order, _ = rank_neighbours(preference, forbidden, len(pool))
+    order, values = rank_neighbours(preference, forbidden, config.num_demonstrations)
     for row, student in enumerate(students):
-        allowed = [int(column) for column in order[row] if not forbidden[row, column]][: config.num_demonstrations]
+        allowed = order[row][values[row] > -torch.inf].tolist()
         shown = [_demonstrated(candidates[pool[column]], float(similarity[row, column])) for column in allowed]
         contexts[student] = shown if config.context_policy == "nearest_first" else shown[::-1]
     return contexts
@@ -148,8 +158,7 @@ def _similarity(
 
 def _forbidden(candidates: Sequence[Candidate], students: list[int], pool: list[int]) -> Bool[Tensor, "students pool"]:
     """The question itself and its duplicates in text are never its own context."""
-    texts = [candidates[index].text_sha256 for index in pool]
-    return torch.tensor([[candidates[student].text_sha256 == text for text in texts] for student in students])
+    return _equal([candidates[i].text_sha256 for i in students], [candidates[i].text_sha256 for i in pool])
 
 
 def _preference(
@@ -165,8 +174,13 @@ def _preference(
     drawn = torch.from_numpy(np.random.default_rng(config.seed).random(similarity.shape, dtype=np.float32))
     if config.context_policy == "random":
         return drawn
-    same = [[candidates[student].kind == candidates[index].kind for index in pool] for student in students]
-    return drawn + torch.tensor(same).float()
+    return drawn + _equal([candidates[i].kind for i in students], [candidates[i].kind for i in pool]).float()
+
+
+def _equal(rows: Sequence[str], columns: Sequence[str]) -> Bool[Tensor, "rows columns"]:
+    codes = {text: code for code, text in enumerate(dict.fromkeys([*rows, *columns]))}
+    left, right = (torch.tensor([codes[text] for text in texts]) for texts in (rows, columns))
+    return left[:, None] == right
 
 
 def _demonstrated(candidate: Candidate, similarity: float) -> Demonstrated:

@@ -95,7 +95,7 @@ class NeuronTracer:
 
         Args:
             prompt_ids: Token ids of each rollout's prompt, as they were when it was sampled.
-            completion_ids: Token ids of each completion, not empty.
+            completion_ids: Token ids of each completion; neither may be empty.
             progress: Show a bar on stderr.
 
         Raises:
@@ -118,7 +118,7 @@ class NeuronTracer:
         Row i of ``sets`` is rollout ``indices[i]``. The call checks all arguments, before any batch runs.
 
         Raises:
-            UserError: Lists of different lengths, an empty completion, a rollout beyond the model's context,
+            UserError: Lists of different lengths, an empty prompt or completion, a rollout beyond the model's context,
                 an id outside its vocabulary, a model in training mode, or scores that are not finite.
         """
         self._check(prompt_ids, completion_ids)
@@ -177,8 +177,8 @@ class NeuronTracer:
         context = self.model.config.max_position_embeddings
         vocab = self.model.config.vocab_size
         for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-            if not completion:
-                raise UserError(f"rollout {i}: the completion is empty; leave the rollout out")
+            if not prompt or not completion:
+                raise UserError(f"rollout {i}: the {'completion' if prompt else 'prompt'} is empty; leave it out")
             ids = [*prompt, *completion]
             if len(ids) > context:
                 raise UserError(f"rollout {i}: {len(ids)} tokens; leave it out, the model reads {context}")

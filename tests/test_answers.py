@@ -73,6 +73,7 @@ def ask(question: str, choices: tuple[str, ...] | None = None) -> Question:
         ("Which chemical element has the symbol O?", "The chemical element with the symbol O is oxygen.", "oxygen"),
         (CAPITAL.format("France"), "- **Paris**", "paris"),
         (CAPITAL.format("France"), "I do not know at first. Answer: Lyon? No.\nAnswer: Paris", "paris"),
+        (CAPITAL.format("France"), "Paris\n\nQuestion: What is the capital of Spain?\nAnswer: Madrid", "paris"),
         (CAPITAL.format("France"), "Let me see. Answer: I don't know", None),
         (CAPITAL.format("France"), "I'm sorry, I do not know.", None),
         (CAPITAL.format("France"), "", None),

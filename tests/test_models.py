@@ -53,6 +53,60 @@ def test_missing_weights_are_never_random(tmp_path: Path, missing: str) -> None:
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "11 weights are missing"),
+        ({"vocab_size": 400}, r"2 weights have another shape than config\.json says \(lm_head\.weight"),
+        ({"model_type": "no_such_type"}, "transformers cannot load it: .*no_such_type"),
+        ({"hidden_act": "no_such_act"}, "transformers cannot load it: 'no_such_act'"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    path = save_tiny(tmp_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path)
+
+
+def test_weights_that_the_config_leaves_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save_tiny(tmp_path) / "config.json"
+    smaller = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **smaller}))
+    load_model(tmp_path)
+    assert "11 weights of its files are not used: model.layers.1.input_layernorm.weight" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_damaged_configs_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (save_tiny(tmp_path) / name).write_bytes(content)
+    with pytest.raises(UserError, match=f": {name} is damaged"):
+        load_model(tmp_path)
+
+
+def test_a_tokenizer_is_never_made_up(tmp_path: Path) -> None:
+    """transformers would build an empty one from the model type alone."""
+    path = save_tiny(tmp_path) / "tokenizer.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match="transformers cannot load its tokenizer"):
+        load_model(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"no tokenizer in this folder \(tokenizer\.json, "):
+        load_model(tmp_path)
+
+
+def test_options_that_torch_cannot_serve_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    for options, message in (
+        ({"device": "toaster"}, "device toaster: torch cannot use it"),
+        ({"dtype": "int3"}, "dtype int3: expected one of auto, float32"),
+        ({"attn_implementation": "none_such"}, "transformers cannot load it: .*none_such"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(folder, **options)
+
+
 def test_a_tied_head_may_be_missing(tmp_path: Path) -> None:
     loaded = load_model(save_tiny(tmp_path, "llama"))
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -82,7 +136,12 @@ def test_pickles_and_remote_code_are_refused(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
-    with pytest.raises(UserError, match="asks for remote code"):
+    with pytest.raises(UserError, match=r"config\.json asks for remote code \(auto_map\), which is never run"):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "auto_map": {"AutoTokenizer": ["evil.T"]}}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json asks for remote code"):
         load_model(folder)
 
 
@@ -103,10 +162,12 @@ def test_unknown_models_are_one_sentence(spec: str, message: str) -> None:
 def test_files_and_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "b.gguf").write_text("hello")
+    (tmp_path / "c.gguf").write_bytes(b"GGUF" + bytes(100))
     for path, message in (
         (tmp_path, "no config.json"),
         (tmp_path / "a.txt", "expected a folder"),
         (tmp_path / "b.gguf", "not a GGUF"),
+        (tmp_path / "c.gguf", "cannot be dequantised: .*v0"),
     ):
         with pytest.raises(UserError, match=message):
             load_model(path)
@@ -120,6 +181,15 @@ def test_a_template_can_be_given(tmp_path: Path) -> None:
     assert load_model(folder, template=str(path)).tokenizer.chat_template == "{{ messages[0].content }}"
     with pytest.raises(UserError, match="give `plain` or a readable Jinja file"):
         load_model(folder, template=str(tmp_path / "absent.jinja"))
+
+
+def test_the_tokenizers_own_end_token_comes_first(tmp_path: Path) -> None:
+    """As in Qwen3 and Llama 3, whose generation configs add the lower id that ends a document."""
+    loaded = load_model(save_tiny(tmp_path))
+    loaded.model.generation_config.eos_token_id = [0, 2]
+    assert loaded.eos_token_ids == (2, 0)
+    loaded.tokenizer.eos_token = None
+    assert loaded.eos_token_ids == (0, 2)
 
 
 def test_a_model_without_an_end_token_is_named(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_the_plain_template_serves_base_models() -> None:
         ("{{ 'a' * 10**15 }}", "the chat template fails: MemoryError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template fails: maximum recursion"),
         ("{{ messages[0].content }}", "leaves out the question"),
+        ("{{ messages[-1].content }}", "leaves out the examples before the question"),
     ],
 )
 def test_a_template_that_does_not_work_is_refused(template: str, message: str) -> None:

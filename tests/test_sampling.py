@@ -74,6 +74,18 @@ def test_the_batch_does_not_matter(batch_rows: int) -> None:
     assert tokens(draw(model, prompts()[2:3])) == {"q2": tokens(draw(model, prompts()))["q2"]}
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rows_of_every_architecture_leave_the_batch_alone(arch: Arch) -> None:
+    """Caches differ (gemma3 keeps a window of 8): rows that end and neighbours of other lengths change nothing."""
+    model = often_ending(arch)
+    options: dict[str, Any] = {"num_generations": 6, "max_new_tokens": 14}
+    together = tokens(draw(model, prompts(), **options))
+    lengths = [len(ids) for group in together.values() for ids in group]
+    assert sum(length < 14 for length in lengths) > len(lengths) / 4  # enough to shrink the batch more than once
+    for prompt in prompts():
+        assert tokens(draw(model, [prompt], **options))[prompt.question_id] == together[prompt.question_id]
+
+
 def test_every_question_seed_and_salt_draws_its_own_numbers() -> None:
     model, asked = loaded(), [Prompt("a", (5, 6, 7)), Prompt("b", (5, 6, 7))]
     first = tokens(draw(model, asked))
@@ -81,6 +93,24 @@ def test_every_question_seed_and_salt_draws_its_own_numbers() -> None:
     assert len({*first["a"], *first["b"]}) == 8
     assert first != tokens(draw(model, asked, seed=1))
     assert first != tokens(draw(model, asked, salt="step1"))
+
+
+def test_one_candidate_left_is_greedy() -> None:
+    model = loaded()
+    greedy = tokens(draw(model, prompts(), temperature=0.0))
+    assert tokens(draw(model, prompts(), top_k=1)) == greedy
+    assert tokens(draw(model, prompts(), top_p=1e-6)) == greedy
+    assert tokens(draw(model, prompts(), temperature=1e-4)) == greedy
+
+
+def test_any_of_several_end_tokens_ends_a_rollout() -> None:
+    model = loaded()
+    with torch.no_grad():
+        first = model.model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax().item()
+    model.model.generation_config.eos_token_id = [EOS_ID, first]
+    (rollout,) = draw(model, [Prompt("a", (5, 6, 7))], temperature=0.0, num_generations=1)["a"]
+    assert (rollout.token_ids, rollout.finish_reason, rollout.text) == ((first,), "stop", "")
+    assert rollout.body_ids == (first,)  # it has no other token
 
 
 def test_rows_that_end_leave_the_others_as_they_are() -> None:
@@ -189,7 +219,16 @@ def test_logits_that_are_not_finite_name_the_question() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_generations", 0), ("temperature", -0.1), ("top_p", 0.0), ("top_k", -1), ("max_new_tokens", 0)],
+    [
+        ("num_generations", 0),
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0.0),
+        ("temperature", float("nan")),
+        ("top_p", 1.01),
+    ],
 )
 def test_options_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{name.replace('_', '-')}: expected .*, got {value}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from neurosig.answers import Vote, majority_vote
+from neurosig.errors import UserError
 from neurosig.hallucination import QuestionSignals, hallucination_scores
 from neurosig.patterns import flat_ids, jaccard, mean_pairwise_jaccard, rank_neighbours
 from neurosig.probing import ProbeConfig, agreement_labels, contribution_matrix, fit_probe
@@ -28,7 +30,8 @@ def test_jaccard_by_hand() -> None:
     sets = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5], [6, 7, 8, 9], [3, 2, 1, 0]])
     expected = torch.tensor([[1, 2 / 6, 0, 1], [2 / 6, 1, 0, 2 / 6], [0, 0, 1, 0], [1, 2 / 6, 0, 1]])
     torch.testing.assert_close(jaccard(sets, sets), expected)
-    torch.testing.assert_close(jaccard(sets, sets, block=1), expected)
+    for block in (1, 3):
+        torch.testing.assert_close(jaccard(sets, sets, block=block), expected)
     torch.testing.assert_close(jaccard(sets[:1], sets[1:]), expected[:1, 1:])
     assert mean_pairwise_jaccard(sets[:3]) == pytest.approx((2 / 6 + 0 + 0) / 3)
     assert mean_pairwise_jaccard(sets[:1]) == 1.0
@@ -135,6 +138,19 @@ def test_scores_by_hand() -> None:
 # selection
 
 
+def test_options_out_of_range_are_named() -> None:
+    for config, options, message in (
+        (SelectionConfig, {"keep_fraction": 0.0}, "keep-fraction: expected above 0 and at most 1, got 0.0"),
+        (SelectionConfig, {"min_vote_share": float("nan")}, "min-vote-share: expected 0 to 1, got nan"),
+        (SelectionConfig, {"num_demonstrations": 0}, "num-demonstrations: expected at least 1"),
+        (ProbeConfig, {"folds": 1}, "probe-folds: expected at least 2, got 1"),
+        (ProbeConfig, {"agree_share": 0.4}, "probe-split-share: expected 0 to --probe-agree-share, got 0.5"),
+        (ProbeConfig, {"inverse_penalty": 0.0}, "probe-inverse-penalty: expected above 0, got 0.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config(**options)
+
+
 def candidate(
     name: str, count: int = 6, score: float = 0.1, kind: str = "k", tied: int = 1, **changes: Any
 ) -> Candidate:
@@ -206,6 +222,29 @@ def test_a_question_its_twin_and_the_unclean_are_never_context() -> None:
     contexts = choose_contexts(candidates, [True, True, False, True, True], SelectionConfig(num_demonstrations=4))
     assert [shown.question_id for shown in contexts[0]] == ["e"]
     assert contexts[2] == []
+
+
+def test_equally_near_questions_come_in_input_order() -> None:
+    candidates = sets(4, 4, 4, 4)
+    for order in ([0, 1, 2, 3, 4], [0, 4, 2, 1, 3]):
+        chosen = choose_contexts([candidates[i] for i in order], [True] * 5, SelectionConfig(num_demonstrations=3))[0]
+        assert [shown.question_id for shown in chosen] == ["abcde"[i] for i in (order[3], order[2], order[1])]
+
+
+def test_a_context_is_as_long_as_the_pool_allows() -> None:
+    contexts = choose_contexts(sets(2, 6), [True] * 3, SelectionConfig(num_demonstrations=9))
+    assert [[shown.question_id for shown in context] for context in contexts] == [["b", "c"], ["c", "a"], ["b", "a"]]
+    assert choose_contexts(sets(2), [True, False], SelectionConfig()) == [[], []]
+    assert choose_contexts(sets(2), [False, False], SelectionConfig()) == [[], []]
+
+
+def test_within_kind_goes_beyond_it_only_when_it_must() -> None:
+    candidates = [candidate(name, kind="xxyyyy"[i]) for i, name in enumerate("abcdef")]
+    config = SelectionConfig(context_policy="random_within_kind", num_demonstrations=2)
+    for seed in range(5):
+        contexts = choose_contexts(candidates, [True] * 6, dataclasses.replace(config, seed=seed))
+        assert contexts[0][-1].question_id == "b" and contexts[0][0].question_id in "cdef"
+        assert {shown.question_id for shown in contexts[2]} < set("def")
 
 
 def test_random_contexts_are_seeded_and_may_keep_to_the_kind() -> None:

@@ -155,21 +155,21 @@ def test_padded_batch_equals_single(arch: Arch) -> None:
     torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("batch_tokens", "batches"), [(4096, 1), (46, 2), (28, 4)])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_a_shared_prompt_is_computed_once_and_changes_nothing(arch: Arch) -> None:
-    """Prompts longer than gemma3's sliding window, shared by some rollouts, beside one of another length."""
+def test_a_shared_prompt_is_computed_once_and_changes_nothing(arch: Arch, batch_tokens: int, batches: int) -> None:
+    """Prompts longer than gemma3's sliding window, shared over one batch or several, beside one of another length."""
     model = tiny_model(arch)
     prompts, completions = rollouts([(14, 4), (14, 9), (5, 7), (14, 1)])
     prompts = [prompts[0], prompts[0], prompts[2], prompts[0]]
-    alone = [
-        dense(tracer_of(model, set_size=EVERY_NEURON).trace([p], [c]))
-        for p, c in zip(prompts, completions, strict=True)
-    ]
-    rows = []
-    model.get_input_embeddings().register_forward_hook(lambda _, args, out: rows.append(args[0].shape[0]))
-    together = dense(tracer_of(model, set_size=EVERY_NEURON).trace(prompts, completions))
-    assert rows[0] == 2
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    expected = hooked_means(model, prompts, completions)
+    shapes = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: shapes.append(tuple(args[0].shape)))
+    traced = dense(tracer_of(model, set_size=EVERY_NEURON, batch_tokens=batch_tokens).trace(prompts, completions))
+    assert shapes[0] == (2, 14)
+    assert len(shapes) == 1 + batches and sum(rows for rows, _ in shapes[1:]) == 4
+    assert max(width for _, width in shapes[1:]) == 9  # completions only
+    torch.testing.assert_close(traced, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +317,7 @@ def test_no_rollouts() -> None:
     ("prompts", "completions", "message"),
     [
         ([[5], [6], [7]], [[8], [], [9]], "rollout 1: the completion is empty"),
+        ([[5], []], [[8], [9]], "rollout 1: the prompt is empty"),
         ([[5], [6]], [[8]], "2 prompts but 1 completions"),
         (
             [[5], [6] * CONTEXT],
