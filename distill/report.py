@@ -200,8 +200,9 @@ def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
     if "avg_at_k_vs_control" in row:
         avg, maj = row["avg_at_k_vs_control"], row["maj_at_k_vs_control"]
         text += (
-            f" Beyond the untrained base at its best temperature, {_signed(avg)} in Avg@{k} and {_signed(maj)} in "
-            f"maj@{k} are left, {_reading(avg)} and {_reading(maj)}."
+            f" Beyond the untrained base at its best temperature, {_signed(avg)} in Avg@{k} ({_reading(avg)}) and "
+            f"{_signed(maj)} in maj@{k} ({_reading(maj)}) are left, with an ECE that differs by "
+            f"{_signed(row['ece_vs_control'])}."
         )
     return text + "\n"
 

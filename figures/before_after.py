@@ -117,4 +117,4 @@ def _draw_reliability(axis: Axes, table: pd.DataFrame) -> None:
         ylabel="majority is right",
     )
     axis.set_title("reliability, in-domain")
-    axis.text(0.98, 0.02, "marker area: questions", ha="right", fontsize=7.5, color="#555555", transform=axis.transAxes)
+    axis.text(0.03, 0.95, "marker area: questions", fontsize=7.5, color="#555555", transform=axis.transAxes)
