@@ -110,10 +110,10 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 def main(config: ExportConfig) -> None:
     """Run the export described by ``config``."""
-    from neurosig.manifest import HEADER
+    from neurosig.manifest import FILES, HEADER
     from neurosig.outdir import output_folder
 
-    owned = (HEADER, "*.jsonl", "signals.safetensors", "neurons.csv", "run.json", WORK)
+    owned = (HEADER, *FILES, "run.json", WORK)
     with output_folder(
         config.out, finished=HEADER, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:

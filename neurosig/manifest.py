@@ -228,7 +228,7 @@ def _parse_header(path: Path, text: str) -> Header:
         raise UserError(f"{path}: {_first_problem(error, Header)}") from error
     if header.content_sha256 != _content_sha256(raw):
         raise UserError(f"{path}: content_sha256 differs from the header's content; export again")
-    absent = {QUESTIONS, ROLLOUTS, SIGNALS, NEURONS} - set(header.files)
+    absent = set(FILES) - set(header.files)
     if absent:
         raise UserError(f"{path}: files: {', '.join(sorted(absent))} missing; export again")
     return header
