@@ -32,6 +32,7 @@ QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = (
     "signals.safetensors",
     "neurons.csv",
 )
+FILES = (QUESTIONS, ROLLOUTS, SIGNALS, NEURONS)
 
 Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "hallucination", "no_context"]
 
