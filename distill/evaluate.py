@@ -240,6 +240,14 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, dict
             "distinct_answers": float(column["distinct"].mean()),
             "mean_length": float(column["mean_length"].mean()),
             "mean_entropy": float(column["mean_entropy"].mean()),
+            "by_kind": {
+                kind: {
+                    "n": int((column["kind"] == kind).sum()),
+                    "avg_at_k": float(avg[column["kind"] == kind].mean()),
+                    "maj_at_k": float(maj[column["kind"] == kind].mean()),
+                }
+                for kind in dict.fromkeys(row["kind"] for row in mine if row["kind"] is not None)
+            },
         }
     return summary
 

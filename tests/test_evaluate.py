@@ -36,6 +36,8 @@ def test_results_are_written_question_by_question(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
     assert summary["domains"]["colour"]["n"] == 8
     assert summary["config"]["temperature"] == 0.8
+    kinds = summary["domains"]["colour"]["by_kind"]
+    assert {kind: block["n"] for kind, block in kinds.items()} == {"k0": 4, "k1": 4}
     rollouts = [json.loads(line) for line in (tmp_path / "eval" / "rollouts.jsonl").read_text().splitlines()]
     assert [r["question_id"] for r in rollouts[::4]] == [row["id"] for row in table]
 

@@ -152,6 +152,20 @@ def test_every_filter_says_why(tmp_path: Path, clean_filter: str) -> None:
     assert all(item.question_id in kept for row in manifest.selected for item in row.context)
 
 
+def test_thinking_mode_reaches_every_prompt(tmp_path: Path) -> None:
+    """The tiny Qwen3 with thinking on and off: other prompts, other rollouts, and training takes the manifest's mode."""
+    rollouts, losses = [], []
+    for thinking in (False, True):
+        folder = make_manifest(tmp_path, f"thinking-{thinking}", enable_thinking=thinking)
+        rollouts.append((folder / "rollouts.jsonl").read_bytes())
+        assert read_manifest(folder).header.options["enable_thinking"] is thinking
+        run = tmp_path / f"run-{thinking}"
+        train(TrainConfig(manifest=folder, out=run, steps=1, keep_truncated=True, quiet=True))
+        losses.append(json.loads((run / "metrics.jsonl").read_text())["loss"])
+    assert rollouts[0] != rollouts[1]
+    assert losses[0] != losses[1]
+
+
 def test_nothing_selected_is_told_and_not_trained_on(tmp_path: Path) -> None:
     folder = make_manifest(tmp_path, clean_filter="vote_only", min_vote_share=1.0)
     with pytest.raises(UserError, match=r"0 of 8 questions selected \(\d tie"):
