@@ -153,7 +153,7 @@ def test_every_filter_says_why(tmp_path: Path, clean_filter: str) -> None:
 
 
 def test_thinking_mode_reaches_every_prompt(tmp_path: Path) -> None:
-    """The tiny Qwen3 with thinking on and off: other prompts, other rollouts, and training takes the manifest's mode."""
+    """The tiny Qwen3 with thinking on and off: other prompts and rollouts, and training takes the mode over."""
     rollouts, losses = [], []
     for thinking in (False, True):
         folder = make_manifest(tmp_path, f"thinking-{thinking}", enable_thinking=thinking)
