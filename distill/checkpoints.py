@@ -77,18 +77,16 @@ def load_newest(
     """
     for candidate in reversed(_existing(folder)):
         try:
-            state = json.loads((candidate / STATE).read_text())
-            if any(sha256_file(candidate / name) != digest for name, digest in state["sha256"].items()):
-                raise ValueError("sha256 differs")
+            step, found = _read_state(candidate)
             weights, moments = load_file(candidate / WEIGHTS), load_file(candidate / OPTIMIZER)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
             logger.warning("%s is damaged (%s); falling back to the checkpoint before it", candidate, error)
             aside = candidate.with_name(candidate.name + ".corrupt")
             shutil.rmtree(aside, ignore_errors=True)
             candidate.rename(aside)
             continue
         wanted = json.loads(json.dumps(key))
-        changed = sorted(name for name in {*wanted, *state["key"]} if wanted.get(name) != state["key"].get(name))
+        changed = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
         if changed:
             raise UserError(
                 f"{folder.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
@@ -98,8 +96,19 @@ def load_newest(
             for name, tensor in parameters.items():
                 tensor.copy_(weights[name])
         _restore_optimizer(parameters, optimizer, moments)
-        return int(state["step"])
+        return step
     return 0
+
+
+def _read_state(candidate: Path) -> tuple[int, dict[str, Any]]:
+    """Step and key of a checkpoint whose files are as they were written."""
+    state = json.loads((candidate / STATE).read_bytes())
+    step, key, hashes = state["step"], state["key"], state["sha256"]
+    if type(step) is not int or not isinstance(key, dict):
+        raise TypeError(f"{STATE} is malformed")
+    if any(sha256_file(candidate / name) != hashes[name] for name in (WEIGHTS, OPTIMIZER)):
+        raise ValueError("sha256 differs")
+    return step, key
 
 
 def _existing(folder: Path) -> list[Path]:

@@ -63,6 +63,11 @@ def main(config: ReportConfig) -> None:
             raise UserError(
                 f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
             )
+        if runs[name]["k"] != runs["base"]["k"]:
+            raise UserError(
+                f"{folders[name]}: K={runs[name]['k']} samples a question, {config.base} has {runs['base']['k']}; ECEs "
+                "of different K do not compare, evaluate both with the same --num-generations"
+            )
     source = _source_domains(config, runs["base"])
     groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
     rows = [
@@ -71,7 +76,7 @@ def main(config: ReportConfig) -> None:
         if domains
         for name in runs
     ]
-    k = next(iter(runs["base"]["rows"].values()))["k"]
+    k = runs["base"]["k"]
     text = _table(rows, k, runs, config) + "\n" + _verdict(rows, k)
     record = {
         "rows": rows,
@@ -94,9 +99,13 @@ def _read(folder: Path) -> dict[str, Any]:
 
     if not (folder / SUMMARY).is_file():
         raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
-    summary = json.loads((folder / SUMMARY).read_text())
-    rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
     return {
+        "k": rows[0]["k"],
         "rows": {row["id"]: row for row in rows},
         "domains": list(summary["domains"]),
         "config": summary["config"],
@@ -111,7 +120,13 @@ def _source_domains(config: ReportConfig, base: Mapping[str, Any]) -> list[str]:
     if not (config.train / RECORD).is_file():
         raise UserError(f"--train {config.train}: no finished training run ({RECORD} is missing)")
     trained_on = json.loads((config.train / RECORD).read_text())["domains"]
-    return [domain for domain in base["domains"] if domain in trained_on]
+    source = [domain for domain in base["domains"] if domain in trained_on]
+    if not source:
+        raise UserError(
+            f"--train {config.train}: trained on {', '.join(trained_on)}, but {config.base} holds "
+            f"{', '.join(base['domains'])}; evaluate a domain it was trained on"
+        )
+    return source
 
 
 def _compare(runs: Mapping[str, Any], name: str, domains: Sequence[str], config: ReportConfig) -> dict[str, Any]:

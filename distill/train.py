@@ -196,6 +196,11 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                 metrics = learn(config, model, teacher, optimizer, pairs)
             metrics = {"step": step, "learning_rate": rate, **metrics}
             _check_finite(metrics, [task.id for task in by_id.values()])
+            if not metrics["rollouts_in_loss"]:
+                logger.warning(
+                    "step %d: no rollout is in the loss (%.0f%% ended by themselves); nothing was learned, raise "
+                    "--max-new-tokens or give --keep-truncated", step, 100 * metrics["eos_rate"],
+                )  # fmt: skip
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", gap=f"{metrics['entropy_gap']:.3f}")
@@ -219,11 +224,17 @@ def _check(config: TrainConfig) -> None:
         ("questions_per_step", 1),
         ("num_generations", 1),
         ("micro_batch_size", 1),
+        ("warmup_steps", 0),
+        ("lora_r", 1),
+        ("skip_first", 0),
+        ("save_steps", 1),
+        ("keep_checkpoints", 1),
     ):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
-    if config.learning_rate <= 0:
-        raise UserError(f"--learning-rate: expected a number above 0, got {config.learning_rate}")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not (getattr(config, name) > 0 and math.isfinite(getattr(config, name))):
+            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(config, name)}")
 
 
 def _sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
@@ -236,7 +247,7 @@ def _sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
         top_p=options["top_p"],
         top_k=options["top_k"],
         repetition_penalty=options["repetition_penalty"],
-        max_new_tokens=config.max_new_tokens or options["max_new_tokens"],
+        max_new_tokens=options["max_new_tokens"] if config.max_new_tokens is None else config.max_new_tokens,
         seed=config.seed,
     )
 
@@ -301,6 +312,8 @@ def _reopen_metrics(path: Path, done: int) -> Any:
     from neurosig.fsio import write_atomic
 
     lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
+    if len(lines) < done:
+        raise UserError(f"{path}: {len(lines)} lines, but the checkpoint has done {done} steps; use --overwrite")
     write_atomic(path, "".join(lines))
     return path.open("a", encoding="utf-8")
 

@@ -226,9 +226,9 @@ def _rollouts(
         work / "rollouts.log",
         {
             "model": loaded.info.as_dict(),
-            "prompts": config.prompt_config().as_dict(),
-            "sampling": sampling.as_dict(),
             "questions": _dataset_sha256(questions),
+            **config.prompt_config().as_dict(),
+            **sampling.as_dict(),
         },
     )
     todo = sample(loaded, list(prompts.values()), sampling, batch_rows=config.batch_rows, done=set(log.groups))

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,7 +34,20 @@ QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = (
 )
 FILES = (QUESTIONS, ROLLOUTS, SIGNALS, NEURONS)
 
+READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
+    "model": ("id", "weights"),
+    "tokenizer": ("sha256", "chat_template_sha256"),
+    "options": (
+        *("template", "system", "instruction", "choice_instruction", "enable_thinking"),
+        *("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"),
+    ),
+}
+"""Entries of the header's open fields that must be there."""
+
 Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "hallucination", "no_context"]
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Strict(BaseModel):
@@ -44,16 +57,16 @@ class _Strict(BaseModel):
 class VoteRecord(_Strict):
     """A majority vote: votes of the winner, of how many samples, and how many candidates tie."""
 
-    count: int = Field(ge=0)
-    n: int = Field(ge=1)
-    tied: int = Field(ge=0)
+    count: Count
+    n: Annotated[Count, Field(ge=1)]
+    tied: Count
 
 
 class ContextItem(_Strict):
     """One solved example of the teacher's context: a rollout of another question."""
 
     question_id: str
-    rollout_id: int = Field(ge=0)
+    rollout_id: Count
     similarity: float
 
 
@@ -70,7 +83,7 @@ class QuestionRow(_Strict):
     """
 
     id: str
-    line: int = Field(ge=0)
+    line: Count
     domain: str
     kind: str | None
     question: str
@@ -93,9 +106,9 @@ class RolloutRow(_Strict):
     """A line of ``rollouts.jsonl``; the fields of `Rollout`."""
 
     question_id: str
-    rollout_id: int = Field(ge=0)
+    rollout_id: Count
     text: str
-    token_ids: tuple[int, ...] = Field(min_length=1)
+    token_ids: tuple[Count, ...] = Field(min_length=1)
     finish_reason: Literal["stop", "length"]
     mean_logprob: float | None
     mean_entropy: float | None
@@ -105,8 +118,8 @@ class FileEntry(_Strict):
     """Hash, size and rows (``None`` for a file without rows) of one file of the manifest."""
 
     sha256: str
-    bytes: int = Field(ge=0)
-    rows: int | None
+    bytes: Count
+    rows: Count | None
 
 
 class Header(_Strict):
@@ -193,30 +206,34 @@ def read_manifest(folder: str | Path) -> Manifest:
 
     Raises:
         UserError: Naming file, line and field: the export is incomplete, a file changed after export, a row is
-            malformed, or a context points nowhere or at its own question.
+            malformed, belongs to no question or stands twice, or a context points nowhere or at its own question.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"manifest {folder}: no such folder")
     if not (folder / HEADER).is_file():
         raise UserError(f"manifest {folder}: incomplete export (no {HEADER}); rerun neurosig.export with --resume")
-    text = (folder / HEADER).read_text(encoding="utf-8")
-    header = _parse_header(folder / HEADER, text)
+    header = _parse_header(folder / HEADER, (folder / HEADER).read_bytes())
     for name, entry in header.files.items():
         _verify_file(folder, name, entry)
     rows = _read_rows(folder / QUESTIONS, QuestionRow, header.files[QUESTIONS].rows)
-    rollouts = {
-        (row.question_id, row.rollout_id): Rollout(**row.model_dump())
-        for row in _read_rows(folder / ROLLOUTS, RolloutRow, header.files[ROLLOUTS].rows)
-    }
-    _verify_contexts(folder / QUESTIONS, rows, rollouts)
+    by_id = _by_id(folder / QUESTIONS, rows)
+    rollouts: dict[tuple[str, int], Rollout] = {}
+    for number, row in enumerate(_read_rows(folder / ROLLOUTS, RolloutRow, header.files[ROLLOUTS].rows), start=1):
+        place, key = f"{folder / ROLLOUTS}:{number}", (row.question_id, row.rollout_id)
+        if row.question_id not in by_id:
+            raise UserError(f'{place}: $.question_id: no question "{row.question_id}"')
+        if key in rollouts:
+            raise UserError(f'{place}: $.rollout_id: rollout {row.rollout_id} of "{row.question_id}" stands twice')
+        rollouts[key] = Rollout(**row.model_dump())
+    _verify_contexts(folder / QUESTIONS, by_id, rollouts)
     return Manifest(folder, header, tuple(rows), rollouts)
 
 
-def _parse_header(path: Path, text: str) -> Header:
+def _parse_header(path: Path, text: bytes) -> Header:
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON ({error})") from error
     version = str(raw.get("schema_version")) if isinstance(raw, dict) else "none"
     if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
@@ -229,6 +246,10 @@ def _parse_header(path: Path, text: str) -> Header:
         raise UserError(f"{path}: {_first_problem(error, Header)}") from error
     if header.content_sha256 != _content_sha256(raw):
         raise UserError(f"{path}: content_sha256 differs from the header's content; export again")
+    for part, names in READ_BY_TRAINING.items():
+        for name in names:
+            if name not in raw[part]:
+                raise UserError(f"{path}: $.{part}.{name}: field required; export again")
     absent = set(FILES) - set(header.files)
     if absent:
         raise UserError(f"{path}: files: {', '.join(sorted(absent))} missing; export again")
@@ -241,7 +262,7 @@ def _content_sha256(header: Mapping[str, Any]) -> str:
 
 def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
-    if Path(name).name != name or path.resolve().parent != folder.resolve():
+    if "\0" in name or Path(name).name != name or path.resolve().parent != folder.resolve():
         raise UserError(f'{folder / HEADER}: files["{name}"]: path leaves the manifest folder')
     if not path.is_file():
         raise UserError(f"{path}: missing, though {HEADER} lists it; export again")
@@ -268,20 +289,31 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     problem = error.errors()[0]
     where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(problem["loc"][-1]), model.model_fields, n=1)
+        nested: dict[str, type[BaseModel]] = {"vote": VoteRecord, "context": ContextItem, "files": FileEntry}
+        owner = nested.get(str(problem["loc"][0]), model) if len(problem["loc"]) > 1 else model
+        close = difflib.get_close_matches(str(problem["loc"][-1]), owner.model_fields, n=1)
         return f"{where}: unknown field" + (f' (did you mean "{close[0]}"?)' if close else "")
     got = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:60]!r}"
     return f"{where}: {problem['msg'].lower()}{got}"
 
 
-def _verify_contexts(path: Path, rows: Sequence[QuestionRow], rollouts: Mapping[tuple[str, int], Rollout]) -> None:
-    by_id = {row.id: row for row in rows}
-    if len(by_id) != len(rows):
-        raise UserError(f"{path}: an id stands on two lines; export again")
+def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
+    """Rows by id, in file order; each id once, each row with the hash of its own text."""
+    by_id: dict[str, QuestionRow] = {}
     for number, row in enumerate(rows, start=1):
+        if row.id in by_id:
+            raise UserError(f'{path}:{number}: $.id: "{row.id}" stands on an earlier line too; export again')
+        if row.as_question().text_sha256 != row.text_sha256:
+            raise UserError(f"{path}:{number}: $.text_sha256: not the hash of this question; export again")
+        by_id[row.id] = row
+    return by_id
+
+
+def _verify_contexts(path: Path, by_id: Mapping[str, QuestionRow], rollouts: Mapping[tuple[str, int], Rollout]) -> None:
+    for number, row in enumerate(by_id.values(), start=1):
         for index, item in enumerate(row.context):
             where = f"{path}:{number}: $.context[{index}]"
-            if (item.question_id, item.rollout_id) not in rollouts or item.question_id not in by_id:
+            if (item.question_id, item.rollout_id) not in rollouts:
                 raise UserError(f'{where}: no rollout {item.rollout_id} of question "{item.question_id}"')
             if by_id[item.question_id].text_sha256 == row.text_sha256:
                 raise UserError(f"{where}: a question is its own context")
