@@ -1,0 +1,1 @@
+"""Self-distillation from a selection manifest, and its evaluation."""

@@ -1,0 +1,1 @@
+"""Figures and tables: ``python -m figures [NAME ...] --results DIR``."""

@@ -45,18 +45,18 @@ def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: boo
             raise UserError(
                 f"--out {out}: in use by pid {lock.read().strip() or 'unknown'}; wait or choose another"
             ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        earlier = [path for pattern in owned for path in out.glob(pattern)]
-        if overwrite:
-            for path in earlier:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif earlier and not resume:
-            raise UserError(
-                f"--out {out}: holds an earlier run; give --resume to continue it, --overwrite, or another folder"
-            )
         try:
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            earlier = [path for pattern in owned for path in out.glob(pattern)]
+            if overwrite:
+                for path in earlier:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif earlier and not resume:
+                raise UserError(
+                    f"--out {out}: holds an earlier run; give --resume to continue it, --overwrite, or another folder"
+                )
             yield (out / finished).exists()
         finally:
             (out / LOCK).unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,46 @@ def test_limits_are_one_for_all_or_one_a_source(tmp_path: Path) -> None:
 def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors there"):
         main(evaluate_config(tmp_path, adapter=tmp_path))
+
+
+def test_the_columns_of_the_results(tmp_path: Path) -> None:
+    """Counts add up to what the rollouts say, and a finished evaluation is left alone."""
+    main(evaluate_config(tmp_path))
+    path = tmp_path / "eval" / "results.parquet"
+    table = pyarrow.parquet.read_table(path)
+    texts = ["id", "domain", "kind", "answers", "winner"]
+    counts = ["k", "votes", "winners", "right_winners", "n_correct", "unparsed", "distinct", "truncated"]
+    means = ["mean_length", "mean_entropy", "mean_logprob"]
+    assert set(table.column_names) == {*texts, *counts, *means}
+    assert all(str(table.schema.field(name).type) == "int64" for name in counts)
+    assert all(str(table.schema.field(name).type) == "double" for name in means)
+    rollouts = [json.loads(line) for line in (tmp_path / "eval" / "rollouts.jsonl").read_text().splitlines()]
+    for row in table.to_pylist():
+        mine = [rollout for rollout in rollouts if rollout["question_id"] == row["id"]]
+        assert row["k"] == len(mine) == len(row["answers"]) == 4
+        assert row["unparsed"] == row["answers"].count(None)
+        assert row["votes"] == max((row["answers"].count(answer) for answer in row["answers"] if answer), default=0)
+        assert row["truncated"] == sum(rollout["finish_reason"] == "length" for rollout in mine)
+        assert row["mean_length"] == sum(len(rollout["token_ids"]) for rollout in mine) / 4
+    before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
+    main(evaluate_config(tmp_path, resume=True))
+    with pytest.raises(UserError, match="holds an earlier run"):
+        main(evaluate_config(tmp_path))
+    assert {file: file.stat().st_mtime_ns for file in path.parent.iterdir()} == before
+
+
+def test_a_set_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is in two of the --questions sources"):
+        main(evaluate_config(tmp_path, questions=("language:test", "language:test"), limit=(2,)))
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    arguments = ["--model", "m", "--questions", "nowhere.jsonl", "--out", "run", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distill.evaluate", *arguments],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and "nowhere.jsonl: no such file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
 from safetensors.torch import load_file
 
+import neurosig.rows
 import neurosig.sampling
 import neurosig.tracing
 from distill.train import TrainConfig
@@ -17,6 +19,7 @@ from distill.train import main as train
 from neurosig.errors import UserError
 from neurosig.export import main as export
 from neurosig.manifest import read_manifest
+from neurosig.questions import Question
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +30,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gold_answers_change_nothing(tmp_path: Path, model: Path) -> None:
     """With answers, without them, with other ones: the same manifest to the byte, and the same adapter."""
     files, adapters = [], []
-    for out, answer in (("with", "GOLDEN"), ("without", None), ("wrong", "LEADEN")):
-        questions = write_questions(tmp_path / "questions.jsonl", answer=answer)
+    for out, gold in (
+        ("with", {"answer": "GOLDEN", "aliases": ["GOLDALIAS"]}),
+        ("without", {"answer": None}),
+        ("wrong", {"answer": "LEADEN"}),
+    ):
+        questions = write_questions(tmp_path / "questions.jsonl", **gold)
         export(export_config(tmp_path, model, questions, out))
         files.append(file_bytes(tmp_path / out))
         train(
@@ -40,7 +47,27 @@ def test_gold_answers_change_nothing(tmp_path: Path, model: Path) -> None:
     assert files[0] == files[1] == files[2]
     assert adapters[0] == adapters[1] == adapters[2]
     assert set(files[0]) == {"manifest.json", "questions.jsonl", "rollouts.jsonl", "signals.safetensors", "neurons.csv"}
-    assert not any(b"GOLDEN" in data or b"LEADEN" in data for data in files[0].values())
+    written = [path for out in ("with", "wrong") for path in (tmp_path / out).rglob("*") if path.is_file()]
+    assert len(written) == 2 * 6  # the run record too
+    for path in written:
+        assert not any(word in path.read_bytes() for word in (b"GOLDEN", b"GOLDALIAS", b"LEADEN"))
+
+
+def test_gold_letters_change_nothing(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders, seen = [], []
+    manifest_rows = neurosig.rows.manifest_rows
+
+    def watched(questions: Sequence[Question], *args: Any, **kwargs: Any) -> Any:
+        seen.extend((question.answer, question.aliases) for question in questions)
+        return manifest_rows(questions, *args, **kwargs)
+
+    monkeypatch.setattr(neurosig.rows, "manifest_rows", watched)
+    for out, answer in (("with", "A"), ("without", None), ("wrong", "B")):
+        questions = write_questions(tmp_path / "questions.jsonl", answer=answer, choices=["yes", "no"])
+        export(export_config(tmp_path, model, questions, out))
+        folders.append(file_bytes(tmp_path / out))
+    assert folders[0] == folders[1] == folders[2]
+    assert set(seen) == {(None, ())}
 
 
 def test_the_seed_decides_the_rollouts(tmp_path: Path) -> None:
@@ -74,8 +101,11 @@ def test_killed_while_sampling(tmp_path: Path, model: Path, monkeypatch: pytest.
         read_manifest(tmp_path / "broken")
     with pytest.raises(UserError, match="holds an earlier run"):
         export(export_config(tmp_path, model, questions, "broken", batch_rows=6))
-    with pytest.raises(UserError, match="differ from the interrupted run: sampling"):
-        export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True, temperature=0.5))
+    with pytest.raises(UserError, match="differ from the interrupted run: seed, temperature; use"):
+        export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True, temperature=0.5, seed=4))
+    others = write_questions(tmp_path / "others.jsonl", n=7)
+    with pytest.raises(UserError, match="differ from the interrupted run: questions; use"):
+        export(export_config(tmp_path, model, others, "broken", batch_rows=6, resume=True))
     export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True))
     assert file_bytes(tmp_path / "broken") == file_bytes(tmp_path / "straight")
 
@@ -109,10 +139,51 @@ def test_a_complete_export_is_left_alone(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     make_manifest(tmp_path, resume=True)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    (folder / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match="holds an earlier run"):
+        make_manifest(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    mine = [folder / name for name in ("mine.txt", "mine.jsonl", "mine.safetensors")]
+    for path in mine:
+        path.write_text("keep me")
     make_manifest(tmp_path, overwrite=True, seed=5)
-    assert (folder / "mine.txt").read_text() == "keep me"
+    assert all(path.read_text() == "keep me" for path in mine)
     assert read_manifest(folder).header.options["seed"] == 5
+
+
+def test_two_exports_into_one_folder(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused while the first samples, and the first is none the worse for it."""
+    questions = write_questions(tmp_path / "questions.jsonl")
+    export(export_config(tmp_path, model, questions, "alone"))
+    sample = neurosig.sampling.sample
+    refused = []
+
+    def intruded_upon(*args: Any, **kwargs: Any) -> Any:
+        for flags in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(UserError, match=r"in use by pid \d+; wait or choose another"):
+                export(export_config(tmp_path, model, questions, "shared", **flags))
+            refused.append(flags)
+        yield from sample(*args, **kwargs)
+
+    monkeypatch.setattr(neurosig.sampling, "sample", intruded_upon)
+    export(export_config(tmp_path, model, questions, "shared"))
+    assert len(refused) == 2
+    assert file_bytes(tmp_path / "shared") == file_bytes(tmp_path / "alone")
+
+
+def test_selection_may_change_on_resume(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only selects can be changed before the manifest is there: the result is that of the final options."""
+    questions = write_questions(tmp_path / "questions.jsonl")
+    export(export_config(tmp_path, model, questions, "straight", context_policy="random", set_size=8))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "neurosig.manifest.write_manifest", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("full"))
+        )
+        with pytest.raises(OSError, match="full"):
+            export(export_config(tmp_path, model, questions, "broken"))
+    assert (tmp_path / "broken" / ".work").is_dir()
+    export(export_config(tmp_path, model, questions, "broken", context_policy="random", set_size=8, resume=True))
+    assert file_bytes(tmp_path / "broken") == file_bytes(tmp_path / "straight")
+    assert not (tmp_path / "broken" / ".work").exists()
 
 
 def test_rollouts_made_elsewhere(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,14 @@ def config(out: Path, **changes: Any) -> EvaluateConfig:
     return EvaluateConfig(model="made-up", questions=("x",), out=out, num_generations=4, **changes)
 
 
-def evaluation(out: Path, right_of: dict[str, list[int]], **changes: Any) -> Path:
-    """An evaluation in which question i of a domain gets ``right_of[domain][i]`` right answers out of 4."""
+def evaluation(out: Path, right_of: dict[str, list[int]], k: int = 4, **changes: Any) -> Path:
+    """An evaluation in which question i of a domain gets ``right_of[domain][i]`` right answers out of ``k``."""
     out.mkdir(parents=True)
     rows, groups = [], {}
     for domain, counts in right_of.items():
         for index, right in enumerate(counts):
             asked = question(index, domain)
-            groups[asked.id] = group(asked, ["Paris."] * right + ["Rome."] * (4 - right))
+            groups[asked.id] = group(asked, ["Paris."] * right + ["Rome."] * (k - right))
             rows.append(_row(asked, groups[asked.id], config(out)))
     (out / ".rollouts.log").touch()
     _write(config(out, **changes), Loaded(), None, groups, rows, summarise(rows, seed=0))  # type: ignore[arg-type]
@@ -107,3 +109,72 @@ def test_evaluations_of_different_questions_are_not_compared(tmp_path: Path) -> 
         main(ReportConfig(base=base, trained=trained, out=tmp_path / "report"))
     with pytest.raises(UserError, match="no finished evaluation"):
         main(ReportConfig(base=base, trained=tmp_path / "nowhere", out=tmp_path / "report"))
+
+
+def test_the_table_by_hand(tmp_path: Path) -> None:
+    """Base: 1 of 4 right (the majority wrong, confidence 3/4) on half of the questions, 4 of 4 on the other half."""
+    base = evaluation(tmp_path / "base", {"geography": [1, 4] * 10})
+    trained = evaluation(tmp_path / "trained", {"geography": [4, 4] * 10})
+    main(ReportConfig(base=base, trained=trained, out=tmp_path / "report", resamples=500))
+    lines = (tmp_path / "report" / "table.md").read_text().splitlines()
+    assert lines[0] == "| scope | run | n | Avg@4 | change | maj@4 | change | ECE | change |"
+    assert lines[2] == "| in-domain | base (T=0.8) | 20 | 0.625 |  | 0.500 |  | 0.375 |  |"
+    assert lines[3].startswith("| in-domain | trained (T=0.8) | 20 | 1.000 | +0.375 [")
+    assert "| 1.000 | +0.500 [" in lines[3] and "| 0.000 | -0.375 [" in lines[3]
+    assert len([line for line in lines if line.startswith("|")]) == 4
+    rows = json.loads((tmp_path / "report" / "comparison.json").read_text())["rows"]
+    row = next(row for row in rows if row["run"] == "trained")
+    assert row["maj_at_k_vs_base"]["low"] < 0.5 < row["maj_at_k_vs_base"]["high"]
+    assert row["mean_confidence"] == 1
+
+
+def test_a_loss_is_called_a_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = evaluation(tmp_path / "base", {"geography": [3, 4] * 10})
+    trained = evaluation(tmp_path / "trained", {"geography": [1, 1] * 10})
+    main(ReportConfig(base=base, trained=trained, control=base, out=tmp_path / "report", resamples=500))
+    text = capsys.readouterr().out
+    assert "training changes Avg@4 by -0.625 [" in text and "the interval excludes zero" in text
+    assert text.count("(a loss)") == 2
+
+
+def test_what_was_trained_on_decides_what_is_in_domain(tmp_path: Path) -> None:
+    base = evaluation(tmp_path / "base", {"geography": [1, 2], "language": [2, 3], "chemistry": [1, 1]})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "train.json").write_text(json.dumps({"domains": ["chemistry", "language", "history"]}))
+    main(ReportConfig(base=base, trained=base, train=tmp_path / "run", out=tmp_path / "report", resamples=100))
+    record = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    assert record["domains"] == {"in-domain": ["language", "chemistry"], "cross-domain": ["geography"]}
+    assert {(row["scope"], row["n"]) for row in record["rows"]} == {("in-domain", 4), ("cross-domain", 2)}
+    (tmp_path / "run" / "train.json").write_text(json.dumps({"domains": ["history"]}))
+    with pytest.raises(UserError, match=r"trained on history, but .* holds geography, language, chemistry"):
+        main(ReportConfig(base=base, trained=base, train=tmp_path / "run", out=tmp_path / "report"))
+    with pytest.raises(UserError, match="no finished training run"):
+        main(ReportConfig(base=base, trained=base, train=tmp_path, out=tmp_path / "report"))
+
+
+def test_different_numbers_of_samples_are_not_compared(tmp_path: Path) -> None:
+    base = evaluation(tmp_path / "base", {"geography": [1, 2, 3]})
+    trained = evaluation(tmp_path / "trained", {"geography": [1, 2, 3]}, k=8)
+    with pytest.raises(UserError, match=r"trained: K=8 samples a question, \S+base has 4; ECEs of different K"):
+        main(ReportConfig(base=base, trained=trained, out=tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("name", ["summary.json", "results.parquet"])
+def test_an_evaluation_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    base = evaluation(tmp_path / "base", {"geography": [1, 2, 3]})
+    trained = evaluation(tmp_path / "trained", {"geography": [1, 2, 3]})
+    (trained / name).write_bytes(b"{")
+    with pytest.raises(UserError, match=r"trained: cannot be read \("):
+        main(ReportConfig(base=base, trained=trained, out=tmp_path / "report"))
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    arguments = ["--base", "a", "--trained", "b", "--out", "report"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distill.report", *arguments],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: a: no finished evaluation (summary.json is missing); run distill.evaluate --out a\n"
+    assert not (tmp_path / "report").exists()

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,13 @@ from tiny import ARCHS, Arch, tiny_model
 
 import distill.step
 from distill.hidden import completion_hidden
-from distill.tasks import questions_of_step
+from distill.tasks import Task, questions_of_step
 from distill.teacher import Teacher
 from distill.train import TrainConfig, main
 from neurosig.errors import UserError
 from neurosig.models import load_model
+from neurosig.outdir import output_folder
+from neurosig.rollouts import Rollout
 
 FIELDS = {
     "loss",
@@ -74,6 +80,15 @@ def test_a_context_teaches(tmp_path: Path, manifest: Path) -> None:
     assert sum(step["loss"] for step in metrics[-3:]) < 0.8 * sum(step["loss"] for step in metrics[:3])
 
 
+def test_every_step_samples_afresh(tmp_path: Path, manifest: Path) -> None:
+    """The same questions and, at this learning rate, the same model: what differs are the rollouts."""
+    metrics, _ = train(tmp_path, manifest, questions_per_step=8, learning_rate=1e-12, steps=3)
+    assert len({step["student_entropy"] for step in metrics}) == 3
+    again, _ = train(tmp_path, manifest, "again", questions_per_step=8, learning_rate=1e-12, steps=3)
+    other, _ = train(tmp_path, manifest, "other", questions_per_step=8, learning_rate=1e-12, steps=3, seed=1)
+    assert metrics == again != other
+
+
 def test_micro_batches_of_1_give_the_trajectory_of_8(tmp_path: Path, manifest: Path) -> None:
     single, _ = train(tmp_path, manifest, "single", micro_batch_size=1)
     eight, _ = train(tmp_path, manifest, "eight", micro_batch_size=8)
@@ -82,39 +97,6 @@ def test_micro_batches_of_1_give_the_trajectory_of_8(tmp_path: Path, manifest: P
     a, b = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("single", "eight"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("broken_at", [2, 3, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch, broken_at: int
-) -> None:
-    straight = train(tmp_path, manifest, "straight")
-    calls = []
-    learn = distill.step.learn
-
-    def interrupted(*args: Any) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == broken_at:
-            raise KeyboardInterrupt
-        return learn(*args)
-
-    monkeypatch.setattr(distill.step, "learn", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(train_config(tmp_path, manifest, "broken"))
-    monkeypatch.undo()
-    assert not (tmp_path / "broken" / "train.json").exists()
-    assert train(tmp_path, manifest, "broken", resume=True) == straight
-
-
-def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_used(tmp_path: Path, manifest: Path) -> None:
-    straight = train(tmp_path, manifest, "run", steps=6)
-    (tmp_path / "run" / "train.json").unlink()
-    newest = tmp_path / "run" / "checkpoints" / "step-000006" / "weights.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data)
-    assert train(tmp_path, manifest, "run", steps=6, resume=True) == straight
-    assert (tmp_path / "run" / "checkpoints" / "step-000006.corrupt").is_dir()
 
 
 def test_a_finished_run_is_left_alone_and_never_overwritten_by_accident(tmp_path: Path, manifest: Path) -> None:
@@ -130,13 +112,6 @@ def test_a_finished_run_is_left_alone_and_never_overwritten_by_accident(tmp_path
     assert mine.read_text() == "keep me"
 
 
-def test_resuming_with_other_options_names_them(tmp_path: Path, manifest: Path) -> None:
-    train(tmp_path, manifest, steps=2)
-    (tmp_path / "run" / "train.json").unlink()
-    with pytest.raises(UserError, match="learning_rate, seed"):
-        main(train_config(tmp_path, manifest, steps=2, resume=True, learning_rate=1.0, seed=3))
-
-
 def test_the_manifest_of_another_model_is_refused(tmp_path: Path, manifest: Path) -> None:
     other = save_tiny(tmp_path / "other", seed=1)
     with pytest.raises(
@@ -145,6 +120,10 @@ def test_the_manifest_of_another_model_is_refused(tmp_path: Path, manifest: Path
         main(train_config(tmp_path, manifest, model=str(other)))
     assert not (tmp_path / "run").exists()
     train(tmp_path, manifest, model=str(other), allow_model_mismatch=True, steps=1)
+    record = json.loads((tmp_path / "run" / "train.json").read_text())
+    assert record["config"]["allow_model_mismatch"] is True
+    assert record["model"]["weights"] == load_model(other).info.weights
+    assert record["model"]["weights"] != json.loads((manifest / "manifest.json").read_text())["model"]["weights"]
 
 
 def test_prompts_that_do_not_fit_stop_before_training(tmp_path: Path, manifest: Path) -> None:
@@ -164,12 +143,62 @@ def test_cut_off_rollouts_leave_the_loss(tmp_path: Path, manifest: Path) -> None
     assert skipping[0]["tokens_in_loss"] == everything[0]["tokens_in_loss"] - 3 * 16
 
 
+def test_a_step_without_a_finished_rollout_is_told(
+    tmp_path: Path, manifest: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        metrics, _ = train(tmp_path, manifest, steps=1, skip_first=50)
+    assert (metrics[0]["loss"], metrics[0]["grad_norm"], metrics[0]["rollouts_in_loss"]) == (0, 0, 0)
+    assert "step 1: no rollout is in the loss" in caplog.text
+
+
+@pytest.mark.parametrize(("skip_first", "keep_truncated"), [(0, True), (0, False), (2, True)])
+def test_loss_and_gradient_are_those_of_the_plain_mean_kl(skip_first: int, keep_truncated: bool) -> None:
+    """Against one plain forward a row and a full softmax over the vocabulary."""
+    model = tiny_model("qwen3")
+    tasks = [Task("a", (5, 6, 7), (9, 8, 5, 6, 7)), Task("b", (11, 12), (3, 4, 10, 11, 12))]
+    completions = [(tasks[0], (20, 21, 22, 2), "stop"), (tasks[0], (30, 31, 32), "length"), (tasks[1], (40, 2), "stop")]
+    pairs = [(task, Rollout(task.id, i, "", ids, reason)) for i, (task, ids, reason) in enumerate(completions)]  # type: ignore[arg-type]
+    config = TrainConfig(
+        manifest=Path(), out=Path(), micro_batch_size=2, skip_first=skip_first, keep_truncated=keep_truncated
+    )
+    metrics = distill.step.learn(
+        config, model, Teacher("live", model, None), torch.optim.SGD(model.parameters(), lr=0.0), pairs
+    )
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    def log_p(prompt: tuple[int, ...], ids: tuple[int, ...]) -> torch.Tensor:
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0]
+        return logits[len(prompt) - 1 : -1].log_softmax(-1)[skip_first:]
+
+    divergences, entropies = [], []
+    for task, ids, reason in completions:
+        if reason == "stop" or keep_truncated:
+            student, teacher = log_p(task.student_prompt, ids), log_p(task.teacher_prompt, ids).detach()
+            divergences.append((teacher.exp() * (teacher - student)).sum(-1))
+            entropies.append(-(teacher.exp() * teacher).sum(-1))
+    loss = torch.cat(divergences).mean()
+    loss.backward()
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["teacher_entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
+    assert metrics["tokens_in_loss"] == len(torch.cat(divergences))
+    assert (metrics["mean_length"], metrics["eos_rate"]) == (3.0, pytest.approx(2 / 3))
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    scale = min(1.0, config.max_grad_norm / norm)
+    for name, parameter in model.named_parameters():
+        if name in gradient and parameter.grad is not None:
+            torch.testing.assert_close(gradient[name], parameter.grad * scale, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"divergence": "reverse_kl"},
         {"divergence": "jsd", "beta": 0.3},
         {"clip": "pointwise"},
+        {"clip": "token", "clip_value": 0.5},
         {"loss_temperature": 2.0},
     ],
 )
@@ -188,6 +217,65 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(UserError, match=r"step 1: loss is nan \(question ids q\d"):
         main(train_config(tmp_path, manifest))
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(
+    tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(tmp_path, manifest, "straight")
+    hidden, calls = distill.step.completion_hidden, []
+
+    def broken(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return hidden(*args) * (torch.inf if len(calls) > 4 else 1)  # two calls a step, teacher and student
+
+    monkeypatch.setattr(distill.step, "completion_hidden", broken)
+    with pytest.raises(UserError, match=r"step 3: loss is nan .*--resume from it"):
+        main(train_config(tmp_path, manifest, "broken"))
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["step-000002"]
+    assert len((tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert train(tmp_path, manifest, "broken", resume=True) == straight
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "--steps: expected at least 1, got 0"),
+        ({"save_steps": 0}, "--save-steps: expected at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints: expected at least 1, got 0"),
+        ({"skip_first": -1}, "--skip-first: expected at least 0, got -1"),
+        ({"lora_r": 0}, "--lora-r: expected at least 1, got 0"),
+        ({"learning_rate": math.nan}, "--learning-rate: expected a number above 0, got nan"),
+        ({"max_grad_norm": 0.0}, "--max-grad-norm: expected a number above 0"),
+        ({"max_new_tokens": 0}, "max-new-tokens: expected at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature: expected 0 or more"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_written(
+    tmp_path: Path, manifest: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        main(train_config(tmp_path, manifest, **change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path, manifest: Path) -> None:
+    with (
+        output_folder(tmp_path / "run", finished="train.json", owned=(), resume=False, overwrite=False),
+        pytest.raises(UserError, match=r"run: in use by pid \d+"),
+    ):
+        main(train_config(tmp_path, manifest, resume=True))
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "distill.train", "--manifest", "nowhere", "--out", "run", "--quiet"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: manifest nowhere: no such folder\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_full_fine_tuning_keeps_the_embeddings(tmp_path: Path, manifest: Path) -> None:
