@@ -59,7 +59,16 @@ def test_an_interrupted_evaluation_resumes_to_the_same_bytes(tmp_path: Path, mon
         main(evaluate_config(tmp_path, "broken", batch_rows=8))
     monkeypatch.undo()
     assert not (tmp_path / "broken" / "summary.json").exists()
+    decoded = []
+    decode = neurosig.sampling._decode_batch
+
+    def counted(*args: Any) -> Any:
+        decoded.append(args)
+        return decode(*args)
+
+    monkeypatch.setattr(neurosig.sampling, "_decode_batch", counted)
     main(evaluate_config(tmp_path, "broken", batch_rows=8, resume=True))
+    assert len(decoded) == 3  # of 4 batches, one was done
     for name in ("results.parquet", "rollouts.jsonl"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 

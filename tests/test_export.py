@@ -106,7 +106,16 @@ def test_killed_while_sampling(tmp_path: Path, model: Path, monkeypatch: pytest.
     others = write_questions(tmp_path / "others.jsonl", n=7)
     with pytest.raises(UserError, match="differ from the interrupted run: questions; use"):
         export(export_config(tmp_path, model, others, "broken", batch_rows=6, resume=True))
+    decoded = []
+    decode = neurosig.sampling._decode_batch
+
+    def counted(*args: Any) -> Any:
+        decoded.append(args)
+        return decode(*args)
+
+    monkeypatch.setattr(neurosig.sampling, "_decode_batch", counted)
     export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True))
+    assert len(decoded) == 2  # of 4 batches, two were done
     assert file_bytes(tmp_path / "broken") == file_bytes(tmp_path / "straight")
 
 
