@@ -11,6 +11,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+PAD = -1
+"""Fills the end of a row of ids where active sets differ in size; no neuron has this id."""
+
 
 def flat_ids(ids: Int[Tensor, "n n_layers k"], d_mlp: int) -> Int[Tensor, "n set_size"]:
     """Neuron ids that are unique over the layers: ``layer * d_mlp + index``."""
@@ -18,30 +21,36 @@ def flat_ids(ids: Int[Tensor, "n n_layers k"], d_mlp: int) -> Int[Tensor, "n set
     return rearrange(ids.long() + rearrange(offset, "layer -> layer 1"), "n layer k -> n (layer k)")
 
 
-def jaccard(a: Int[Tensor, "n set_size"], b: Int[Tensor, "m set_size"], *, block: int = 512) -> Float[Tensor, "n m"]:
-    """Jaccard similarity of every pair of active sets of one size, exact.
+def jaccard(a: Int[Tensor, "n size_a"], b: Int[Tensor, "m size_b"], *, block: int = 512) -> Float[Tensor, "n m"]:
+    """Jaccard similarity ``|a & b| / |a | b|`` of every pair of active sets: exact counts, one rounding each.
+
+    Two empty sets share nothing: their similarity is 0.
 
     Args:
-        a: Unique neuron ids of each set (`flat_ids`).
+        a: Flat neuron ids of each set, unique in a row; `PAD` where a set is smaller than the widest.
         b: The sets to compare with.
         block: Sets of each side compared at a time; memory only.
     """
-    used, columns = torch.cat([a, b]).unique(return_inverse=True)
-    left, right = columns[: len(a)].split(block), columns[len(a) :].split(block)
+    used, columns = torch.cat([a.flatten(), b.flatten()]).unique(return_inverse=True)
+    pads = int(len(used) > 0 and used[0] == PAD)  # unique sorts, so pads are column 0
+    left = columns[: a.numel()].view(a.shape).split(block)
+    right = columns[a.numel() :].view(b.shape).split(block)
     shared = torch.empty(len(a), len(b))
     for stripe, sets in zip(shared.split(block, dim=1), right, strict=True):
-        hot = _multi_hot(sets, len(used)).T
+        hot = _multi_hot(sets, len(used))[:, pads:].T
         for cell, rows in zip(stripe.split(block), left, strict=True):
-            torch.matmul(_multi_hot(rows, len(used)), hot, out=cell)
-    return shared.div_(2 * a.shape[1] - shared)
+            torch.matmul(_multi_hot(rows, len(used))[:, pads:], hot, out=cell)
+    union = (a != PAD).sum(dim=1)[:, None] + (b != PAD).sum(dim=1) - shared
+    return shared.div_(union.clamp_(min=1))
 
 
-def mean_pairwise_jaccard(sets: Int[Tensor, "k set_size"]) -> float:
+def mean_pairwise_jaccard(sets: Int[Tensor, "k size"]) -> float:
     """Agreement of one question's K rollouts: mean Jaccard over its pairs; 1 for a single rollout."""
     k = len(sets)
     if k == 1:
         return 1.0
-    return float((jaccard(sets, sets).sum() - k) / (k * (k - 1)))
+    similarity = jaccard(sets, sets).double()
+    return float((similarity.sum() - similarity.trace()) / (k * (k - 1)))
 
 
 def rank_neighbours(
@@ -55,6 +64,6 @@ def rank_neighbours(
     return order[:, :m], values[:, :m]
 
 
-def _multi_hot(columns: Int[Tensor, "n set_size"], width: int) -> Float[Tensor, "n width"]:
+def _multi_hot(columns: Int[Tensor, "n size"], width: int) -> Float[Tensor, "n width"]:
     # float32 counts are exact up to 2**24 shared neurons, and its product is the fastest on every device
     return torch.zeros(len(columns), width).scatter_(1, columns, 1.0)

@@ -20,6 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import MaxAbsScaler
 
 from neurosig.errors import UserError
+from neurosig.patterns import PAD
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +73,21 @@ class ProbeResult:
 
 
 def contribution_matrix(
-    flat_ids: Int[np.ndarray, "rollouts set_size"],
-    values: Float[np.ndarray, "rollouts set_size"],
-    n_neurons: int,
+    ids: Int[np.ndarray, "rollouts size"], values: Float[np.ndarray, "rollouts size"], n_neurons: int
 ) -> sparse.csr_array:
-    """Contributions as a sparse matrix [rollouts, n_neurons]; a neuron outside a rollout's active set counts 0."""
-    rows, size = flat_ids.shape
-    pointers = np.arange(0, rows * size + 1, size, dtype=np.int32)  # liblinear takes 32-bit indices only
-    order = np.argsort(flat_ids, axis=1)
-    columns = np.take_along_axis(flat_ids, order, axis=1).astype(np.int32).ravel()
-    data = np.take_along_axis(values, order, axis=1).astype(np.float64).ravel()
-    return sparse.csr_array((data, columns, pointers), shape=(rows, n_neurons))
+    """Contributions as a sparse matrix [rollouts, n_neurons]; a neuron outside a rollout's active set counts 0.
+
+    Args:
+        ids: Flat neuron ids of each rollout's active set, unique in a row; `PAD` where sets differ in size.
+        values: Their contributions; what stands beside a `PAD` is ignored.
+        n_neurons: Neurons of the model, ``n_layers * d_mlp``.
+    """
+    order = np.argsort(ids, axis=1)
+    columns = np.take_along_axis(ids, order, axis=1).astype(np.int32)  # liblinear takes 32-bit indices only
+    data = np.take_along_axis(values, order, axis=1).astype(np.float64)
+    kept = columns != PAD
+    pointers = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
+    return sparse.csr_array((data[kept], columns[kept], pointers), shape=(len(ids), n_neurons))
 
 
 def agreement_labels(shares: Float[np.ndarray, " questions"], config: ProbeConfig) -> Int[np.ndarray, " questions"]:

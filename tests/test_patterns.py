@@ -1,0 +1,67 @@
+"""Active sets and how alike they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neurosig.patterns import PAD, jaccard, mean_pairwise_jaccard, rank_neighbours
+
+
+def padded(sets: list[list[int]], width: int | None = None) -> torch.Tensor:
+    width = max((len(s) for s in sets), default=0) if width is None else width
+    return torch.tensor([[*s, *[PAD] * (width - len(s))] for s in sets], dtype=torch.int32).view(len(sets), width)
+
+
+def test_jaccard_by_hand() -> None:
+    sets = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5], [6, 7, 8, 9], [3, 2, 1, 0]])
+    expected = torch.tensor([[1, 2 / 6, 0, 1], [2 / 6, 1, 0, 2 / 6], [0, 0, 1, 0], [1, 2 / 6, 0, 1]])
+    torch.testing.assert_close(jaccard(sets, sets), expected)
+    for block in (1, 3):
+        torch.testing.assert_close(jaccard(sets, sets, block=block), expected)
+    torch.testing.assert_close(jaccard(sets[:1], sets[1:]), expected[:1, 1:])
+
+
+def test_ragged_sets_of_different_widths_by_hand() -> None:
+    a = padded([[5, 1, 9], [7], []])
+    b = padded([[1, 5], [9, 5, 1, 7, 2], []])
+    expected = torch.tensor([[2 / 3, 3 / 5, 0], [0, 1 / 5, 0], [0, 0, 0]])
+    assert torch.equal(jaccard(a, b), expected)
+    assert torch.equal(jaccard(b, a, block=1), expected.T)
+
+
+def test_pads_are_no_neuron_that_two_sets_share() -> None:
+    assert jaccard(padded([[1]], width=9), padded([[2]], width=9)).item() == 0.0
+    assert jaccard(padded([[1]], width=9), padded([[1]], width=2)).item() == 1.0
+    assert jaccard(padded([[], []], width=0), padded([[], []], width=3)).tolist() == [[0, 0], [0, 0]]
+
+
+ragged = st.lists(st.lists(st.integers(0, 40), unique=True, max_size=12), min_size=1, max_size=7)
+
+
+@settings(deadline=None, max_examples=60)
+@given(ragged, ragged, st.integers(1, 4))
+def test_jaccard_is_the_correctly_rounded_quotient(a: list[list[int]], b: list[list[int]], block: int) -> None:
+    expected = [[len({*x} & {*y}) / max(len({*x} | {*y}), 1) for y in b] for x in a]
+    assert torch.equal(jaccard(padded(a), padded(b), block=block), torch.tensor(expected))
+
+
+def test_mean_pairwise_jaccard_by_hand() -> None:
+    sets = [[0, 1, 2, 3], [2, 3, 4, 5], [6, 7, 8]]
+    assert mean_pairwise_jaccard(padded(sets)) == pytest.approx((2 / 6 + 0 + 0) / 3)
+    assert mean_pairwise_jaccard(padded([[1, 2], [], [2, 1]])) == pytest.approx((0 + 1 + 0) / 3)
+    assert mean_pairwise_jaccard(padded([[], []])) == 0.0
+    assert mean_pairwise_jaccard(padded(sets[:1])) == 1.0
+    large = torch.from_numpy(np.stack([np.random.default_rng(0).permutation(3000)[:1000] for _ in range(8)]))
+    by_set = [len({*x.tolist()} & {*y.tolist()}) for i, x in enumerate(large) for y in large[:i]]
+    assert mean_pairwise_jaccard(large) == pytest.approx(np.mean([n / (2000 - n) for n in by_set]), rel=1e-7)
+
+
+def test_neighbours_are_ranked_with_ties_by_order_and_forbidden_last() -> None:
+    similarity = torch.tensor([[0.5, 0.9, 0.5, 0.1]])
+    order, values = rank_neighbours(similarity, torch.tensor([[False, True, False, False]]), 4)
+    assert order.tolist() == [[0, 2, 3, 1]]
+    assert values[0, 3] == -torch.inf
