@@ -1,10 +1,18 @@
-"""From neuron values to contribution scores and active sets: pure tensor functions."""
+"""From neuron values to contribution scores and active sets: pure tensor functions.
+
+A score says what one neuron does at one position; an active set is what one rollout's scores leave of a layer: which
+neurons belong, and each neuron's mean score over the rollout's positions.
+"""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor
+
+PAD = -1
+"""Fills the rows of active sets that are smaller than the largest."""
 
 
 def magnitude(
@@ -32,6 +40,21 @@ def cett(
     return magnitude(value, w_out_norm).div_(ffn_out.float().norm(dim=-1, keepdim=True))
 
 
+def unembed(
+    value: Float[Tensor, "batch seq d_mlp"],
+    w_out: Float[Tensor, "d_mlp d_model"],
+    next_embedding: Float[Tensor, "batch seq d_model"],
+) -> Float[Tensor, "batch seq d_mlp"]:
+    """What each neuron adds directly to the next token's logit: ``a_j * (W_down[:, j] . E[y_next])``, signed, in fp32.
+
+    ``next_embedding`` is the head's row of the token that follows each position. The final norm between the residual
+    stream and the head is left out, as in the source.
+
+    Source: the author's published NeuFS code.
+    """
+    return torch.einsum("bsm,jm->bsj", next_embedding, w_out).float().mul_(value)
+
+
 def masked_mean(x: Float[Tensor, "batch seq d"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch d"]:
     """Mean over the positions where ``mask`` holds; NaN for a row without any.
 
@@ -40,13 +63,46 @@ def masked_mean(x: Float[Tensor, "batch seq d"], mask: Bool[Tensor, "batch seq"]
     return torch.einsum("bs,bsd->bd", mask.to(x.dtype), x) / mask.sum(dim=1, keepdim=True)
 
 
-def active_set(mean: Float[Tensor, "batch d_mlp"], k: int) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
-    """The ``k`` largest entries of each row and their indices, largest first, equal values by lower index.
+def largest(mean: Float[Tensor, "batch d"], k: int) -> Bool[Tensor, "batch d"]:
+    """The ``k`` largest entries of each row; of equal values the lower index belongs. NaN counts as largest.
 
-    A stable sort: ``torch.topk`` leaves the order and choice among equal values open. NaN sorts first.
+    A stable sort: ``torch.topk`` leaves the choice among equal values open. Source: measured default.
     """
-    values, ids = mean.sort(dim=-1, descending=True, stable=True)
-    return ids[:, :k].clone(), values[:, :k].clone()
+    order = mean.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(mean, dtype=torch.bool).scatter_(1, order, True)
+
+
+def largest_per_token(
+    score: Float[Tensor, "batch seq d_mlp"], mask: Bool[Tensor, "batch seq"], k: int
+) -> Bool[Tensor, "batch d_mlp"]:
+    """Union over the masked positions of the ``k`` largest neurons at each (per-token top-k; reconstruction)."""
+    top = score.topk(min(k, score.shape[-1]), dim=-1).indices
+    hits = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, top, True)
+    return (hits & rearrange(mask, "batch seq -> batch seq 1")).any(dim=1)
+
+
+def largest_entries(
+    score: Float[Tensor, "batch seq d_mlp"], mask: Bool[Tensor, "batch seq"], entries: int
+) -> Bool[Tensor, "batch d_mlp"]:
+    """Neurons among the ``entries`` largest (position, neuron) pairs of the masked positions (author's NeuFS code)."""
+    d_mlp = score.shape[-1]
+    masked = score.masked_fill(rearrange(~mask, "batch seq -> batch seq 1"), -torch.inf)
+    flat = rearrange(masked, "batch seq d_mlp -> batch (seq d_mlp)")
+    top = flat.topk(min(entries, flat.shape[1]), dim=1)
+    hits = torch.zeros(len(score), d_mlp, dtype=torch.int32, device=score.device)
+    return hits.scatter_add_(1, top.indices % d_mlp, (top.values > -torch.inf).int()) > 0
+
+
+def pack_sets(
+    member: Bool[Tensor, "n n_neurons"], mean: Float[Tensor, "n n_neurons"]
+) -> tuple[Int32[Tensor, "n size"], Float[Tensor, "n size"]]:
+    """Members of each row in ascending order and their means; shorter rows end in `PAD` with value 0."""
+    counts = member.sum(dim=1)
+    width = int(counts.max())
+    held = torch.arange(width, device=member.device) < rearrange(counts, "n -> n 1")
+    rows, columns = member.nonzero(as_tuple=True)
+    ids = torch.full(held.shape, PAD, dtype=torch.int32, device=member.device).masked_scatter_(held, columns.int())
+    return ids, mean.new_zeros(held.shape).masked_scatter_(held, mean[rows, columns])
 
 
 def neurons_per_layer(n_layers: int, d_mlp: int, set_size: int = 1000) -> int:

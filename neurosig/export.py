@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from neurosig.cli import PhaseTimer, printable, progress, run_command
 from neurosig.errors import UserError
@@ -33,13 +33,12 @@ if TYPE_CHECKING:
     from neurosig.rollouts import Rollout
     from neurosig.sampling import Prompt
     from neurosig.selection import SelectionConfig
+    from neurosig.sites import FFNSites
     from neurosig.tracing import ActiveSets
 
 logger = logging.getLogger(__name__)
 
 WORK = ".work"
-TRACE_CHUNK = 512
-"""Rollouts traced between two saves."""
 
 
 @dataclass(kw_only=True)
@@ -70,12 +69,21 @@ class ExportConfig(GenerationOptions):
 
     neuron_value: Literal["gated", "act"] = "gated"
     """A neuron's value: act(gate)*up, or act(gate) alone."""
-    contribution: Literal["cett", "magnitude"] = "cett"
-    """Contribution score: share of the FFN output's norm, or the norm itself."""
+    contribution: Literal["cett", "magnitude", "unembed"] = "cett"
+    """A neuron's score at a token: its share of the FFN output's norm, that norm itself, or what it adds to the next
+    token's logit."""
+    active_set: Literal["layer_mean", "global", "per_token", "entries"] = "layer_mean"
+    """A rollout's neurons: largest mean score in each layer, or over all layers; the union of each token's largest;
+    or those of each layer's largest (token, neuron) entries."""
     set_size: int = 1000
-    """Neurons in a rollout's active set, spread evenly over the layers."""
-    hallucination_score: Literal["probe", "agreement", "vote_share", "mean_logprob", "entropy"] = "probe"
-    """What the clean filter ranks by; all scores are stored."""
+    """Neurons in a set; for per_token neurons a token, for entries entries a layer."""
+    positive_only: bool = False
+    """Leave out neurons whose mean score is not above zero (unembed)."""
+    hallucination_score: Literal[
+        "probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count",
+        "vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random",
+    ] = "probe"  # fmt: skip
+    """What the clean filter ranks by; all scores are stored. The second line needs no neurons."""
     probe_agree_share: float = 0.75
     """The probe takes a question as known when its majority holds at least this share; 1 is unanimity."""
     probe_split_share: float = 0.5
@@ -93,10 +101,20 @@ class ExportConfig(GenerationOptions):
     """Share of the agreeing questions kept by the score."""
     max_score: float = 0.5
     """Largest score kept by --clean-filter threshold."""
-    context_policy: Literal["nearest", "nearest_first", "random", "random_within_kind", "none"] = "nearest"
-    """How the teacher's solved examples are picked; nearest shows the most similar last."""
+    signature: Literal["representative", "union", "intersection", "frequency", "hidden_state"] = "representative"
+    """What similarity compares: neurons of the most trusted majority rollout; those in any, all, or half of the
+    majority's rollouts; or hidden states, the embedding baseline."""
+    context_policy: Literal[
+        "nearest", "nearest_first", "random", "random_within_kind", "majority_solution", "none"
+    ] = "nearest"  # fmt: skip
+    """How the teacher's solved examples are picked; nearest shows the most similar last, majority_solution the
+    question's own shortest majority rollout."""
     num_demonstrations: int = 2
     """Solved examples a context holds."""
+    max_context_tokens: int = 2048
+    """The least similar examples are dropped until a context has at most this many tokens."""
+    same_label_excluded: bool = False
+    """No example has the question's own pseudo-label."""
 
     batch_tokens: int = 4096
     """Tokens traced at a time (memory and speed only)."""
@@ -105,6 +123,7 @@ class ExportConfig(GenerationOptions):
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
+    "neufs": {"neuron_value": "act", "contribution": "unembed", "active_set": "entries", "set_size": 2000},
 }
 
 
@@ -145,17 +164,17 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
         sets, sites = _trace(config, loaded, prompts, groups, work)
     with timer.phase("score and select"):
         signals = _signals(config, questions, groups, sets)
-        scores = _scores(config, signals, probe, sites.n_layers, sites.d_mlp)
+        scores = _scores(config, signals, probe, sites.n_layers * sites.d_mlp)
         rows = manifest_rows(
             questions,
             signals,
             scores,
             ranked_by=config.hallucination_score,
             selection=selection,
-            d_mlp=sites.d_mlp,
+            prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
         )
     with timer.phase("write"):
-        _write(config, loaded, questions, rows, groups, sets, scores, sites.d_mlp)
+        _write(config, loaded, questions, rows, groups, sets, scores, sites)
     shutil.rmtree(work)
     _report(config, rows, groups)
 
@@ -168,8 +187,11 @@ def _selection_config(config: ExportConfig) -> SelectionConfig:
         min_vote_share=config.min_vote_share,
         keep_fraction=config.keep_fraction,
         max_score=config.max_score,
+        signature=config.signature,
         context_policy=config.context_policy,
         num_demonstrations=config.num_demonstrations,
+        max_context_tokens=config.max_context_tokens,
+        same_label_excluded=config.same_label_excluded,
         seed=config.seed,
     )
 
@@ -246,43 +268,26 @@ def _trace(
     prompts: Mapping[str, Prompt],
     groups: Mapping[str, Sequence[Rollout]],
     work: Path,
-) -> tuple[ActiveSets, Any]:
-    """Active sets of all rollouts in the order of ``groups``; finished chunks are kept in ``work``."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save
-
-    from neurosig.fsio import sha256_text, write_atomic
-    from neurosig.tracing import ActiveSets, NeuronTracer, TraceConfig
+) -> tuple[ActiveSets, FFNSites]:
+    """Active sets of all rollouts in the order of ``groups``; finished shards are kept in ``work``."""
+    from neurosig.signals import load_shards, trace_to_shards
+    from neurosig.tracing import NeuronTracer, TraceConfig
 
     tracer = NeuronTracer(
         loaded.model,
-        TraceConfig(config.neuron_value, config.contribution, config.set_size, config.batch_tokens),
+        TraceConfig(
+            value=config.neuron_value,
+            score=config.contribution,
+            active=config.active_set,
+            set_size=config.set_size,
+            positive_only=config.positive_only,
+            batch_tokens=config.batch_tokens,
+        ),
     )
     flat = [(prompts[name].token_ids, rollout.body_ids) for name, group in groups.items() for rollout in group]
-    chunks = []
     with progress(total=len(flat), desc="trace", quiet=config.quiet) as bar:
-        for start in range(0, len(flat), TRACE_CHUNK):
-            chunk = flat[start : start + TRACE_CHUNK]
-            key = sha256_text(repr((loaded.info.weights, tracer.config, chunk)))
-            shard = work / f"signals-{start:08d}.safetensors"
-            if not _holds(shard, key):
-                sets = tracer.trace(*zip(*chunk, strict=True))
-                tensors = {"ids": sets.ids, "values": sets.values.half()}
-                write_atomic(shard, save(tensors, metadata={"key": key}))
-            with safe_open(shard, framework="pt") as stored:
-                chunks.append(ActiveSets(stored.get_tensor("ids"), stored.get_tensor("values")))
-            bar.update(len(chunk))
-    return ActiveSets(*(torch.cat(parts) for parts in zip(*chunks, strict=True))), tracer.sites
-
-
-def _holds(shard: Path, key: str) -> bool:
-    from safetensors import safe_open
-
-    if not shard.exists():
-        return False
-    with safe_open(shard, framework="pt") as stored:
-        return (stored.metadata() or {}).get("key") == key
+        shards = trace_to_shards(tracer, flat, work, str(loaded.info.weights), advance=bar.update)
+    return load_shards(shards), tracer.sites
 
 
 def _signals(
@@ -299,19 +304,16 @@ def _signals(
     for name, group in groups.items():
         answers = [extract_answer(rollout.text, by_id[name], config.answer_format) for rollout in group]
         stop = start + len(group)
-        signals[name] = QuestionSignals(
-            group, answers, majority_vote(answers, name), sets.ids[start:stop], sets.values[start:stop]
-        )
+        traced = (tensor[start:stop] for tensor in sets)
+        signals[name] = QuestionSignals(group, answers, majority_vote(answers, name), *traced)
         start = stop
     return signals
 
 
-def _scores(
-    config: ExportConfig, signals: Mapping[str, QuestionSignals], probe: ProbeConfig, n_layers: int, d_mlp: int
-) -> Scores:
+def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], probe: ProbeConfig, n_neurons: int) -> Scores:
     from neurosig.hallucination import hallucination_scores
 
-    scores = hallucination_scores(signals, n_layers=n_layers, d_mlp=d_mlp, probe=probe)
+    scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed)
     if config.hallucination_score not in scores.by_name:
         raise UserError(
             f"--hallucination-score {config.hallucination_score}: the rollouts in {config.rollouts} carry no "
@@ -328,15 +330,15 @@ def _write(
     groups: Mapping[str, Sequence[Rollout]],
     sets: ActiveSets,
     scores: Scores,
-    d_mlp: int,
+    sites: FFNSites,
 ) -> None:
-    from safetensors.torch import save
-
     import neurosig
     from neurosig.cli import config_record
     from neurosig.fsio import sha256_file, write_atomic
     from neurosig.manifest import write_manifest
     from neurosig.provenance import run_record
+    from neurosig.rows import neurons_csv
+    from neurosig.signals import signals_file
 
     places = {"preset", "config", "out", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
     info = loaded.info.as_dict()
@@ -362,25 +364,10 @@ def _write(
         config.out,
         rows,
         [rollout for group in groups.values() for rollout in group],
-        signals=save(
-            {"ids": sets.ids, "values": sets.values},
-            metadata={"d_mlp": str(d_mlp)},
-        ),
-        neurons_csv=_neurons_csv(sets, scores, d_mlp),
+        signals=signals_file(sets, scores.rollout_probe, sites),
+        neurons_csv=neurons_csv(sets.ids, scores.probe, sites.d_mlp),
         header=header,
     )
-
-
-def _neurons_csv(sets: ActiveSets, scores: Scores, d_mlp: int) -> str:
-    """The probe's neurons: layer, index, weight, and the share of rollouts in whose active set they are."""
-    from neurosig.patterns import flat_ids
-
-    counts = flat_ids(sets.ids, d_mlp).flatten().bincount(minlength=sets.ids.shape[1] * d_mlp)
-    lines = ["layer,index,weight,active_share"]
-    for neuron, weight in zip(scores.probe.neurons, scores.probe.weights, strict=True):
-        share = counts[int(neuron)].item() / len(sets.ids)
-        lines.append(f"{neuron // d_mlp},{neuron % d_mlp},{weight:.6g},{share:.4f}")
-    return "\n".join(lines) + "\n"
 
 
 def _dataset_sha256(questions: Sequence[Question]) -> str:

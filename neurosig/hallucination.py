@@ -6,6 +6,7 @@ beside output-level baselines, which need no neurons at all.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,11 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neurosig.answers import Vote
-from neurosig.patterns import flat_ids, mean_pairwise_jaccard
+from neurosig.patterns import jaccard, mean_pairwise_jaccard
 from neurosig.probing import ProbeConfig, ProbeResult, agreement_labels, contribution_matrix, fit_probe
 from neurosig.rollouts import Rollout
 
-HallucinationScore = Literal["probe", "agreement", "vote_share", "mean_logprob", "entropy"]
+NeuronScore = Literal["probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count"]
+OutputScore = Literal["vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random"]
+HallucinationScore = Literal[NeuronScore, OutputScore]
+
+MEDOID_NEIGHBOURS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,9 @@ class QuestionSignals:
         rollouts: Its K rollouts.
         answers: Their parsed answers, ``None`` where there is none.
         vote: The majority vote over ``answers``.
-        ids: Active set of each rollout, [K, n_layers, k].
-        values: Contributions of those neurons, same shape.
+        ids: Active set of each rollout (`neurosig.tracing.ActiveSets`), [K, size].
+        values: Contributions of those neurons, [K, size].
+        hidden: Mean hidden state of each rollout, [K, d_model].
     """
 
     rollouts: Sequence[Rollout]
@@ -40,6 +46,12 @@ class QuestionSignals:
     vote: Vote
     ids: Tensor
     values: Tensor
+    hidden: Tensor
+
+    @property
+    def majority(self) -> list[int]:
+        """Rollouts that gave the majority answer; all of them when no answer could be parsed."""
+        return [index for index, answer in enumerate(self.answers) if answer == self.vote.winner]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,66 +70,125 @@ class Scores:
 
 
 def hallucination_scores(
-    questions: Mapping[str, QuestionSignals], *, n_layers: int, d_mlp: int, probe: ProbeConfig
+    questions: Mapping[str, QuestionSignals], *, n_neurons: int, probe: ProbeConfig, seed: int = 0
 ) -> Scores:
     """All scores of all questions, in the order of ``questions``.
 
-    ``probe`` is the mean cross-fitted probe score over the rollouts that gave the majority answer (over all
-    rollouts when none could be parsed).
+    ``probe`` is the mean cross-fitted probe score over the majority's rollouts; ``random`` a control drawn from
+    ``seed`` and the question's id.
+
+    Args:
+        questions: Question id -> its signals.
+        n_neurons: Neurons of the model, over all layers.
+        probe: Options of the probe.
+        seed: Seed of ``random``.
     """
     signals = list(questions.values())
-    ids = torch.cat([flat_ids(signal.ids, d_mlp) for signal in signals]).numpy()
-    values = torch.cat([signal.values.flatten(1) for signal in signals]).float().numpy()
+    ids = torch.cat([signal.ids for signal in signals]).numpy()
+    values = torch.cat([signal.values for signal in signals]).float().numpy()
     k = len(signals[0].rollouts)
     shares = np.array([signal.vote.share for signal in signals])
     labels = np.repeat(agreement_labels(shares, probe), k)
     owners = [question_id for question_id in questions for _ in range(k)]
-    fitted = fit_probe(contribution_matrix(ids, values, n_layers * d_mlp), labels, owners, probe)
+    fitted = fit_probe(contribution_matrix(ids, values, n_neurons), labels, owners, probe)
     rollout_probe = fitted.scores.reshape(len(signals), k)
 
-    by_name = {"probe": np.array([_over_majority(s, row) for s, row in zip(signals, rollout_probe, strict=True)])}
+    by_name = {
+        "probe": np.array([row[signal.majority].mean() for signal, row in zip(signals, rollout_probe, strict=True)]),
+        "neuron_count": neuron_count(signals),
+        "random": np.array([random_score(question_id, seed) for question_id in questions]),
+    }
     for name, score in _SCORES.items():
-        column = [score(signal, d_mlp) for signal in signals]
+        column = [score(signal) for signal in signals]
         if not any(value is None for value in column):
             by_name[name] = np.array(column, dtype=np.float64)
     return Scores(by_name, rollout_probe, fitted)
 
 
-def agreement(signal: QuestionSignals, d_mlp: int) -> float:
+def agreement(signal: QuestionSignals) -> float:
     """One minus the mean pairwise Jaccard similarity of the K active sets (neuron agreement, NAD)."""
-    return 1.0 - mean_pairwise_jaccard(flat_ids(signal.ids, d_mlp))
+    return 1.0 - mean_pairwise_jaccard(signal.ids)
 
 
-def vote_share(signal: QuestionSignals, d_mlp: int) -> float:
+def agreement_majority(signal: QuestionSignals) -> float:
+    """`agreement` over the majority's rollouts only; 1 when the majority is a single rollout (reconstruction)."""
+    majority = signal.majority
+    return 1.0 - mean_pairwise_jaccard(signal.ids[majority]) if len(majority) > 1 else 1.0
+
+
+def knn_medoid(signal: QuestionSignals, neighbours: int = MEDOID_NEIGHBOURS) -> float:
+    """One minus the mean Jaccard similarity of the medoid rollout to its nearest rollouts; 0 for a single rollout.
+
+    The medoid is the rollout most similar to all others. Source: after the k-nearest-neighbour selection of NAD.
+    """
+    similarity = jaccard(signal.ids, signal.ids)
+    if len(similarity) == 1:
+        return 0.0
+    row = similarity[similarity.sum(dim=1).argmax()].sort(descending=True).values
+    return 1.0 - float(row[1 : neighbours + 1].mean())  # the first is the medoid itself
+
+
+def neuron_count(signals: Sequence[QuestionSignals]) -> Float[np.ndarray, " questions"]:
+    """Distinct neurons in the union of a question's K active sets, with length regressed out.
+
+    The count grows with the number of tokens, so the score is the residual of a least-squares line of log count on
+    log tokens over all questions. Source: the "neuron consensus" of the author's code, length-controlled.
+    """
+    counts = np.log([int((signal.ids.unique() >= 0).sum()) for signal in signals])
+    tokens = np.log([sum(len(rollout.body_ids) for rollout in signal.rollouts) for signal in signals])
+    centred = tokens - tokens.mean()
+    spread = (centred**2).sum()
+    slope = (centred * counts).sum() / spread if spread else 0.0
+    return np.asarray(counts - counts.mean() - slope * centred)
+
+
+def vote_share(signal: QuestionSignals) -> float:
     """One minus the majority's share of all K answers: the output-level baseline (self-consistency)."""
     return 1.0 - signal.vote.share
 
 
-def mean_logprob(signal: QuestionSignals, d_mlp: int) -> float | None:
+def mean_logprob(signal: QuestionSignals) -> float | None:
     """Minus the mean token log-probability of the majority's rollouts, in nats; output-level baseline."""
-    return _mean_over_majority(signal, [rollout.mean_logprob for rollout in signal.rollouts], sign=-1.0)
+    return _over_majority(signal, lambda rollout: rollout.mean_logprob, sign=-1.0)
 
 
-def entropy(signal: QuestionSignals, d_mlp: int) -> float | None:
+def entropy(signal: QuestionSignals) -> float | None:
     """Mean next-token entropy over the majority's rollouts, in nats; output-level baseline."""
-    return _mean_over_majority(signal, [rollout.mean_entropy for rollout in signal.rollouts], sign=1.0)
+    return _over_majority(signal, lambda rollout: rollout.mean_entropy)
 
 
-def _over_majority(signal: QuestionSignals, per_rollout: Float[np.ndarray, " k"]) -> float:
-    majority = [answer == signal.vote.winner for answer in signal.answers]
-    return float(per_rollout[majority].mean())
+def self_certainty(signal: QuestionSignals) -> float | None:
+    """Minus the mean self-certainty of the majority's rollouts, in nats (Intuitor); output-level baseline."""
+    return _over_majority(signal, lambda rollout: rollout.mean_self_certainty, sign=-1.0)
 
 
-def _mean_over_majority(signal: QuestionSignals, per_rollout: Sequence[float | None], sign: float) -> float | None:
-    if any(value is None for value in per_rollout):
-        return None
-    return sign * _over_majority(signal, np.array(per_rollout, dtype=np.float64))
+def length(signal: QuestionSignals) -> float | None:
+    """Mean completion tokens of the majority's rollouts; output-level baseline."""
+    return _over_majority(signal, lambda rollout: float(len(rollout.body_ids)))
 
 
-_SCORES: Mapping[str, Callable[[QuestionSignals, int], float | None]] = {
+def random_score(question_id: str, seed: int) -> float:
+    """A uniform number from the seed and the question's id: the control that knows nothing."""
+    digest = hashlib.sha256(f"{seed}\x00random\x00{question_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _over_majority(
+    signal: QuestionSignals, value_of: Callable[[Rollout], float | None], sign: float = 1.0
+) -> float | None:
+    values = [value_of(signal.rollouts[index]) for index in signal.majority]
+    known = [value for value in values if value is not None]
+    return sign * float(np.mean(known)) if len(known) == len(values) else None
+
+
+_SCORES: Mapping[str, Callable[[QuestionSignals], float | None]] = {
     "agreement": agreement,
+    "agreement_majority": agreement_majority,
+    "knn_medoid": knn_medoid,
     "vote_share": vote_share,
     "mean_logprob": mean_logprob,
     "entropy": entropy,
+    "self_certainty": self_certainty,
+    "length": length,
 }
-assert {"probe", *_SCORES} == set(get_args(HallucinationScore))
+assert {"probe", "neuron_count", "random", *_SCORES} == set(get_args(HallucinationScore))

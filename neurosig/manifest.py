@@ -112,6 +112,7 @@ class RolloutRow(_Strict):
     finish_reason: Literal["stop", "length"]
     mean_logprob: float | None
     mean_entropy: float | None
+    mean_self_certainty: float | None
 
 
 class FileEntry(_Strict):
@@ -226,7 +227,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         if key in rollouts:
             raise UserError(f'{place}: $.rollout_id: rollout {row.rollout_id} of "{row.question_id}" stands twice')
         rollouts[key] = Rollout(**row.model_dump())
-    _verify_contexts(folder / QUESTIONS, by_id, rollouts)
+    own_solution = header.options.get("context_policy") == "majority_solution"
+    _verify_contexts(folder / QUESTIONS, by_id, rollouts, own_solution=own_solution)
     return Manifest(folder, header, tuple(rows), rollouts)
 
 
@@ -309,11 +311,18 @@ def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
     return by_id
 
 
-def _verify_contexts(path: Path, by_id: Mapping[str, QuestionRow], rollouts: Mapping[tuple[str, int], Rollout]) -> None:
+def _verify_contexts(
+    path: Path,
+    by_id: Mapping[str, QuestionRow],
+    rollouts: Mapping[tuple[str, int], Rollout],
+    *,
+    own_solution: bool,
+) -> None:
     for number, row in enumerate(by_id.values(), start=1):
         for index, item in enumerate(row.context):
             where = f"{path}:{number}: $.context[{index}]"
             if (item.question_id, item.rollout_id) not in rollouts:
                 raise UserError(f'{where}: no rollout {item.rollout_id} of question "{item.question_id}"')
-            if by_id[item.question_id].text_sha256 == row.text_sha256:
+            meant = own_solution and item.question_id == row.id
+            if by_id[item.question_id].text_sha256 == row.text_sha256 and not meant:
                 raise UserError(f"{where}: a question is its own context")

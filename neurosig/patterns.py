@@ -7,18 +7,10 @@ the neuron agreement of NeuFS and the nearest-neighbour contexts of the first au
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-PAD = -1
-"""Fills the end of a row of ids where active sets differ in size; no neuron has this id."""
-
-
-def flat_ids(ids: Int[Tensor, "n n_layers k"], d_mlp: int) -> Int[Tensor, "n set_size"]:
-    """Neuron ids that are unique over the layers: ``layer * d_mlp + index``."""
-    offset = torch.arange(ids.shape[1]) * d_mlp
-    return rearrange(ids.long() + rearrange(offset, "layer -> layer 1"), "n layer k -> n (layer k)")
+from neurosig.contributions import PAD
 
 
 def jaccard(a: Int[Tensor, "n size_a"], b: Int[Tensor, "m size_b"], *, block: int = 512) -> Float[Tensor, "n m"]:

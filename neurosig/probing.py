@@ -19,8 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import MaxAbsScaler
 
+from neurosig.contributions import PAD
 from neurosig.errors import UserError
-from neurosig.patterns import PAD
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,8 @@ class Rollout:
         finish_reason: ``stop`` at an end-of-sequence token, ``length`` when cut off.
         mean_logprob: Mean log-probability of its tokens at temperature 1, in nats; ``None`` if made elsewhere.
         mean_entropy: Mean entropy of the model's next-token distribution at temperature 1, in nats.
+        mean_self_certainty: Mean KL divergence of that distribution from the uniform one, KL(U || p), in nats
+            (Intuitor, arXiv 2505.19590).
     """
 
     question_id: str
@@ -36,6 +38,7 @@ class Rollout:
     finish_reason: FinishReason
     mean_logprob: float | None = None
     mean_entropy: float | None = None
+    mean_self_certainty: float | None = None
 
     @property
     def body_ids(self) -> tuple[int, ...]:

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from neurosig.hallucination import HallucinationScore, QuestionSignals, Scores
 from neurosig.manifest import ContextItem, QuestionRow, Reason, VoteRecord
-from neurosig.patterns import flat_ids
+from neurosig.probing import ProbeResult
 from neurosig.questions import Question
 from neurosig.selection import (
     Candidate,
@@ -18,6 +21,7 @@ from neurosig.selection import (
     clean_reasons,
     representative,
 )
+from neurosig.signatures import signature
 
 
 def manifest_rows(
@@ -27,7 +31,7 @@ def manifest_rows(
     *,
     ranked_by: HallucinationScore,
     selection: SelectionConfig,
-    d_mlp: int,
+    prompt_tokens: Mapping[str, int],
 ) -> list[QuestionRow]:
     """Select the clean questions, choose their contexts, and say for every input question what was decided.
 
@@ -37,23 +41,20 @@ def manifest_rows(
         scores: Their hallucination scores.
         ranked_by: The score that the clean filter uses.
         selection: Options of filter and context.
-        d_mlp: Neurons a layer.
+        prompt_tokens: Length of each traced question's prompt.
     """
     by_id = {question.id: question for question in questions}
-    candidates = []
-    for index, (name, signal) in enumerate(signals.items()):
-        chosen = representative(signal.answers, signal.vote, scores.rollout_probe[index])
-        candidates.append(
-            Candidate(
-                question_id=name,
-                text_sha256=by_id[name].text_sha256,
-                kind=by_id[name].kind or by_id[name].domain,
-                vote=signal.vote,
-                score=float(scores.by_name[ranked_by][index]),
-                representative=chosen,
-                signature=flat_ids(signal.ids[[chosen or 0]], d_mlp)[0],
-            )
+    candidates = [
+        _candidate(
+            by_id[name],
+            signal,
+            float(scores.by_name[ranked_by][index]),
+            representative(signal.answers, signal.vote, scores.rollout_probe[index]),
+            selection,
+            prompt_tokens[name],
         )
+        for index, (name, signal) in enumerate(signals.items())
+    ]
     reasons = clean_reasons(candidates, selection)
     contexts = choose_contexts(candidates, [reason == "selected" for reason in reasons], selection)
     if selection.context_policy != "none":
@@ -80,6 +81,30 @@ def manifest_rows(
     ]
 
 
+def _candidate(
+    question: Question,
+    signal: QuestionSignals,
+    score: float,
+    chosen: int | None,
+    selection: SelectionConfig,
+    prompt_tokens: int,
+) -> Candidate:
+    lengths = [len(rollout.body_ids) for rollout in signal.rollouts]
+    majority = [] if chosen is None else signal.majority
+    return Candidate(
+        question_id=question.id,
+        text_sha256=question.text_sha256,
+        kind=question.kind or question.domain,
+        vote=signal.vote,
+        score=score,
+        representative=chosen,
+        shortest=min(majority, key=lambda index: lengths[index], default=None),
+        signature=signature(signal.ids, majority, chosen, selection.signature),
+        hidden=signal.hidden[chosen or 0],
+        num_tokens=prompt_tokens + lengths[chosen or 0],
+    )
+
+
 _TOO_LONG: dict[str, Any] = {
     "answers": (),
     "vote": None,
@@ -104,3 +129,13 @@ def _decided(
         "reason": reason,
         "context": tuple(ContextItem(**asdict(shown)) for shown in context),
     }
+
+
+def neurons_csv(ids: Int[Tensor, "n size"], probe: ProbeResult, d_mlp: int) -> str:
+    """The probe's neurons: layer, index, weight, and the share of rollouts in whose active set they are."""
+    used, counts = ids.unique(return_counts=True)
+    active = dict(zip(used.tolist(), counts.tolist(), strict=True))
+    lines = ["layer,index,weight,active_share"]
+    for neuron, weight in zip(probe.neurons.tolist(), probe.weights, strict=True):
+        lines.append(f"{neuron // d_mlp},{neuron % d_mlp},{weight:.6g},{active.get(neuron, 0) / len(ids):.4f}")
+    return "\n".join(lines) + "\n"

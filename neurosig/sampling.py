@@ -7,6 +7,7 @@ question lands in does not change its rollouts (up to the last bits of floating 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,7 @@ def _decode_batch(
     tokens = torch.full((len(rows), budget), -1, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(rows), budget, device=device)
     entropies = torch.zeros(len(rows), budget, device=device)
+    certainties = torch.zeros(len(rows), budget, device=device)
     done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for step in range(budget):
         log_p = torch.log_softmax(logits.float(), dim=-1)
@@ -153,6 +155,7 @@ def _decode_batch(
         tokens[rows[live], step] = chosen[live]
         logprobs[rows, step] = log_p.gather(1, chosen[:, None])[:, 0]
         entropies[rows, step] = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1)
+        certainties[rows, step] = -log_p.clamp_min(-1e4).mean(-1) - math.log(log_p.shape[-1])
         done |= torch.isin(chosen, eos)
         if step == budget - 1 or bool(done.all()):
             break
@@ -177,7 +180,7 @@ def _decode_batch(
             use_cache=True,
         )
         logits = output.logits[:, -1]
-    return _collect(loaded, prompts, k, tokens.cpu(), logprobs.cpu(), entropies.cpu())
+    return _collect(loaded, prompts, k, tokens.cpu(), logprobs.cpu(), entropies.cpu(), certainties.cpu())
 
 
 def _reorder(cache: Any, rows: Int[Tensor, " rows"]) -> None:
@@ -234,6 +237,7 @@ def _collect(
     tokens: Tensor,
     logprobs: Tensor,
     entropies: Tensor,
+    certainties: Tensor,
 ) -> list[list[Rollout]]:
     eos = set(loaded.eos_token_ids)
     groups = []
@@ -254,6 +258,7 @@ def _collect(
                     finish_reason="stop" if ended else "length",
                     mean_logprob=float(logprobs[row, :length].mean()),
                     mean_entropy=float(entropies[row, :length].mean()),
+                    mean_self_certainty=float(certainties[row, :length].mean()),
                 )
             )
         groups.append(group)

@@ -17,12 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neurosig.answers import Vote
+from neurosig.contributions import PAD
 from neurosig.errors import UserError
 from neurosig.manifest import Reason
 from neurosig.patterns import jaccard, rank_neighbours
+from neurosig.signatures import Signature
 
 CleanFilter = Literal["neuron", "vote_only", "neuron_only", "threshold", "all"]
-ContextPolicy = Literal["nearest", "nearest_first", "random", "random_within_kind", "none"]
+ContextPolicy = Literal["nearest", "nearest_first", "random", "random_within_kind", "majority_solution", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,13 @@ class SelectionConfig:
         min_vote_share: Least share of the K answers that the majority holds.
         keep_fraction: Share of the questions kept by the score.
         max_score: Largest score kept by ``threshold``.
+        signature: What similarity compares; see `neurosig.signatures.signature`.
         context_policy: ``nearest`` shows the most similar last; ``random_within_kind`` draws among questions of
-            the same kind, the control for matching by topic alone.
+            the same kind, the control for matching by topic alone; ``majority_solution`` shows the question's own
+            shortest majority rollout (U-OPSD).
         num_demonstrations: Solved examples a context holds.
+        max_context_tokens: The least similar examples are dropped until a context has at most this many tokens.
+        same_label_excluded: No example has the question's own pseudo-label, so that none can hand it the answer.
         seed: Seed of the random policies.
     """
 
@@ -46,8 +52,11 @@ class SelectionConfig:
     min_vote_share: float = 0.5
     keep_fraction: float = 0.5
     max_score: float = 0.5
+    signature: Signature = "representative"
     context_policy: ContextPolicy = "nearest"
     num_demonstrations: int = 2
+    max_context_tokens: int = 2048
+    same_label_excluded: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,6 +64,7 @@ class SelectionConfig:
             ("min_vote_share", 0 <= self.min_vote_share <= 1, "0 to 1"),
             ("keep_fraction", 0 < self.keep_fraction <= 1, "above 0 and at most 1"),
             ("num_demonstrations", self.num_demonstrations >= 1, "at least 1 (or --context-policy none)"),
+            ("max_context_tokens", self.max_context_tokens >= 1, "at least 1 (or --context-policy none)"),
         ):
             if not valid:
                 raise UserError(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
@@ -71,7 +81,10 @@ class Candidate:
         vote: Majority vote.
         score: Hallucination score, higher is worse.
         representative: Index of the majority rollout with the lowest hallucination score; ``None`` without a vote.
-        signature: Active set of that rollout as flat ids.
+        shortest: Index of the shortest majority rollout.
+        signature: Neurons of the pattern signature.
+        hidden: Mean hidden state of the representative.
+        num_tokens: Tokens of its prompt and representative: what it costs as an example.
     """
 
     question_id: str
@@ -80,7 +93,10 @@ class Candidate:
     vote: Vote
     score: float
     representative: int | None
-    signature: Int[Tensor, " set_size"]
+    shortest: int | None
+    signature: Int[Tensor, " neurons"]
+    hidden: Float[Tensor, " d_model"]
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +138,20 @@ def choose_contexts(
     """The teacher's context of each clean question, in prompt order; empty for the others and for ``none``."""
     if config.context_policy == "none":
         return [[] for _ in candidates]
+    if config.context_policy == "majority_solution":
+        return [_own_solution(candidate) if keep else [] for candidate, keep in zip(candidates, clean, strict=True)]
     pool = [index for index, keep in enumerate(clean) if keep and candidates[index].representative is not None]
     students = [index for index, keep in enumerate(clean) if keep]
     contexts: list[list[Demonstrated]] = [[] for _ in candidates]
     if not pool or not students:
         return contexts
-    similarity = _similarity(candidates, students, pool)
-    forbidden = _forbidden(candidates, students, pool)
+    similarity = _similarity(candidates, students, pool, config)
+    forbidden = _forbidden(candidates, students, pool, config)
     preference = _preference(similarity, candidates, students, pool, config)
     order, values = rank_neighbours(preference, forbidden, config.num_demonstrations)
     for row, student in enumerate(students):
         allowed = order[row][values[row] > -torch.inf].tolist()
+        allowed = _within_budget(allowed, [candidates[pool[column]].num_tokens for column in allowed], config)
         shown = [_demonstrated(candidates[pool[column]], float(similarity[row, column])) for column in allowed]
         contexts[student] = shown if config.context_policy == "nearest_first" else shown[::-1]
     return contexts
@@ -148,17 +167,42 @@ def _vote_reason(vote: Vote, config: SelectionConfig) -> Reason:
     return "selected" if vote.share >= config.min_vote_share else "low_agreement"
 
 
+def _own_solution(candidate: Candidate) -> list[Demonstrated]:
+    return [] if candidate.shortest is None else [Demonstrated(candidate.question_id, candidate.shortest, 1.0)]
+
+
+def _within_budget(ranked: list[int], tokens: list[int], config: SelectionConfig) -> list[int]:
+    """The best-ranked examples, as many as fit the budget together."""
+    total = np.cumsum(tokens)
+    return [column for column, used in zip(ranked, total, strict=True) if used <= config.max_context_tokens]
+
+
 def _similarity(
-    candidates: Sequence[Candidate], students: list[int], pool: list[int]
+    candidates: Sequence[Candidate], students: list[int], pool: list[int], config: SelectionConfig
 ) -> Float[Tensor, "students pool"]:
-    rows = torch.stack([candidates[index].signature for index in students])
-    columns = torch.stack([candidates[index].signature for index in pool])
+    if config.signature == "hidden_state":
+        rows, columns = (
+            torch.nn.functional.normalize(torch.stack([candidates[index].hidden.float() for index in side]), dim=-1)
+            for side in (students, pool)
+        )
+        return rows @ columns.T
+    rows, columns = (
+        torch.nn.utils.rnn.pad_sequence(
+            [candidates[index].signature for index in side], batch_first=True, padding_value=PAD
+        )
+        for side in (students, pool)
+    )
     return jaccard(rows, columns)
 
 
-def _forbidden(candidates: Sequence[Candidate], students: list[int], pool: list[int]) -> Bool[Tensor, "students pool"]:
-    """The question itself and its duplicates in text are never its own context."""
-    return _equal([candidates[i].text_sha256 for i in students], [candidates[i].text_sha256 for i in pool])
+def _forbidden(
+    candidates: Sequence[Candidate], students: list[int], pool: list[int], config: SelectionConfig
+) -> Bool[Tensor, "students pool"]:
+    """The question itself and its duplicates in text are never its own context; with the option, nor its label."""
+    same = _equal([candidates[i].text_sha256 for i in students], [candidates[i].text_sha256 for i in pool])
+    if config.same_label_excluded:
+        same |= _equal(*([str(candidates[i].vote.winner) for i in side] for side in (students, pool)))
+    return same
 
 
 def _preference(

@@ -1,33 +1,45 @@
 """Trace finished rollouts and reduce their FFN activity to active sets.
 
-This is the only file that imports nnsight. Each rollout is run through the model once, teacher-forced. All
-reduction happens inside the trace, layer by layer, so that no ``[tokens, d_mlp]`` tensor outlives its layer,
-and the run stops after the last FFN: the language-model head is never computed.
+Each rollout is run through the model once, teacher-forced, from its prompt's cache. All reduction happens inside
+the trace (`neurosig.envoy`), layer by layer, and the run stops after the last FFN.
 
 Positions: the value at position t is computed from token t, while the model reads it and before it knows
 token t+1. A rollout's score is the mean over the positions that hold completion tokens, ``len(prompt)`` up
 to and including ``len(prompt) + len(completion) - 1``. So the last completion token counts (the end token
 too, if it is among the ids); the prompt's last position, which predicts the first completion token, does not.
+The score ``unembed`` is about the token that comes next, so its positions lie one earlier: the prompt's last, and
+all of the completion but its last.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import nnsight
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from einops import rearrange
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from neurosig.batching import Prefix, distinct_rows, run_prompts
-from neurosig.contributions import active_set, cett, magnitude, masked_mean, neurons_per_layer
+from neurosig.batching import Prefix, distinct_rows, pad, run_prompts
+from neurosig.contributions import (
+    PAD,
+    cett,
+    largest,
+    largest_entries,
+    largest_per_token,
+    magnitude,
+    masked_mean,
+    neurons_per_layer,
+    pack_sets,
+    unembed,
+)
+from neurosig.envoy import FFNEnvoy
 from neurosig.errors import UserError
-from neurosig.sites import ffn_sites, w_out_norms
+from neurosig.sites import ffn_sites, w_out, w_out_norms
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +49,17 @@ class TraceConfig:
     value: Literal["gated", "act"] = "gated"
     """A neuron's value: ``gated`` is the down projection's input, act(gate) * up; ``act`` is act(gate) alone.
     The two are the same in a model without a gate."""
-    score: Literal["cett", "magnitude"] = "cett"
+    score: Literal["cett", "magnitude", "unembed"] = "cett"
     """A neuron's contribution at one position; see `neurosig.contributions`."""
+    active: Literal["layer_mean", "global", "per_token", "entries"] = "layer_mean"
+    """Which neurons belong to a rollout's active set: those with the largest mean score over its positions, within
+    each layer or over all layers; the union of each position's largest; or the neurons among the largest
+    (position, neuron) entries of each layer."""
     set_size: int = 1000
-    """Neuron ids in a rollout's active set, shared out evenly over the layers."""
+    """Neurons in a set (``layer_mean``, ``global``), neurons a token (``per_token``; both spread evenly over the
+    layers, save ``global``), or entries a layer (``entries``)."""
+    positive_only: bool = False
+    """Leave out neurons whose mean score is not above zero; for the signed ``unembed``."""
     batch_tokens: int = 4096
     """Tokens in one batch, padding included. A rollout longer than this makes a batch of its own."""
 
@@ -51,24 +70,23 @@ class TraceConfig:
 
 
 class ActiveSets(NamedTuple):
-    """The most contributing neurons of each rollout and layer, largest mean score first."""
+    """What is kept of each rollout.
 
-    ids: Int32[Tensor, "n n_layers k"]
-    values: Float[Tensor, "n n_layers k"]
+    Attributes:
+        ids: Its active set as flat ids, ``layer * d_mlp + index``, ascending; shorter rows end in -1.
+        values: Mean score of each of these neurons over the rollout's positions; 0 where ``ids`` is -1.
+        hidden: Residual stream two thirds up the layers, mean over the same positions.
+    """
+
+    ids: Int32[Tensor, "n size"]
+    values: Float[Tensor, "n size"]
+    hidden: Float[Tensor, "n d_model"]
 
 
 class NeuronTracer:
-    """Traces rollouts through one model; build it once for a model.
+    """Traces rollouts through one model; build it once for a model."""
 
-    nnsight leaves an inert dispatcher in the ``forward`` slot of the model's modules. It registers no hooks,
-    and the model's outputs outside a trace stay the same to the bit.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: TraceConfig = TraceConfig(),
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, config: TraceConfig = TraceConfig()) -> None:
         """Wrap ``model``, a causal language model in eval mode, at its FFN sites.
 
         Raises:
@@ -77,11 +95,11 @@ class NeuronTracer:
         self.model = model
         self.config = config
         self.sites = ffn_sites(model)
-        self.k = neurons_per_layer(self.sites.n_layers, self.sites.d_mlp, config.set_size)
-        self._envoy = nnsight.NNsight(model)
-        self._layers = [
-            (self._envoy.get(act), self._envoy.get(down), norm.to(model.get_submodule(down).weight.device))
-            for act, down, norm in zip(self.sites.acts, self.sites.layers, w_out_norms(model, self.sites), strict=True)
+        self.hidden_layer = self.sites.n_layers * 2 // 3
+        self._envoy = FFNEnvoy(model, self.sites)
+        self._norms = [
+            norm.to(model.get_submodule(down).weight.device)
+            for down, norm in zip(self.sites.layers, w_out_norms(model, self.sites), strict=True)
         ]
 
     def trace(
@@ -89,6 +107,7 @@ class NeuronTracer:
         prompt_ids: Sequence[Sequence[int]],
         completion_ids: Sequence[Sequence[int]],
         *,
+        token_masks: Sequence[Sequence[bool]] | None = None,
         progress: bool = False,
     ) -> ActiveSets:
         """Active sets of all rollouts, in input order, on the CPU.
@@ -96,22 +115,32 @@ class NeuronTracer:
         Args:
             prompt_ids: Token ids of each rollout's prompt, as they were when it was sampled.
             completion_ids: Token ids of each completion; neither may be empty.
+            token_masks: Which completion tokens count, at least one of each rollout; all by default.
             progress: Show a bar on stderr.
 
         Raises:
             UserError: See `trace_batches`.
         """
-        shape = (len(prompt_ids), self.sites.n_layers, self.k)
-        merged = ActiveSets(torch.empty(shape, dtype=torch.int32), torch.empty(shape))
-        with tqdm(total=shape[0], desc="trace", unit="rollout", disable=not progress) as bar:
-            for indices, sets in self.trace_batches(prompt_ids, completion_ids):
-                merged.ids[indices] = sets.ids
-                merged.values[indices] = sets.values
+        order: list[int] = []
+        parts: list[ActiveSets] = []
+        with tqdm(total=len(prompt_ids), desc="trace", unit="rollout", disable=not progress) as bar:
+            for indices, sets in self.trace_batches(prompt_ids, completion_ids, token_masks=token_masks):
+                order += indices
+                parts.append(sets)
                 bar.update(len(indices))
-        return merged
+        if not parts:
+            empty = torch.empty(0, 0)
+            return ActiveSets(empty.int(), empty, torch.empty(0, self.sites.d_model))
+        merged = concat_sets(parts)
+        back = torch.tensor(order).argsort()
+        return ActiveSets(*(tensor[back] for tensor in merged))
 
     def trace_batches(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        token_masks: Sequence[Sequence[bool]] | None = None,
     ) -> Iterator[tuple[list[int], ActiveSets]]:
         """Yield ``(indices, sets)`` batch by batch, the longest rollouts first.
 
@@ -119,93 +148,154 @@ class NeuronTracer:
 
         Raises:
             UserError: Lists of different lengths, an empty prompt or completion, a rollout beyond the model's context,
-                an id outside its vocabulary, a model in training mode, or scores that are not finite.
+                an id outside its vocabulary, a mask of another length or without a token, a model in training mode, or
+                scores that are not finite.
         """
-        self._check(prompt_ids, completion_ids)
-        return self._run([tuple(prompt) for prompt in prompt_ids], completion_ids)
+        masks = [[True] * len(completion) for completion in completion_ids] if token_masks is None else token_masks
+        self._check(prompt_ids, completion_ids, masks)
+        return self._run([tuple(prompt) for prompt in prompt_ids], completion_ids, masks)
 
     def _run(
-        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        completions: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[bool]],
     ) -> Iterator[tuple[list[int], ActiveSets]]:
         """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths."""
+        lead = 1 if self.config.score == "unembed" else 0  # prompt tokens that are traced
         distinct, owners = distinct_rows(prompts)
         rollouts_of: list[list[int]] = [[] for _ in distinct]
         for index, owner in enumerate(owners):
             rollouts_of[owner].append(index)
         for group in _pack([len(prompt) for prompt in distinct], self.config.batch_tokens):
             with torch.no_grad():
-                prefix = run_prompts(self.model, [distinct[owner] for owner in group])
+                prefix = run_prompts(self.model, [distinct[owner][: len(distinct[owner]) - lead] for owner in group])
             row_of = {owner: row for row, owner in enumerate(group)}
             members = [index for owner in group for index in rollouts_of[owner]]
             width = prefix.mask.shape[1]
             for batch in _pack([width + len(completions[index]) for index in members], self.config.batch_tokens):
                 indices = [members[place] for place in batch]
                 rows = torch.tensor([row_of[owners[index]] for index in indices], device=self.model.device)
-                sets = self._trace_batch(prefix.rows(rows), [completions[index] for index in indices])
-                _check_finite(sets, indices)
+                traced = [[*prompts[i][len(prompts[i]) - lead :], *completions[i]] for i in indices]
+                sets = self._trace_batch(prefix.rows(rows), traced, [masks[i] for i in indices], indices)
                 yield indices, sets
 
     @torch.no_grad()
-    def _trace_batch(self, prefix: Prefix, completions: list[Sequence[int]]) -> ActiveSets:
-        inputs = prefix.inputs(completions)
-        completion_mask = inputs["attention_mask"][:, prefix.mask.shape[1] :].bool()
-        gated, relative, k = self.config.value == "gated", self.config.score == "cett", self.k
-        with self._envoy.trace(**inputs) as tracer:
-            reduced = nnsight.save([])
-            for act, down, norm in self._layers:
-                # no name for the value: it would keep the layer's values alive until the next layer's arrive
-                reduced.append(
-                    _reduce(
-                        down.input if gated else act.output,
-                        norm,
-                        down.output if relative else None,
-                        completion_mask,
-                        k,
-                    )
-                )
-            tracer.stop()
-        gc.collect(1)  # stopping leaves a reference cycle that holds the last layer's activations
-        ids = torch.stack([layer_ids.cpu() for layer_ids, _ in reduced], dim=1)
-        values = torch.stack([layer_values.cpu() for _, layer_values in reduced], dim=1)
-        return ActiveSets(ids.int(), values)
+    def _trace_batch(
+        self, prefix: Prefix, tokens: list[list[int]], masks: list[Sequence[bool]], indices: list[int]
+    ) -> ActiveSets:
+        """Trace ``tokens``: the completions, after the prompt's last token for ``unembed``."""
+        config, device = self.config, self.model.device
+        counted = pad([[int(keep) for keep in mask] for mask in masks], side="right", device=device)[0].bool()
+        following = None
+        if config.score == "unembed":
+            ids = pad([row[1:] for row in tokens], side="right", device=device)[0]
+            following = self.model.get_output_embeddings().weight[ids]
+            tokens = [row[:-1] for row in tokens]
 
-    def _check(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
+        def reduce(layer: int, value: Tensor, ffn_out: Tensor | None) -> tuple[Tensor, Tensor]:
+            if value.ndim == 2:  # OPT runs its FFN on flattened tokens
+                value = value.unflatten(0, counted.shape)
+                ffn_out = None if ffn_out is None else ffn_out.unflatten(0, counted.shape)
+            score = self._score(layer, value, ffn_out, following)
+            mask = counted.to(score.device)
+            mean = masked_mean(score, mask)
+            return self._members(score, mask, mean), mean
+
+        def pool(hidden: Tensor) -> Tensor:
+            return masked_mean(hidden.float(), counted.to(hidden.device))
+
+        layers, hidden = self._envoy.read(
+            prefix.inputs(tokens),
+            reduce,
+            pool,
+            value=config.value,
+            with_output=config.score == "cett",
+            hidden_layer=self.hidden_layer,
+        )
+        member, mean = (
+            rearrange([part.cpu() for part in parts], "layer n neuron -> n (layer neuron)")
+            for parts in zip(*layers, strict=True)
+        )
+        self._check_finite(mean, indices)
+        if config.active == "global":
+            member &= largest(mean, config.set_size)
+        return ActiveSets(*pack_sets(member, mean), hidden.cpu())
+
+    def _score(self, layer: int, value: Tensor, ffn_out: Tensor | None, following: Tensor | None) -> Tensor:
+        if following is not None:
+            direction = w_out(self.model, self.sites.layers[layer])
+            return unembed(value, direction, following.to(direction.device))
+        return magnitude(value, self._norms[layer]) if ffn_out is None else cett(value, self._norms[layer], ffn_out)
+
+    def _members(
+        self, score: Float[Tensor, "n seq d_mlp"], mask: Bool[Tensor, "n seq"], mean: Float[Tensor, "n d_mlp"]
+    ) -> Bool[Tensor, "n d_mlp"]:
+        """Which neurons of one layer belong to each rollout's set; ``global`` decides once all layers are there."""
+        share = neurons_per_layer(self.sites.n_layers, self.sites.d_mlp, self.config.set_size)
+        match self.config.active:
+            case "layer_mean":
+                member = largest(mean, share)
+            case "per_token":
+                member = largest_per_token(score, mask, share)
+            case "entries":
+                member = largest_entries(score, mask, self.config.set_size)
+            case "global":
+                member = torch.ones_like(mean, dtype=torch.bool)
+        return member & (mean > 0) if self.config.positive_only else member
+
+    def _check(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[bool]],
+    ) -> None:
         if len(prompt_ids) != len(completion_ids):
             raise UserError(f"{len(prompt_ids)} prompts but {len(completion_ids)} completions; pass pairs")
+        if len(masks) != len(completion_ids):
+            raise UserError(f"{len(masks)} token masks but {len(completion_ids)} completions; pass one each")
         if self.model.training:
             raise UserError("the model is in training mode; call model.eval() first")
         context = self.model.config.max_position_embeddings
         vocab = self.model.config.vocab_size
-        for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        for i, (prompt, completion, mask) in enumerate(zip(prompt_ids, completion_ids, masks, strict=True)):
             if not prompt or not completion:
                 raise UserError(f"rollout {i}: the {'completion' if prompt else 'prompt'} is empty; leave it out")
+            if len(prompt) == 1 and self.config.score == "unembed":
+                raise UserError(f"rollout {i}: a prompt of one token; the score unembed needs two")
             ids = [*prompt, *completion]
             if len(ids) > context:
                 raise UserError(f"rollout {i}: {len(ids)} tokens; leave it out, the model reads {context}")
             if min(ids) < 0 or max(ids) >= vocab:
                 raise UserError(f"rollout {i}: an id outside 0..{vocab - 1}; trace the model that sampled it")
+            if len(mask) != len(completion) or not any(mask):
+                raise UserError(
+                    f"rollout {i}: a token mask of {len(mask)} with {sum(mask)} tokens for a completion of "
+                    f"{len(completion)}; give one flag a token, at least one of them set"
+                )
+
+    def _check_finite(self, mean: Float[Tensor, "n n_neurons"], indices: Sequence[int]) -> None:
+        bad = (~mean.isfinite()).nonzero()
+        if len(bad):
+            row, neuron = bad[0].tolist()
+            raise UserError(
+                f"rollout {indices[row]}: the neuron scores of layer {neuron // self.sites.d_mlp} are not finite; "
+                "check the weights, or load the model in float32"
+            )
 
 
-def _reduce(
-    value: Float[Tensor, "batch seq d_mlp"],
-    w_out_norm: Float[Tensor, " d_mlp"],
-    ffn_out: Float[Tensor, "batch seq d_model"] | None,
-    completion_mask: Bool[Tensor, "batch seq"],
-    k: int,
-) -> tuple[Int64[Tensor, "batch k"], Float[Tensor, "batch k"]]:
-    """One layer's active sets by cett, or by magnitude without ``ffn_out``."""
-    score = magnitude(value, w_out_norm) if ffn_out is None else cett(value, w_out_norm, ffn_out)
-    return active_set(masked_mean(score, completion_mask.to(score.device)), k)
+def concat_sets(parts: Sequence[ActiveSets]) -> ActiveSets:
+    """The rollouts of all parts, in order, padded to the widest set among them."""
+    width = max(part.ids.shape[1] for part in parts)
 
+    def widened(tensor: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
 
-def _check_finite(sets: ActiveSets, indices: Sequence[int]) -> None:
-    finite = sets.values.isfinite().all(dim=-1)
-    if not finite.all():
-        row, layer = (~finite).nonzero()[0].tolist()
-        raise UserError(
-            f"rollout {indices[row]}: the neuron scores of layer {layer} are not finite; "
-            "check the weights, or load the model in float32"
-        )
+    return ActiveSets(
+        torch.cat([widened(part.ids, PAD) for part in parts]),
+        torch.cat([widened(part.values, 0) for part in parts]),
+        torch.cat([part.hidden for part in parts]),
+    )
 
 
 def _pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 
-from neurosig.contributions import active_set, cett, magnitude, masked_mean, neurons_per_layer
+from neurosig.contributions import (
+    PAD,
+    cett,
+    largest,
+    largest_entries,
+    largest_per_token,
+    magnitude,
+    masked_mean,
+    neurons_per_layer,
+    pack_sets,
+    unembed,
+)
 
 
 def test_cett_by_hand() -> None:
@@ -54,26 +65,62 @@ def test_masked_mean_of_nothing_is_nan_and_hides_no_nan() -> None:
     assert masked_mean(x, mask).isnan().all()
 
 
-def test_active_set_is_sorted_with_ties_by_lower_index() -> None:
+def test_unembed_by_hand() -> None:
+    """Output directions (3, 4), (0, 2), (-1, 0); the next tokens' head rows are (1, 0), then (0, 10)."""
+    w_out = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]])
+    value = torch.tensor([[[1.0, -2.0, 4.0], [1.0, -2.0, 4.0]]])
+    following = torch.tensor([[[1.0, 0.0], [0.0, 10.0]]])
+    assert unembed(value, w_out, following).tolist() == [[[3.0, 0.0, -4.0], [40.0, -40.0, 0.0]]]
+
+
+def ids_of(member: torch.Tensor) -> list[list[int]]:
+    return [row.nonzero()[:, 0].tolist() for row in member]
+
+
+def test_largest_breaks_ties_by_lower_index() -> None:
     mean = torch.tensor([[0.5, 2.0, 1.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0, 9.0]])
-    ids, values = active_set(mean, 3)
-    assert ids.tolist() == [[1, 3, 2], [4, 0, 1]]
-    assert values.tolist() == [[2.0, 2.0, 1.0], [9.0, 1.0, 1.0]]
+    assert ids_of(largest(mean, 3)) == [[1, 2, 3], [0, 1, 4]]
+    assert ids_of(largest(mean, 9)) == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_active_set_of_many_equal_values_is_the_first_k() -> None:
+def test_largest_of_many_equal_values_is_the_first_k() -> None:
     """Wide enough that an unstable sort or topk returns other indices."""
     mean = torch.ones(2, 5000)
     mean[1, 4321] = 2.0
-    ids, _ = active_set(mean, 40)
-    assert ids.tolist() == [list(range(40)), [4321, *range(39)]]
+    assert ids_of(largest(mean, 40)) == [list(range(40)), [*range(39), 4321]]
 
 
-def test_active_set_keeps_no_more_memory_than_it_shows() -> None:
-    """A slice would keep the whole sorted row alive."""
-    for batch in (1, 3):
-        for x in active_set(torch.rand(batch, 1000), 4):
-            assert x.untyped_storage().nbytes() == batch * 4 * x.element_size()
+SCORE = torch.tensor([[[9.0, 1.0, 2.0, 3.0], [4.0, 8.0, 0.0, 7.0], [0.0, 0.0, 99.0, 98.0]]])
+"""One rollout of three positions and four neurons; the last position is padding in the tests below."""
+MASK = torch.tensor([[True, True, False]])
+
+
+def test_per_token_is_the_union_of_each_positions_largest() -> None:
+    assert ids_of(largest_per_token(SCORE, MASK, 1)) == [[0, 1]]
+    assert ids_of(largest_per_token(SCORE, MASK, 2)) == [[0, 1, 3]]
+    assert ids_of(largest_per_token(SCORE, MASK, 99)) == [[0, 1, 2, 3]]
+
+
+def test_entries_are_counted_over_all_positions_together() -> None:
+    """Entries in order: 9 (neuron 0), 8 (1), 7 (3), 4 (0 again), 3 (3), 2 (2)."""
+    for entries, expected in (
+        (1, [0]),
+        (2, [0, 1]),
+        (4, [0, 1, 3]),
+        (5, [0, 1, 3]),
+        (6, [0, 1, 2, 3]),
+        (99, [0, 1, 2, 3]),
+    ):
+        assert ids_of(largest_entries(SCORE, MASK, entries)) == [expected]
+
+
+def test_sets_are_packed_in_ascending_order_and_padded() -> None:
+    member = torch.tensor([[True, False, True, True], [False, False, True, False], [False] * 4])
+    mean = torch.tensor([[3.0, 9.0, 1.0, 2.0], [9.0, 9.0, 5.0, 9.0], [1.0] * 4])
+    ids, values = pack_sets(member, mean)
+    assert ids.tolist() == [[0, 2, 3], [2, PAD, PAD], [PAD, PAD, PAD]]
+    assert values.tolist() == [[3.0, 1.0, 2.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert ids.dtype == torch.int32
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 from flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
-from safetensors.torch import load_file
+from tiny import D_MLP
 
 import neurosig.rows
 import neurosig.sampling
@@ -17,9 +18,16 @@ import neurosig.tracing
 from distill.train import TrainConfig
 from distill.train import main as train
 from neurosig.errors import UserError
+from neurosig.export import PRESETS
 from neurosig.export import main as export
+from neurosig.hallucination import HallucinationScore
 from neurosig.manifest import read_manifest
+from neurosig.models import load_model
+from neurosig.prompts import PromptBuilder, PromptConfig
 from neurosig.questions import Question
+from neurosig.rollouts import parse_rollout
+from neurosig.signals import read_signals
+from neurosig.tracing import NeuronTracer, TraceConfig
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +129,7 @@ def test_killed_while_sampling(tmp_path: Path, model: Path, monkeypatch: pytest.
 
 def test_killed_while_tracing(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished shards are kept, the rest is traced again, and the bytes are those of an uninterrupted export."""
-    monkeypatch.setattr("neurosig.export.TRACE_CHUNK", 6)
+    monkeypatch.setattr("neurosig.signals.CHUNK", 6)
     questions = write_questions(tmp_path / "questions.jsonl")
     export(export_config(tmp_path, model, questions, "straight"))
     traced: list[int] = []
@@ -270,11 +278,60 @@ def test_a_question_that_does_not_fit_is_left_out_and_counted(tmp_path: Path, mo
         export(export_config(tmp_path, model, questions, "none"))
 
 
-def test_signals_follow_the_rollouts(tmp_path: Path) -> None:
+def test_signals_follow_the_rollouts(tmp_path: Path, model: Path) -> None:
+    """Row i is rollout i: traced alone, it gives the same neurons."""
     folder = make_manifest(tmp_path)
-    signals = load_file(folder / "signals.safetensors")
-    assert signals["ids"].shape == signals["values"].shape == (8 * 3, 2, 8)
-    assert len((folder / "rollouts.jsonl").read_text().splitlines()) == 8 * 3
+    signals = read_signals(folder / "signals.safetensors")
+    assert signals.ids.shape == signals.values.shape == (8 * 3, 2 * 8)
+    assert signals.hidden.shape == (8 * 3, 32) and signals.probe.shape == (8 * 3,)
+    assert (signals.n_layers, signals.d_mlp) == (2, D_MLP)
+    loaded = load_model(model)
+    builder = PromptBuilder(loaded.tokenizer, PromptConfig())
+    rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    questions = {row.id: row.as_question() for row in read_manifest(folder).rows}
+    for row in (0, 7, 23):
+        rollout = parse_rollout(rollouts[row])
+        prompt = builder.student(questions[rollout.question_id])
+        alone = NeuronTracer(loaded.model, TraceConfig(set_size=16)).trace([prompt], [rollout.body_ids])
+        assert torch.equal(alone.ids[0], signals.ids[row])
+        torch.testing.assert_close(alone.hidden[0].half(), signals.hidden[row], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "neufs"},
+        {"active_set": "per_token", "contribution": "magnitude", "signature": "union"},
+        {"active_set": "global", "signature": "intersection", "hallucination_score": "knn_medoid"},
+        {"signature": "frequency", "hallucination_score": "self_certainty"},
+        {"signature": "hidden_state", "hallucination_score": "neuron_count"},
+        {"context_policy": "majority_solution", "hallucination_score": "agreement_majority"},
+        {"contribution": "unembed", "positive_only": True, "same_label_excluded": True},
+    ],
+    ids=str,
+)
+def test_every_option_reaches_the_manifest(tmp_path: Path, options: dict[str, Any]) -> None:
+    changed = {key: value for key, value in options.items() if key != "preset"}
+    if "preset" in options:
+        changed |= PRESETS[options["preset"]]
+    plain, manifest = (
+        read_manifest(make_manifest(tmp_path / "plain")),
+        read_manifest(make_manifest(tmp_path, **changed)),
+    )
+    assert changed.items() <= manifest.header.options.items()
+    assert manifest.header.content_sha256 != plain.header.content_sha256
+    assert [row.answers for row in manifest.rows] == [row.answers for row in plain.rows]
+    assert set(manifest.rows[0].scores) == set(get_args(HallucinationScore))
+    if options.get("context_policy") == "majority_solution":
+        for row in manifest.selected:
+            (item,) = row.context
+            lengths = [
+                len(manifest.rollouts[row.id, i].body_ids) for i, a in enumerate(row.answers) if a == row.pseudo_label
+            ]
+            assert item.question_id == row.id
+            assert len(manifest.rollouts[row.id, item.rollout_id].body_ids) == min(lengths)
+    else:
+        assert all(item.question_id != row.id for row in manifest.selected for item in row.context)
 
 
 @pytest.mark.parametrize(

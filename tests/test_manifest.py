@@ -6,13 +6,14 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from flow import make_manifest
 
 from neurosig.errors import UserError
 from neurosig.fsio import sha256_file
+from neurosig.hallucination import HallucinationScore
 from neurosig.manifest import (
     FILES,
     HEADER,
@@ -72,7 +73,7 @@ def test_a_manifest_holds_what_was_decided(folder: Path) -> None:
     assert [row.id for row in manifest.rows] == [f"q{index}" for index in range(8)]
     for row in manifest.rows:
         assert len(row.answers) == row.vote.n == 3  # type: ignore[union-attr]
-        assert set(row.scores) == {"probe", "agreement", "vote_share", "mean_logprob", "entropy"}
+        assert set(row.scores) == set(get_args(HallucinationScore))
         assert row.as_question().answer is None
         for item in row.context:
             assert manifest.rollouts[item.question_id, item.rollout_id].question_id == item.question_id

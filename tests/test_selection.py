@@ -12,18 +12,11 @@ from sklearn.metrics import roc_auc_score
 
 from neurosig.answers import Vote, majority_vote
 from neurosig.errors import UserError
-from neurosig.hallucination import QuestionSignals, hallucination_scores
-from neurosig.patterns import flat_ids, jaccard, mean_pairwise_jaccard, rank_neighbours
+from neurosig.patterns import jaccard, mean_pairwise_jaccard, rank_neighbours
 from neurosig.probing import ProbeConfig, agreement_labels, contribution_matrix, fit_probe
-from neurosig.rollouts import Rollout
 from neurosig.selection import Candidate, SelectionConfig, choose_contexts, clean_reasons, representative
 
 # patterns
-
-
-def test_flat_ids_are_unique_over_layers() -> None:
-    ids = torch.tensor([[[3, 0], [3, 1]]], dtype=torch.int32)
-    assert flat_ids(ids, 10).tolist() == [[3, 0, 13, 11]]
 
 
 def test_jaccard_by_hand() -> None:
@@ -112,29 +105,6 @@ def test_without_both_kinds_of_question_there_is_no_signal(caplog: pytest.LogCap
     assert "no signal: of 60 questions, the rollouts of 60 agree and of 0 split" in caplog.text
 
 
-def test_scores_by_hand() -> None:
-    """Two questions of two rollouts: one agrees with equal neurons, the other splits with disjoint ones."""
-
-    def signal(name: str, answers: list[str], ids: list[list[int]], logprobs: list[float]) -> QuestionSignals:
-        rollouts = [
-            Rollout(name, i, a, (5,), "stop", lp, -lp) for i, (a, lp) in enumerate(zip(answers, logprobs, strict=True))
-        ]
-        sets = torch.tensor(ids)[:, None]
-        return QuestionSignals(rollouts, answers, majority_vote(answers, name), sets, torch.ones(sets.shape))
-
-    questions = {
-        "a": signal("a", ["x", "x"], [[0, 1], [0, 1]], [-0.5, -1.5]),
-        "b": signal("b", ["x", "y"], [[0, 1], [2, 3]], [-1.0, -3.0]),
-    }
-    scores = hallucination_scores(questions, n_layers=1, d_mlp=4, probe=ProbeConfig()).by_name
-    assert scores["agreement"].tolist() == [0.0, 1.0]
-    assert scores["vote_share"].tolist() == [0.0, 0.5]
-    winner = ["x", "y"].index(questions["b"].vote.winner or "")
-    assert scores["mean_logprob"].tolist() == [1.0, [1.0, 3.0][winner]]
-    assert scores["entropy"].tolist() == scores["mean_logprob"].tolist()
-    assert scores["probe"].tolist() == [0.5, 0.5]
-
-
 # selection
 
 
@@ -143,6 +113,7 @@ def test_options_out_of_range_are_named() -> None:
         (SelectionConfig, {"keep_fraction": 0.0}, "keep-fraction: expected above 0 and at most 1, got 0.0"),
         (SelectionConfig, {"min_vote_share": float("nan")}, "min-vote-share: expected 0 to 1, got nan"),
         (SelectionConfig, {"num_demonstrations": 0}, "num-demonstrations: expected at least 1"),
+        (SelectionConfig, {"max_context_tokens": 0}, "max-context-tokens: expected at least 1"),
         (ProbeConfig, {"folds": 1}, "probe-folds: expected at least 2, got 1"),
         (ProbeConfig, {"agree_share": 0.4}, "probe-split-share: expected 0 to --probe-agree-share, got 0.5"),
         (ProbeConfig, {"inverse_penalty": 0.0}, "probe-inverse-penalty: expected above 0, got 0.0"),
@@ -161,7 +132,10 @@ def candidate(
         "vote": Vote("x" if count else None, count, tuple("xyz"[: tied if count else 0]), 8),
         "score": score,
         "representative": 0 if count else None,
-        "signature": torch.arange(4) + 10 * ord(name[0]),
+        "shortest": 1 if count else None,
+        "signature": torch.arange(4, dtype=torch.int32) + 10 * ord(name[0]),
+        "hidden": torch.tensor([1.0, 0.0]),
+        "num_tokens": 10,
     }
     return Candidate(**{**fields, **changes})
 
@@ -200,7 +174,7 @@ def test_every_clean_filter() -> None:
 def sets(*overlaps: int) -> list[Candidate]:
     """Question a, and others that share 4, 3, 2, ... neurons with it."""
     others = [torch.cat([torch.arange(n), 100 * (i + 1) + torch.arange(8 - n)]) for i, n in enumerate(overlaps)]
-    return [candidate("abcdefgh"[i], signature=s) for i, s in enumerate([torch.arange(8), *others])]
+    return [candidate("abcdefgh"[i], signature=s.int()) for i, s in enumerate([torch.arange(8), *others])]
 
 
 def test_the_nearest_question_stands_last() -> None:
@@ -271,3 +245,48 @@ def test_the_representative_is_the_cleanest_majority_rollout() -> None:
     answers = ["x", None, "x", "y", "x"]
     assert representative(answers, majority_vote(answers, "q"), np.array([0.4, 0.0, 0.2, 0.0, 0.2])) == 2
     assert representative([None], majority_vote([None], "q"), np.array([0.1])) is None
+
+
+def test_signatures_of_different_sizes_are_compared_by_their_own_union() -> None:
+    candidates = sets(4, 4)
+    candidates[2] = candidate("c", signature=torch.arange(4, dtype=torch.int32))
+    (chosen,) = choose_contexts(candidates, [True] * 3, SelectionConfig(num_demonstrations=1))[0]
+    assert (chosen.question_id, chosen.similarity) == ("c", 0.5)  # 4 shared of 8, against 4 of 12
+
+
+def test_hidden_states_are_compared_by_angle() -> None:
+    directions = {"a": [1.0, 0.0], "b": [0.0, 5.0], "c": [3.0, 3.0], "d": [-9.0, 0.0]}
+    candidates = [candidate(name, hidden=torch.tensor(vector)) for name, vector in directions.items()]
+    config = SelectionConfig(signature="hidden_state", num_demonstrations=3)
+    context = choose_contexts(candidates, [True] * 4, config)[0]
+    assert [(shown.question_id, shown.similarity) for shown in context] == [
+        ("d", -1.0),
+        ("b", 0.0),
+        ("c", pytest.approx(0.5**0.5, abs=1e-6)),
+    ]
+
+
+def test_a_budget_drops_the_least_similar_examples() -> None:
+    candidates = sets(6, 4, 2)
+    candidates[2] = dataclasses.replace(candidates[2], num_tokens=30)
+    for budget, expected in ((9, []), (10, ["b"]), (39, ["b"]), (40, ["c", "b"]), (50, ["d", "c", "b"])):
+        config = SelectionConfig(num_demonstrations=3, max_context_tokens=budget)
+        assert [shown.question_id for shown in choose_contexts(candidates, [True] * 4, config)[0]] == expected
+
+
+def test_examples_with_the_same_label_can_be_left_out() -> None:
+    candidates = sets(6, 4)
+    candidates[1] = dataclasses.replace(candidates[1], vote=Vote("y", 6, ("y",), 8))
+    for excluded, expected in ((False, ["c", "b"]), (True, ["b"])):
+        context = choose_contexts(candidates, [True] * 3, SelectionConfig(same_label_excluded=excluded))[0]
+        assert [shown.question_id for shown in context] == expected
+
+
+def test_the_majority_solution_is_the_questions_own_shortest() -> None:
+    candidates = [candidate("a", shortest=3), candidate("b", shortest=1), candidate("c", count=0)]
+    contexts = choose_contexts(candidates, [True, False, True], SelectionConfig(context_policy="majority_solution"))
+    assert [[(shown.question_id, shown.rollout_id) for shown in context] for context in contexts] == [
+        [("a", 3)],
+        [],
+        [],
+    ]

@@ -4,85 +4,100 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHS, D_MLP, D_MODEL, Arch, tiny_model
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaModel,
-    MistralConfig,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Olmo2Config,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    PreTrainedConfig,
-    Qwen2Config,
-    SmolLM3Config,
-)
+from tiny import ALL_ARCHS, D_MLP, D_MODEL, MIXTURES, Arch, MixtureArch, OtherArch, tiny_model
+from torch import Tensor, nn
+from transformers import LlamaModel, PreTrainedModel
 
 from neurosig.errors import UserError
 from neurosig.sites import ffn_sites, w_out_norms
 
-FIRST_LAYER = {
-    "qwen3": ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.act_fn"),
-    "llama": ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.act_fn"),
-    "gemma3": ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.act_fn"),
-    "gpt2": ("transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.act"),
-    "gpt_neox": ("gpt_neox.layers.0.mlp.dense_4h_to_h", "gpt_neox.layers.0.mlp.act"),
+LLAMA = ("model.layers.0", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.act_fn")
+FIRST_LAYER = dict.fromkeys(ALL_ARCHS, LLAMA) | {
+    "gpt2": ("transformer.h.0", "transformer.h.0.mlp.c_proj", "transformer.h.0.mlp.act"),
+    "gpt_neox": ("gpt_neox.layers.0", "gpt_neox.layers.0.mlp.dense_4h_to_h", "gpt_neox.layers.0.mlp.act"),
+    "opt": ("model.decoder.layers.0", "model.decoder.layers.0.fc2", "model.decoder.layers.0.activation_fn"),
+    "phi3": ("model.layers.0", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.activation_fn"),
+    "starcoder2": ("model.layers.0", "model.layers.0.mlp.c_proj", "model.layers.0.mlp.act"),
 }
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
+UNGATED = ("gpt2", "gpt_neox", "opt", "starcoder2")
+IDS = torch.arange(5, 17).view(2, 6)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_sites_of_each_architecture(arch: Arch) -> None:
+def seen_in(model: PreTrainedModel, *paths: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """First input and first output of each module as the model reads ``IDS``."""
+    seen = {}
+    handles = []
+    for path in paths:
+
+        def keep(module: nn.Module, args: tuple, kwargs: dict, out: object, path: str = path) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            seen[path] = (x, out[0] if isinstance(out, tuple) else out)
+
+        handles.append(model.get_submodule(path).register_forward_hook(keep, with_kwargs=True))
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("arch", ALL_ARCHS)
+def test_sites_of_each_architecture(arch: Arch | OtherArch) -> None:
     model = tiny_model(arch)
     sites = ffn_sites(model)
-    assert (sites.layers[0], sites.acts[0]) == FIRST_LAYER[arch]
-    assert sites.n_layers == len(sites.acts) == model.config.num_hidden_layers
+    assert (sites.blocks[0], sites.layers[0], sites.acts[0]) == FIRST_LAYER[arch]
+    assert sites.n_layers == len(sites.acts) == len(sites.blocks) == model.config.num_hidden_layers
     assert (sites.d_mlp, sites.d_model) == (D_MLP, D_MODEL)
-    assert sites.gated == (arch in ("qwen3", "llama", "gemma3"))
-    assert [path.split(".")[2] for path in sites.layers] == [str(layer) for layer in range(sites.n_layers)]
+    assert sites.gated == (arch not in UNGATED)
+    for layer, block in enumerate(sites.blocks):
+        assert block.endswith(f".{layer}")
+        assert sites.layers[layer].startswith(f"{block}.") and sites.acts[layer].startswith(f"{block}.")
+    assert len({id(model.get_submodule(act)) for act in sites.acts}) == sites.n_layers  # no layer shares another's
 
 
-@pytest.mark.parametrize(
-    "config_class", [Gemma2Config, MistralConfig, Olmo2Config, Phi3Config, Qwen2Config, SmolLM3Config]
-)
+@pytest.mark.parametrize("arch", ALL_ARCHS)
 @torch.no_grad()
-def test_value_at_the_down_projection_of_the_other_gated_types(config_class: type[PreTrainedConfig]) -> None:
-    """The down projection reads act(gate) * up, the activation gives act(gate); in phi3's fused FFN too."""
-    model = AutoModelForCausalLM.from_config(config_class(**SMALL)).eval()
+def test_a_value_is_the_gated_activation(arch: Arch | OtherArch) -> None:
+    """The down projection reads act(gate) * up, or act(x) where there is no gate; the block's input says what x is."""
+    model = tiny_model(arch)
     sites = ffn_sites(model)
-    assert sites.gated and (sites.n_layers, sites.d_mlp, sites.d_model) == (2, 24, 16)
-
-    seen = {}
-    down, act = model.get_submodule(sites.layers[1]), model.get_submodule(sites.acts[1])
-    mlp = model.get_submodule(sites.layers[1].rpartition(".")[0])
-    mlp.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
-    down.register_forward_pre_hook(lambda _, args: seen.update(value=args[0]))
-    act.register_forward_hook(lambda _, args, out: seen.update(act=out))
-    model(torch.arange(2, 9)[None])
-
-    if config_class is Phi3Config:
-        gate, up = (seen["x"] @ mlp.gate_up_proj.weight.T).split(24, dim=-1)
+    down, act = sites.layers[1], sites.acts[1]
+    mlp = model.get_submodule(down.rpartition(".")[0])
+    names = [name for name, _ in mlp.named_children()]
+    up_name = next(name for name in ("gate_up_proj", "up_proj", "c_fc", "dense_h_to_4h", "fc1") if name in names)
+    up_path = f"{down.rpartition('.')[0]}.{up_name}"
+    seen = seen_in(model, up_path, down, act)
+    value = seen[down][0]
+    assert value.shape == ((12, D_MLP) if arch == "opt" else (2, 6, D_MLP))
+    activation = model.get_submodule(act)
+    if not sites.gated:
+        torch.testing.assert_close(value, activation(seen[up_path][1]), rtol=0, atol=0)
+        torch.testing.assert_close(value, seen[act][1], rtol=0, atol=0)
+        return
+    if arch == "phi3":
+        gate, up = seen[up_path][1].split(D_MLP, dim=-1)
     else:
-        gate, up = seen["x"] @ mlp.gate_proj.weight.T, seen["x"] @ mlp.up_proj.weight.T
-    torch.testing.assert_close(seen["act"], act(gate))
-    torch.testing.assert_close(seen["value"], act(gate) * up)
+        gate, up = mlp.gate_proj(seen[up_path][0]), seen[up_path][1]
+    torch.testing.assert_close(seen[act][1], activation(gate), rtol=0, atol=0)
+    torch.testing.assert_close(value, activation(gate) * up, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", ALL_ARCHS)
+def test_blocks_carry_the_residual_stream(arch: Arch | OtherArch) -> None:
+    """Each block's output is the next one's input: [batch, seq, d_model], a tensor or the first item of a tuple."""
+    model = tiny_model(arch)
+    sites = ffn_sites(model)
+    seen = seen_in(model, *sites.blocks)
+    for block, following in zip(sites.blocks, sites.blocks[1:], strict=False):
+        assert seen[block][1].shape == (2, 6, D_MODEL)
+        assert torch.equal(seen[block][1], seen[following][0])
+    hidden = model(IDS, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(seen[sites.blocks[0]][1], hidden[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arch", ALL_ARCHS)
 @torch.no_grad()
-def test_w_out_norm_is_what_one_neuron_adds(arch: Arch) -> None:
+def test_w_out_norm_is_what_one_neuron_adds(arch: Arch | OtherArch) -> None:
     """One-hot values show each output direction, whatever the layout of the weight."""
     model = tiny_model(arch)
     sites = ffn_sites(model)
@@ -102,21 +117,18 @@ def test_w_out_norms_of_a_half_precision_model_are_fp32() -> None:
     torch.testing.assert_close(norms[1, 5], weight[:, 5].norm())
 
 
-def test_unsupported_types_name_the_supported_ones() -> None:
-    opt = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=50,
-            hidden_size=16,
-            ffn_dim=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            word_embed_proj_dim=16,
-        )
-    )
-    moe = MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2))
-    for model in (opt, moe):
-        with pytest.raises(UserError, match=rf"'{model.config.model_type}'.*gemma3_text.*gpt2.*llama.*qwen3"):
-            ffn_sites(model)
+def test_an_unsupported_type_names_the_supported_ones() -> None:
+    model = tiny_model("llama")
+    model.config.model_type = "bloom"
+    with pytest.raises(UserError, match=r"'bloom': its FFN neurons cannot be located; use .*gemma3_text, gpt2.*qwen3"):
+        ffn_sites(model)
+
+
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_a_mixture_of_experts_says_that_its_experts_have_no_module(arch: MixtureArch) -> None:
+    message = rf"'{arch}'.*experts are no modules but slices of one parameter \(model\.layers\.0\.mlp\.experts\."
+    with pytest.raises(UserError, match=message):
+        ffn_sites(tiny_model(arch))
 
 
 def test_a_model_without_its_head_is_refused() -> None:

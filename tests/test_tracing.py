@@ -40,13 +40,17 @@ def tracer_of(model: PreTrainedModel, **options: object) -> NeuronTracer:
 
 
 def dense(sets: ActiveSets) -> Tensor:
-    """Mean scores by neuron id, when the sets hold every neuron: [n, n_layers, d_mlp]."""
-    assert sets.ids.shape[-1] == D_MLP
-    return torch.zeros(sets.values.shape).scatter(-1, sets.ids.long(), sets.values)
+    """Mean scores by neuron, when the sets hold every neuron: [n, n_layers, d_mlp]."""
+    assert torch.equal(sets.ids, torch.arange(sets.ids.shape[1]).int().expand(sets.ids.shape))
+    return sets.values.unflatten(1, (-1, D_MLP))
 
 
 def hooked_scores(model: PreTrainedModel, ids: list[int], value: str = "gated", score: str = "cett") -> Tensor:
-    """The oracle: plain forward hooks on one unpadded sequence, fp64 from there: [seq, n_layers, d_mlp]."""
+    """The oracle: plain forward hooks on one unpadded sequence, fp64 from there: [seq, n_layers, d_mlp].
+
+    ``unembed`` is about the token that follows: its last position has none and is zero.
+    """
+    head = model.get_output_embeddings().weight.double()
     sites = ffn_sites(model)
     values: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
@@ -75,6 +79,10 @@ def hooked_scores(model: PreTrainedModel, ids: list[int], value: str = "gated", 
         down = model.get_submodule(sites.layers[layer])
         w_out = down.weight.double() if isinstance(down, Conv1D) else down.weight.double().T  # [d_mlp, d_model]
         for t in range(len(ids)):
+            if score == "unembed":
+                following = head[ids[t + 1]] if t + 1 < len(ids) else torch.zeros(head.shape[1], dtype=torch.float64)
+                scores[t, layer] = values[layer][t] * (w_out @ following)
+                continue
             scores[t, layer] = values[layer][t].abs() * w_out.square().sum(dim=1).sqrt()
             if score == "cett":
                 scores[t, layer] /= outputs[layer][t].square().sum().sqrt()
@@ -97,16 +105,18 @@ def hooked_means(
     )
 
 
-@pytest.mark.parametrize("score", ["cett", "magnitude"])
+@pytest.mark.parametrize("score", ["cett", "magnitude", "unembed"])
 @pytest.mark.parametrize("value", ["gated", "act"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_trace_equals_forward_hooks(
-    arch: Arch, value: Literal["gated", "act"], score: Literal["cett", "magnitude"]
+    arch: Arch, value: Literal["gated", "act"], score: Literal["cett", "magnitude", "unembed"]
 ) -> None:
-    """A rollout a batch, so that only fp32 against fp64 rounding is left."""
+    """A rollout a batch, so that only fp32 against fp64 rounding is left. `unembed` counts one position earlier."""
     model = tiny_model(arch)
-    prompts, completions = rollouts()
-    expected = hooked_means(model, prompts, completions, value, score)
+    prompts, completions = rollouts([(p + 1, c) for p, c in LENGTHS])
+    shift = 1 if score == "unembed" else 0
+    positions = lambda p, c: slice(p - shift, p - shift + c)  # noqa: E731
+    expected = hooked_means(model, prompts, completions, value, score, positions)
     tracer = tracer_of(model, value=value, score=score, set_size=EVERY_NEURON, batch_tokens=1)
     torch.testing.assert_close(dense(tracer.trace(prompts, completions)), expected, rtol=1e-5, atol=1e-5)
 
@@ -207,7 +217,7 @@ def test_the_head_is_never_computed(arch: Arch) -> None:
 
 @pytest.mark.parametrize("score", ["cett", "magnitude"])
 def test_no_layer_keeps_its_neuron_values(score: Literal["cett", "magnitude"]) -> None:
-    """When a layer's values arrive, those of the layer before are gone; only [n, n_layers, k] is kept."""
+    """When a layer's values arrive, those of the layer before are gone; only the active sets are kept."""
     model = tiny_model("gemma3")
     seen: list[weakref.ref[Tensor]] = []
     alive: list[list[bool]] = []
@@ -222,22 +232,95 @@ def test_no_layer_keeps_its_neuron_values(score: Literal["cett", "magnitude"]) -
     assert [len(earlier) for earlier in alive] == list(range(6))  # three layers for the prompts, three for the trace
     assert not any(any(earlier) for earlier in alive)
     assert [ref() for ref in seen] == [None] * 6
-    assert sets.ids.shape == sets.values.shape == (len(LENGTHS), 3, 5)
+    assert sets.ids.shape == sets.values.shape == (len(LENGTHS), 3 * 5)
     assert (sets.ids.dtype, sets.values.dtype) == (torch.int32, torch.float32)
     for kept in sets:
         assert kept.untyped_storage().nbytes() == kept.numel() * 4
         assert not kept.is_inference() and not kept.requires_grad
 
 
-def test_smaller_sets_are_the_head_of_larger_ones() -> None:
+def test_smaller_sets_hold_the_largest_of_each_layer() -> None:
     model = tiny_model("qwen3")
     prompts, completions = rollouts()
-    every = tracer_of(model, set_size=EVERY_NEURON).trace(prompts, completions)
+    every = dense(tracer_of(model, set_size=EVERY_NEURON).trace(prompts, completions))
     some = tracer_of(model, set_size=9).trace(prompts, completions)
-    assert some.ids.shape[-1] == 5  # 9 over 2 layers, rounded up
-    assert torch.equal(some.ids, every.ids[..., :5])
-    assert torch.equal(some.values, every.values[..., :5])
-    assert (every.values.diff(dim=-1) <= 0).all()
+    top = every.topk(5, dim=-1)  # 9 over 2 layers, rounded up
+    expected = (top.indices.sort(dim=-1).values + torch.tensor([[0], [D_MLP]])).flatten(1)
+    assert torch.equal(some.ids, expected.int())
+    assert torch.equal(some.values, every.flatten(1).gather(1, expected))
+
+
+def test_global_sets_hold_the_largest_over_all_layers() -> None:
+    model = tiny_model("gemma3")
+    prompts, completions = rollouts()
+    every = dense(tracer_of(model, set_size=EVERY_NEURON).trace(prompts, completions)).flatten(1)
+    some = tracer_of(model, active="global", set_size=20).trace(prompts, completions)
+    assert torch.equal(some.ids.long(), every.topk(20).indices.sort(dim=-1).values)
+    per_layer = torch.stack([row.long().div(D_MLP, rounding_mode="floor").bincount(minlength=3) for row in some.ids])
+    assert (per_layer != 20 / 3).any()
+
+
+@pytest.mark.parametrize("active", ["per_token", "entries"])
+def test_sets_of_single_tokens_follow_the_oracle(active: Literal["per_token", "entries"]) -> None:
+    """Each rollout's own positions and no others, though it is padded and shares a batch; sets of many sizes."""
+    model = tiny_model("llama")
+    prompts, completions = rollouts()
+    sets = tracer_of(model, active=active, set_size=6).trace(prompts, completions)
+    assert sets.ids[:, -1].min() == -1 < sets.ids[:, -1].max()
+    for row, prompt, completion in zip(range(len(prompts)), prompts, completions, strict=True):
+        scores = hooked_scores(model, prompt + completion)[len(prompt) :]  # [seq, 2, d_mlp]
+        chosen = set()
+        for layer in range(2):
+            if active == "per_token":
+                top = scores[:, layer].topk(3, dim=-1).indices.flatten()  # 6 a token, half of them in each layer
+            else:
+                top = scores[:, layer].flatten().topk(6).indices % D_MLP
+            chosen |= {layer * D_MLP + neuron for neuron in top.tolist()}
+        held = sets.ids[row] >= 0
+        assert sets.ids[row][held].tolist() == sorted(chosen)
+        mean = scores.mean(dim=0).flatten().float()
+        torch.testing.assert_close(sets.values[row][held], mean[sets.ids[row][held]], rtol=1e-4, atol=1e-4)
+        assert not sets.values[row][~held].any()
+
+
+def test_positive_only_leaves_out_what_lowers_the_logit() -> None:
+    model = tiny_model("qwen3")
+    prompts, completions = rollouts([(6, 4), (4, 9)])
+    every = dense(tracer_of(model, score="unembed", set_size=EVERY_NEURON).trace(prompts, completions)).flatten(1)
+    some = tracer_of(model, score="unembed", set_size=EVERY_NEURON, positive_only=True).trace(prompts, completions)
+    for row, mean in zip(some.ids, every, strict=True):
+        assert row[row >= 0].tolist() == (mean > 0).nonzero()[:, 0].tolist()
+    assert (every < 0).any()
+
+
+@pytest.mark.parametrize("score", ["cett", "unembed"])
+def test_token_masks_choose_the_positions(score: Literal["cett", "unembed"]) -> None:
+    model = tiny_model("llama")
+    prompts, completions = rollouts([(6, 4), (4, 9), (6, 1)])
+    masks = [[False, True, True, False], [True] + [False] * 8, [True]]
+    shift = 1 if score == "unembed" else 0
+    traced = tracer_of(model, score=score, set_size=EVERY_NEURON).trace(prompts, completions, token_masks=masks)
+    for row, prompt, completion, mask in zip(dense(traced), prompts, completions, masks, strict=True):
+        where = [len(prompt) + i - shift for i, keep in enumerate(mask) if keep]
+        expected = hooked_scores(model, prompt + completion, score=score)[where].mean(dim=0).float()
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_hidden_states_are_the_mean_residual_two_thirds_up(arch: Arch) -> None:
+    """Against `output_hidden_states`, whose last entry is normed: so the last block is read by a hook."""
+    model = tiny_model(arch)
+    prompts, completions = rollouts()
+    tracer = tracer_of(model)
+    traced = tracer.trace(prompts, completions).hidden
+    seen: list[Tensor] = []
+    block = model.get_submodule(tracer.sites.blocks[model.config.num_hidden_layers * 2 // 3])
+    handle = block.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    for row, prompt, completion in zip(traced, prompts, completions, strict=True):
+        with torch.no_grad():
+            model(torch.tensor([prompt + completion]), use_cache=False)
+        torch.testing.assert_close(row, seen.pop()[0, len(prompt) :].mean(dim=0), rtol=1e-4, atol=1e-4)
+    handle.remove()
 
 
 def test_the_same_call_gives_the_same_bits() -> None:
@@ -275,6 +358,7 @@ def test_batches_cover_every_rollout_within_the_token_budget() -> None:
     merged = tracer.trace(prompts, completions)
     for indices, sets in batches:
         assert torch.equal(merged.ids[indices], sets.ids)
+        assert torch.equal(merged.hidden[indices], sets.hidden)
         assert torch.equal(merged.values[indices], sets.values)
 
 
@@ -310,7 +394,8 @@ def test_progress_bar_counts_rollouts(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_no_rollouts() -> None:
     sets = tracer_of(tiny_model("llama"), set_size=10).trace([], [])
-    assert sets.ids.shape == sets.values.shape == (0, 2, 5)
+    assert len(sets.ids) == len(sets.values) == 0
+    assert sets.hidden.shape == (0, 32)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +425,19 @@ def test_bad_rollouts_are_refused_before_anything_runs(
     with pytest.raises(UserError, match=message):
         tracer.trace(prompts, completions)
     assert not calls
+
+
+def test_bad_masks_and_a_prompt_without_a_position_before_are_refused() -> None:
+    model = tiny_model("gpt2")
+    for masks, message in (
+        ([[True]], "1 token masks but 2 completions"),
+        ([[True], [True]], "rollout 1: a token mask of 1 with 1 tokens for a completion of 2"),
+        ([[True], [False, False]], "rollout 1: a token mask of 2 with 0 tokens"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tracer_of(model).trace([[5, 6], [5, 6]], [[7], [8, 9]], token_masks=masks)
+    with pytest.raises(UserError, match="rollout 0: a prompt of one token; the score unembed needs two"):
+        tracer_of(model, score="unembed").trace([[5]], [[7]])
 
 
 def test_training_mode_is_refused() -> None:
@@ -390,7 +488,9 @@ def test_smollm2_trace_equals_forward_hooks(smollm2: LoadedModel) -> None:
     prompts = [smollm2.tokenizer.encode(prompt) for prompt, _ in texts]
     completions = [smollm2.tokenizer.encode(completion) for _, completion in texts]
     sets = NeuronTracer(smollm2.model).trace(prompts, completions)
-    assert sets.ids.shape == (2, 30, 34)
-    expected = hooked_means(smollm2.model, prompts, completions)
-    torch.testing.assert_close(sets.values, expected.gather(-1, sets.ids.long()), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(sets.values, expected.topk(34).values, rtol=1e-3, atol=1e-5)
+    assert sets.ids.shape == (2, 30 * 34)
+    top = hooked_means(smollm2.model, prompts, completions).topk(34)
+    values = top.values.gather(-1, top.indices.argsort(dim=-1)).flatten(1)
+    torch.testing.assert_close(sets.values, values, rtol=1e-3, atol=1e-5)
+    ids = (top.indices.sort(dim=-1).values + 1536 * torch.arange(30)[:, None]).flatten(1)
+    assert (sets.ids == ids).float().mean() > 0.99

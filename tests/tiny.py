@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -15,14 +17,41 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 
 Arch = Literal["qwen3", "llama", "gemma3", "gpt2", "gpt_neox"]
 ARCHS: tuple[Arch, ...] = get_args(Arch)
+"""One of each kind: what every part of the project is tested on."""
+
+OtherArch = Literal["gemma2", "mistral", "olmo2", "opt", "phi3", "qwen2", "smollm3", "starcoder2"]
+ALL_ARCHS: tuple[Arch | OtherArch, ...] = (*ARCHS, *get_args(OtherArch))
+"""Every architecture whose neurons are located."""
+
+MixtureArch = Literal["mixtral", "qwen3_moe"]
+MIXTURES: tuple[MixtureArch, ...] = get_args(MixtureArch)
+"""Mixtures of experts, whose neurons are not located."""
 
 VOCAB_SIZE = 300
 D_MODEL = 32
@@ -46,8 +75,8 @@ CHAT_TEMPLATE = """\
 {%- endif %}"""
 
 
-def tiny_model(arch: Arch, seed: int = 0) -> PreTrainedModel:
-    """A random two-layer model (gemma3: three, so that sliding and full attention both occur), fp32, eval.
+def tiny_model(arch: Arch | OtherArch | MixtureArch, seed: int = 0) -> PreTrainedModel:
+    """A random two-layer model, fp32, eval; gemma3 has three layers. Where there is a sliding window, it is 8 tokens.
 
     Weights are larger than the usual 0.02, norm gains and biases are jittered, and the embedding is small
     enough that a tied head does not just repeat its input: predictions vary and are neither flat nor certain.
@@ -67,7 +96,7 @@ def tiny_model(arch: Arch, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def _model(arch: Arch) -> PreTrainedModel:
+def _model(arch: Arch | OtherArch | MixtureArch) -> PreTrainedModel:
     shared = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": D_MODEL,
@@ -105,6 +134,29 @@ def _model(arch: Arch) -> PreTrainedModel:
             )
         case "gpt_neox":
             return GPTNeoXForCausalLM(GPTNeoXConfig(**shared, intermediate_size=D_MLP))
+        case "gemma2":
+            return Gemma2ForCausalLM(
+                Gemma2Config(**gated, head_dim=head_dim, query_pre_attn_scalar=head_dim, sliding_window=8)
+            )
+        case "mistral":
+            return MistralForCausalLM(MistralConfig(**gated, sliding_window=8))
+        case "olmo2":
+            return Olmo2ForCausalLM(Olmo2Config(**gated))
+        case "opt":
+            return OPTForCausalLM(OPTConfig(**shared, ffn_dim=D_MLP, word_embed_proj_dim=D_MODEL))
+        case "phi3":
+            return Phi3ForCausalLM(Phi3Config(**gated))
+        case "qwen2":
+            return Qwen2ForCausalLM(Qwen2Config(**gated))
+        case "smollm3":
+            return SmolLM3ForCausalLM(SmolLM3Config(**gated, no_rope_layers=[1, 0]))
+        case "starcoder2":
+            return Starcoder2ForCausalLM(Starcoder2Config(**gated, sliding_window=8))
+        case "mixtral":
+            return MixtralForCausalLM(MixtralConfig(**gated, num_local_experts=4))
+        case "qwen3_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": D_MLP}
+            return Qwen3MoeForCausalLM(Qwen3MoeConfig(**gated, **experts, head_dim=head_dim))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
