@@ -153,8 +153,8 @@ def _rollouts(
     key = {
         "model": loaded.info.as_dict(),
         "adapter": adapter_sha256,
-        "prompts": config.prompt_config().as_dict(),
-        "sampling": config.sampling_config().as_dict(),
+        **config.prompt_config().as_dict(),
+        **config.sampling_config().as_dict(),
         "questions": [question.text_sha256 for question in questions],
     }
     log = RolloutLog(config.out / LOG, key)

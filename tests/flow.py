@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny import Arch, tiny_model, tiny_tokenizer
 
+import neurosig.sampling
 from neurosig.export import ExportConfig
 from neurosig.export import main as export
 
@@ -60,3 +64,33 @@ def make_manifest(tmp_path: Path, out: str = "manifest", **changes: Any) -> Path
 def file_bytes(folder: Path) -> dict[str, bytes]:
     """Name -> bytes of every file of a folder but the run record."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "run.json"}
+
+
+@contextlib.contextmanager
+def killed_while_sampling(groups: int) -> Iterator[None]:
+    """The body is interrupted once so many groups of rollouts were yielded, as by Ctrl-C."""
+    sample = neurosig.sampling.sample
+
+    def killed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, group in enumerate(sample(*args, **kwargs)):
+            if number == groups:
+                raise KeyboardInterrupt
+            yield group
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(neurosig.sampling, "sample", killed)
+        yield
+
+
+@contextlib.contextmanager
+def decoded_batches() -> Iterator[list[Any]]:
+    """The batches that are decoded in the body."""
+    decode, batches = neurosig.sampling._decode_batch, []
+
+    def counted(*args: Any) -> Any:
+        batches.append(args)
+        return decode(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neurosig.sampling, "_decode_batch", counted)
+        yield batches

@@ -9,10 +9,9 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from flow import make_manifest, save_tiny, write_questions
+from flow import decoded_batches, killed_while_sampling, make_manifest, save_tiny, write_questions
 from safetensors.torch import load_file, save_file
 
-import neurosig.sampling
 from distill.evaluate import EvaluateConfig, _load, main
 from distill.train import TrainConfig
 from distill.train import main as train
@@ -44,30 +43,15 @@ def test_results_are_written_question_by_question(tmp_path: Path) -> None:
     assert [r["question_id"] for r in rollouts[::4]] == [row["id"] for row in table]
 
 
-def test_an_interrupted_evaluation_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_evaluation_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     main(evaluate_config(tmp_path, "straight", batch_rows=8))
-    sample = neurosig.sampling.sample
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        for number, group in enumerate(sample(*args, **kwargs)):
-            if number == 3:
-                raise KeyboardInterrupt
-            yield group
-
-    monkeypatch.setattr(neurosig.sampling, "sample", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_while_sampling(3):
         main(evaluate_config(tmp_path, "broken", batch_rows=8))
-    monkeypatch.undo()
     assert not (tmp_path / "broken" / "summary.json").exists()
-    decoded = []
-    decode = neurosig.sampling._decode_batch
-
-    def counted(*args: Any) -> Any:
-        decoded.append(args)
-        return decode(*args)
-
-    monkeypatch.setattr(neurosig.sampling, "_decode_batch", counted)
-    main(evaluate_config(tmp_path, "broken", batch_rows=8, resume=True))
+    with pytest.raises(UserError, match="differ from the interrupted run: seed, temperature; use"):
+        main(evaluate_config(tmp_path, "broken", batch_rows=8, resume=True, temperature=0.5, seed=4))
+    with decoded_batches() as decoded:
+        main(evaluate_config(tmp_path, "broken", batch_rows=8, resume=True))
     assert len(decoded) == 3  # of 4 batches, one was done
     for name in ("results.parquet", "rollouts.jsonl"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

@@ -9,7 +9,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
+from flow import (
+    decoded_batches,
+    export_config,
+    file_bytes,
+    killed_while_sampling,
+    make_manifest,
+    save_tiny,
+    write_questions,
+)
 from tiny import D_MLP
 
 import neurosig.rows
@@ -85,21 +93,11 @@ def test_the_seed_decides_the_rollouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_killed_while_sampling(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+def test_killed_while_sampling(tmp_path: Path, model: Path, torn: bool) -> None:
     questions = write_questions(tmp_path / "questions.jsonl")
     export(export_config(tmp_path, model, questions, "straight", batch_rows=6))
-    sample = neurosig.sampling.sample
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        for number, group in enumerate(sample(*args, **kwargs)):
-            if number == 5:
-                raise KeyboardInterrupt
-            yield group
-
-    monkeypatch.setattr(neurosig.sampling, "sample", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_while_sampling(5):
         export(export_config(tmp_path, model, questions, "broken", batch_rows=6))
-    monkeypatch.undo()
     log = tmp_path / "broken" / ".work" / "rollouts.log"
     assert len(log.read_bytes().splitlines()) == 1 + 5
     assert not (tmp_path / "broken" / "manifest.json").exists()
@@ -114,15 +112,8 @@ def test_killed_while_sampling(tmp_path: Path, model: Path, monkeypatch: pytest.
     others = write_questions(tmp_path / "others.jsonl", n=7)
     with pytest.raises(UserError, match="differ from the interrupted run: questions; use"):
         export(export_config(tmp_path, model, others, "broken", batch_rows=6, resume=True))
-    decoded = []
-    decode = neurosig.sampling._decode_batch
-
-    def counted(*args: Any) -> Any:
-        decoded.append(args)
-        return decode(*args)
-
-    monkeypatch.setattr(neurosig.sampling, "_decode_batch", counted)
-    export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True))
+    with decoded_batches() as decoded:
+        export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True))
     assert len(decoded) == 2  # of 4 batches, two were done
     assert file_bytes(tmp_path / "broken") == file_bytes(tmp_path / "straight")
 
