@@ -83,7 +83,7 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
     with timer.phase("load"):
         loaded, adapter_sha256 = _load(config)
     with timer.phase("sample"):
-        groups = _rollouts(config, loaded, questions, adapter_sha256)
+        groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
     with timer.phase("score"):
         rows = [_row(question, groups[question.id], config) for question in questions]
         summary = summarise(rows, seed=config.seed)
@@ -143,7 +143,11 @@ def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
 
 
 def _rollouts(
-    config: EvaluateConfig, loaded: LoadedModel, questions: Sequence[Question], adapter_sha256: str | None
+    config: EvaluateConfig,
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    adapter_sha256: str | None,
+    timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
     from neurosig.prompts import PromptBuilder
     from neurosig.rollouts import RolloutLog
@@ -165,6 +169,7 @@ def _rollouts(
         bar.update(len(log.groups))
         for group in todo:
             log.append(group)
+            timer.add_tokens("sample", sum(len(rollout.token_ids) for rollout in group))
             bar.update(len(log.groups) - bar.n)
     return log.groups
 

@@ -187,6 +187,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
             prompts = [Prompt(tasks[index].id, tasks[index].student_prompt) for index in chosen]
             with timer.phase("sample"):
                 groups = list(sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt=f"step{step}"))
+            timer.add_tokens("sample", sum(len(rollout.token_ids) for group in groups for rollout in group))
             by_id = {tasks[index].id: tasks[index] for index in chosen}
             pairs = [(by_id[rollout.question_id], rollout) for group in groups for rollout in group]
             rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
@@ -194,6 +195,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                 group["lr"] = rate
             with timer.phase("learn"):
                 metrics = learn(config, model, teacher, optimizer, pairs)
+            timer.add_tokens("learn", int(metrics["tokens_in_loss"]))
             metrics = {"step": step, "learning_rate": rate, **metrics}
             _check_finite(metrics, [task.id for task in by_id.values()])
             if not metrics["rollouts_in_loss"]:

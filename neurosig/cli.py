@@ -191,17 +191,19 @@ def progress(iterable: Iterable[T] | None = None, *, total: int | None = None, d
 
 
 class PhaseTimer:
-    """Seconds spent in each phase of a command; the table is logged when the ``with`` block ends.
+    """Seconds spent in each phase of a command; the table is logged when the ``with`` block ends well.
 
     >>> with PhaseTimer() as timer, timer.phase("sample"):
     ...     pass
 
     Attributes:
         seconds: phase -> seconds of wall time, summed over repetitions, in order of first use.
+        tokens: phase -> tokens it worked on, for the phases that count them.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
         self._start = time.perf_counter()
 
     def __enter__(self) -> PhaseTimer:
@@ -211,11 +213,20 @@ class PhaseTimer:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            return
         total = time.perf_counter() - self._start
         rows = [*self.seconds.items(), ("total", total)]
         width = max(len(name) for name, _ in rows)
-        lines = [f"  {name:<{width}}  {seconds:9.1f} s" for name, seconds in rows]
+        lines = [f"  {name:<{width}}  {seconds:9.1f} s  {seconds / total:4.0%}" for name, seconds in rows]
+        for index, name in enumerate(self.seconds):
+            if name in self.tokens:
+                lines[index] += f"  {self.tokens[name] / max(self.seconds[name], 1e-9):6.0f} tokens/s"
         log.info("time by phase:\n%s", "\n".join(lines))
+
+    def add_tokens(self, phase: str, tokens: int) -> None:
+        """Count tokens that ``phase`` worked on; the table then shows its rate."""
+        self.tokens[phase] = self.tokens.get(phase, 0) + tokens
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -159,9 +159,9 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     work = config.out / WORK
     work.mkdir(exist_ok=True)
     with timer.phase("sample"):
-        groups = _rollouts(config, loaded, questions, prompts, work)
+        groups = _rollouts(config, loaded, questions, prompts, work, timer)
     with timer.phase("trace"):
-        sets, sites = _trace(config, loaded, prompts, groups, work)
+        sets, sites = _trace(config, loaded, prompts, groups, work, timer)
     with timer.phase("score and select"):
         signals = _signals(config, questions, groups, sets)
         scores = _scores(config, signals, probe, sites.n_layers * sites.d_mlp)
@@ -229,6 +229,7 @@ def _rollouts(
     questions: Sequence[Question],
     prompts: Mapping[str, Prompt],
     work: Path,
+    timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
     """Rollouts of every prompt, in question order; sampled, resumed or read from a file."""
     from neurosig.rollouts import RolloutLog, read_external_rollouts
@@ -258,6 +259,7 @@ def _rollouts(
         bar.update(len(log.groups))
         for group in todo:
             log.append(group)
+            timer.add_tokens("sample", sum(len(rollout.token_ids) for rollout in group))
             bar.update(len(log.groups) - bar.n)
     return {name: log.groups[name] for name in prompts}
 
@@ -268,6 +270,7 @@ def _trace(
     prompts: Mapping[str, Prompt],
     groups: Mapping[str, Sequence[Rollout]],
     work: Path,
+    timer: PhaseTimer,
 ) -> tuple[ActiveSets, FFNSites]:
     """Active sets of all rollouts in the order of ``groups``; finished shards are kept in ``work``."""
     from neurosig.signals import load_shards, trace_to_shards
@@ -286,7 +289,12 @@ def _trace(
     )
     flat = [(prompts[name].token_ids, rollout.body_ids) for name, group in groups.items() for rollout in group]
     with progress(total=len(flat), desc="trace", quiet=config.quiet) as bar:
-        shards = trace_to_shards(tracer, flat, work, str(loaded.info.weights), advance=bar.update)
+
+        def advance(rollouts: int, tokens: int) -> None:
+            bar.update(rollouts)
+            timer.add_tokens("trace", tokens)
+
+        shards = trace_to_shards(tracer, flat, work, str(loaded.info.weights), advance=advance)
     return load_shards(shards), tracer.sites
 
 

@@ -45,7 +45,7 @@ def trace_to_shards(
     folder: Path,
     weights: str,
     *,
-    advance: Callable[[int], object] = lambda n: None,
+    advance: Callable[[int, int], object] = lambda rollouts, tokens: None,
 ) -> list[Path]:
     """Trace (prompt ids, completion ids) pairs and write each chunk as soon as it is done.
 
@@ -57,19 +57,20 @@ def trace_to_shards(
         rollouts: Pairs of prompt and completion ids.
         folder: An existing folder.
         weights: Fingerprint of the model's weights.
-        advance: Called with the number of rollouts of each finished shard.
+        advance: Called at each shard with its rollouts and the completion tokens traced for it, 0 if it was kept.
     """
     shards = []
     for start in range(0, len(rollouts), CHUNK):
         part = rollouts[start : start + CHUNK]
         key = sha256_text(repr((weights, tracer.config, part)))
         shard = folder / f"signals-{start:08d}.safetensors"
-        if not _holds(shard, key):
+        held = _holds(shard, key)
+        if not held:
             sets = tracer.trace(*zip(*part, strict=True))
             tensors = {"ids": sets.ids, "values": sets.values.half(), "hidden": sets.hidden.half()}
             write_atomic(shard, save(tensors, metadata={"key": key}))
         shards.append(shard)
-        advance(len(part))
+        advance(len(part), 0 if held else sum(len(completion) for _, completion in part))
     return shards
 
 

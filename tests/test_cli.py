@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from neurosig.cli import CommonConfig, parse_config, printable, run_command
+from neurosig.cli import CommonConfig, PhaseTimer, parse_config, printable, run_command
 from neurosig.errors import UserError
 
 
@@ -118,3 +120,24 @@ def test_help_teaches(module: str) -> None:
     assert done.returncode == 0
     assert "--preset" in done.stdout and "--debug" in done.stdout
     assert len(done.stdout.splitlines()) > 15
+
+
+def test_the_phase_table_shows_shares_and_rates_of_what_ended_well(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with PhaseTimer() as timer:
+        for _ in range(2):
+            with timer.phase("sample"):
+                time.sleep(0.05)
+            timer.add_tokens("sample", 30)
+        with timer.phase("write"):
+            pass
+    table = caplog.messages[-1].splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["sample", "write", "total"]
+    rate = int(re.search(r"(\d+) tokens/s", table[1])[1])  # type: ignore[index]
+    assert rate == pytest.approx(60 / timer.seconds["sample"], abs=1) and 300 < rate <= 600
+    assert int(re.search(r"(\d+)%", table[1])[1]) > 80  # type: ignore[index]
+    assert "tokens/s" not in table[2] + table[3]
+    caplog.clear()
+    with pytest.raises(UserError), PhaseTimer():
+        raise UserError("no")
+    assert not caplog.messages
