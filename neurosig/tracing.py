@@ -122,7 +122,7 @@ class NeuronTracer:
                 f"score unembed: the head reads {width} dimensions, the residual stream has {self.sites.d_model}; "
                 "use cett or magnitude"
             )
-        self._reader = self._open(remote)
+        self.reader = self._open(remote)
         self._norms = None
         if not remote:
             self._norms = [
@@ -196,7 +196,7 @@ class NeuronTracer:
     ) -> Iterator[tuple[list[int], ActiveSets]]:
         """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths."""
         shift = 1 if self.config.score == "unembed" else 0  # a score about the next token lies one earlier
-        if self._reader.whole:
+        if self.reader.whole:
             lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
             for indices in _pack(lengths, self.config.batch_tokens):
                 traced = [[*prompts[i], *completions[i]] for i in indices]
@@ -236,7 +236,7 @@ class NeuronTracer:
             next_ids = pad([row[1:] for row in tokens], side="right", device=device)[0]
             tokens = [row[:-1] for row in tokens]
         options: dict[str, Any] = {"active": config.active, "set_size": config.set_size}
-        *sets, finite = self._reader.read(
+        *sets, finite = self.reader.read(
             _whole_inputs(tokens) if prefix is None else prefix.inputs(tokens),
             partial(
                 reduce_layer,
