@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from neurosig.backends import trace_neurons
     from neurosig.manifest import read_manifest
     from neurosig.models import load_model
     from neurosig.questions import load_questions
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from neurosig.tracing import NeuronTracer
 
 __version__ = "0.1.0"
-__all__ = ["NeuronTracer", "__version__", "load_model", "load_questions", "read_manifest", "sample"]
+__all__ = ["NeuronTracer", "__version__", "load_model", "load_questions", "read_manifest", "sample", "trace_neurons"]
 
 _HOME = {
     "load_model": "neurosig.models",
@@ -24,6 +25,7 @@ _HOME = {
     "sample": "neurosig.sampling",
     "NeuronTracer": "neurosig.tracing",
     "read_manifest": "neurosig.manifest",
+    "trace_neurons": "neurosig.backends",
 }
 
 

@@ -12,60 +12,100 @@ from typing import Any, Literal, TypeVar
 
 import nnsight
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from neurosig.errors import UserError
 from neurosig.sites import FFNSites
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class FFNEnvoy:
-    """A model seen at its FFN sites; build it once for a model."""
+    """A model seen at its FFN sites; build it once for a model.
 
-    def __init__(self, model: PreTrainedModel, sites: FFNSites) -> None:
-        self._envoy = nnsight.NNsight(model)
+    Attributes:
+        whole: Whether it reads whole sequences only, since no prompt's cache is at hand where the model runs.
+    """
+
+    def __init__(self, model: PreTrainedModel, sites: FFNSites, *, remote: bool | str = False) -> None:
+        """Wrap ``model``; ``remote`` as in `neurosig.tracing.NeuronTracer`."""
+        self.whole = bool(remote)
+        self._options = {"remote": remote} if remote else {}
+        root = _remote_model(model) if remote else nnsight.NNsight(model)
+        self._root = root
         self._layers = [
-            (self._envoy.get(act), self._envoy.get(down), self._envoy.get(block))
+            (root.get(act), root.get(down), root.get(block))
             for act, down, block in zip(sites.acts, sites.layers, sites.blocks, strict=True)
         ]
+        self._head = root.get(sites.head)
+        self._neuron_rows = isinstance(model.get_submodule(sites.layers[0]), Conv1D)
 
     def read(
         self,
         inputs: Mapping[str, Any],
-        reduce: Callable[[int, Tensor, Tensor | None], T],
+        reduce: Callable[[int, Tensor, Tensor | None, Tensor, Tensor], T],
         pool: Callable[[Tensor], Tensor],
+        finish: Callable[[list[T], Tensor], R],
         *,
         value: Literal["gated", "act"],
         with_output: bool,
         hidden_layer: int,
-    ) -> tuple[list[T], Tensor]:
+    ) -> R:
         """One forward pass that ends after the last FFN: the language-model head is never computed.
+
+        The functions run inside the trace, so that no ``[batch, seq, d_mlp]`` tensor outlives its layer. For a remote
+        model they and what they hold are sent to it: they must be plain functions or partials of plain functions.
 
         Args:
             inputs: Keyword arguments of the model's forward pass.
-            reduce: ``(layer, neuron values, FFN output)`` -> what is kept of a layer; called inside the trace, so that
-                no ``[batch, seq, d_mlp]`` tensor outlives its layer.
+            reduce: ``(layer, neuron values, FFN output, down projection with a neuron a row, head)`` -> what is kept of
+                a layer.
             pool: Residual stream after block ``hidden_layer`` -> what is kept of it.
+            finish: What both kept -> the result.
             value: ``gated`` reads the down projection's input, ``act`` the activation's output.
             with_output: Whether ``reduce`` gets the down projection's output or ``None``.
             hidden_layer: The block whose output is pooled.
-
-        Returns:
-            What ``reduce`` kept of each layer, and what ``pool`` kept.
         """
-        gated = value == "gated"
-        with self._envoy.trace(**inputs) as tracer:
-            kept = nnsight.save([])
-            pooled = nnsight.save([])
-            for layer, (act, down, block) in enumerate(self._layers):
+        layers, head, neuron_rows, gated = self._layers, self._head, self._neuron_rows, value == "gated"
+        with self._root.trace(**inputs, **self._options) as tracer:
+            kept = []
+            pooled = []
+            for layer, (act, down, block) in enumerate(layers):
                 # no name for the value: it would keep the layer's values alive until the next layer's arrive
-                kept.append(reduce(layer, down.input if gated else act.output, down.output if with_output else None))
+                kept.append(
+                    reduce(
+                        layer,
+                        down.input if gated else act.output,
+                        down.output if with_output else None,
+                        down.weight if neuron_rows else down.weight.T,
+                        head.weight,
+                    )
+                )
                 if layer == hidden_layer:
                     pooled.append(pool(_residual(block.output)))
+            result = nnsight.save(finish(kept, pooled[0]))
             tracer.stop()
         gc.collect(1)  # stopping leaves a reference cycle that holds the last layer's activations
-        return kept, pooled[0]
+        return result
 
 
 def _residual(block_output: Any) -> Tensor:
     return block_output[0] if isinstance(block_output, tuple) else block_output
+
+
+def _remote_model(model: PreTrainedModel) -> nnsight.TransformersModel:
+    """The wrapper by whose key a server knows the model: its hub id. Its weights stay here unused.
+
+    Raises:
+        UserError: The model carries no name to find it by, or no tokenizer lies under that name.
+    """
+    if not model.name_or_path:
+        raise UserError("a remote trace names the model by its hub id; load it with load_model or from_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model.name_or_path}: no tokenizer found; a remote trace needs one") from error
+    nnsight.register("neurosig")  # its functions travel by source, also where it is an installed package
+    return nnsight.TransformersModel(model, tokenizer=tokenizer, task="text-generation", device=model.device)

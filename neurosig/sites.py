@@ -25,6 +25,7 @@ class FFNSites:
         layers: Dotted path of each layer's down projection; its input holds the neurons' values.
         acts: Dotted path of each layer's activation; its output is act(gate), or the value itself if ungated.
         blocks: Dotted path of each transformer block; its output, or the first item of it, is the residual stream.
+        head: Dotted path of the language-model head.
         d_mlp: Neurons per layer.
         d_model: Width of the residual stream.
         gated: Whether a value is act(gate) * up; otherwise it is the activation's output itself.
@@ -33,6 +34,7 @@ class FFNSites:
     layers: tuple[str, ...]
     acts: tuple[str, ...]
     blocks: tuple[str, ...]
+    head: str
     d_mlp: int
     d_model: int
     gated: bool
@@ -92,7 +94,8 @@ def ffn_sites(model: PreTrainedModel) -> FFNSites:
     for path in (*layers, *acts):
         _module_at(model, path)
     d_mlp, d_model = w_out(model, layers[0]).shape
-    return FFNSites(layers=layers, acts=acts, blocks=blocks, d_mlp=d_mlp, d_model=d_model, gated=layout.gated)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    return FFNSites(layers, acts, blocks, head, d_mlp, d_model, layout.gated)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Trace finished rollouts and reduce their FFN activity to active sets.
 
 Each rollout is run through the model once, teacher-forced, from its prompt's cache. All reduction happens inside
-the trace (`neurosig.envoy`), layer by layer, and the run stops after the last FFN.
+the trace (`neurosig.envoy`), layer by layer (`neurosig.reduction`), and the run stops after the last FFN.
 
 Positions: the value at position t is computed from token t, while the model reads it and before it knows
 token t+1. A rollout's score is the mean over the positions that hold completion tokens, ``len(prompt)`` up
@@ -13,33 +13,25 @@ all of the completion but its last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from neurosig.batching import Prefix, distinct_rows, pad, run_prompts
-from neurosig.contributions import (
-    PAD,
-    cett,
-    largest,
-    largest_entries,
-    largest_per_token,
-    magnitude,
-    masked_mean,
-    neurons_per_layer,
-    pack_sets,
-    unembed,
-)
-from neurosig.envoy import FFNEnvoy
+from neurosig.contributions import PAD, neurons_per_layer
 from neurosig.errors import UserError
-from neurosig.sites import ffn_sites, w_out, w_out_norms
+from neurosig.reduction import finish, pool, reduce_layer
+from neurosig.sites import ffn_sites, w_out_norms
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,24 +75,65 @@ class ActiveSets(NamedTuple):
     hidden: Float[Tensor, "n d_model"]
 
 
-class NeuronTracer:
-    """Traces rollouts through one model; build it once for a model."""
+@runtime_checkable
+class Reader(Protocol):
+    """One way to look inside a forward pass: `neurosig.envoy.FFNEnvoy` or `neurosig.lens.LensReader`."""
 
-    def __init__(self, model: PreTrainedModel, config: TraceConfig = TraceConfig()) -> None:
+    whole: bool
+
+    def read(
+        self,
+        inputs: Mapping[str, Any],
+        reduce: Callable[[int, Tensor, Tensor | None, Tensor, Tensor], T],
+        pool: Callable[[Tensor], Tensor],
+        finish: Callable[[list[T], Tensor], R],
+        *,
+        value: Literal["gated", "act"],
+        with_output: bool,
+        hidden_layer: int,
+    ) -> R: ...
+
+
+class NeuronTracer:
+    """Traces rollouts through one model with nnsight; build it once for a model."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: TraceConfig = TraceConfig(), *, remote: bool | str = False
+    ) -> None:
         """Wrap ``model``, a causal language model in eval mode, at its FFN sites.
 
+        Args:
+            model: The model; for a remote trace its architecture is enough, its weights may be on the meta device.
+            config: What is measured.
+            remote: Run the model on NDIF (nnsight's ``remote``): True, a host's URL, or ``local`` for a dry run here
+                that sends everything through the same serialisation. Whole sequences run then, no prompt is shared.
+
         Raises:
-            UserError: An unsupported architecture (see `neurosig.sites.ffn_sites`).
+            UserError: An unsupported architecture (see `neurosig.sites.ffn_sites`), or a head of another width than
+                the residual stream with the score ``unembed``.
         """
         self.model = model
         self.config = config
         self.sites = ffn_sites(model)
         self.hidden_layer = self.sites.n_layers * 2 // 3
-        self._envoy = FFNEnvoy(model, self.sites)
-        self._norms = [
-            norm.to(model.get_submodule(down).weight.device)
-            for down, norm in zip(self.sites.layers, w_out_norms(model, self.sites), strict=True)
-        ]
+        width = model.get_output_embeddings().weight.shape[1]
+        if config.score == "unembed" and width != self.sites.d_model:
+            raise UserError(
+                f"score unembed: the head reads {width} dimensions, the residual stream has {self.sites.d_model}; "
+                "use cett or magnitude"
+            )
+        self.reader = self._open(remote)
+        self._norms = None
+        if not remote:
+            self._norms = [
+                norm.to(model.get_submodule(down).weight.device)
+                for down, norm in zip(self.sites.layers, w_out_norms(model, self.sites), strict=True)
+            ]
+
+    def _open(self, remote: bool | str) -> Reader:
+        from neurosig.envoy import FFNEnvoy
+
+        return FFNEnvoy(self.model, self.sites, remote=remote)
 
     def trace(
         self,
@@ -162,87 +195,71 @@ class NeuronTracer:
         masks: Sequence[Sequence[bool]],
     ) -> Iterator[tuple[list[int], ActiveSets]]:
         """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths."""
-        lead = 1 if self.config.score == "unembed" else 0  # prompt tokens that are traced
+        shift = 1 if self.config.score == "unembed" else 0  # a score about the next token lies one earlier
+        if self.reader.whole:
+            lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+            for indices in _pack(lengths, self.config.batch_tokens):
+                traced = [[*prompts[i], *completions[i]] for i in indices]
+                counted = [[False] * (len(prompts[i]) - shift) + list(masks[i]) for i in indices]
+                yield indices, self._trace_batch(None, traced, counted, indices)
+            return
         distinct, owners = distinct_rows(prompts)
         rollouts_of: list[list[int]] = [[] for _ in distinct]
         for index, owner in enumerate(owners):
             rollouts_of[owner].append(index)
         for group in _pack([len(prompt) for prompt in distinct], self.config.batch_tokens):
             with torch.no_grad():
-                prefix = run_prompts(self.model, [distinct[owner][: len(distinct[owner]) - lead] for owner in group])
+                prefix = run_prompts(self.model, [distinct[owner][: len(distinct[owner]) - shift] for owner in group])
             row_of = {owner: row for row, owner in enumerate(group)}
             members = [index for owner in group for index in rollouts_of[owner]]
             width = prefix.mask.shape[1]
             for batch in _pack([width + len(completions[index]) for index in members], self.config.batch_tokens):
                 indices = [members[place] for place in batch]
                 rows = torch.tensor([row_of[owners[index]] for index in indices], device=self.model.device)
-                traced = [[*prompts[i][len(prompts[i]) - lead :], *completions[i]] for i in indices]
-                sets = self._trace_batch(prefix.rows(rows), traced, [masks[i] for i in indices], indices)
-                yield indices, sets
+                traced = [[*prompts[i][len(prompts[i]) - shift :], *completions[i]] for i in indices]
+                yield indices, self._trace_batch(prefix.rows(rows), traced, [masks[i] for i in indices], indices)
 
     @torch.no_grad()
     def _trace_batch(
-        self, prefix: Prefix, tokens: list[list[int]], masks: list[Sequence[bool]], indices: list[int]
+        self,
+        prefix: Prefix | None,
+        tokens: list[list[int]],
+        counted: Sequence[Sequence[bool]],
+        indices: Sequence[int],
     ) -> ActiveSets:
-        """Trace ``tokens``: the completions, after the prompt's last token for ``unembed``."""
-        config, device = self.config, self.model.device
-        counted = pad([[int(keep) for keep in mask] for mask in masks], side="right", device=device)[0].bool()
-        following = None
+        """Trace ``tokens`` after ``prefix``, if any; for ``unembed`` the last of a row is only looked at."""
+        config = self.config
+        device = "cpu" if prefix is None else self.model.device
+        mask = pad([[int(keep) for keep in row] for row in counted], side="right", device=device)[0].bool()
+        next_ids = None
         if config.score == "unembed":
-            ids = pad([row[1:] for row in tokens], side="right", device=device)[0]
-            following = self.model.get_output_embeddings().weight[ids]
+            next_ids = pad([row[1:] for row in tokens], side="right", device=device)[0]
             tokens = [row[:-1] for row in tokens]
-
-        def reduce(layer: int, value: Tensor, ffn_out: Tensor | None) -> tuple[Tensor, Tensor]:
-            if value.ndim == 2:  # OPT runs its FFN on flattened tokens
-                value = value.unflatten(0, counted.shape)
-                ffn_out = None if ffn_out is None else ffn_out.unflatten(0, counted.shape)
-            score = self._score(layer, value, ffn_out, following)
-            mask = counted.to(score.device)
-            mean = masked_mean(score, mask)
-            return self._members(score, mask, mean), mean
-
-        def pool(hidden: Tensor) -> Tensor:
-            return masked_mean(hidden.float(), counted.to(hidden.device))
-
-        layers, hidden = self._envoy.read(
-            prefix.inputs(tokens),
-            reduce,
-            pool,
+        options: dict[str, Any] = {"active": config.active, "set_size": config.set_size}
+        *sets, finite = self.reader.read(
+            _whole_inputs(tokens) if prefix is None else prefix.inputs(tokens),
+            partial(
+                reduce_layer,
+                mask=mask,
+                norms=self._norms,
+                next_ids=next_ids,
+                share=neurons_per_layer(self.sites.n_layers, self.sites.d_mlp, config.set_size),
+                positive_only=config.positive_only,
+                **options,
+            ),
+            partial(pool, mask=mask),
+            partial(finish, **options),
             value=config.value,
             with_output=config.score == "cett",
             hidden_layer=self.hidden_layer,
         )
-        member, mean = (
-            rearrange([part.cpu() for part in parts], "layer n neuron -> n (layer neuron)")
-            for parts in zip(*layers, strict=True)
-        )
-        self._check_finite(mean, indices)
-        if config.active == "global":
-            member &= largest(mean, config.set_size)
-        return ActiveSets(*pack_sets(member, mean), hidden.cpu())
-
-    def _score(self, layer: int, value: Tensor, ffn_out: Tensor | None, following: Tensor | None) -> Tensor:
-        if following is not None:
-            direction = w_out(self.model, self.sites.layers[layer])
-            return unembed(value, direction, following.to(direction.device))
-        return magnitude(value, self._norms[layer]) if ffn_out is None else cett(value, self._norms[layer], ffn_out)
-
-    def _members(
-        self, score: Float[Tensor, "n seq d_mlp"], mask: Bool[Tensor, "n seq"], mean: Float[Tensor, "n d_mlp"]
-    ) -> Bool[Tensor, "n d_mlp"]:
-        """Which neurons of one layer belong to each rollout's set; ``global`` decides once all layers are there."""
-        share = neurons_per_layer(self.sites.n_layers, self.sites.d_mlp, self.config.set_size)
-        match self.config.active:
-            case "layer_mean":
-                member = largest(mean, share)
-            case "per_token":
-                member = largest_per_token(score, mask, share)
-            case "entries":
-                member = largest_entries(score, mask, self.config.set_size)
-            case "global":
-                member = torch.ones_like(mean, dtype=torch.bool)
-        return member & (mean > 0) if self.config.positive_only else member
+        if not finite.all():
+            row, layer = (~finite).nonzero()[0].tolist()
+            raise UserError(
+                f"rollout {indices[row]}: the neuron scores of layer {layer} are not finite; "
+                "check the weights, or load the model in float32"
+            )
+        return ActiveSets(*sets)
 
     def _check(
         self,
@@ -274,15 +291,6 @@ class NeuronTracer:
                     f"{len(completion)}; give one flag a token, at least one of them set"
                 )
 
-    def _check_finite(self, mean: Float[Tensor, "n n_neurons"], indices: Sequence[int]) -> None:
-        bad = (~mean.isfinite()).nonzero()
-        if len(bad):
-            row, neuron = bad[0].tolist()
-            raise UserError(
-                f"rollout {indices[row]}: the neuron scores of layer {neuron // self.sites.d_mlp} are not finite; "
-                "check the weights, or load the model in float32"
-            )
-
 
 def concat_sets(parts: Sequence[ActiveSets]) -> ActiveSets:
     """The rollouts of all parts, in order, padded to the widest set among them."""
@@ -296,6 +304,12 @@ def concat_sets(parts: Sequence[ActiveSets]) -> ActiveSets:
         torch.cat([widened(part.values, 0) for part in parts]),
         torch.cat([part.hidden for part in parts]),
     )
+
+
+def _whole_inputs(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Forward arguments of whole sequences, padded on the right, where causal attention never looks back at."""
+    ids, mask = pad(tokens, side="right", device="cpu")
+    return {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
 
 
 def _pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
