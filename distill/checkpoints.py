@@ -1,7 +1,7 @@
 """Checkpoints that appear whole and resume bit for bit.
 
-A checkpoint is a folder ``step-000010`` with the trained weights, the optimizer's state and ``state.json``, which is
-written last. Nothing is pickled.
+A checkpoint is a folder ``step-000010`` with the trained weights, the teacher's averages, the optimizer's state and
+``state.json``, which is written last. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from neurosig.fsio import sha256_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, AVERAGES, OPTIMIZER = "weights.safetensors", "averages.safetensors", "optimizer.safetensors"
+STATE = "state.json"
+NO_AVERAGES: Mapping[str, Tensor] = {}
 _NAME = re.compile(r"step-(\d{6})")
 
 
@@ -36,6 +38,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     key: Mapping[str, Any],
     *,
+    averages: Mapping[str, Tensor] = NO_AVERAGES,
     keep: int,
 ) -> None:
     """Write the state after ``step`` steps and drop all but the ``keep`` newest checkpoints.
@@ -46,6 +49,7 @@ def save_checkpoint(
         parameters: Name -> trained parameter, in the optimizer's order.
         optimizer: Its per-parameter tensors are stored under the parameter's name.
         key: Everything that must be the same when the run is resumed.
+        averages: `distill.teacher.Teacher.average`.
         keep: Checkpoints kept.
     """
     folder.mkdir(exist_ok=True)
@@ -53,9 +57,10 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     aside = folder / f".step-{step:06d}"
     aside.mkdir()
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}, aside / WEIGHTS)
+    for file, tensors in ((WEIGHTS, parameters), (AVERAGES, averages)):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / file)
     save_file(_optimizer_tensors(parameters, optimizer), aside / OPTIMIZER)
-    hashes = {name: sha256_file(aside / name) for name in (WEIGHTS, OPTIMIZER)}
+    hashes = {name: sha256_file(aside / name) for name in (WEIGHTS, AVERAGES, OPTIMIZER)}
     write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
     target = folder / f"step-{step:06d}"
     if target.exists():
@@ -66,7 +71,12 @@ def save_checkpoint(
 
 
 def load_newest(
-    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, key: Mapping[str, Any]
+    folder: Path,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    key: Mapping[str, Any],
+    *,
+    averages: Mapping[str, Tensor] = NO_AVERAGES,
 ) -> int:
     """Restore the newest intact checkpoint in place; returns its step, 0 when there is none.
 
@@ -78,7 +88,7 @@ def load_newest(
     for candidate in reversed(_existing(folder)):
         try:
             step, found = _read_state(candidate)
-            weights, moments = load_file(candidate / WEIGHTS), load_file(candidate / OPTIMIZER)
+            weights, averaged, moments = (load_file(candidate / name) for name in (WEIGHTS, AVERAGES, OPTIMIZER))
         except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
             logger.warning("%s is damaged (%s); falling back to the checkpoint before it", candidate, error)
             aside = candidate.with_name(candidate.name + ".corrupt")
@@ -93,8 +103,9 @@ def load_newest(
                 "use the same options or --overwrite"
             )
         with torch.no_grad():
-            for name, tensor in parameters.items():
-                tensor.copy_(weights[name])
+            for held, stored in ((parameters, weights), (averages, averaged)):
+                for name, tensor in held.items():
+                    tensor.copy_(stored[name])
         _restore_optimizer(parameters, optimizer, moments)
         return step
     return 0
@@ -106,7 +117,7 @@ def _read_state(candidate: Path) -> tuple[int, dict[str, Any]]:
     step, key, hashes = state["step"], state["key"], state["sha256"]
     if type(step) is not int or not isinstance(key, dict):
         raise TypeError(f"{STATE} is malformed")
-    if any(sha256_file(candidate / name) != hashes[name] for name in (WEIGHTS, OPTIMIZER)):
+    if any(sha256_file(candidate / name) != hashes[name] for name in (WEIGHTS, AVERAGES, OPTIMIZER)):
         raise ValueError("sha256 differs")
     return step, key
 

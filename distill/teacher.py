@@ -1,46 +1,91 @@
 """The teacher: the student's own model, seen from where no gradient flows.
 
 ``base`` is the model before training (the adapter switched off, or a frozen copy under full fine-tuning); ``live`` is
-the student as it stands. Whatever it knows more than the student comes from its context alone.
+the student as it stands; ``ema`` an average over its past. Whatever the teacher knows more than the student comes from
+its context alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-TeacherName = Literal["base", "live"]
+TeacherName = Literal["base", "live", "ema"]
 
 
 class Teacher:
     """Gives the model whose distribution is learned from.
 
     Args:
-        name: ``base`` or ``live``.
+        name: ``base``, ``live`` or ``ema``.
         model: The student's causal language model, adapter layers included.
         adapter: The peft wrapper around it, ``None`` under full fine-tuning.
+        ema_decay: What an average keeps of itself at each step.
+
+    Attributes:
+        average: Name -> fp32 average of an effective weight; empty but for ``ema``. Under LoRA these are the merged
+            weights ``W + scale * B A``: averaging A and B apart would average another function.
     """
 
-    def __init__(self, name: TeacherName, model: PreTrainedModel, adapter: PeftModel | None):
+    def __init__(self, name: TeacherName, model: PreTrainedModel, adapter: PeftModel | None, ema_decay: float = 0.99):
         self.name = name
         self._model = model
         self._adapter = adapter
+        self._decay = ema_decay
         frozen = name == "base" and adapter is None
         self._copy = copy.deepcopy(model).requires_grad_(False).eval() if frozen else None
+        self.average: Mapping[str, Tensor] = {}
+        if name == "ema":
+            self.average = {weight: tensor.float().clone() for weight, tensor in self._effective().items()}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
         """The teacher's model, without gradients; the student is as before when the block ends."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            if self.name == "base" and self._adapter is not None:
+            if self.name != "live" and self._adapter is not None:
                 stack.enter_context(self._adapter.disable_adapter())
+            if self.average:
+                stack.enter_context(self._averaged())
             yield self._model if self._copy is None else self._copy
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the student as it stands now; call it after each optimizer step."""
+        for name, tensor in self._effective().items() if self.average else ():
+            self.average[name].lerp_(tensor.float(), 1 - self._decay)
+
+    @torch.no_grad()
+    def _effective(self) -> dict[str, Tensor]:
+        """The trained weights as they act: merged with the adapter, or the trained parameters themselves."""
+        if self._adapter is None:
+            return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        from peft.tuners.lora import LoraLayer
+
+        return {
+            f"{name}.base_layer.weight": module.base_layer.weight + module.get_delta_weight("default")
+            for name, module in self._model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The average stands in for the weights; the student's own are put back, not computed back."""
+        weights = [(self._model.get_parameter(name), tensor) for name, tensor in self.average.items()]
+        own = [parameter.data for parameter, _ in weights]
+        try:
+            for parameter, tensor in weights:
+                parameter.data = tensor.to(parameter.dtype)
+            yield
+        finally:
+            for (parameter, _), data in zip(weights, own, strict=True):
+                parameter.data = data

@@ -80,8 +80,10 @@ class TrainConfig(CommonConfig):
     lora_alpha: int = 32
     """LoRA scale numerator."""
 
-    teacher: Literal["base", "live"] = "base"
-    """base: the model before training; live: the student as it stands."""
+    teacher: Literal["base", "live", "ema"] = "base"
+    """base: the model before training; live: the student as it stands; ema: the average of its past weights."""
+    ema_decay: float = 0.99
+    """What the ema teacher keeps of itself at each step."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """forward_kl is KL(teacher || student)."""
     beta: float = 0.5
@@ -175,9 +177,9 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     model, adapter = _student(config, loaded)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    teacher = Teacher(config.teacher, model, adapter)
+    teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
     key = _resume_key(config, manifest, sampling)
-    done = load_newest(config.out / "checkpoints", parameters, optimizer, key)
+    done = load_newest(config.out / "checkpoints", parameters, optimizer, key, averages=teacher.average)
     log = _reopen_metrics(config.out / METRICS, done)
 
     with log, progress(total=config.steps, desc="train", quiet=config.quiet) as bar:
@@ -195,6 +197,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                 group["lr"] = rate
             with timer.phase("learn"):
                 metrics = learn(config, model, teacher, optimizer, pairs)
+                teacher.update()
             timer.add_tokens("learn", int(metrics["tokens_in_loss"]))
             metrics = {"step": step, "learning_rate": rate, **metrics}
             _check_finite(metrics, [task.id for task in by_id.values()])
@@ -215,6 +218,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                         parameters,
                         optimizer,
                         key,
+                        averages=teacher.average,
                         keep=config.keep_checkpoints,
                     )
     _write_final(config, manifest, loaded, model, adapter)
@@ -234,6 +238,8 @@ def _check(config: TrainConfig) -> None:
     ):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"--ema-decay: expected 0 to below 1, got {config.ema_decay}")
     for name in ("learning_rate", "max_grad_norm"):
         if not (getattr(config, name) > 0 and math.isfinite(getattr(config, name))):
             raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(config, name)}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import distill.checkpoints
 import distill.step
-from distill.checkpoints import OPTIMIZER, STATE, WEIGHTS, load_newest, save_checkpoint
+from distill.checkpoints import AVERAGES, OPTIMIZER, STATE, WEIGHTS, load_newest, save_checkpoint
 from distill.train import main
 from neurosig.errors import UserError
 
@@ -94,7 +94,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000011", "step-000012"]
     state = json.loads((tmp_path / "step-000012" / STATE).read_text())
     assert state["step"] == 12
-    assert set(state["sha256"]) == {WEIGHTS, OPTIMIZER}
+    assert set(state["sha256"]) == {WEIGHTS, AVERAGES, OPTIMIZER}
 
 
 def flip(name: str) -> Callable[[Path], None]:
@@ -128,9 +128,9 @@ def state_lacks(name: str) -> Callable[[Path], None]:
 
 
 DAMAGES = {
-    **{f"flip-{name}": flip(name) for name in (WEIGHTS, OPTIMIZER)},
-    **{f"cut-{name}": cut(name) for name in (WEIGHTS, OPTIMIZER, STATE)},
-    **{f"without-{name}": without(name) for name in (WEIGHTS, OPTIMIZER, STATE)},
+    **{f"flip-{name}": flip(name) for name in (WEIGHTS, AVERAGES, OPTIMIZER)},
+    **{f"cut-{name}": cut(name) for name in (WEIGHTS, AVERAGES, OPTIMIZER, STATE)},
+    **{f"without-{name}": without(name) for name in (WEIGHTS, AVERAGES, OPTIMIZER, STATE)},
     **{f"state-lacks-{name}": state_lacks(name) for name in ("step", "key", "sha256")},
     "list": state_is(b"[]"),
     "null": state_is(b"null"),

@@ -312,6 +312,83 @@ def test_the_base_teacher_stays_the_untrained_model(full: bool) -> None:
     assert not torch.allclose(now, untrained, atol=1e-3)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_the_ema_teacher_averages_the_weights_as_they_act(full: bool) -> None:
+    """After one update its distance from the start is alpha times the student's, weight by weight, though neither
+    factor of the adapter is; after many it follows the recursion; the student is left alone to the bit."""
+    model, reference = tiny_model("llama"), tiny_model("llama")
+    adapter = None
+    if not full:
+        from peft import LoraConfig, get_peft_model
+
+        adapter = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    else:
+        model.requires_grad_(True)
+        model.get_output_embeddings().requires_grad_(False)
+    path = "model.layers.0.mlp.down_proj"
+    start = reference.get_parameter(f"{path}.weight").detach()
+    teacher = Teacher("ema", model, adapter, ema_decay=0.9)
+
+    def student() -> torch.Tensor:
+        layer = model.get_submodule(path)
+        return (layer.weight if full else layer.base_layer.weight + layer.get_delta_weight("default")).detach().clone()
+
+    def seen() -> torch.Tensor:
+        with teacher.active() as averaged:
+            layer = averaged.get_submodule(path)
+            return (layer.weight if full else layer.base_layer.weight).detach().clone()
+
+    generator = torch.Generator().manual_seed(0)
+    expected = start
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        teacher.update()
+        expected = 0.9 * expected + 0.1 * student()
+        if step == 0:
+            assert (student() - start).abs().mean() > 1e-3
+            torch.testing.assert_close(seen() - start, 0.1 * (student() - start), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(seen(), expected, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    args = ([(5, 6, 7)], [[8, 9]])
+    with teacher.active() as averaged:
+        outputs = completion_hidden(averaged, *args)
+    with torch.no_grad():
+        for name, tensor in teacher.average.items():
+            reference.get_parameter(name.replace(".base_layer", "")).copy_(tensor)
+        torch.testing.assert_close(outputs, completion_hidden(reference, *args))
+        assert not torch.allclose(outputs, completion_hidden(model, *args), atol=1e-3)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_interrupted_run_with_an_ema_teacher_resumes_to_the_same_bytes(
+    tmp_path: Path, manifest: Path, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"teacher": "ema", "ema_decay": 0.5, "full": full, "learning_rate": 1e-3}
+    main(train_config(tmp_path, manifest, "straight", **options))
+    update, calls = Teacher.update, []
+
+    def killed(self: Teacher) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        update(self)
+
+    monkeypatch.setattr(Teacher, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(train_config(tmp_path, manifest, "broken", **options))
+    monkeypatch.undo()
+    main(train_config(tmp_path, manifest, "broken", **options, resume=True))
+    weights = "model/model.safetensors" if full else "adapter/adapter_model.safetensors"
+    for name in ("metrics.jsonl", weights, "checkpoints/step-000004/averages.safetensors"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    plain, _ = train(tmp_path, manifest, "base", **{**options, "teacher": "base", "full": False})
+    assert plain[-1] != json.loads((tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()[-1])
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_completion_hidden_equals_one_plain_forward_a_row(arch: Arch) -> None:
     """In value and in gradient; prompts are longer than gemma3's sliding window and shared by several rows."""
