@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neurosig.patterns import PAD
+from neurosig.contributions import PAD
 from neurosig.probing import contribution_matrix
 
 
