@@ -290,7 +290,7 @@ def read_neurons(path: str | Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"neurons {path}: no such file")
     try:
-        table = pd.read_csv(path, float_precision="round_trip")
+        table = pd.read_csv(path)
         return table.astype({"layer": np.int64, "index": np.int64, "weight": np.float64})
     except (KeyError, ValueError) as error:
         raise UserError(f"neurons {path}: expected the columns layer, index and weight ({error})") from error
