@@ -63,7 +63,7 @@ class Medoids:
     """A k-medoids clustering.
 
     Attributes:
-        labels: Cluster of each point, 0 to k - 1, largest cluster first.
+        labels: Cluster of each point, 0 to k - 1, largest cluster first, equally large ones by their first point.
         medoids: The point that stands for each cluster.
         inertia: Sum of the points' distances to their medoids.
     """
@@ -176,7 +176,8 @@ def k_medoids(distances: Float[np.ndarray, "n n"], k: int, *, restarts: int, see
     inertia, medoids = min(runs, key=lambda run: run[0])
     labels = distances[medoids].argmin(axis=0)
     labels[medoids] = np.arange(k)  # also where two medoids are the same set
-    order = np.argsort(-np.bincount(labels, minlength=k), kind="stable")
+    lowest = [int(np.argmax(labels == cluster)) for cluster in range(k)]
+    order = np.lexsort((lowest, -np.bincount(labels)))
     return Medoids(np.argsort(order)[labels], medoids[order], inertia)
 
 
