@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurosig.patterns import PAD, jaccard, mean_pairwise_jaccard, rank_neighbours
+from neurosig.contributions import PAD
+from neurosig.errors import UserError
+from neurosig.patterns import jaccard, mean_pairwise_jaccard, nearest_sets, rank_neighbours
+from neurosig.planted import PlantedConfig, plant
 
 
 def padded(sets: list[list[int]], width: int | None = None) -> torch.Tensor:
@@ -65,3 +68,71 @@ def test_neighbours_are_ranked_with_ties_by_order_and_forbidden_last() -> None:
     order, values = rank_neighbours(similarity, torch.tensor([[False, True, False, False]]), 4)
     assert order.tolist() == [[0, 2, 3, 1]]
     assert values[0, 3] == -torch.inf
+
+
+@settings(deadline=None, max_examples=80)
+@given(ragged, ragged, st.integers(1, 9), st.integers(1, 4), st.data())
+def test_nearest_sets_equal_the_ranked_full_matrix(
+    a: list[list[int]], b: list[list[int]], m: int, block: int, data: st.DataObject
+) -> None:
+    """Small sets of few neurons: many ties, empty sets, sets of one group."""
+    queries, sets = padded(a), padded(b)
+    of_queries, of_sets = (
+        torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))) for n in (len(a), len(b))
+    )
+    forbidden = of_queries[:, None] == of_sets
+    order, values = rank_neighbours(jaccard(queries, sets), forbidden, m)
+    found = nearest_sets(sets, m, queries=queries, groups=of_sets, query_groups=of_queries, block=block)
+    assert torch.equal(found.similarity, values)
+    assert torch.equal(found.indices, order.masked_fill(values == -torch.inf, PAD))
+    order, values = rank_neighbours(jaccard(queries, sets), torch.zeros_like(forbidden), m)
+    free = nearest_sets(sets, m, queries=queries, block=block)
+    assert torch.equal(free.indices, order) and torch.equal(free.similarity, values)
+
+
+@pytest.fixture(scope="module")
+def real_like() -> torch.Tensor:
+    """600 sets of 1,020 ids, with frequent and rare neurons."""
+    return torch.from_numpy(plant(PlantedConfig(n_questions=150)).ids)
+
+
+def test_large_sets_have_the_neighbours_of_the_full_matrix(real_like: torch.Tensor) -> None:
+    order, values = rank_neighbours(jaccard(real_like, real_like), torch.eye(len(real_like)).bool(), 10)
+    found = nearest_sets(real_like, 10)
+    assert torch.equal(found.indices, order) and torch.equal(found.similarity, values)
+    questions = torch.arange(len(real_like)) // 4
+    of_others = nearest_sets(real_like, 10, groups=questions, block=100)
+    assert (questions[of_others.indices] != questions[:, None]).all()
+    assert (questions[found.indices] == questions[:, None]).any()
+
+
+def test_usearch_finds_nearly_all_with_exact_similarities(real_like: torch.Tensor) -> None:
+    pytest.importorskip("usearch")
+    questions = torch.arange(len(real_like)) // 4
+    exact = nearest_sets(real_like, 10, groups=questions)
+    approximate = nearest_sets(real_like, 10, groups=questions, backend="usearch", block=599)
+    recall = (approximate.indices[:, :, None] == exact.indices[:, None]).any(1).double().mean()
+    assert recall > 0.9
+    assert (questions[approximate.indices] != questions[:, None]).all()
+    rows, columns = 7, approximate.indices[7]
+    torch.testing.assert_close(
+        approximate.similarity[rows], jaccard(real_like[[rows]], real_like[columns])[0], rtol=0, atol=0
+    )
+    few = nearest_sets(padded([[1, 2], [1], []]), 5, backend="usearch")
+    assert few.indices.tolist() == [[1, 2, PAD], [0, 2, PAD], [0, 1, PAD]]
+    assert few.similarity[0].tolist() == [0.5, 0.0, -torch.inf]
+
+
+def test_no_sets_have_no_neighbours() -> None:
+    for backend in ("exact", "usearch"):
+        assert nearest_sets(padded([]), 3, queries=padded([[1]]), backend=backend).indices.shape == (1, 0)
+        assert nearest_sets(padded([[1]]), 3, queries=padded([]), backend=backend).similarity.shape == (0, 1)
+        assert nearest_sets(padded([[1]]), 3, backend=backend).indices.tolist() == [[PAD]]
+
+
+def test_neighbours_with_bad_options_are_refused() -> None:
+    sets = padded([[1], [2]])
+    with pytest.raises(UserError, match="m is 0"):
+        nearest_sets(sets, 0)
+    with pytest.raises(UserError, match="groups on one side only"):
+        nearest_sets(sets, 1, queries=sets, groups=torch.tensor([0, 1]))
