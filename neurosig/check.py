@@ -1,0 +1,214 @@
+"""Test whether neurosig reads a model's neurons rightly, before anything is built on them.
+
+    python -m neurosig.check --model smollm2-135m
+    python -m neurosig.check --model path/to/model --questions world-facts:dev
+
+Locates the FFN neurons, lets the model answer a few prompts, and reads the contributions behind its answers in several
+ways: with nnsight one rollout at a time and in padded batches that share prompts, with plain PyTorch hooks, and with
+TransformerLens. Prints how far they differ, and whether the model's outputs are the same afterwards.
+
+Exit codes: 0 all within tolerance; 1 not, the last line says which; 2 the model cannot be read, and why.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from neurosig.cli import CommonConfig, progress, run_command
+from neurosig.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from neurosig.backends import Backend
+    from neurosig.models import LoadedModel
+    from neurosig.parity import Agreement
+    from neurosig.sampling import Prompt
+    from neurosig.sites import FFNSites
+
+SENTENCES = ("The capital of France is", "Water boils at a temperature of", "Once upon a time there was", "1, 2, 3, 4,")
+TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
+"""Largest relative difference of a contribution that rounding explains, by dtype. Measured on the embedded model: 1e-5,
+0.01 and 0.15; positions wrong by one make it 0.9 or more."""
+
+
+@dataclass(kw_only=True)
+class CheckConfig(CommonConfig):
+    """Print where a model's FFN neurons are, and how closely nnsight, plain hooks and TransformerLens agree on them.
+
+    Ends with exit code 0 when they agree, 1 when they do not, 2 when the model cannot be read.
+    """
+
+    model: str
+    """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
+    questions: tuple[str, ...] = ()
+    """Bundled set (such as world-facts:dev) or file of questions to ask; default: a few sentences to continue."""
+    limit: int = 4
+    """Use the first N questions only."""
+    num_generations: int = 2
+    """Rollouts of each prompt; they share it in the batched trace."""
+    max_new_tokens: int = 16
+    """Completion tokens before a rollout is cut off."""
+    set_size: int = 1000
+    """Neurons in a rollout's active set, spread evenly over the layers."""
+    tolerance: float | None = None
+    """Largest relative difference of a contribution allowed; default: 0.001 in float32, 0.05 in float16, 0.3 in
+    bfloat16. What rounding makes stays below it; positions wrong by one are far above."""
+    template: str | None = None
+    """'plain' or a Jinja file, in place of the tokenizer's chat template; --questions needs one."""
+    dtype: str = "auto"
+    """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
+    device: str | None = None
+    """torch device; default: the first accelerator, else the CPU."""
+    seed: int = 0
+    """Seed of the sampled rollouts."""
+
+
+def main(config: CheckConfig) -> None:
+    """Run the check described by ``config``; ends in ``SystemExit(1)`` if a parity fails."""
+    from neurosig.contributions import neurons_per_layer
+    from neurosig.models import load_model
+    from neurosig.parity import agreement, hooked_means
+    from neurosig.sites import ffn_sites
+
+    for flag, value in (("--limit", config.limit), ("--set-size", config.set_size)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: give at least 1")
+    loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
+    sites = ffn_sites(loaded.model)
+    tolerance = TOLERANCE[loaded.info.dtype] if config.tolerance is None else config.tolerance
+    prompts, completions = _rollouts(config, loaded)
+    print(_description(loaded, sites))
+    print(
+        f"rollouts       {len(prompts)}, {sum(map(len, prompts))} prompt and {sum(map(len, completions))} completion "
+        f"tokens, seed {config.seed}\n"
+    )
+
+    lens, reason = None, ""
+    with progress(total=4, desc="read", quiet=config.quiet) as bar:
+        before = _logits(loaded, prompts[0])
+        hooks = hooked_means(loaded.model, sites, prompts, completions)
+        bar.update()
+        single = _traced(loaded, "nnsight", prompts, completions, batch_tokens=1)
+        bar.update()
+        batched = _traced(loaded, "nnsight", prompts, completions, batch_tokens=4096)
+        unchanged = bool((_logits(loaded, prompts[0]) == before).all())
+        bar.update()
+        try:
+            lens = _traced(loaded, "transformer_lens", prompts, completions, batch_tokens=4096)
+        except UserError as error:
+            reason = str(error)
+        bar.update()
+
+    share = neurons_per_layer(sites.n_layers, sites.d_mlp, config.set_size)
+    pairs = {
+        "nnsight = plain hooks": (single, hooks),
+        "padded batch = alone": (batched, single),
+        "TransformerLens = plain hooks": (lens, hooks),
+    }
+    agreements = {
+        name: None if mine is None else agreement(mine, theirs, share) for name, (mine, theirs) in pairs.items()
+    }
+    print(_table(agreements, tolerance, share * sites.n_layers))
+    print(f"{'logits after = before':<31}{'the same to the bit' if unchanged else 'they differ'}")
+    if reason:
+        print(f"\nTransformerLens was not compared: {reason}")
+    failed = [name for name, found in agreements.items() if found is not None and not found.max_rel <= tolerance]
+    failed += [] if unchanged else ["logits after = before"]
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}")
+        raise SystemExit(1)
+    print(f"\nall within tolerance ({tolerance:g} of a contribution in {loaded.info.dtype})")
+
+
+def _rollouts(config: CheckConfig, loaded: LoadedModel) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and what the model answers to them, as token ids."""
+    from neurosig.sampling import Prompt, SamplingConfig, sample
+
+    sampling = SamplingConfig(
+        num_generations=config.num_generations, max_new_tokens=config.max_new_tokens, seed=config.seed
+    )
+    if config.questions:
+        prompts = _asked(config, loaded)
+    else:
+        encoded = (loaded.tokenizer(sentence)["input_ids"] for sentence in SENTENCES[: config.limit])
+        prompts = [Prompt(str(number), tuple(ids)) for number, ids in enumerate(encoded)]
+    ids = {prompt.question_id: prompt.token_ids for prompt in prompts}
+    rollouts = [rollout for group in sample(loaded, prompts, sampling) for rollout in group]
+    return [list(ids[rollout.question_id]) for rollout in rollouts], [list(rollout.token_ids) for rollout in rollouts]
+
+
+def _asked(config: CheckConfig, loaded: LoadedModel) -> list[Prompt]:
+    from neurosig.prompts import PromptBuilder, PromptConfig
+    from neurosig.questions import load_questions
+    from neurosig.sampling import Prompt
+
+    builder = PromptBuilder(loaded.tokenizer, PromptConfig())
+    questions = load_questions(config.questions, limit=config.limit)
+    return [Prompt(question.id, builder.student(question)) for question in questions]
+
+
+def _traced(
+    loaded: LoadedModel,
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    batch_tokens: int,
+) -> Tensor:
+    """Every neuron's mean contribution: [n, n_layers, d_mlp]."""
+    from neurosig.backends import tracer_class
+    from neurosig.tracing import TraceConfig
+
+    every = loaded.model.num_parameters()  # more than there are neurons
+    tracer = tracer_class(backend)(loaded.model, TraceConfig(set_size=every, batch_tokens=batch_tokens))
+    means = tracer.trace(prompts, completions).values
+    return means.unflatten(1, (tracer.sites.n_layers, tracer.sites.d_mlp))
+
+
+def _logits(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        logits: Tensor = loaded.model(torch.tensor([ids], device=loaded.model.device)).logits
+    return logits
+
+
+def _description(loaded: LoadedModel, sites: FFNSites) -> str:
+    model, info = loaded.model, loaded.info
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied = "tied to the embedding" if head is embedding else "not tied to the embedding"
+    wide = head.shape[1] == sites.d_model
+    rows = {
+        "model": f"{info.id}: {type(model).__name__} ({model.config.model_type}), {info.dtype}, "
+        f"{info.attn_implementation} attention",
+        "layers": f"{sites.n_layers}, {sites.blocks[0]} to {sites.blocks[-1]}",
+        "d_mlp": f"{sites.d_mlp} neurons a layer, {sites.n_layers * sites.d_mlp:,} in all",
+        "d_model": f"{sites.d_model}",
+        "gated": "yes, a value is act(gate) * up" if sites.gated else "no, a value is act(x)",
+        "values": f"input of {sites.layers[0]} and so on",
+        "activations": f"output of {sites.acts[0]} and so on",
+        "head": f"{sites.head}, {tied}; the score unembed "
+        + ("works" if wide else f"does not: it reads {head.shape[1]} dimensions"),
+    }
+    return "\n".join(f"{name:<15}{text}" for name, text in rows.items())
+
+
+def _table(agreements: dict[str, Agreement | None], tolerance: float, size: int) -> str:
+    lines = [f"{'':<31}{'max abs':>9}{'max rel':>9}  {'same sets':>9}  {'overlap':>7}   sets of {size} neurons"]
+    for name, found in agreements.items():
+        if found is None:
+            lines.append(f"{name:<31}not compared")
+            continue
+        verdict = "ok" if found.max_rel <= tolerance else f"above {tolerance:g}"
+        lines.append(
+            f"{name:<31}{found.max_abs:>9.1e}{found.max_rel:>9.1e}  {found.same_sets:>9.0%}  {found.overlap:>7.4f}   "
+            f"{verdict}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(CheckConfig, main, presets={}, prog="python -m neurosig.check"))
