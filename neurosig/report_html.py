@@ -43,8 +43,8 @@ class LayerChart:
     """Bars by layer: ``up`` from the zero line by its sign, ``down`` below it; a ``colour`` of its own or by sign."""
 
     title: str
-    up: Sequence[float]
-    down: Sequence[float]
+    up: Sequence[int | float]
+    down: Sequence[int]
     colour: str = ""
 
 
