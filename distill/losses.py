@@ -8,7 +8,8 @@ vocab]`` buffers.
 Notation: s and t are the student's and the teacher's next-token probabilities, f_v the contribution of
 vocabulary entry v. Every divergence here is a sum over v, which the pointwise clip of OPSD (arXiv 2601.18734)
 needs: ``sum_v min(f_v, clip_value)``. A contribution may be negative and is not clipped from below, so a
-clipped loss can be negative too.
+clipped loss can be negative too. With ``topk`` the sum runs over the student's k likeliest entries and one bucket
+for all others; ``sampled_token`` looks at the token that was sampled, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neurosig.errors import UserError
 
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"]
 ClipName = Literal["none", "pointwise", "token"]
 
 _CPU_BLOCK_ENTRIES = 2**19
@@ -42,8 +44,8 @@ class DivergenceOutput:
         unclipped: divergence of each token without the clip.
         teacher_entropy: entropy of the teacher's next-token distribution, in nats, at the loss temperature.
         student_entropy: the same for the student.
-        clip_fraction: share of what the clip looks at that it cut, over the tokens with a weight: vocabulary
-            entries for ``pointwise``, tokens for ``token``.
+        clip_fraction: share of what the clip looks at that it cut, over the tokens with a weight: entries of the
+            sum for ``pointwise``, tokens for ``token``.
     """
 
     loss: Float[Tensor, ""]
@@ -118,6 +120,9 @@ def chunked_divergence(
     temperature: float = 1.0,
     clip: ClipName = "none",
     clip_value: float = 0.05,
+    topk: int = 0,
+    tail: bool = True,
+    token_ids: Int[Tensor, " tokens"] | None = None,
     softcap: float | None = None,
     chunk_size: int = 256,
     weights: Float[Tensor, " tokens"] | None = None,
@@ -134,11 +139,16 @@ def chunked_divergence(
         student_head: output embedding.
         teacher_head: the teacher's, over the same vocabulary.
         divergence: ``forward_kl`` is KL(teacher || student), ``reverse_kl`` is KL(student || teacher).
+            ``sampled_token`` estimates the reverse KL from the student's own token y: its value is ``log s_y -
+            log t_y``, its gradient that of ``log s_y`` times this number held fixed (REINFORCE).
         beta: the teacher's share of the mixture; for ``jsd`` only.
         temperature: divides both logits. The loss is not multiplied by its square.
         clip: ``pointwise`` caps each vocabulary entry's contribution, ``token`` each token's sum; what lies
             above the cap gives no gradient.
         clip_value: the cap, in nats.
+        topk: the student's k likeliest entries stand for the vocabulary; 0 takes all of it.
+        tail: with ``topk``, whether the other entries form one more; else both sides are renormalised without them.
+        token_ids: the sampled tokens, for ``sampled_token``.
         softcap: ``final_logit_softcapping`` of Gemma 2, applied before the temperature.
         chunk_size: rows projected at once.
         weights: one for each token; a token of weight 0 is never looked at.
@@ -156,9 +166,16 @@ def chunked_divergence(
     ):
         if not option > 0:
             raise UserError(f"{name} is {option}; it must be above 0")
+    if not 0 <= topk <= student_head.shape[0]:
+        raise UserError(f"topk is {topk}; choose 0 for the whole vocabulary, or 1 to {student_head.shape[0]}")
+    if (divergence == "sampled_token") != (token_ids is not None):
+        raise UserError("token_ids and the divergence sampled_token belong together; give both or neither")
+    if divergence == "sampled_token" and (topk or clip != "none"):
+        raise UserError("sampled_token looks at one entry a token; it takes no topk and no clip")
     if softcap is not None and not softcap > 0:
         raise UserError(f"softcap is {softcap}; it must be above 0, or None")
-    options = _Options(_terms_function(divergence, beta), temperature, clip, clip_value, softcap, chunk_size)
+    terms = None if token_ids is not None else _terms_function(divergence, beta)
+    options = _Options(terms, temperature, clip, clip_value, topk, tail, softcap, chunk_size)
 
     tokens = student_hidden.shape[0]
     if weights is None:
@@ -171,6 +188,7 @@ def chunked_divergence(
         teacher_hidden.detach().index_select(0, kept),
         teacher_head.detach(),
         weights.detach()[kept],
+        None if token_ids is None else token_ids[kept],
         options,
         gradients and student_hidden.requires_grad,
         gradients and student_head.requires_grad,
@@ -181,10 +199,12 @@ def chunked_divergence(
 
 
 class _Options(NamedTuple):
-    terms: _TermsFunction
+    terms: _TermsFunction | None
     temperature: float
     clip: ClipName
     clip_value: float
+    topk: int
+    tail: bool
     softcap: float | None
     chunk_size: int
 
@@ -198,6 +218,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_head: Tensor,
         weights: Tensor,
+        token_ids: Tensor | None,
         options: _Options,
         train_hidden: bool,
         train_head: bool,
@@ -233,6 +254,7 @@ class _ChunkedDivergence(torch.autograd.Function):
                     logits[inner],
                     teacher_logits[inner],
                     weights[outer],
+                    None if token_ids is None else token_ids[outer],
                     statistics[:, outer],
                     options,
                     train_hidden or train_head,
@@ -242,7 +264,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             if grad_head is not None:
                 grad_head.addmm_(logits.t(), hidden.to(work))
 
-        looked_at = tokens * vocab if options.clip == "pointwise" else tokens
+        entries = options.topk + options.tail if options.topk else vocab
+        looked_at = tokens * entries if options.clip == "pointwise" else tokens
         loss = torch.dot(weights, statistics[0])
         clip_fraction = (clipped / max(1, looked_at)).to(work)
         ctx.save_for_backward(grad_hidden, grad_head)
@@ -256,7 +279,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             None if saved is None else (saved * grad_loss).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -270,6 +293,7 @@ def _reduce(
     logits: Float[Tensor, "rows vocab"],
     teacher_logits: Float[Tensor, "rows vocab"],
     weights: Float[Tensor, " rows"],
+    token_ids: Int[Tensor, " rows"] | None,
     statistics: Float[Tensor, "4 rows"],
     options: _Options,
     with_gradient: bool,
@@ -277,33 +301,82 @@ def _reduce(
     """Fill ``statistics``, turn ``logits`` into the gradient of the loss and return the count clipped."""
     log_s, log_t = _log_softmax(logits, options), _log_softmax(teacher_logits, options)
     s, t = log_s.exp(), log_t.exp()
-    value, slope, gauge = options.terms(log_s, s, log_t, t)
     per_token, unclipped, teacher_entropy, student_entropy = statistics
-    torch.sum(value, dim=1, out=unclipped)
-    torch.sum(t.mul_(log_t), dim=1, out=teacher_entropy).neg_()
-    torch.sum(log_s.mul_(s), dim=1, out=student_entropy).neg_()
+    torch.sum(t * log_t, dim=1, out=teacher_entropy).neg_()
+    torch.sum(s * log_s, dim=1, out=student_entropy).neg_()
 
     clipped = torch.zeros((), dtype=torch.int64, device=logits.device)
-    per_token.copy_(unclipped)
-    if options.clip == "pointwise":
-        above = value > options.clip_value
-        clipped = above.sum()
-        torch.sum(value.clamp_(max=options.clip_value), dim=1, out=per_token)
-        slope = torch.where(above, s * -gauge, slope)
-    elif options.clip == "token":
-        above = unclipped > options.clip_value
-        clipped = above.sum()
-        per_token.clamp_(max=options.clip_value)
-        weights = weights * ~above
+    if options.terms is None:
+        assert token_ids is not None
+        gradient = _sampled_token(log_s, s, log_t, token_ids, unclipped)
+        per_token.copy_(unclipped)
+    else:
+        chosen = log_s.topk(options.topk, dim=1).indices if options.topk else None
+        if chosen is not None:
+            full = s
+            log_s, log_t = _support(log_s, chosen, options.tail), _support(log_t, chosen, options.tail)
+            s, t = log_s.exp(), log_t.exp()
+        value, slope, gauge = options.terms(log_s, s, log_t, t)
+        torch.sum(value, dim=1, out=unclipped)
+        per_token.copy_(unclipped)
+        if options.clip == "pointwise":
+            above = value > options.clip_value
+            clipped = above.sum()
+            torch.sum(value.clamp_(max=options.clip_value), dim=1, out=per_token)
+            slope = torch.where(above, s * -gauge, slope)
+        elif options.clip == "token":
+            above = unclipped > options.clip_value
+            clipped = above.sum()
+            per_token.clamp_(max=options.clip_value)
+            weights = weights * ~above
+        gradient = slope.addcmul_(s, slope.sum(dim=1, keepdim=True), value=-1)
+        if chosen is not None:
+            gradient = _spread(gradient, s, full, chosen, options.tail)
 
     if with_gradient:
-        scale = (weights / options.temperature).unsqueeze(1)
-        gradient = slope.addcmul_(s, slope.sum(dim=1, keepdim=True), value=-1).mul_(scale)
+        gradient.mul_(rearrange(weights / options.temperature, "rows -> rows 1"))
         if options.softcap is None:
             logits.copy_(gradient)
         else:
             logits.div_(options.softcap).square_().neg_().add_(1).mul_(gradient)
     return clipped
+
+
+def _sampled_token(
+    log_s: Float[Tensor, "rows vocab"],
+    s: Float[Tensor, "rows vocab"],
+    log_t: Float[Tensor, "rows vocab"],
+    token_ids: Int[Tensor, " rows"],
+    value: Float[Tensor, " rows"],
+) -> Float[Tensor, "rows vocab"]:
+    """Log ratio of the sampled tokens into ``value``; the gradient on the logits, ``(1_y - s) * ratio``, comes back."""
+    token = rearrange(token_ids, "rows -> rows 1")
+    ratio = log_s.gather(1, token) - log_t.gather(1, token)
+    value.copy_(ratio[:, 0])
+    return s.mul(-ratio).scatter_add_(1, token, ratio)
+
+
+def _support(log_p: Float[Tensor, "rows vocab"], chosen: Int[Tensor, "rows k"], tail: bool) -> Float[Tensor, "rows n"]:
+    """Log-probabilities of the chosen entries, then of all others together; or of the chosen alone, renormalised."""
+    kept = log_p.gather(1, chosen)
+    mass = kept.logsumexp(dim=1, keepdim=True)
+    if not tail:
+        return kept - mass
+    rest = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))  # the bound keeps an empty tail finite, as TRL does
+    return torch.cat([kept, rest], dim=1)
+
+
+def _spread(
+    gradient: Float[Tensor, "rows n"],
+    s: Float[Tensor, "rows n"],
+    full: Float[Tensor, "rows vocab"],
+    chosen: Int[Tensor, "rows k"],
+    tail: bool,
+) -> Float[Tensor, "rows vocab"]:
+    """From the entries of the sum to the vocabulary: the tail's gradient falls on its members by their share of it."""
+    k = chosen.shape[1]
+    spread = full * (gradient[:, k:] / s[:, k:]) if tail else torch.zeros_like(full)
+    return spread.scatter_(1, chosen, gradient[:, :k])
 
 
 def _log_softmax(logits: Float[Tensor, "rows vocab"], options: _Options) -> Float[Tensor, "rows vocab"]:

@@ -60,6 +60,7 @@ def learn(
             teacher_hidden = completion_hidden(teacher_model, [task.teacher_prompt for task, _ in batch], completions)
         student_hidden = completion_hidden(model, [task.student_prompt for task, _ in batch], completions)
         head = model.get_output_embeddings().weight
+        token_ids = torch.tensor([token for ids in completions for token in ids], device=student_hidden.device)
         position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(student_hidden.device)
         output = chunked_divergence(
             student_hidden,
@@ -71,6 +72,9 @@ def learn(
             temperature=config.loss_temperature,
             clip=config.clip,
             clip_value=config.clip_value,
+            topk=config.topk,
+            tail=config.tail,
+            token_ids=token_ids if config.divergence == "sampled_token" else None,
             softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
             weights=(position >= config.skip_first).float() / total,
         )

@@ -84,8 +84,12 @@ class TrainConfig(CommonConfig):
     """base: the model before training; live: the student as it stands; ema: the average of its past weights."""
     ema_decay: float = 0.99
     """What the ema teacher keeps of itself at each step."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """forward_kl is KL(teacher || student)."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"] = "forward_kl"
+    """forward_kl is KL(teacher || student); sampled_token estimates reverse_kl from the student's own tokens."""
+    topk: int = 0
+    """The student's k likeliest vocabulary entries stand for all; 0 takes the whole vocabulary."""
+    tail: bool = True
+    """With --topk: the other entries count as one more."""
     beta: float = 0.5
     """Teacher's share of the mixture in jsd."""
     loss_temperature: float = 1.0
@@ -232,6 +236,7 @@ def _check(config: TrainConfig) -> None:
         ("micro_batch_size", 1),
         ("warmup_steps", 0),
         ("lora_r", 1),
+        ("topk", 0),
         ("skip_first", 0),
         ("save_steps", 1),
         ("keep_checkpoints", 1),
@@ -240,7 +245,11 @@ def _check(config: TrainConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"--ema-decay: expected 0 to below 1, got {config.ema_decay}")
-    for name in ("learning_rate", "max_grad_norm"):
+    if config.divergence == "jsd" and not 0 < config.beta < 1:
+        raise UserError(f"--beta: expected strictly between 0 and 1, got {config.beta}; its ends are the two KLs")
+    if config.divergence == "sampled_token" and (config.topk or config.clip != "none"):
+        raise UserError("--divergence sampled_token looks at one entry a token; leave out --topk and --clip")
+    for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value"):
         if not (getattr(config, name) > 0 and math.isfinite(getattr(config, name))):
             raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(config, name)}")
 

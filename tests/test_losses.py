@@ -31,7 +31,17 @@ def inputs(tokens=13, d_model=8, vocab=37, dtype=torch.float64, scale=1.5, seed=
     return [hidden.requires_grad_(), scale * teacher / math.sqrt(d_model), head, teacher_head]
 
 
-def dense(*tensors, divergence="forward_kl", beta=0.5, temperature=1.0, clip="none", clip_value=0.05, softcap=None):
+def dense(
+    *tensors,
+    divergence="forward_kl",
+    beta=0.5,
+    temperature=1.0,
+    clip="none",
+    clip_value=0.05,
+    softcap=None,
+    topk=0,
+    tail=True,
+):
     """Per-token divergence, clipped and not, from the textbook formulas."""
 
     def probabilities(hidden, weight):
@@ -42,6 +52,13 @@ def dense(*tensors, divergence="forward_kl", beta=0.5, temperature=1.0, clip="no
 
     student, teacher, head, teacher_head = tensors
     s, t = probabilities(student, head), probabilities(teacher, teacher_head)
+    if topk:
+        chosen = s.topk(topk, dim=-1).indices
+        s, t = (p.gather(-1, chosen) for p in (s, t))
+        if tail:
+            s, t = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], dim=-1) for p in (s, t))
+        else:
+            s, t = (p / p.sum(-1, keepdim=True) for p in (s, t))
     if divergence == "forward_kl":
         value = t * torch.log(t / s)
     elif divergence == "reverse_kl":
@@ -81,6 +98,58 @@ def test_value_and_gradient_equal_dense_autograd(divergence, clip, softcap):
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         assert expected_gradient.abs().max() > 1e-3
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize(("divergence", "clip"), itertools.product(DIVERGENCES, CLIPS))
+def test_topk_value_and_gradient_equal_dense_autograd(divergence, clip, tail):
+    """The student's 5 likeliest of 37 entries, and one for the others or none."""
+    options = {"divergence": divergence, "clip": clip, "clip_value": 0.03, "topk": 5, "tail": tail, "beta": 0.3}
+    options |= {"temperature": 1.3, "softcap": 2.0}
+    tensors = inputs()
+    weights = torch.linspace(0, 2, len(tensors[0]), dtype=torch.float64)
+    per_token, unclipped, value = dense(*tensors, **options)
+    expected = torch.autograd.grad((weights * per_token).sum(), [tensors[0], tensors[2]])
+    output = chunked_divergence(*tensors, **options, weights=weights, chunk_size=4)
+    torch.testing.assert_close(output.per_token[1:], per_token[1:].detach())
+    torch.testing.assert_close(output.unclipped[1:], unclipped[1:].detach())
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [tensors[0], tensors[2]]), expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+    if clip == "pointwise":
+        torch.testing.assert_close(output.clip_fraction, (value[1:] > 0.03).double().mean())
+    full = chunked_divergence(*tensors, divergence=divergence, beta=0.3, temperature=1.3, softcap=2.0, weights=weights)
+    torch.testing.assert_close(output.student_entropy, full.student_entropy)
+    if tail:  # coarser than the whole vocabulary, so never larger
+        assert (output.unclipped <= full.unclipped + 1e-9).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_topk_of_everything_is_the_whole_vocabulary(divergence):
+    tensors = inputs()
+    full = chunked_divergence(*tensors, divergence=divergence)
+    every = chunked_divergence(*tensors, divergence=divergence, topk=37, tail=False)
+    torch.testing.assert_close(every.per_token, full.per_token)
+    for got, wanted in zip(
+        torch.autograd.grad(every.loss, [tensors[0], tensors[2]]),
+        torch.autograd.grad(full.loss, [tensors[0], tensors[2]]),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_sampled_tokens_estimate_the_reverse_kl():
+    """In value and in gradient: their mean over the student's own distribution is that of the whole vocabulary."""
+    student, teacher, head, teacher_head = inputs(tokens=1)
+    vocab = len(head)
+    repeated = student.expand(vocab, -1), teacher.expand(vocab, -1), head, teacher_head
+    s = torch.softmax(student @ head.T, dim=-1)[0].detach()
+    output = chunked_divergence(*repeated, divergence="sampled_token", token_ids=torch.arange(vocab), weights=s)
+    full = chunked_divergence(student, teacher, head, teacher_head, divergence="reverse_kl")
+    torch.testing.assert_close(output.loss, full.loss)
+    for got, wanted in zip(
+        torch.autograd.grad(output.loss, [student, head]), torch.autograd.grad(full.loss, [student, head]), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -297,6 +366,13 @@ def test_no_tensor_holds_more_rows_of_logits_than_a_chunk(divergence):
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"clip": "pointwise", "clip_value": -1.0}, "clip_value is -1.0"),
         ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"topk": 38}, "topk is 38; choose 0 for the whole vocabulary, or 1 to 37"),
+        ({"divergence": "sampled_token"}, "token_ids and the divergence sampled_token belong together"),
+        ({"token_ids": torch.arange(13)}, "token_ids and the divergence sampled_token belong together"),
+        (
+            {"divergence": "sampled_token", "token_ids": torch.arange(13), "topk": 3},
+            "it takes no topk and no clip",
+        ),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
@@ -326,11 +402,13 @@ def test_unknown_names_and_tensors_that_do_not_fit_together_are_refused():
 def trl():
     pytest.importorskip("trl")
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
-    from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
+    from trl.experimental.sdft import loss_utils
 
     return SimpleNamespace(
         generalized_jsd_loss=GKDTrainer.generalized_jsd_loss,
-        sdft_loss=compute_full_logit_self_distillation_loss,
+        sdft_loss=loss_utils.compute_full_logit_self_distillation_loss,
+        sdft_topk=loss_utils.compute_topk_self_distillation_loss,
+        sdft_sampled=loss_utils.compute_sampled_token_self_distillation_loss,
     )
 
 
@@ -367,6 +445,39 @@ def test_per_token_values_equal_trl_self_distillation(trl, divergence):
     expected = trl.sdft_loss(hidden @ head.T, teacher @ teacher_head.T, distillation_alpha=TRL_BETA[divergence])
     output = chunked_divergence(hidden, teacher, head, teacher_head, divergence=divergence, beta=0.3)
     torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_topk_equals_trl_self_distillation(trl, divergence, tail):
+    hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
+    expected = trl.sdft_topk(
+        hidden @ head.T,
+        (teacher @ teacher_head.T).detach(),
+        distillation_topk=20,
+        distillation_alpha=TRL_BETA[divergence],
+        distillation_add_tail=tail,
+    )
+    output = chunked_divergence(
+        *(hidden, teacher, head, teacher_head), divergence=divergence, beta=0.3, topk=20, tail=tail
+    )
+    torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
+    expected_gradients = torch.autograd.grad(expected.sum(), [hidden, head])
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
+        assert (gradient - reference).norm() < 1e-4 * reference.norm()
+
+
+def test_sampled_token_gradient_equals_trl_self_distillation(trl):
+    """TRL's value is the ratio times the log-probability, whose gradient is meant; ours is the ratio itself."""
+    hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
+    ids = torch.arange(10) * 29
+    expected = trl.sdft_sampled(hidden @ head.T, (teacher @ teacher_head.T).detach(), ids, distillation_alpha=1.0)
+    output = chunked_divergence(
+        *(hidden, teacher, head, teacher_head), divergence="sampled_token", token_ids=ids, chunk_size=3
+    )
+    expected_gradients = torch.autograd.grad(expected.sum(), [hidden, head])
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
+        assert (gradient - reference).norm() < 1e-4 * reference.norm()
 
 
 def test_pointwise_clip_equals_clamping_the_entries_of_kl_div():

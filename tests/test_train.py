@@ -80,6 +80,30 @@ def test_a_context_teaches(tmp_path: Path, manifest: Path) -> None:
     assert sum(step["loss"] for step in metrics[-3:]) < 0.8 * sum(step["loss"] for step in metrics[:3])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"divergence": "sampled_token", "num_generations": 4, "steps": 20},
+        {"topk": 8},
+        {"topk": 8, "tail": False, "divergence": "reverse_kl"},
+        {"divergence": "jsd", "beta": 0.3, "clip": "pointwise", "loss_temperature": 1.2},
+        {"teacher": "ema", "ema_decay": 0.9},
+    ],
+    ids=str,
+)
+def test_every_objective_brings_the_student_nearer(tmp_path: Path, manifest: Path, options: dict[str, Any]) -> None:
+    """Judged by its own unclipped divergence, and micro-batches of one give the same trajectory."""
+    metrics, _ = train(tmp_path, manifest, **{"steps": 12, "num_generations": 4, **options})
+    first, last = (sum(step["divergence"] for step in part) for part in (metrics[:4], metrics[-4:]))
+    assert first > 0 and last < 0.8 * first
+    again, _ = train(
+        tmp_path, manifest, "single", **{**options, "steps": 2, "num_generations": 2, "micro_batch_size": 1}
+    )
+    whole, _ = train(tmp_path, manifest, "whole", **{**options, "steps": 2, "num_generations": 2})
+    for one, other in zip(again, whole, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
 def test_every_step_samples_afresh(tmp_path: Path, manifest: Path) -> None:
     """The same questions and, at this learning rate, the same model: what differs are the rollouts."""
     metrics, _ = train(tmp_path, manifest, questions_per_step=8, learning_rate=1e-12, steps=3)
@@ -248,6 +272,12 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(
         ({"lora_r": 0}, "--lora-r: expected at least 1, got 0"),
         ({"learning_rate": math.nan}, "--learning-rate: expected a number above 0, got nan"),
         ({"max_grad_norm": 0.0}, "--max-grad-norm: expected a number above 0"),
+        ({"loss_temperature": 0.0}, "--loss-temperature: expected a number above 0, got 0.0"),
+        ({"clip_value": -1.0}, "--clip-value: expected a number above 0, got -1.0"),
+        ({"divergence": "jsd", "beta": 1.0}, "--beta: expected strictly between 0 and 1, got 1.0"),
+        ({"divergence": "sampled_token", "topk": 5}, "--divergence sampled_token looks at one entry a token"),
+        ({"topk": -1}, "--topk: expected at least 0, got -1"),
+        ({"teacher": "ema", "ema_decay": 1.0}, "--ema-decay: expected 0 to below 1, got 1.0"),
         ({"max_new_tokens": 0}, "max-new-tokens: expected at least 1, got 0"),
         ({"temperature": -1.0}, "temperature: expected 0 or more"),
     ],
