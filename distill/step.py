@@ -27,7 +27,10 @@ def learn(
     optimizer: torch.optim.Optimizer,
     pairs: Sequence[tuple[Task, Rollout]],
 ) -> dict[str, float]:
-    """One optimizer step on a global batch; the loss is the mean over all of its completion tokens in the loss.
+    """One optimizer step on a global batch.
+
+    The loss is a weighted mean of the divergence: over all completion tokens that are in it, each with its question's
+    weight (``token``), or over its rollouts, each with the mean of its tokens (``sequence``).
 
     Args:
         config: Loss, masking and batch options.
@@ -37,14 +40,21 @@ def learn(
         pairs: Every rollout of the step with its question's prompts.
 
     Returns:
-        The step's metrics; the entropies, in nats, are means over the tokens in the loss.
+        The step's metrics; divergence and entropies, in nats, are means over the tokens in the loss, unweighted.
     """
     kept = [
         (task, rollout)
         for task, rollout in pairs
         if (config.keep_truncated or rollout.finish_reason == "stop") and len(rollout.token_ids) > config.skip_first
     ]
-    total = sum(len(rollout.token_ids) - config.skip_first for _, rollout in kept)
+    lengths = [len(rollout.token_ids) - config.skip_first for _, rollout in kept]
+    total = sum(lengths)
+    shares = [
+        task.weight * (1.0 if config.loss_mean == "token" else 1.0 / length)
+        for (task, _), length in zip(kept, lengths, strict=True)
+    ]
+    mass = sum(share * length for share, length in zip(shares, lengths, strict=True))
+    shares = [share / mass if mass else 0.0 for share in shares]
     sums = {
         "loss": 0.0,
         "divergence": 0.0,
@@ -62,6 +72,8 @@ def learn(
         head = model.get_output_embeddings().weight
         token_ids = torch.tensor([token for ids in completions for token in ids], device=student_hidden.device)
         position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(student_hidden.device)
+        rows = torch.tensor([len(ids) for ids in completions], device=student_hidden.device)
+        weight = torch.tensor(shares[start : start + len(batch)], device=rows.device).repeat_interleave(rows)
         output = chunked_divergence(
             student_hidden,
             teacher_hidden,
@@ -76,7 +88,7 @@ def learn(
             tail=config.tail,
             token_ids=token_ids if config.divergence == "sampled_token" else None,
             softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
-            weights=(position >= config.skip_first).float() / total,
+            weights=(position >= config.skip_first) * weight,
         )
         output.loss.backward()
         share = sum(len(ids) - config.skip_first for ids in completions) / total

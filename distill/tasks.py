@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A selected question: the prompts of student and teacher."""
+    """A selected question: the prompts of student and teacher, and its rollouts' weight in the loss."""
 
     id: str
     student_prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
+    weight: float = 1.0
 
 
 def check_model(header: Header, loaded: LoadedModel, *, allow_mismatch: bool) -> None:
@@ -74,7 +75,7 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
             Demonstration(by_id[item.question_id], manifest.rollouts[item.question_id, item.rollout_id].text)
             for item in row.context
         ]
-        task = Task(row.id, builder.student(by_id[row.id]), builder.teacher(by_id[row.id], context))
+        task = Task(row.id, builder.student(by_id[row.id]), builder.teacher(by_id[row.id], context), row.weight)
         for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
             if len(prompt) + max_new_tokens > loaded.max_length:
                 raise UserError(

@@ -98,6 +98,8 @@ class TrainConfig(CommonConfig):
     """Cap on each vocabulary entry's, or each token's, contribution."""
     clip_value: float = 0.05
     """The cap, in nats."""
+    loss_mean: Literal["token", "sequence"] = "token"
+    """Mean over all completion tokens of the step, or over its rollouts, each with the mean of its tokens."""
     skip_first: int = 0
     """Completion tokens left out at the start of each rollout."""
     keep_truncated: bool = False

@@ -115,6 +115,8 @@ class ExportConfig(GenerationOptions):
     """The least similar examples are dropped until a context has at most this many tokens."""
     same_label_excluded: bool = False
     """No example has the question's own pseudo-label."""
+    question_weight: Literal["uniform", "vote_share"] = "uniform"
+    """A question's weight in the loss: 1, or its majority's share of the K answers."""
 
     batch_tokens: int = 4096
     """Tokens traced at a time (memory and speed only)."""
@@ -192,6 +194,7 @@ def _selection_config(config: ExportConfig) -> SelectionConfig:
         num_demonstrations=config.num_demonstrations,
         max_context_tokens=config.max_context_tokens,
         same_label_excluded=config.same_label_excluded,
+        question_weight=config.question_weight,
         seed=config.seed,
     )
 

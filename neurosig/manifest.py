@@ -80,6 +80,7 @@ class QuestionRow(_Strict):
         selected: Whether distillation trains on it.
         reason: Why, or why not.
         context: The teacher's solved examples in prompt order.
+        weight: Weight of its rollouts in the loss.
     """
 
     id: str
@@ -96,6 +97,7 @@ class QuestionRow(_Strict):
     selected: bool
     reason: Reason
     context: tuple[ContextItem, ...]
+    weight: Annotated[float, Field(ge=0)]
 
     def as_question(self) -> Question:
         """The question without any gold answer."""

@@ -63,7 +63,13 @@ def manifest_rows(
             for reason, context in zip(reasons, contexts, strict=True)
         ]
     decided = {
-        name: _decided(signal, reason, context, {score: values[index] for score, values in scores.by_name.items()})
+        name: _decided(
+            signal,
+            reason,
+            context,
+            {score: values[index] for score, values in scores.by_name.items()},
+            1.0 if selection.question_weight == "uniform" else signal.vote.share,
+        )
         for index, ((name, signal), reason, context) in enumerate(zip(signals.items(), reasons, contexts, strict=True))
     }
     return [
@@ -113,11 +119,16 @@ _TOO_LONG: dict[str, Any] = {
     "selected": False,
     "reason": "too_long",
     "context": (),
+    "weight": 1.0,
 }
 
 
 def _decided(
-    signal: QuestionSignals, reason: Reason, context: Sequence[Demonstrated], scores: Mapping[str, float]
+    signal: QuestionSignals,
+    reason: Reason,
+    context: Sequence[Demonstrated],
+    scores: Mapping[str, float],
+    weight: float,
 ) -> dict[str, Any]:
     vote = signal.vote
     return {
@@ -128,6 +139,7 @@ def _decided(
         "selected": reason == "selected",
         "reason": reason,
         "context": tuple(ContextItem(**asdict(shown)) for shown in context),
+        "weight": weight,
     }
 
 

@@ -24,6 +24,7 @@ from neurosig.patterns import jaccard, rank_neighbours
 from neurosig.signatures import Signature
 
 CleanFilter = Literal["neuron", "vote_only", "neuron_only", "threshold", "all"]
+QuestionWeight = Literal["uniform", "vote_share"]
 ContextPolicy = Literal["nearest", "nearest_first", "random", "random_within_kind", "majority_solution", "none"]
 
 
@@ -45,6 +46,7 @@ class SelectionConfig:
         num_demonstrations: Solved examples a context holds.
         max_context_tokens: The least similar examples are dropped until a context has at most this many tokens.
         same_label_excluded: No example has the question's own pseudo-label, so that none can hand it the answer.
+        question_weight: A selected question's weight in the loss: 1, or its majority's share of the K answers.
         seed: Seed of the random policies.
     """
 
@@ -57,6 +59,7 @@ class SelectionConfig:
     num_demonstrations: int = 2
     max_context_tokens: int = 2048
     same_label_excluded: bool = False
+    question_weight: QuestionWeight = "uniform"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -298,6 +298,7 @@ def test_signals_follow_the_rollouts(tmp_path: Path, model: Path) -> None:
         {"signature": "hidden_state", "hallucination_score": "neuron_count"},
         {"context_policy": "majority_solution", "hallucination_score": "agreement_majority"},
         {"contribution": "unembed", "positive_only": True, "same_label_excluded": True},
+        {"question_weight": "vote_share"},
     ],
     ids=str,
 )
@@ -312,6 +313,9 @@ def test_every_option_reaches_the_manifest(tmp_path: Path, options: dict[str, An
     assert changed.items() <= manifest.header.options.items()
     assert manifest.header.content_sha256 != plain.header.content_sha256
     assert [row.answers for row in manifest.rows] == [row.answers for row in plain.rows]
+    share = {row.id: row.vote.count / row.vote.n for row in manifest.rows}  # type: ignore[union-attr]
+    by_vote = options.get("question_weight") == "vote_share"
+    assert {row.id: row.weight for row in manifest.rows} == (share if by_vote else dict.fromkeys(share, 1.0))
     assert set(manifest.rows[0].scores) == set(get_args(HallucinationScore))
     if options.get("context_policy") == "majority_solution":
         for row in manifest.selected:

@@ -246,6 +246,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         Question("c", "e", "Long?", line=9),
     ]
     shared = {"selected": False, "context": (), "scores": {}, "answers": (), "pseudo_label": None, "vote": None}
+    shared["weight"] = 1.0
 
     def row(question: Question, **changes: Any) -> QuestionRow:
         fields = {name: getattr(question, name) for name in ("id", "domain", "kind", "question", "choices", "line")}

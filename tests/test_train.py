@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -176,15 +176,25 @@ def test_a_step_without_a_finished_rollout_is_told(
     assert "step 1: no rollout is in the loss" in caplog.text
 
 
-@pytest.mark.parametrize(("skip_first", "keep_truncated"), [(0, True), (0, False), (2, True)])
-def test_loss_and_gradient_are_those_of_the_plain_mean_kl(skip_first: int, keep_truncated: bool) -> None:
+@pytest.mark.parametrize(
+    ("skip_first", "keep_truncated", "loss_mean", "weight"),
+    [(0, True, "token", 1.0), (0, False, "token", 1.0), (2, True, "token", 0.25), (0, True, "sequence", 3.0)],
+)
+def test_loss_and_gradient_are_those_of_the_plain_mean_kl(
+    skip_first: int, keep_truncated: bool, loss_mean: Literal["token", "sequence"], weight: float
+) -> None:
     """Against one plain forward a row and a full softmax over the vocabulary."""
     model = tiny_model("qwen3")
-    tasks = [Task("a", (5, 6, 7), (9, 8, 5, 6, 7)), Task("b", (11, 12), (3, 4, 10, 11, 12))]
+    tasks = [Task("a", (5, 6, 7), (9, 8, 5, 6, 7)), Task("b", (11, 12), (3, 4, 10, 11, 12), weight)]
     completions = [(tasks[0], (20, 21, 22, 2), "stop"), (tasks[0], (30, 31, 32), "length"), (tasks[1], (40, 2), "stop")]
     pairs = [(task, Rollout(task.id, i, "", ids, reason)) for i, (task, ids, reason) in enumerate(completions)]  # type: ignore[arg-type]
     config = TrainConfig(
-        manifest=Path(), out=Path(), micro_batch_size=2, skip_first=skip_first, keep_truncated=keep_truncated
+        manifest=Path(),
+        out=Path(),
+        micro_batch_size=2,
+        skip_first=skip_first,
+        keep_truncated=keep_truncated,
+        loss_mean=loss_mean,
     )
     metrics = distill.step.learn(
         config, model, Teacher("live", model, None), torch.optim.SGD(model.parameters(), lr=0.0), pairs
@@ -196,15 +206,21 @@ def test_loss_and_gradient_are_those_of_the_plain_mean_kl(skip_first: int, keep_
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0]
         return logits[len(prompt) - 1 : -1].log_softmax(-1)[skip_first:]
 
-    divergences, entropies = [], []
+    divergences, entropies, weights = [], [], []
     for task, ids, reason in completions:
         if reason == "stop" or keep_truncated:
             student, teacher = log_p(task.student_prompt, ids), log_p(task.teacher_prompt, ids).detach()
             divergences.append((teacher.exp() * (teacher - student)).sum(-1))
             entropies.append(-(teacher.exp() * teacher).sum(-1))
-    loss = torch.cat(divergences).mean()
+            weights.append(task.weight)
+    if loss_mean == "token":
+        total = sum(weight * len(kl) for weight, kl in zip(weights, divergences, strict=True))
+        loss = sum(weight * kl.sum() for weight, kl in zip(weights, divergences, strict=True)) / total
+    else:
+        loss = sum(weight * kl.mean() for weight, kl in zip(weights, divergences, strict=True)) / sum(weights)
     loss.backward()
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["divergence"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-4)
     assert metrics["teacher_entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-4)
     assert metrics["tokens_in_loss"] == len(torch.cat(divergences))
     assert (metrics["mean_length"], metrics["eos_rate"]) == (3.0, pytest.approx(2 / 3))
