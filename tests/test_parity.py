@@ -48,8 +48,10 @@ def rollouts() -> tuple[list[list[int]], list[list[int]]]:
     return [*prompts, prompts[-1]], [*completions, draw(5)]
 
 
-def oracle(model: PreTrainedModel, prompt: list[int], completion: list[int], value: str, score: str) -> tuple:
-    """Mean scores [n_layers, d_mlp] and the mean residual stream [d_model] of one rollout, in fp64."""
+def oracle(
+    model: PreTrainedModel, prompt: list[int], completion: list[int], value: str = "gated", score: str = "cett"
+) -> tuple[Tensor, Tensor]:
+    """Scores [position, layer, neuron] and residual stream [position, d_model] of one rollout, in fp64."""
     sites = ffn_sites(model)
     seen: dict[str, Tensor] = {}
     handles = []
@@ -69,21 +71,43 @@ def oracle(model: PreTrainedModel, prompt: list[int], completion: list[int], val
     head = model.get_output_embeddings().weight.double()
     first = len(prompt) - 1 if score == "unembed" else len(prompt)
     positions = range(first, first + len(completion))
-    layers = []
-    for down, act in zip(sites.layers, sites.acts, strict=True):
+    scores = torch.empty(len(positions), sites.n_layers, sites.d_mlp, dtype=torch.float64)
+    for layer, (down, act) in enumerate(zip(sites.layers, sites.acts, strict=True)):
         module = model.get_submodule(down)
         w_out = module.weight.double() if isinstance(module, Conv1D) else module.weight.double().T
-        total = torch.zeros(len(w_out), dtype=torch.float64)
-        for t in positions:
+        for place, t in enumerate(positions):
             a = seen[f"{down}.input"][t] if value == "gated" else seen[act][t]
             if score == "unembed":
-                total += a * (w_out @ head[ids[t + 1]])
+                scores[place, layer] = a * (w_out @ head[ids[t + 1]])
             else:
                 norm = seen[down][t].square().sum().sqrt() if score == "cett" else 1
-                total += a.abs() * w_out.square().sum(dim=1).sqrt() / norm
-        layers.append(total / len(positions))
-    hidden = seen[sites.blocks[len(sites.blocks) * 2 // 3]][first : first + len(completion)].mean(dim=0)
-    return torch.stack(layers).detach(), hidden
+                scores[place, layer] = a.abs() * w_out.square().sum(dim=1).sqrt() / norm
+    hidden = seen[sites.blocks[len(sites.blocks) * 2 // 3]][first : first + len(completion)]
+    return scores.detach(), hidden
+
+
+def oracle_set(scores: Tensor, active: str, size: int, rounding: float) -> set[int]:
+    """One rollout's active set by plain loops: flat ids. Sizes as in `TraceConfig`, so shared out over the layers.
+
+    Above zero, ``rounding`` leaves its members beyond doubt, that much above the first left out; below zero, all the
+    possible ones, down to that much below the last that belongs.
+    """
+    n_layers, d_mlp = scores.shape[1:]
+    share = -(-size // n_layers)
+    members = set()
+    for layer in range(n_layers):
+        by_position = scores[:, layer]
+        match active:
+            case "layer_mean":
+                groups, k = by_position.mean(dim=0, keepdim=True), share
+            case "per_token":
+                groups, k = by_position, share
+            case "entries":
+                groups, k = by_position.flatten()[None], size
+        for group in groups:
+            threshold = group.topk(k + 1).values[-1 if rounding > 0 else -2] * (1 + rounding)
+            members |= {layer * d_mlp + int(entry) % d_mlp for entry in (group > threshold).nonzero()}
+    return members
 
 
 def assert_same_sets(sets: ActiveSets, expected: ActiveSets, tolerance: float) -> None:
@@ -109,17 +133,32 @@ def test_both_backends_equal_plain_hooks(arch: Arch | OtherArch, value: Any, sco
     """Every neuron's mean score and the hidden state, in each architecture, for each value and score."""
     model = tiny_model(arch)
     prompts, completions = rollouts()
-    means, hidden = zip(
-        *(oracle(model, p, c, value, score) for p, c in zip(prompts, completions, strict=True)), strict=True
-    )
+    seen = [oracle(model, p, c, value, score) for p, c in zip(prompts, completions, strict=True)]
+    means = torch.stack([scores.mean(dim=0) for scores, _ in seen]).float()
+    hidden = torch.stack([stream.mean(dim=0) for _, stream in seen]).float()
     config = TraceConfig(value=value, score=score, set_size=EVERY_NEURON)
     for tracer, tolerance in ((NeuronTracer(model, config), 2e-5), (LensTracer(model, config), 1e-4)):
         sets = tracer.trace(prompts, completions)
         n_layers = model.config.num_hidden_layers
         assert torch.equal(sets.ids, torch.arange(n_layers * D_MLP).int().expand(len(prompts), -1))
         every = sets.values.unflatten(1, (n_layers, D_MLP))
-        torch.testing.assert_close(every, torch.stack(means).float(), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(sets.hidden, torch.stack(hidden).float(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(every, means, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(sets.hidden, hidden, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("active", "size"), [("layer_mean", 20), ("per_token", 6), ("entries", 30)])
+@pytest.mark.parametrize("arch", ALL_ARCHS)
+def test_active_sets_are_those_of_plain_hooks(arch: Arch | OtherArch, active: Any, size: int) -> None:
+    """Up to 1e-4 at a threshold, where the order of sums decides; that leaves few neurons open."""
+    model = tiny_model(arch)
+    prompts, completions = rollouts()
+    scores = [oracle(model, p, c)[0] for p, c in zip(prompts, completions, strict=True)]
+    sure, possible = ([oracle_set(rows, active, size, rounding) for rows in scores] for rounding in (1e-4, -1e-4))
+    assert sum(map(len, sure)) > 0.98 * sum(map(len, possible))
+    for backend in ("nnsight", "transformer_lens"):
+        sets = trace_neurons(model, prompts, completions, TraceConfig(active=active, set_size=size), backend=backend)
+        for row, inner, outer in zip(sets.ids, sure, possible, strict=True):
+            assert inner <= set(row.tolist()) - {-1} <= outer
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "llama", "gpt2", "opt"])
