@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from neurosig.cli import PhaseTimer, printable, progress, run_command
 from neurosig.errors import UserError
-from neurosig.options import QWEN3_4B, GenerationOptions
+from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions
 
 if TYPE_CHECKING:
     from neurosig.hallucination import QuestionSignals, Scores
@@ -124,6 +124,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
     "neufs": {"neuron_value": "act", "contribution": "unembed", "active_set": "entries", "set_size": 2000},
+    "organism": {**ORGANISM, "questions": ("procedures",), "limit": 160, "set_size": 250},
 }
 
 
