@@ -181,7 +181,8 @@ def build_model(config: OrganismConfig, tokenizer: PreTrainedTokenizerFast) -> P
 
 def encode(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
     """Token ids of a conversation as the chat template writes it, and its labels: -100 but for the solutions."""
-    user, assistant, end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+    special: Any = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+    user, assistant, end = special
     texts = [text for turn in turns for text in (turn.question, turn.solution)]
     pieces: Any = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     ids: list[int] = []
