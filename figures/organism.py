@@ -22,8 +22,8 @@ COMMITTED = Path(__file__).parent / "data" / f"{NAME}.csv"
 NEURON = {"neurons", "probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count", "nearest neurons"}
 """Rows that read neurons; drawn in the colour of the method."""
 PANELS = (
-    ("patterns", {"ari": "clusters (ARI)", "neighbours": "5 nearest"}, "same procedure", 0.0),
-    ("hallucination", {"auroc": "all facts", "auroc_agreeing": "7 of 8 agree"}, "AUROC, made-up against trained", 0.5),
+    ("patterns", {"ari": "clusters (ARI)", "neighbours": "5 nearest"}, "agreement with the procedures", 0.0),
+    ("hallucination", {"auroc": "all facts", "auroc_agreeing": "7 of 8 agree"}, "AUROC, made-up or trained", 0.5),
     ("teacher", {"avg_at_k": "accuracy"}, "Avg@8 of the teacher", None),
 )
 """Part of the study, its metrics and their labels, the axis, and where chance lies."""
@@ -41,7 +41,8 @@ def draw(results: Path, out: Path) -> list[Path]:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(11, 3.6))
     for axis, (part, metrics, label, chance) in zip(axes, PANELS, strict=True):
         _draw_part(axis, table[table["part"] == part], metrics, chance)
-        axis.set_xlabel(f"{label}, 95% bootstrap interval")
+        axis.set_xlabel(label)
+    figure.supxlabel("lines: 95% bootstrap intervals over questions; blue: reads neurons", fontsize=8)
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
     return [*paths, out / f"{NAME}.csv"]

@@ -105,6 +105,8 @@ def main(config: OrganismConfig) -> None:
     for name in ("steps", "tokens_per_step", "n_layers", "threads"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
+    if config.d_model < 64 or config.d_model % 64:
+        raise UserError(f"--d-model: expected a multiple of 64 (two key-value heads of 32), got {config.d_model}")
     torch.set_num_threads(config.threads)
     start = time.process_time()
     tokenizer = build_tokenizer()
@@ -268,7 +270,7 @@ def rate(step: int, config: OrganismConfig) -> float:
 
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, limit: int | None = None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, int | float]]:
     """Accuracy on the bundled questions, 8 samples each at temperature 0.8, seed 0, by group.
 
     Groups are ``add-4`` (procedure and number of digits), ``trained`` and ``made-up`` (facts); each has ``n``
@@ -297,7 +299,7 @@ def measure(
             else "trained" if was_trained(question.id) else "made-up"
         )  # fmt: skip
         groups.setdefault(group, []).append((right, majority_vote(answers, question.id).share, careful))
-    table = {}
+    table: dict[str, dict[str, int | float]] = {}
     for group, rows in sorted(groups.items()):
         right, share, careful = (round(sum(column) / len(rows), 4) for column in zip(*rows, strict=True))
         table[group] = {"n": len(rows), "avg_at_8": right, "vote_share": share}
