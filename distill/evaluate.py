@@ -40,7 +40,7 @@ class EvaluateConfig(GenerationOptions):
     """
 
     model: str
-    """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
+    """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
     adapter: Path | None = None
     """LoRA adapter folder written by distill.train."""
     questions: tuple[str, ...]

@@ -119,7 +119,7 @@ class TrainConfig(CommonConfig):
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
-    "organism": {"full": True, "steps": 20, "learning_rate": 1e-4},
+    "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": {
         "steps": 100,
         "questions_per_step": 32,

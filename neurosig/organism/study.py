@@ -102,7 +102,7 @@ def main(config: StudyConfig) -> None:
 
 
 def _export(config: StudyConfig, name: str, questions: str) -> Manifest:
-    """Sample and trace one set; every question is kept, the reasons say what the clean filter would do."""
+    """Sample and trace one set; those whose majority holds half of the answers may serve as solved examples."""
     from neurosig.export import PRESETS, ExportConfig
     from neurosig.export import main as export
     from neurosig.manifest import read_manifest
@@ -115,8 +115,8 @@ def _export(config: StudyConfig, name: str, questions: str) -> Manifest:
         "num_generations": config.num_generations,
         "temperature": config.temperature,
         "seed": config.seed,
+        "clean_filter": "vote_only",
         "context_policy": "none",
-        "keep_fraction": 0.5,
     }
     export(ExportConfig(**options, out=config.out / name, resume=True, quiet=config.quiet))
     return read_manifest(config.out / name)
@@ -265,8 +265,8 @@ def teacher_rows(
 ) -> list[Row]:
     """Avg@K of the model on the same questions under different contexts, and its change against random ones.
 
-    Contexts hold `DEMONSTRATIONS` representative rollouts of other questions that the clean filter keeps. ``same`` and
-    ``other procedure`` are drawn with the truth at hand: the first is the best a pattern signal could do.
+    Contexts hold `DEMONSTRATIONS` representative rollouts of other questions whose majority holds half of the answers.
+    ``same`` and ``other procedure`` are drawn with the truth at hand: the first is the best a pattern signal could do.
     ``same_share`` is the share of examples of the question's own procedure.
     """
     from neurosig.metrics import paired_mean_interval

@@ -71,6 +71,8 @@ INSTRUCTION = "Answer in one short sentence."
 
 EXAMPLES = (0.45, 0.2, 0.2, 0.15)
 """Probability of 0, 1, 2, 3 solved examples before the question."""
+WEIGHTS = {"add": 0.3, "sort": 0.15, "chain": 0.4, "close": 0.15}
+"""How often each procedure is trained; sort and close are learned soonest, and shall keep room for improvement."""
 SAME_KIND = 0.5
 """Probability that an example is of the question's own kind whatever is drawn."""
 FACT_SHARE = 0.15
@@ -305,7 +307,7 @@ def conversation(rng: random.Random) -> list[Turn]:
 
 def _kind(rng: random.Random) -> Procedure | None:
     """A procedure, or None for a fact."""
-    return None if rng.random() < FACT_SHARE else rng.choice(PROCEDURES)
+    return None if rng.random() < FACT_SHARE else rng.choices(PROCEDURES, list(WEIGHTS.values()))[0]
 
 
 def _hand(rng: random.Random) -> Hand:

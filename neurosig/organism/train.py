@@ -321,6 +321,7 @@ def save(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
     record = {**record, "libraries": run["libraries"], "python": run["python"], "machine": run["machine"]}
     (aside / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     (aside / CARD).write_text(card(record))
+    (aside / "model.safetensors").chmod(0o644)  # save_pretrained leaves it to the owner alone
     os.replace(aside, out)
 
 
