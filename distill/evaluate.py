@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neurosig.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.errors import UserError
-from neurosig.options import QWEN3_4B, GenerationOptions
+from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions
 
 if TYPE_CHECKING:
     from neurosig.models import LoadedModel
@@ -40,7 +40,7 @@ class EvaluateConfig(GenerationOptions):
     """
 
     model: str
-    """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
+    """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
     adapter: Path | None = None
     """LoRA adapter folder written by distill.train."""
     questions: tuple[str, ...]
@@ -60,6 +60,7 @@ class EvaluateConfig(GenerationOptions):
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
+    "organism": {**ORGANISM, "questions": ("procedures",), "limit": (120,)},
 }
 
 

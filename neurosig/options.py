@@ -78,3 +78,6 @@ QWEN3_4B: dict[str, object] = {
     "choice_instruction": "Think step by step, then end with one line: Answer: <letter>",
 }
 """Generation options of the Qwen3-4B presets."""
+
+ORGANISM: dict[str, object] = {"model": "organism", "instruction": "", "choice_instruction": "", "max_new_tokens": 96}
+"""Options of the model organism's presets: it was trained on bare questions and needs up to 84 tokens."""

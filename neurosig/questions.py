@@ -43,6 +43,8 @@ BUNDLED = {
     "language": DATA_DIR / "language.jsonl",
     "chemistry": DATA_DIR / "chemistry.jsonl",
     "world-facts": DATA_DIR / "geography.jsonl",
+    "procedures": DATA_DIR / "procedures.jsonl",
+    "organism-facts": DATA_DIR / "organism-facts.jsonl",
 }
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
 UNPRINTABLE = re.compile("[\x00\ud800-\udfff]")
@@ -124,9 +126,10 @@ def load_questions(
     """Read and check the questions of one or more sources, in order.
 
     Args:
-        sources: a bundled set (``geography``, ``language``, ``chemistry``; ``world-facts`` is geography),
-            optionally with ``:train``, ``:dev``, ``:test`` or ``:all``; a .jsonl or .parquet file; a folder
-            of such files or one written by ``datasets.save_to_disk``; or ``hf:ORG/NAME[:SPLIT]``.
+        sources: a bundled set (``geography``, ``language``, ``chemistry``; ``world-facts`` is geography;
+            ``procedures`` and ``organism-facts`` are the model organism's), optionally with ``:train``, ``:dev``,
+            ``:test`` or ``:all``; a .jsonl or .parquet file; a folder of such files or one written by
+            ``datasets.save_to_disk``; or ``hf:ORG/NAME[:SPLIT]``.
         split: split of the bundled sets whose source names none (default: all).
         limit: keep only the first ``limit`` questions, after everything was read and checked.
         field_map: column names of a multiple-choice set of another shape.

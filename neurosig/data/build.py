@@ -19,6 +19,7 @@ from typing import Any
 
 from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
+from neurosig.organism import tasks
 
 DATA_DIR = Path(__file__).parent
 FACTS_DIR = DATA_DIR / "facts"
@@ -138,7 +139,13 @@ def compounds() -> Iterator[Record]:
             yield record("chemistry", "compound", row["formula"], question, row["name"], aliases)
 
 
-SETS = {"geography": geography, "language": language, "chemistry": chemistry}
+SETS = {
+    "geography": geography,
+    "language": language,
+    "chemistry": chemistry,
+    "procedures": tasks.procedure_records,
+    "organism-facts": tasks.fact_records,
+}
 
 
 def to_jsonl(records: Iterator[Record]) -> str:
@@ -147,7 +154,7 @@ def to_jsonl(records: Iterator[Record]) -> str:
 
 
 def build(directory: Path = DATA_DIR) -> None:
-    """Write geography.jsonl, language.jsonl and chemistry.jsonl into ``directory``."""
+    """Write the file of every set of ``SETS`` into ``directory``."""
     for name, records in SETS.items():
         write_atomic(directory / f"{name}.jsonl", to_jsonl(records()))
 

@@ -1,0 +1,353 @@
+"""What the organism's known truth says of neuron signals: patterns, made-up answers, teachers.
+
+    python -m neurosig.organism.study --out runs/organism
+
+Three questions, each with its controls; ``study.csv`` holds every number with its n, seed and 95 % bootstrap interval
+over questions. 1. Do neuron signatures find the procedure a question asks for, better than hidden states or tokens?
+2. Does a hallucination score tell made-up from trained facts? 3. Is a teacher that sees solved examples of the same
+procedure, or the nearest by neurons, better than one that sees random ones?
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from neurosig.cli import CommonConfig, PhaseTimer, run_command
+from neurosig.errors import UserError
+
+if TYPE_CHECKING:
+    from neurosig.manifest import Manifest
+    from neurosig.metrics import Interval
+    from neurosig.rollouts import Rollout
+
+logger = logging.getLogger(__name__)
+
+RESULT = "study.csv"
+COLUMNS = ("part", "name", "metric", "estimate", "low", "high", "n", "seed")
+NEIGHBOURS = 5
+"""Nearest questions whose procedure is counted."""
+RESAMPLES = 2000
+"""Bootstrap resamples of questions."""
+DEMONSTRATIONS = 2
+"""Solved examples the teacher sees."""
+
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class StudyConfig(CommonConfig):
+    """Measure neuron signals against what the organism was taught."""
+
+    out: Path
+    """Folder of the two manifests and study.csv."""
+    model: str = "organism"
+    """The packaged model, or a folder written by neurosig.organism.train."""
+    limit: int | None = None
+    """Use the first N questions of each set only."""
+    num_generations: int = 8
+    """K, rollouts a question."""
+    temperature: float = 0.8
+    """Sampling temperature."""
+    seed: int = 0
+    """Seed of rollouts, probe, clusters, random contexts and bootstrap."""
+    resume: bool = False
+    """Continue an interrupted study; leave a finished one alone."""
+    overwrite: bool = False
+    """Replace an earlier study in --out."""
+
+
+def main(config: StudyConfig) -> None:
+    """Run the study described by ``config``."""
+    from neurosig.fsio import write_atomic
+    from neurosig.outdir import output_folder
+
+    owned = (RESULT, "procedures", "facts")
+    with output_folder(
+        config.out, finished=RESULT, owned=owned, resume=config.resume, overwrite=config.overwrite
+    ) as complete:
+        if complete:
+            logger.info("%s: already complete", config.out)
+            return
+        with PhaseTimer() as timer:
+            with timer.phase("export"):
+                procedures = _export(config, "procedures", "procedures:test")
+                facts = _export(config, "facts", "organism-facts:all")
+            with timer.phase("patterns"):
+                rows, similarities = pattern_rows(procedures, config.seed)
+            with timer.phase("hallucination"):
+                rows += hallucination_rows(facts, config.seed)
+            with timer.phase("teachers"):
+                rows += teacher_rows(procedures, similarities, config)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(config.out / RESULT, table.getvalue())
+    for row in rows:
+        logger.info(
+            "%-13s %-18s %-13s %.3f [%.3f, %.3f] n=%d",
+            *(row[name] for name in ("part", "name", "metric", "estimate", "low", "high", "n")),
+        )
+
+
+def _export(config: StudyConfig, name: str, questions: str) -> Manifest:
+    """Sample and trace one set; those whose majority holds half of the answers may serve as solved examples."""
+    from neurosig.export import PRESETS, ExportConfig
+    from neurosig.export import main as export
+    from neurosig.manifest import read_manifest
+
+    options: dict[str, Any] = {
+        **PRESETS["organism"],
+        "model": config.model,
+        "questions": (questions,),
+        "limit": config.limit,
+        "num_generations": config.num_generations,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "clean_filter": "vote_only",
+        "context_policy": "none",
+    }
+    export(ExportConfig(**options, out=config.out / name, resume=True, quiet=config.quiet))
+    return read_manifest(config.out / name)
+
+
+def representatives(manifest: Manifest) -> list[int | None]:
+    """Of each question, the index in ``rollouts.jsonl`` order of the rollout that stands for it."""
+    from neurosig.answers import majority_vote
+    from neurosig.selection import representative
+    from neurosig.signals import read_signals
+
+    probe = read_signals(manifest.folder / "signals.safetensors").probe.numpy()
+    k = len(manifest.rows[0].answers)
+    chosen = []
+    for index, row in enumerate(manifest.rows):
+        found = representative(row.answers, majority_vote(row.answers, row.id), probe[index * k : (index + 1) * k])
+        chosen.append(None if found is None else index * k + found)
+    return chosen
+
+
+def pattern_rows(manifest: Manifest, seed: int) -> tuple[list[Row], dict[str, Float[np.ndarray, "n n"]]]:
+    """How well each similarity of representative rollouts finds the procedure; and the similarities.
+
+    ``purity`` and ``ari`` are of a spectral clustering into as many clusters as there are procedures (the intervals
+    resample questions and keep the clusters), ``neighbours`` the share of the nearest `NEIGHBOURS` questions with the
+    same procedure. ``hand_ari`` compares the same clusters with the two hands instead.
+    """
+    from sklearn.cluster import SpectralClustering
+
+    kept = [index for index, chosen in enumerate(representatives(manifest)) if chosen is not None]
+    kinds = np.unique([manifest.rows[index].kind for index in kept], return_inverse=True)[1]
+    rollouts = list(manifest.rollouts.values())
+    chosen = [index for index in representatives(manifest) if index is not None]
+    hands = np.array([rollouts[index].text.startswith("Answer") for index in chosen])
+    similarities = _similarities(manifest, chosen)
+    rows: list[Row] = []
+    for name, similarity in similarities.items():
+        affinity = np.clip(similarity, 0, None)
+        n_clusters = len(set(kinds))
+        found = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed).fit_predict(affinity)
+        order = np.argsort(-(similarity - 2 * np.eye(len(kept)) * np.abs(similarity).max()), axis=1, kind="stable")
+        same = (kinds[order[:, :NEIGHBOURS]] == kinds[:, None]).mean(axis=1)
+        for metric, interval in _pattern_intervals(found, kinds, hands, same, seed).items():
+            rows.append(_row("patterns", name, metric, interval))
+    return rows, similarities
+
+
+def _pattern_intervals(
+    found: Int[np.ndarray, " n"],
+    kinds: Int[np.ndarray, " n"],
+    hands: Bool[np.ndarray, " n"],
+    same: Float[np.ndarray, " n"],
+    seed: int,
+) -> dict[str, Interval]:
+    from sklearn.metrics import adjusted_rand_score
+
+    from neurosig.metrics import bootstrap_interval
+
+    statistics: dict[str, Callable[[Int[np.ndarray, " questions"]], float]] = {
+        "purity": lambda q: purity(found[q], kinds[q]),
+        "ari": lambda q: float(adjusted_rand_score(kinds[q], found[q])),
+        "hand_ari": lambda q: float(adjusted_rand_score(hands[q], found[q])),
+        "neighbours": lambda q: float(same[q].mean()),
+    }
+    return {
+        metric: bootstrap_interval(statistic, len(found), seed=seed, resamples=RESAMPLES)
+        for metric, statistic in statistics.items()
+    }
+
+
+def purity(clusters: Int[np.ndarray, " n"], kinds: Int[np.ndarray, " n"]) -> float:
+    """Share of questions whose kind is the commonest of their cluster; the largest kind's share is chance."""
+    table = np.zeros((clusters.max() + 1, kinds.max() + 1))
+    np.add.at(table, (clusters, kinds), 1)
+    return float(table.max(axis=1).sum() / len(clusters))
+
+
+def _similarities(manifest: Manifest, chosen: Sequence[int]) -> dict[str, Float[np.ndarray, "n n"]]:
+    """Similarity of every pair of representative rollouts by neurons, hidden states and tokens."""
+    from neurosig.patterns import jaccard
+    from neurosig.signals import read_signals
+
+    signals = read_signals(manifest.folder / "signals.safetensors")
+    hidden = signals.hidden[chosen].float().numpy()
+    hidden = hidden - hidden.mean(axis=0)
+    hidden /= np.linalg.norm(hidden, axis=1, keepdims=True)
+    rollouts = list(manifest.rollouts.values())
+    questions = {row.id: row.question for row in manifest.rows}
+    bodies = [rollouts[index].body_ids for index in chosen]
+    words = [questions[rollouts[index].question_id].split() for index in chosen]
+    return {
+        "neurons": jaccard(signals.ids[chosen], signals.ids[chosen]).numpy(),
+        "hidden": hidden @ hidden.T,
+        "completion tokens": _set_jaccard([set(body) for body in bodies]),
+        "completion bigrams": _set_jaccard([set(pairwise(body)) for body in bodies]),
+        "question words": _set_jaccard([set(text) for text in words]),
+    }
+
+
+def _set_jaccard(sets: Sequence[set[Any]]) -> Float[np.ndarray, "n n"]:
+    return np.array([[len(a & b) / max(1, len(a | b)) for b in sets] for a in sets])
+
+
+def hallucination_rows(manifest: Manifest, seed: int) -> list[Row]:
+    """AUROC of every hallucination score for made-up (1) against trained (0) facts.
+
+    ``auroc`` is over all facts; ``auroc_agreeing`` over those whose majority holds at least 7 of 8 answers, which
+    vote share can hardly tell apart.
+    """
+    from neurosig.organism.tasks import was_trained
+
+    made_up = np.array([not was_trained(row.id) for row in manifest.rows])
+    agreeing = np.array([row.vote is not None and row.vote.count / row.vote.n >= 7 / 8 for row in manifest.rows])
+    rows = []
+    for name in manifest.rows[0].scores:
+        scores = np.array([row.scores[name] for row in manifest.rows])
+        for metric, mask in (("auroc", np.ones_like(agreeing)), ("auroc_agreeing", agreeing)):
+            truth, score = made_up[mask], scores[mask]
+            if len(set(truth)) < 2:
+                continue
+
+            interval = _auroc_interval(truth, score, seed)
+            rows.append(_row("hallucination", name, metric, interval))
+    return rows
+
+
+def _auroc_interval(truth: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"], seed: int) -> Interval:
+    from neurosig.metrics import bootstrap_interval
+
+    return bootstrap_interval(lambda q: auroc(truth[q], scores[q]), len(truth), seed=seed, resamples=RESAMPLES)
+
+
+def auroc(truth: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
+    """Chance that a true case scores higher than a false one, ties half (Mann-Whitney); 0.5 without both."""
+    from scipy.stats import rankdata
+
+    positive = int(truth.sum())
+    if positive in (0, len(truth)):
+        return 0.5
+    above = rankdata(scores)[truth].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * (len(truth) - positive)))
+
+
+def teacher_rows(
+    manifest: Manifest, similarities: Mapping[str, Float[np.ndarray, "n n"]], config: StudyConfig
+) -> list[Row]:
+    """Avg@K of the model on the same questions under different contexts, and its change against random ones.
+
+    Contexts hold `DEMONSTRATIONS` representative rollouts of other questions whose majority holds half of the answers.
+    ``same`` and ``other procedure`` are drawn with the truth at hand: the first is the best a pattern signal could do.
+    ``same_share`` is the share of examples of the question's own procedure.
+    """
+    from neurosig.metrics import paired_mean_interval
+
+    kept = [index for index, chosen in enumerate(representatives(manifest)) if chosen is not None]
+    rows = [manifest.rows[index] for index in kept]
+    kinds = np.array([row.kind for row in rows])
+    allowed = np.array([row.selected for row in rows])[None, :] & ~np.eye(len(rows), dtype=bool)
+    if allowed.sum(axis=1).min() < DEMONSTRATIONS:
+        raise UserError(f"{config.out}: too few clean questions for a context of {DEMONSTRATIONS}; raise --limit")
+    same = kinds[:, None] == kinds[None, :]
+    drawn = np.random.default_rng(config.seed).random(same.shape)
+    preferences: dict[str, Float[np.ndarray, "n n"]] = {
+        "random": drawn,
+        "same procedure": drawn + same,
+        "other procedure": drawn + ~same,
+        "nearest neurons": similarities["neurons"],
+        "nearest hidden": similarities["hidden"],
+        "nearest bigrams": similarities["completion bigrams"],
+    }
+    contexts = {
+        name: np.argsort(-np.where(allowed, preference, -np.inf), axis=1, kind="stable")[:, DEMONSTRATIONS - 1 :: -1]
+        for name, preference in preferences.items()
+    }
+    accuracy = {"no context": _accuracy(manifest, config, kept, None)}
+    for name, context in contexts.items():
+        accuracy[name] = _accuracy(manifest, config, kept, context)
+    found = []
+    for name, right in accuracy.items():
+        found.append(_row("teacher", name, "avg_at_k", _mean_interval(right, config.seed)))
+        if name != "random":
+            change = paired_mean_interval(right, accuracy["random"], seed=config.seed)
+            found.append(_row("teacher", name, "minus_random", change))
+        if name in contexts:
+            share = np.take_along_axis(same, contexts[name], axis=1).mean(axis=1)
+            found.append(_row("teacher", name, "same_share", _mean_interval(share, config.seed)))
+    return found
+
+
+def _mean_interval(values: Float[np.ndarray, " n"], seed: int) -> Interval:
+    from neurosig.metrics import bootstrap_interval
+
+    return bootstrap_interval(lambda q: float(values[q].mean()), len(values), seed=seed, resamples=RESAMPLES)
+
+
+def _accuracy(
+    manifest: Manifest, config: StudyConfig, kept: Sequence[int], context: Int[np.ndarray, "n m"] | None
+) -> Float[np.ndarray, " n"]:
+    """Share of right answers of each question when its prompt holds these solved examples, in this order."""
+    from neurosig.answers import extract_answer, is_correct
+    from neurosig.models import load_model
+    from neurosig.prompts import Demonstration, PromptBuilder, PromptConfig
+    from neurosig.questions import load_questions
+    from neurosig.sampling import Prompt, SamplingConfig, sample
+
+    loaded = load_model(config.model)
+    builder = PromptBuilder(loaded.tokenizer, PromptConfig(instruction=""))
+    gold = {question.id: question for question in load_questions("procedures")}
+    chosen = representatives(manifest)
+    rollouts: list[Rollout] = list(manifest.rollouts.values())
+    ids = [manifest.rows[index].id for index in kept]
+
+    def demonstration(position: int) -> Demonstration:
+        rollout = rollouts[chosen[kept[position]] or 0]
+        return Demonstration(gold[rollout.question_id], rollout.text)
+
+    shown = [[] if context is None else [demonstration(int(p)) for p in context[i]] for i in range(len(ids))]
+    prompts = [Prompt(name, builder.teacher(gold[name], demos)) for name, demos in zip(ids, shown, strict=True)]
+    sampling = SamplingConfig(config.num_generations, config.temperature, max_new_tokens=96, seed=config.seed)
+    right = {}
+    for group in sample(loaded, prompts, sampling, salt="teacher"):
+        question = gold[group[0].question_id]
+        correct = [is_correct(extract_answer(rollout.text, question), question) for rollout in group]
+        right[question.id] = float(np.mean(correct))
+    return np.array([right[name] for name in ids])
+
+
+def _row(part: str, name: str, metric: str, interval: Interval) -> Row:
+    numbers = {key: round(getattr(interval, key), 4) for key in ("estimate", "low", "high")}
+    return {"part": part, "name": name, "metric": metric, **numbers, "n": interval.n, "seed": interval.seed}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(StudyConfig, main, presets={}, prog="python -m neurosig.organism.study"))
