@@ -8,13 +8,13 @@ draws as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from einops import einsum
 from jaxtyping import Float
 
-from neurosig import metrics
 from neurosig.answers import AnswerFormat, extract_answer, is_correct, is_refusal, majority_vote
 from neurosig.errors import UserError
 from neurosig.interventions import NeuronSet
@@ -36,7 +36,7 @@ MEASURES: Mapping[str, str] = {
 }
 """What is measured on each question."""
 
-RESAMPLES = 2000
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,8 @@ def dose_response(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
     base = next((cell for cell in cells if cell.neurons is None), None)
     if base is None:
         raise UserError("dose response: no cell of the unscaled model to compare with")
+    if len(base.values["nll"]) < 2:
+        raise UserError("dose response: one question; an interval needs at least 2")
     rows = []
     groups = dict.fromkeys(cell.neurons.group for cell in cells if cell.neurons is not None)
     factors = sorted({cell.factor for cell in cells})
@@ -134,18 +136,17 @@ def _draws(cells: Sequence[Cell], group: str, factor: float) -> list[Cell]:
 
 
 def _interval(name: str, delta: Float[np.ndarray, "draws questions"], seed: int) -> dict[str, float]:
-    """Mean of paired differences with its 95% bootstrap interval, over draws and questions."""
-    if len(delta) == 1:
-        interval = metrics.paired_mean_interval(delta[0], np.zeros(delta.shape[1]), seed=seed)
-    else:
-        interval = metrics.hierarchical_interval(
-            lambda draws, questions: float(delta[np.ix_(draws, questions)].mean()),
-            *delta.shape,
-            seed=seed,
-            resamples=RESAMPLES,
-        )
-    found = asdict(interval)
-    return {name: found["estimate"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+    """Mean of paired differences with its 95% percentile bootstrap interval, over draws and questions.
+
+    As `neurosig.metrics.hierarchical_interval`, for a mean: a resample is how often each draw and each question came.
+    """
+    draws, questions = delta.shape
+    rng = np.random.default_rng(seed)
+    by_draw = rng.multinomial(draws, np.full(draws, 1 / draws), size=RESAMPLES) / draws
+    by_question = rng.multinomial(questions, np.full(questions, 1 / questions), size=RESAMPLES) / questions
+    means = einsum(by_draw, delta, by_question, "resample draw, draw question, resample question -> resample")
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {name: float(delta.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
 def _mean(values: Any) -> float:

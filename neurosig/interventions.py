@@ -95,7 +95,9 @@ def read_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[in
 
 
 def mean_contributions(path: str | Path, n_neurons: int) -> Float[np.ndarray, " n_neurons"]:
-    """Each neuron's mean contribution over a manifest's rollouts; a rollout without it in its active set counts 0.
+    """Each neuron's mean absolute contribution over a manifest's rollouts.
+
+    A rollout that does not have it in its active set counts 0.
 
     Raises:
         UserError: ``path`` holds no active sets of flat ids.
@@ -103,7 +105,7 @@ def mean_contributions(path: str | Path, n_neurons: int) -> Float[np.ndarray, " 
     from safetensors.numpy import load_file
 
     tensors = load_file(path)
-    ids, values = tensors["ids"], tensors["values"].astype(np.float64)
+    ids, values = tensors["ids"], np.abs(tensors["values"].astype(np.float64))
     if ids.ndim != 2 or ids.max() >= n_neurons:
         raise UserError(f"{path}: shape {ids.shape}, largest id {ids.max()}: not active sets of {n_neurons} neurons")
     held = ids >= 0
