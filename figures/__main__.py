@@ -16,7 +16,7 @@ from neurosig.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FIGURES = ("before_after",)
+FIGURES = ("before_after", "dose_response")
 
 
 @dataclass(kw_only=True)

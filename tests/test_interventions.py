@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from flow import make_manifest, save_tiny, write_questions
@@ -18,6 +19,7 @@ from safetensors.numpy import save_file
 from tiny import ARCHS, EOS_ID, VOCAB_SIZE, Arch, tiny_model, tiny_tokenizer
 
 import neurosig.interventions
+from figures.dose_response import draw
 from neurosig.dose_response import MEASURES, Cell, _interval, dose_response, measure, repetition
 from neurosig.envoy import NeuronScaler
 from neurosig.errors import UserError
@@ -352,13 +354,10 @@ def test_changes_and_differences_are_paired() -> None:
 def test_intervals_are_those_of_the_metrics_module() -> None:
     """Against the loop over resamples, and for one draw against the paired bootstrap, up to their own noise."""
     delta = np.random.default_rng(3).normal(0.1, 0.5, (3, 30)) + np.array([[0.0], [0.3], [-0.2]])
-    for mine in (delta, delta[:1]):
+    several = hierarchical_interval(lambda d, q: float(delta[np.ix_(d, q)].mean()), *delta.shape, seed=1)
+    one = paired_mean_interval(delta[0], np.zeros(30), seed=1)
+    for mine, theirs in ((delta, several), (delta[:1], one)):
         ours = _interval("change", mine, 0)
-        theirs = (
-            hierarchical_interval(lambda d, q: float(mine[np.ix_(d, q)].mean()), *mine.shape, seed=1)
-            if len(mine) > 1
-            else paired_mean_interval(mine[0], np.zeros(30), seed=1)
-        )
         assert ours["change"] == pytest.approx(theirs.estimate)
         assert (ours["change_low"], ours["change_high"]) == pytest.approx((theirs.low, theirs.high), abs=0.015)
 
@@ -427,6 +426,22 @@ def test_the_command_writes_every_cell_and_a_table(manifest: Path, tmp_path: Pat
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     main(config(manifest, out, resume=True))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_the_figure_shows_the_table(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no finished run; run `python -m neurosig\.intervene"):
+        draw(tmp_path, tmp_path / "figures")
+    main(config(manifest, tmp_path / "intervene", controls=1))
+    pdf, png, plotted = draw(tmp_path, tmp_path / "figures")
+    assert pdf.read_bytes().startswith(b"%PDF") and png.read_bytes().startswith(b"\x89PNG")
+    drawn_rows = pd.read_csv(plotted)
+    assert set(drawn_rows["group"]) == {"located", "layer", "activity", "strongest"}
+    results = {(row["group"], float(row["factor"]), row["measure"]): row for row in table(tmp_path / "intervene")}
+    for row in drawn_rows.to_dict("records"):
+        source = results[row["group"], row["factor"], row["measure"]]
+        value, change, low = (float(source[name] or 0) for name in ("value", "change", "change_low"))
+        shown = np.log([row["value"], row["low"]]) if row["measure"] == "nll" else [row["value"], row["low"]]
+        assert shown == pytest.approx([value, value - change + low], abs=1e-4)
 
 
 def test_an_interrupted_run_resumes_cell_by_cell(
