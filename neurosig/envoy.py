@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from neurosig.errors import UserError
-from neurosig.sites import FFNSites
+from neurosig.sites import FFNSites, w_out
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,7 +107,7 @@ class NeuronScaler:
     def scaled(self, columns: Mapping[int, Sequence[int]], factor: float) -> ScaledModel:
         """The model with the values of the neurons ``columns`` (layer -> indices) multiplied by ``factor``."""
         scaling = [
-            (path, torch.tensor(indices, device=self.model.get_submodule(path).weight.device))
+            (path, torch.tensor(indices, device=w_out(self.model, path).device))
             for path, indices in ((self.sites.layers[layer], columns[layer]) for layer in sorted(columns))
         ]
         with self._envoy.edit() as (_tracer, edited):

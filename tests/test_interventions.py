@@ -16,7 +16,7 @@ import pytest
 import torch
 from flow import make_manifest, save_tiny, write_questions
 from safetensors.numpy import save_file
-from tiny import ARCHS, EOS_ID, VOCAB_SIZE, Arch, tiny_model, tiny_tokenizer
+from tiny import ALL_ARCHS, ARCHS, EOS_ID, VOCAB_SIZE, Arch, OtherArch, tiny_model, tiny_tokenizer
 
 import neurosig.interventions
 from figures.dose_response import draw
@@ -47,7 +47,7 @@ COLUMNS = {0: [3, 17, 40], 1: [5]}
 SAMPLING = SamplingConfig(num_generations=4, max_new_tokens=10)
 
 
-def loaded(arch: Arch = "qwen3") -> LoadedModel:
+def loaded(arch: Arch | OtherArch = "qwen3") -> LoadedModel:
     """A model that ends some completions early, so that rows leave the batch."""
     model = tiny_model(arch)
     with torch.no_grad():
@@ -113,9 +113,9 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, 4.0])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_logits_equal_those_of_hooks_and_of_edited_weights(arch: Arch, factor: float) -> None:
+@pytest.mark.parametrize("factor", [0.0, 4.0])
+@pytest.mark.parametrize("arch", ALL_ARCHS)
+def test_logits_equal_those_of_hooks_and_of_edited_weights(arch: Arch | OtherArch, factor: float) -> None:
     model = loaded(arch)
     ids = torch.tensor([prompt.token_ids for prompt in prompts((9, 9, 9))])
     before = logits(model.model, ids)
