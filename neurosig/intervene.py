@@ -87,6 +87,7 @@ class InterveneConfig(GenerationOptions):
                 1 <= self.reference_rollouts <= self.num_generations,
                 "1 to --num-generations",
             ),
+            ("--matching", len(set(self.matching)) == len(self.matching), "each kind once"),
             ("--factors", any(factor != 1 for factor in self.factors), "a factor other than 1"),
             ("--factors", len(set(self.factors)) == len(self.factors), "each factor once"),
             ("--factors", all(abs(factor) < 1e6 for factor in self.factors), "finite numbers"),

@@ -480,6 +480,7 @@ def test_bad_requests_are_refused(manifest: Path, tmp_path: Path) -> None:
         ({"factors": (1.0,)}, "--factors: expected a factor other than 1"),
         ({"factors": (0.0, 0.0)}, "--factors: expected each factor once"),
         ({"factors": (float("nan"), 2.0)}, "--factors: expected finite numbers"),
+        ({"matching": ("layer", "layer")}, "--matching: expected each kind once"),
         ({"controls": 0}, "--controls: expected at least 1"),
         ({"reference_rollouts": 3}, "--reference-rollouts: expected 1 to --num-generations"),
     ):
