@@ -128,6 +128,7 @@ def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
         manifest = read_manifest(config.manifest)
         loaded = _load(config, manifest)
         sites = ffn_sites(loaded.model)
+        _warn_of_known_questions(questions, manifest)
         sets, contributions = _neuron_sets(config, sites)
         scaler = NeuronScaler(loaded.model, sites)
     builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
@@ -168,6 +169,13 @@ def _load(config: InterveneConfig, manifest: Manifest) -> LoadedModel:
     if loaded.info.weights != header["weights"]:
         logger.warning("model %s: its weights differ from those the neurons were located in (%s)", name, header["id"])
     return loaded
+
+
+def _warn_of_known_questions(questions: Sequence[Question], manifest: Manifest) -> None:
+    located_on = {row.text_sha256 for row in manifest.rows}
+    known = sum(question.text_sha256 in located_on for question in questions)
+    if known:
+        logger.warning("%d of %d questions are among those the neurons were located on", known, len(questions))
 
 
 def _neuron_sets(config: InterveneConfig, sites: FFNSites) -> tuple[list[NeuronSet], np.ndarray]:

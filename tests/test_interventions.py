@@ -503,6 +503,7 @@ def test_other_weights_of_the_same_architecture_are_allowed_with_a_warning(
     other = save_tiny(tmp_path / "trained", seed=1)
     main(config(manifest, tmp_path / "run", model=str(other), factors=(0.0,), controls=1, matching=("layer",)))
     assert "its weights differ from those the neurons were located in" in caplog.text
+    assert "5 of 5 questions are among those the neurons were located on" in caplog.text
     assert {row["group"] for row in table(tmp_path / "run")} == {"located", "layer", "strongest"}
 
 
