@@ -16,7 +16,11 @@ from neurosig.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FIGURES = ("before_after", "organism")
+FIGURES = (
+    "before_after",
+    "dose_response",
+    "organism",
+)
 
 
 @dataclass(kw_only=True)

@@ -130,6 +130,15 @@ def is_correct(answer: str | None, question: Question) -> bool:
     return answer is not None and answer in {normalise(gold) for gold in (question.answer, *question.aliases)}
 
 
+def is_refusal(text: str) -> bool:
+    """Whether a completion declines to answer.
+
+    By phrase: "I'm sorry", "I am sorry", "I don't know", "I do not know", "I can't", "I cannot", "as an AI" or "unable
+    to", in any case.
+    """
+    return _REFUSAL.search(text) is not None
+
+
 def normalise(text: str) -> str:
     """Comparable form: compatibility characters, accents, case, articles, punctuation and number format dropped."""
     text = _ACCENT.sub("", unicodedata.normalize("NFKD", text)).casefold().replace("\u2212", "-")

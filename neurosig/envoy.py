@@ -1,4 +1,4 @@
-"""The one file that imports nnsight: what neurosig reads from a model's forward pass.
+"""The one file that imports nnsight: what neurosig reads from a model's forward pass, and what it changes there.
 
 nnsight leaves an inert dispatcher in the ``forward`` slot of the model's modules. It registers no hooks, and the
 model's outputs outside a trace stay the same to the bit.
@@ -7,16 +7,17 @@ model's outputs outside a trace stay the same to the bit.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import nnsight
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from neurosig.errors import UserError
-from neurosig.sites import FFNSites
+from neurosig.sites import FFNSites, w_out
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -89,6 +90,47 @@ class FFNEnvoy:
             tracer.stop()
         gc.collect(1)  # stopping leaves a reference cycle that holds the last layer's activations
         return result
+
+
+class NeuronScaler:
+    """Makes stand-ins for a model in which some neurons are scaled; build it once for a model.
+
+    The scaling is an nnsight edit: recorded once, replayed on every forward pass through the stand-in, so that a
+    sampler that calls a model step by step needs no change. Measured cost: 1-2 % of decoding.
+    """
+
+    def __init__(self, model: PreTrainedModel, sites: FFNSites) -> None:
+        self.model = model
+        self.sites = sites
+        self._envoy = nnsight.NNsight(model)
+
+    def scaled(self, columns: Mapping[int, Sequence[int]], factor: float) -> ScaledModel:
+        """The model with the values of the neurons ``columns`` (layer -> indices) multiplied by ``factor``."""
+        scaling = [
+            (path, torch.tensor(indices, device=w_out(self.model, path).device))
+            for path, indices in ((self.sites.layers[layer], columns[layer]) for layer in sorted(columns))
+        ]
+        with self._envoy.edit() as (_tracer, edited):
+            for path, indices in scaling:
+                edited.get(path).input[..., indices] *= factor
+        return ScaledModel(self.model, edited)
+
+
+class ScaledModel:
+    """A model whose every call runs through nnsight with an edit in place; the model itself stays as it is.
+
+    It offers what decoding needs and no more: reaching a submodule through it would go around the edit.
+    """
+
+    def __init__(self, model: PreTrainedModel, edited: nnsight.NNsight) -> None:
+        self.config = model.config
+        self.generation_config = model.generation_config
+        self.device = model.device
+        self._edited = edited
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The output of the model's forward pass, for the same keyword arguments."""
+        return self._edited.trace(trace=False, **inputs)
 
 
 def _residual(block_output: Any) -> Tensor:

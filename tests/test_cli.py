@@ -113,7 +113,8 @@ def test_model_text_is_shown_harmlessly() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["neurosig.export", "distill.train", "distill.evaluate", "distill.report", "figures"]
+    "module",
+    ["neurosig.export", "neurosig.intervene", "distill.train", "distill.evaluate", "distill.report", "figures"],
 )
 def test_help_teaches(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)

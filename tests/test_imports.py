@@ -30,7 +30,8 @@ def test_the_import_contracts_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["neurosig", "neurosig.export", "distill.train", "distill.evaluate", "distill.report"]
+    "module",
+    ["neurosig", "neurosig.export", "neurosig.intervene", "distill.train", "distill.evaluate", "distill.report"],
 )
 def test_commands_answer_before_the_heavy_libraries_load(module: str) -> None:
     assert loaded_after(f"import {module}", "torch", "transformers", *HEAVY) == set()
