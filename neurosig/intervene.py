@@ -62,6 +62,8 @@ class InterveneConfig(GenerationOptions):
     """Split of bundled sets whose name gives none."""
     limit: int | None = None
     """Use the first N questions only."""
+    table: Path | None = None
+    """CSV of neurons (layer, index, weight) in place of the manifest's, such as neurosig.locate writes."""
     neurons: Literal["positive", "negative", "all"] = "positive"
     """Sign of the probe's weight: positive points to guessing."""
     factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -185,14 +187,15 @@ def _neuron_sets(config: InterveneConfig, sites: FFNSites) -> tuple[list[NeuronS
     from neurosig.interventions import (
         NeuronSet,
         activity_matched,
+        choose_neurons,
         layer_matched,
         mean_contributions,
-        read_neurons,
         strongest,
     )
     from neurosig.manifest import NEURONS, SIGNALS
 
-    located, every = read_neurons(config.manifest / NEURONS, sites, config.neurons)
+    table = config.manifest / NEURONS if config.table is None else config.table
+    located, every = choose_neurons(table, sites, config.neurons)
     contributions = mean_contributions(config.manifest / SIGNALS, sites.n_layers * sites.d_mlp)
     sets = [NeuronSet("located", 0, tuple(located))]
     for kind in config.matching:

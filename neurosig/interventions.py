@@ -8,7 +8,6 @@ reconstruction.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,40 +57,33 @@ class NeuronSet:
         return f"{self.group}-{self.draw}" if self.group in ("layer", "activity") else self.group
 
 
-def read_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[int], list[int]]:
-    """Flat ids of a manifest's ``neurons.csv``: those of the wanted sign, and all of them.
+def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[int], list[int]]:
+    """Flat ids of a table of neurons: those whose weight has the wanted sign, and all of them.
 
-    A positive weight points to guessing, a negative one to knowing.
+    A positive weight points to guessing, a negative one to knowing; ``all`` takes neurons of weight 0 too.
 
     Raises:
-        UserError: No such file, a missing column, a number that is none, a neuron outside the model, or no neuron of
-            that sign.
+        UserError: The table cannot be read (`neurosig.locate.read_neurons`), holds a neuron twice or one outside the
+            model, or none of that sign.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"neurons {path}: no such file; give the folder of neurosig.export")
-    wanted, every = [], []
-    with path.open(encoding="utf-8", newline="") as handle:
-        reader = csv.DictReader(handle)
-        missing = {"layer", "index", "weight"} - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(f"{path}: no column {', '.join(sorted(missing))}; give a neurons.csv of neurosig.export")
-        for line, row in enumerate(reader, start=2):
-            try:
-                layer, index, weight = int(row["layer"]), int(row["index"]), float(row["weight"])
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path}:{line}: {error}") from error
-            if not (0 <= layer < sites.n_layers and 0 <= index < sites.d_mlp):
-                raise UserError(
-                    f"{path}:{line}: neuron {index} of layer {layer} is outside the model "
-                    f"({sites.n_layers} layers of {sites.d_mlp}); give the model that the manifest was made with"
-                )
-            every.append(layer * sites.d_mlp + index)
-            if sign == "all" or (weight > 0) == (sign == "positive"):
-                wanted.append(every[-1])
-    if not wanted:
-        raise UserError(f"{path}: no neuron with {'a' if sign == 'all' else f'a {sign}'} weight; the probe found none")
-    return sorted(wanted), sorted(every)
+    from neurosig.locate import read_neurons
+
+    table = read_neurons(path)
+    layer, index, weight = (table[name].to_numpy() for name in ("layer", "index", "weight"))
+    outside = np.flatnonzero((layer < 0) | (layer >= sites.n_layers) | (index < 0) | (index >= sites.d_mlp))
+    if len(outside):
+        first = outside[0]
+        raise UserError(
+            f"{path}:{first + 2}: neuron {index[first]} of layer {layer[first]} is outside the model ({sites.n_layers} "
+            f"layers of {sites.d_mlp}); give the model that its neurons were located in"
+        )
+    ids = layer * sites.d_mlp + index
+    if len(np.unique(ids)) < len(ids):
+        raise UserError(f"{path}: a neuron stands twice")
+    wanted = {"positive": weight > 0, "negative": weight < 0, "all": np.full(len(weight), True)}[sign]
+    if not wanted.any():
+        raise UserError(f"{path}: no neuron{'' if sign == 'all' else f' with a {sign} weight'}; the probe found none")
+    return sorted(ids[wanted].tolist()), sorted(ids.tolist())
 
 
 def mean_contributions(path: str | Path, n_neurons: int) -> Float[np.ndarray, " n_neurons"]:

@@ -27,10 +27,10 @@ from neurosig.intervene import InterveneConfig, main
 from neurosig.interventions import (
     NeuronSet,
     activity_matched,
+    choose_neurons,
     completion_nll,
     layer_matched,
     mean_contributions,
-    read_neurons,
     scale_neurons,
     strongest,
 )
@@ -179,7 +179,8 @@ def test_two_stand_ins_of_one_model_keep_apart() -> None:
 
 
 def sites(n_layers: int = 3, d_mlp: int = 20) -> FFNSites:
-    return FFNSites(("a",) * n_layers, ("a",) * n_layers, ("a",) * n_layers, d_mlp, 4, gated=True)
+    layers = ("a",) * n_layers
+    return FFNSites(layers=layers, acts=layers, blocks=layers, head="h", d_mlp=d_mlp, d_model=4, gated=True)
 
 
 LOCATED = [1, 2, 3, 45]  # three in layer 0, none in layer 1, one in layer 2
@@ -189,32 +190,33 @@ def profile(ids: list[int]) -> list[int]:
     return np.bincount(np.array(ids) // 20, minlength=3).tolist()
 
 
-def test_neurons_are_read_by_sign(tmp_path: Path) -> None:
+def test_neurons_are_chosen_by_sign(tmp_path: Path) -> None:
     path = tmp_path / "neurons.csv"
-    path.write_text("layer,index,weight,active_share\n2,5,1.5,0.5\n0,1,-0.25,0.1\n0,3,0.5,0\n")
-    assert read_neurons(path, sites(), "positive") == ([3, 45], [1, 3, 45])
-    assert read_neurons(path, sites(), "negative") == ([1], [1, 3, 45])
-    assert read_neurons(path, sites(), "all") == ([1, 3, 45], [1, 3, 45])
+    path.write_text("layer,index,weight,active_share\n2,5,1.5,0.5\n0,1,-0.25,0.1\n0,3,0.5,0\n1,0,0,0.5\n")
+    assert choose_neurons(path, sites(), "positive") == ([3, 45], [1, 3, 20, 45])
+    assert choose_neurons(path, sites(), "negative") == ([1], [1, 3, 20, 45])
+    assert choose_neurons(path, sites(), "all") == ([1, 3, 20, 45], [1, 3, 20, 45])
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("layer,index\n0,1\n", "no column weight"),
-        ("layer,index,weight\n0,1,heavy\n", r"neurons\.csv:2: could not convert"),
+        ("layer,index\n0,1\n", "expected the columns layer, index and weight"),
+        ("layer,index,weight\n0,1,heavy\n", "expected the columns layer, index and weight"),
         ("layer,index,weight\n0,1,1\n3,1,1\n", r"neurons\.csv:3: neuron 1 of layer 3 is outside the model"),
-        ("layer,index,weight\n0,1\n", r"neurons\.csv:2"),
+        ("layer,index,weight\n0,1,1\n0,20,1\n", r"neurons\.csv:3: neuron 20 of layer 0 is outside the model"),
+        ("layer,index,weight\n0,1,1\n0,1,1\n", "a neuron stands twice"),
         ("layer,index,weight\n", "no neuron with a positive weight"),
-        ("layer,index,weight\n0,1,-1\n", "no neuron with a positive weight"),
+        ("layer,index,weight\n0,1,-1\n1,1,0\n", "no neuron with a positive weight"),
     ],
 )
 def test_bad_neurons_are_named(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "neurons.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=problem):
-        read_neurons(path, sites(), "positive")
+        choose_neurons(path, sites(), "positive")
     with pytest.raises(UserError, match="no such file"):
-        read_neurons(tmp_path / "other.csv", sites(), "positive")
+        choose_neurons(tmp_path / "other.csv", sites(), "positive")
 
 
 def test_mean_contributions_count_absence_as_zero(tmp_path: Path) -> None:
@@ -501,7 +503,11 @@ def test_other_weights_of_the_same_architecture_are_allowed_with_a_warning(
     manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = save_tiny(tmp_path / "trained", seed=1)
-    main(config(manifest, tmp_path / "run", model=str(other), factors=(0.0,), controls=1, matching=("layer",)))
+    mine = tmp_path / "mine.csv"
+    mine.write_text("layer,index,weight\n0,8,1\n1,9,1\n")
+    changes: dict[str, Any] = {"factors": (0.0,), "controls": 1, "matching": ("layer",), "table": mine}
+    main(config(manifest, tmp_path / "run", model=str(other), **changes))
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["neurons"]["located"] == [8, 64 + 9]
     assert "its weights differ from those the neurons were located in" in caplog.text
     assert "5 of 5 questions are among those the neurons were located on" in caplog.text
     assert {row["group"] for row in table(tmp_path / "run")} == {"located", "layer", "strongest"}
