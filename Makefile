@@ -17,7 +17,7 @@ LIMIT ?= --limit 70 20 20
 EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry $(LIMIT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo control test lint bench figures notebooks clean
+.PHONY: help setup demo control report intervene test lint bench figures notebooks clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
@@ -50,6 +50,14 @@ control: setup ## the dev runs that chose the control's temperature; results in 
 		$(RUN) distill.evaluate --model smollm2-135m --questions world-facts:dev --temperature $$t \
 			--out runs/control/t$$t --resume; \
 	done
+
+report: setup ## what the demo's signals are worth: one page in runs/demo/manifest/report
+	$(RUN) neurosig.report --run $(DEMO)/manifest
+
+intervene: setup ## scale the demo's located neurons and their controls (half an hour); results in runs/demo/intervene
+	$(RUN) neurosig.intervene --manifest $(DEMO)/manifest --questions world-facts --limit 40 --num-generations 4 \
+		--controls 2 --out $(DEMO)/intervene --resume
+	$(RUN) figures dose_response --results $(DEMO)
 
 test: setup ## all tests
 	$(RUN) pytest

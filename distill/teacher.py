@@ -69,12 +69,12 @@ class Teacher:
         """The trained weights as they act: merged with the adapter, or the trained parameters themselves."""
         if self._adapter is None:
             return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora import Linear
 
         return {
             f"{name}.base_layer.weight": module.base_layer.weight + module.get_delta_weight("default")
             for name, module in self._model.named_modules()
-            if isinstance(module, LoraLayer)
+            if isinstance(module, Linear)
         }
 
     @contextlib.contextmanager

@@ -176,7 +176,7 @@ def k_medoids(distances: Float[np.ndarray, "n n"], k: int, *, restarts: int, see
     inertia, medoids = min(runs, key=lambda run: run[0])
     labels = distances[medoids].argmin(axis=0)
     labels[medoids] = np.arange(k)  # also where two medoids are the same set
-    lowest = [int(np.argmax(labels == cluster)) for cluster in range(k)]
+    lowest = np.array([np.argmax(labels == cluster) for cluster in range(k)])
     order = np.lexsort((lowest, -np.bincount(labels)))
     return Medoids(np.argsort(order)[labels], medoids[order], inertia)
 
