@@ -72,7 +72,7 @@ class Teacher:
         from peft.tuners.lora import Linear
 
         return {
-            f"{name}.base_layer.weight": module.base_layer.weight + module.get_delta_weight("default")
+            f"{name}.base_layer.weight": module.base_layer.get_parameter("weight") + module.get_delta_weight("default")
             for name, module in self._model.named_modules()
             if isinstance(module, Linear)
         }
