@@ -27,8 +27,8 @@ FIGURES = (
 class FiguresConfig(CommonConfig):
     """Draw figures from a results folder, as PDF and PNG with the plotted numbers as CSV."""
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = FIGURES
-    """Figures to draw; all by default."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Figures to draw; by default all whose results are there."""
     results: Path = Path("runs/demo")
     """Folder of evaluations and report, as make demo writes it."""
     out: Path | None = None
@@ -41,8 +41,13 @@ def main(config: FiguresConfig) -> None:
     if unknown:
         raise UserError(f"figure {unknown[0]}: no such figure; have {', '.join(FIGURES)}")
     out = config.results / "figures" if config.out is None else config.out
-    for name in config.names:
-        for path in importlib.import_module(f"figures.{name}").draw(config.results, out):
+    for name in config.names or FIGURES:
+        figure = importlib.import_module(f"figures.{name}")
+        lacking = None if config.names else figure.NEEDS
+        if lacking is not None and not (config.results / lacking).is_file():
+            logger.info("%s: left out, there is no %s", name, config.results / lacking)
+            continue
+        for path in figure.draw(config.results, out):
             logger.info("%s", path)
 
 

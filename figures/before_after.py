@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "before_after"
+NEEDS = Path("report/comparison.json")
 METRICS = {"avg_at_k": "Avg@{k}", "maj_at_k": "maj@{k}", "ece": "ECE"}
 
 
@@ -32,7 +33,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     use_style()
     import matplotlib.pyplot as plt
 
-    report = results / "report" / "comparison.json"
+    report = results / NEEDS
     if not report.is_file():
         raise UserError(f"{report}: no such file; run `python -m distill.report --out {report.parent}` first")
     record = json.loads(report.read_text())

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "dose_response"
+NEEDS = Path("intervene/results.json")
 GROUPS = {
     "located": ("located by the probe", "#0072B2", "D", "-"),
     "activity": ("random, same layers and contribution", "#E69F00", "s", "--"),
@@ -45,8 +46,8 @@ def draw(results: Path, out: Path) -> list[Path]:
     use_style()
     import matplotlib.pyplot as plt
 
-    folder = results / "intervene"
-    if not (folder / "results.json").is_file():
+    folder = (results / NEEDS).parent
+    if not (results / NEEDS).is_file():
         raise UserError(f"{folder}: no finished run; run `python -m neurosig.intervene --out {folder}` first")
     record = json.loads((folder / "results.json").read_text())
     table = _plotted(pd.read_csv(folder / "results.csv"))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "organism"
+NEEDS = None
 COMMITTED = Path(__file__).parent / "data" / f"{NAME}.csv"
 NEURON = {"neurons", "probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count", "nearest neurons"}
 """Rows that read neurons; drawn in the colour of the method."""
