@@ -16,7 +16,7 @@ from neurosig.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FIGURES = ("before_after",)
+FIGURES = ("before_after", "planted_neurons")
 
 
 @dataclass(kw_only=True)
