@@ -111,6 +111,22 @@ def load_newest(
     return 0
 
 
+def load_before(folder: Path, limit: int, parameters: Mapping[str, Tensor]) -> int | None:
+    """Put the weights of the newest checkpoint up to step ``limit`` in place, or of the oldest one kept.
+
+    Returns its step, ``None`` without any checkpoint.
+    """
+    kept = _existing(folder)
+    if not kept:
+        return None
+    chosen = [path for path in kept if int(path.name.removeprefix("step-")) <= limit] or kept[:1]
+    weights = load_file(chosen[-1] / WEIGHTS)
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(weights[name])
+    return int(chosen[-1].name.removeprefix("step-"))
+
+
 def _read_state(candidate: Path) -> tuple[int, dict[str, Any]]:
     """Step and key of a checkpoint whose files are as they were written."""
     state = json.loads((candidate / STATE).read_bytes())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distill.collapse import distinct_3
 from distill.hidden import completion_hidden
 from distill.losses import chunked_divergence
 
@@ -108,6 +109,7 @@ def learn(
         "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"],
         "grad_norm": norm,
         "mean_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
+        "distinct_3": distinct_3([rollout.token_ids for rollout in rollouts]),
         "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
         "rollouts_in_loss": float(len(kept)),
         "tokens_in_loss": float(total),

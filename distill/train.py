@@ -21,7 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from neurosig.cli import CommonConfig, PhaseTimer, config_record, progress, run_command
 from neurosig.errors import UserError
@@ -117,6 +117,11 @@ class TrainConfig(CommonConfig):
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    stop_on_collapse: bool = True
+    """Stop when lengths change by half, or entropy or distinct trigrams fall below half, and go back to the last
+    checkpoint before."""
+    collapse_window: int = 10
+    """Steps whose mean is compared with that of the first steps."""
     dtype: str = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: str | None = None
@@ -160,7 +165,8 @@ def main(config: TrainConfig) -> None:
 def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     import torch
 
-    from distill.checkpoints import load_newest, save_checkpoint
+    from distill.checkpoints import load_before, load_newest, save_checkpoint
+    from distill.collapse import collapse
     from distill.step import learn
     from distill.tasks import check_model, manifest_tasks, questions_of_step
     from distill.teacher import Teacher
@@ -187,7 +193,8 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
     key = _resume_key(config, manifest, sampling)
     done = load_newest(config.out / "checkpoints", parameters, optimizer, key, averages=teacher.average)
-    log = _reopen_metrics(config.out / METRICS, done)
+    log, history = _reopen_metrics(config.out / METRICS, done)
+    stopped: dict[str, Any] | None = None
 
     with log, progress(total=config.steps, desc="train", quiet=config.quiet) as bar:
         bar.update(done)
@@ -215,6 +222,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                 )  # fmt: skip
             log.write(json.dumps(metrics) + "\n")
             log.flush()
+            history.append(metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", gap=f"{metrics['entropy_gap']:.3f}")
             bar.update()
             if step % config.save_steps == 0 or step == config.steps:
@@ -228,7 +236,18 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                         averages=teacher.average,
                         keep=config.keep_checkpoints,
                     )
-    _write_final(config, manifest, loaded, model, adapter)
+            reason = collapse(history, config.collapse_window) if config.stop_on_collapse else None
+            if reason is not None:
+                kept = load_before(config.out / "checkpoints", step - config.collapse_window, parameters)
+                if kept is None:
+                    raise UserError(
+                        f"step {step}: training collapsed ({reason}) before the first checkpoint; lower "
+                        "--learning-rate or --save-steps, or give --no-stop-on-collapse"
+                    )
+                stopped = {"step": step, "reason": reason, "weights_of_step": kept}
+                logger.warning("step %d: stopped, %s; the weights are those of step %d", step, reason, kept)
+                break
+    _write_final(config, manifest, loaded, model, adapter, stopped)
 
 
 def _check(config: TrainConfig) -> None:
@@ -243,6 +262,7 @@ def _check(config: TrainConfig) -> None:
         ("skip_first", 0),
         ("save_steps", 1),
         ("keep_checkpoints", 1),
+        ("collapse_window", 1),
     ):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
@@ -327,19 +347,24 @@ def _resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfi
     }
 
 
-def _reopen_metrics(path: Path, done: int) -> Any:
-    """The metrics file cut back to ``done`` steps, open for appending."""
+def _reopen_metrics(path: Path, done: int) -> tuple[TextIO, list[dict[str, float]]]:
+    """The metrics file cut back to ``done`` steps, open for appending, and what it holds."""
     from neurosig.fsio import write_atomic
 
     lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
     if len(lines) < done:
         raise UserError(f"{path}: {len(lines)} lines, but the checkpoint has done {done} steps; use --overwrite")
     write_atomic(path, "".join(lines))
-    return path.open("a", encoding="utf-8")
+    return path.open("a", encoding="utf-8"), [json.loads(line) for line in lines]
 
 
 def _write_final(
-    config: TrainConfig, manifest: Manifest, loaded: LoadedModel, model: Any, adapter: PeftModel | None
+    config: TrainConfig,
+    manifest: Manifest,
+    loaded: LoadedModel,
+    model: Any,
+    adapter: PeftModel | None,
+    stopped: dict[str, Any] | None,
 ) -> None:
     """The adapter (or model) and then the run record, whose presence means that the run is complete."""
     from neurosig.fsio import sha256_file, write_atomic
@@ -363,12 +388,13 @@ def _write_final(
         "weights": {file.name: sha256_file(file) for file in sorted(target.glob("*.safetensors"))},
         "first": metrics[0],
         "last": metrics[-1],
+        "stopped": stopped,
         "run": run_record(),
     }
     write_atomic(config.out / RECORD, json.dumps(record, indent=1) + "\n")
     logger.info(
         "%s: %d steps on %d questions, entropy gap %.3f -> %.3f nats",
-        target, config.steps, len(manifest.selected), metrics[0]["entropy_gap"], metrics[-1]["entropy_gap"],
+        target, len(metrics), len(manifest.selected), metrics[0]["entropy_gap"], metrics[-1]["entropy_gap"],
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ FIGURES = (
     "before_after",
     "dose_response",
     "organism",
+    "planted_neurons",
 )
 
 

@@ -184,7 +184,9 @@ def _usearch_neighbours(
     for start in range(0, left.shape[0], block):
         rows = left[start : start + block]
         bits = np.packbits(rows.toarray() > 0, axis=1)
-        matches: Any = index.search(np.vstack([bits, bits[:1]]), candidates)  # a single query is answered in another form
+        matches: Any = index.search(
+            np.vstack([bits, bits[:1]]), candidates
+        )  # a single query is answered in another form
         missed = np.arange(candidates) >= matches.counts[:-1, None]
         keys = np.sort(np.where(missed, n, matches.keys[:-1]).astype(np.int64), axis=1)
         similarity = _paired_jaccard(rows, right, keys % n).masked_fill_(torch.from_numpy(keys == n), -torch.inf)
