@@ -19,7 +19,7 @@ def distinct_3(completions: Sequence[Sequence[int]]) -> float:
     return sum(len(set(own)) for own in trigrams) / total if total else 1.0
 
 
-def collapse(metrics: Sequence[Mapping[str, float]], window: int) -> str | None:
+def collapse(metrics: Sequence[Mapping[str, float | int]], window: int) -> str | None:
     """Why the last ``window`` steps count as collapsed against the first; ``None`` when they do not.
 
     Steps differ in their questions, so means over windows are compared, and nothing is said before two windows of

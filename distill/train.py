@@ -347,7 +347,7 @@ def _resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfi
     }
 
 
-def _reopen_metrics(path: Path, done: int) -> tuple[TextIO, list[dict[str, float]]]:
+def _reopen_metrics(path: Path, done: int) -> tuple[TextIO, list[dict[str, float | int]]]:
     """The metrics file cut back to ``done`` steps, open for appending, and what it holds."""
     from neurosig.fsio import write_atomic
 
