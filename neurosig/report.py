@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from neurosig.analysis import AnalysisConfig
     from neurosig.manifest import Manifest
     from neurosig.report_data import Bin, Layer, Level
+    from neurosig.report_probe import Located
     from neurosig.signal_table import SignalRow
 
 logger = logging.getLogger(__name__)
 
 PAGE, SIGNALS_CSV, NEURONS_CSV, LAYERS_CSV = "report.html", "signals.csv", "neurons.csv", "layers.csv"
+PATH_CSV, PROBE = "path.csv", "probe.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -39,7 +41,7 @@ class ReportConfig(CommonConfig):
     run: Path
     """Manifest folder, as neurosig.export writes it."""
     out: Path | None = None
-    """Folder of report.html and the CSV files; default: RUN/report."""
+    """Folder of report.html, the CSV files and probe.safetensors; default: RUN/report."""
     questions: tuple[str, ...] = ()
     """Question files with gold answers; default: those the manifest names."""
     resamples: int = 2000
@@ -51,16 +53,18 @@ class ReportConfig(CommonConfig):
     examples: int = 5
     """Clean and suspect questions shown, each."""
     neurons: int = 30
-    """Probe neurons listed on the page."""
+    """Located neurons listed on the page."""
 
 
 def main(config: ReportConfig) -> None:
     """Write the report described by ``config``."""
     from neurosig.analysis import AnalysisConfig
     from neurosig.fsio import write_atomic
+    from neurosig.locate import write_neurons
     from neurosig.manifest import HEADER, read_manifest
     from neurosig.report_data import join_gold, layer_profile, question_level, read_neurons, read_traced, rollout_level
     from neurosig.report_html import render
+    from neurosig.report_probe import Located, locate
     from neurosig.signal_table import analyse
 
     analysis = AnalysisConfig(config.seed, config.resamples, config.folds)
@@ -81,12 +85,17 @@ def main(config: ReportConfig) -> None:
                 for name, level in levels.items()
             }
             layers = layer_profile(manifest, traced, neurons)
+        with timer.phase("locate"):
+            located = locate(manifest, traced, seed=config.seed, quiet=config.quiet)
         with timer.phase("write"):
-            page = _page(config, manifest, levels, tables, lacking, layers, neurons, gold, analysis)
+            page = _page(config, manifest, levels, tables, lacking, layers, located, gold, analysis)
             out = config.run / "report" if config.out is None else config.out
             out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / SIGNALS_CSV, _signals_csv(levels, tables))
-            write_atomic(out / NEURONS_CSV, (config.run / "neurons.csv").read_bytes())
+            if isinstance(located, Located):
+                write_neurons(out / NEURONS_CSV, located.probe.neurons)
+                write_atomic(out / PATH_CSV, located.probe.path.to_csv(index=False))
+                located.probe.save(out / PROBE)
             write_atomic(out / LAYERS_CSV, _csv([asdict(layer) for layer in layers]))
             write_atomic(out / PAGE, render(page))
     for sentence in page["findings"]:
@@ -101,7 +110,7 @@ def _page(
     tables: Mapping[str, Sequence[SignalRow]],
     lacking: str | None,
     layers: Sequence[Layer],
-    neurons: Sequence[Mapping[str, float]],
+    located: Located | str,
     gold: Mapping[str, Any],
     analysis: AnalysisConfig,
 ) -> dict[str, Any]:
@@ -130,8 +139,8 @@ def _page(
         "calibration": _calibration(bins, int(options["num_generations"]), config.seed),
         "without_gold": f"No gold answers: {lacking}.",
         "charts": layer_charts(layers),
-        "neurons": neurons,
-        "top_neurons": neurons[: config.neurons],
+        "located": located,
+        "top_neurons": [] if isinstance(located, str) else located.table[: config.neurons],
         "clean": clean,
         "suspect": suspect,
         "policy": f"{options['context_policy']}".replace("_", " "),

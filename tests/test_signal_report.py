@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from flow import export_config, file_bytes, make_manifest, save_tiny
 from safetensors.numpy import load_file
@@ -17,7 +18,10 @@ from sklearn.metrics import roc_auc_score
 from neurosig.cli import run_command
 from neurosig.errors import UserError
 from neurosig.export import main as export
+from neurosig.locate import FittedProbe
+from neurosig.locate import read_neurons as locate_neurons
 from neurosig.manifest import read_manifest
+from neurosig.probing import contribution_matrix
 from neurosig.report import ReportConfig, main
 from neurosig.report_data import join_gold, layer_profile, read_neurons, read_traced, rollout_level
 from neurosig.report_html import visible
@@ -120,7 +124,8 @@ def test_the_report_says_what_the_signals_are_worth(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = report(world, tmp_path / "report")
-    assert sorted(path.name for path in out.iterdir()) == ["layers.csv", "neurons.csv", "report.html", "signals.csv"]
+    written = ["layers.csv", "neurons.csv", "path.csv", "probe.safetensors", "report.html", "signals.csv"]
+    assert sorted(path.name for path in out.iterdir()) == written
     rows, manifest = table(out), read_manifest(world)
     gold = {f"q{index:02d}": f"gold{index}" for index in range(N)}
 
@@ -225,7 +230,8 @@ def test_one_class_is_said_and_does_no_harm(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "own.jsonl", records)
     text = Page((report(run, tmp_path / "right", questions=(str(path),)) / "report.html").read_text()).text
     assert f"{len(records)} questions, {len(records)} majorities right. All majorities are right" in text
-    assert "The probe found no neurons: too few questions agree or split." in text
+    assert "Single neurons cannot be located: of 8 questions, the rollouts of" in text
+    assert not (tmp_path / "right" / "neurons.csv").exists()
 
 
 def test_the_layer_profile_by_hand(world: Path) -> None:
@@ -266,14 +272,31 @@ def test_a_wrong_folder_is_one_sentence(
     assert expected[place] in error
 
 
-def test_the_report_needs_neither_torch_nor_nnsight(world: Path, tmp_path: Path) -> None:
+def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, tmp_path: Path) -> None:
+    """The page's sentence, the CSV and the saved probe agree, and the probe scores the run's own rollouts as fitted."""
+    out = report(world, tmp_path / "report")
+    probe, neurons = FittedProbe.load(out / "probe.safetensors"), locate_neurons(out / "neurons.csv")
+    pd.testing.assert_frame_equal(neurons, probe.neurons, check_exact=True)
+    traced = read_traced(read_manifest(world))
+    scores = probe.score(contribution_matrix(traced.ids, traced.values, traced.n_layers * traced.d_mlp))
+    assert scores.shape == traced.probe.shape and np.corrcoef(scores, traced.probe)[0, 1] > 0.5
+    text = Page((out / "report.html").read_text()).text
+    assert f"Cross-validation by question keeps {len(probe.columns)} neurons" in text
+    assert f"AUROC {probe.auroc:.3f} where they did not see it" in text
+    assert f"at most {probe.stability.expected_false:.2f} false ones are expected" in text
+    share = {row.id: row.vote.count / row.vote.n for row in read_manifest(world).rows}  # type: ignore[union-attr]
+    known, guessed = (sum(test(value) for value in share.values()) for test in (lambda v: v >= 0.75, lambda v: v < 0.5))
+    assert f"{known} questions whose rollouts agree, {guessed} whose rollouts split" in text
+
+
+def test_the_report_needs_neither_transformers_nor_nnsight(world: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
 from neurosig.report import ReportConfig, main
 early = [name for name in ("numpy", "jinja2", "sklearn") if name in sys.modules]
 main(ReportConfig(run=Path({str(world)!r}), out=Path({str(tmp_path)!r}), resamples=100, quiet=True))
-print(early, [name for name in ("torch", "transformers", "nnsight", "matplotlib") if name in sys.modules])
+print(early, [name for name in ("transformers", "nnsight", "matplotlib") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[] []"
