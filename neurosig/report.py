@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from neurosig.analysis import AnalysisConfig
     from neurosig.manifest import Manifest
     from neurosig.report_data import Bin, Layer, Level
+    from neurosig.report_patterns import Patterns
     from neurosig.report_probe import Located
     from neurosig.signal_table import SignalRow
 
@@ -64,6 +65,7 @@ def main(config: ReportConfig) -> None:
     from neurosig.manifest import HEADER, read_manifest
     from neurosig.report_data import join_gold, layer_profile, question_level, read_neurons, read_traced, rollout_level
     from neurosig.report_html import render
+    from neurosig.report_patterns import patterns
     from neurosig.report_probe import Located, locate
     from neurosig.signal_table import analyse
 
@@ -87,8 +89,10 @@ def main(config: ReportConfig) -> None:
             layers = layer_profile(manifest, traced, neurons)
         with timer.phase("locate"):
             located = locate(manifest, traced, seed=config.seed, quiet=config.quiet)
+        with timer.phase("cluster"):
+            clustered = patterns(manifest, traced, seed=config.seed)
         with timer.phase("write"):
-            page = _page(config, manifest, levels, tables, lacking, layers, located, gold, analysis)
+            page = _page(config, manifest, levels, tables, lacking, layers, located, clustered, gold, analysis)
             out = config.run / "report" if config.out is None else config.out
             out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / SIGNALS_CSV, _signals_csv(levels, tables))
@@ -111,6 +115,7 @@ def _page(
     lacking: str | None,
     layers: Sequence[Layer],
     located: Located | str,
+    clustered: Patterns | str,
     gold: Mapping[str, Any],
     analysis: AnalysisConfig,
 ) -> dict[str, Any]:
@@ -140,6 +145,7 @@ def _page(
         "without_gold": f"No gold answers: {lacking}.",
         "charts": layer_charts(layers),
         "located": located,
+        "patterns": clustered,
         "top_neurons": [] if isinstance(located, str) else located.table[: config.neurons],
         "clean": clean,
         "suspect": suspect,

@@ -79,10 +79,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """What the report reads of ``signals.safetensors``: active sets and probe scores in the order of the rollouts."""
+    """What the report reads of ``signals.safetensors``, in the order of the rollouts; see `neurosig.signals`."""
 
     ids: Int[np.ndarray, "n size"]
     values: Float[np.ndarray, "n size"]
+    hidden: Float[np.ndarray, "n d_model"]
     probe: Float[np.ndarray, " n"]
     n_layers: int
     d_mlp: int
@@ -178,6 +179,7 @@ def read_traced(manifest: Manifest) -> Traced:
             traced = Traced(
                 stored.get_tensor("ids"),
                 stored.get_tensor("values").astype(np.float32),
+                stored.get_tensor("hidden").astype(np.float32),
                 stored.get_tensor("probe"),
                 sites["n_layers"],
                 sites["d_mlp"],

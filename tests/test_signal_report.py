@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from flow import export_config, file_bytes, make_manifest, save_tiny
 from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 
 from neurosig.cli import run_command
+from neurosig.clusters import ClusterConfig, pattern_clusters
 from neurosig.errors import UserError
 from neurosig.export import main as export
 from neurosig.locate import FittedProbe
@@ -25,6 +27,7 @@ from neurosig.probing import contribution_matrix
 from neurosig.report import ReportConfig, main
 from neurosig.report_data import join_gold, layer_profile, read_neurons, read_traced, rollout_level
 from neurosig.report_html import visible
+from neurosig.report_patterns import patterns
 
 ROOT = Path(__file__).parent.parent
 N, K = 40, 4
@@ -287,6 +290,31 @@ def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, tmp_path:
     share = {row.id: row.vote.count / row.vote.n for row in read_manifest(world).rows}  # type: ignore[union-attr]
     known, guessed = (sum(test(value) for value in share.values()) for test in (lambda v: v >= 0.75, lambda v: v < 0.5))
     assert f"{known} questions whose rollouts agree, {guessed} whose rollouts split" in text
+
+
+def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(world)
+    traced = read_traced(manifest)
+    found = patterns(manifest, traced, seed=0)
+    assert not isinstance(found, str)
+    answered = [row for row in manifest.rows if row.pseudo_label is not None]
+    assert found.n == len(answered) == sum(cluster.size for cluster in found.clusters)
+    keys = list(manifest.rollouts)
+    chosen = []
+    for row in answered:
+        scores = {
+            index: traced.probe[keys.index((row.id, index))]
+            for index, answer in enumerate(row.answers)
+            if answer == row.pseudo_label
+        }
+        chosen.append(keys.index((row.id, min(scores, key=lambda index: (scores[index], index)))))
+    sets = torch.from_numpy(traced.ids[chosen])
+    expected = pattern_clusters(sets, traced.d_mlp, ClusterConfig(seed=0))
+    assert np.array_equal(found.found.clustering.labels, expected.clustering.labels)
+    assert {row["clustering"] for row in found.comparison} == {"neurons", "hidden states", "tokens"}
+    text = Page((report(world, tmp_path / "report") / "report.html").read_text()).text
+    assert found.sentence in text
+    assert found.clusters[0].typical[0] in {row.question for row in answered}
 
 
 def test_the_report_needs_neither_transformers_nor_nnsight(world: Path, tmp_path: Path) -> None:
