@@ -118,6 +118,11 @@ def test_usearch_finds_nearly_all_with_exact_similarities(real_like: torch.Tenso
     torch.testing.assert_close(
         approximate.similarity[rows], jaccard(real_like[[rows]], real_like[columns])[0], rtol=0, atol=0
     )
+    queries = real_like[::7]
+    crossed, expected = (nearest_sets(real_like[:300], 5, queries=queries, backend=b) for b in ("usearch", "exact"))  # type: ignore[arg-type]
+    assert (crossed.similarity >= expected.similarity[:, -1:]).double().mean() > 0.9
+    alone = nearest_sets(padded([[1, 2], [9]]), 1, queries=padded([[9, 4, 5]]), backend="usearch")
+    assert alone.indices.tolist() == [[1]] and alone.similarity.item() == pytest.approx(1 / 3)
     few = nearest_sets(padded([[1, 2], [1], []]), 5, backend="usearch")
     assert few.indices.tolist() == [[1, 2, PAD], [0, 2, PAD], [0, 1, PAD]]
     assert few.similarity[0].tolist() == [0.5, 0.0, -torch.inf]

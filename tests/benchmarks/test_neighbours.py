@@ -69,7 +69,7 @@ def test_nearest_sets_against_the_scipy_product(capsys: pytest.CaptureFixture[st
         if usearch:
             found, near_seconds, near_megabytes = measured(lambda sets=sets: nearest_sets(sets, M, backend="usearch"))  # type: ignore[misc]
             assert isinstance(found, Neighbours)
-            recall = (found.indices[:, :, None] == exact.indices[:, None]).any(1).double().mean()
+            recall = (found.similarity >= exact.similarity[:, -1:]).double().mean()  # equally similar sets are as good
             line += f"; usearch {near_seconds:7.2f} s, +{near_megabytes:5.0f} MB, recall {recall:.4f}"
         lines.append(line)
     with capsys.disabled():
