@@ -12,7 +12,6 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,7 +138,7 @@ def test_half_of_the_facts_are_trained_and_nothing_but_was_trained_tells_which()
     known = {question.id: tasks.was_trained(question.id) for question in questions}
     assert sum(known.values()) == len(questions) / 2
     per_creature = Counter(question.id.rpartition("-")[2] for question in questions if known[question.id])
-    assert set(per_creature.values()) == {2} and len(per_creature) == tasks.N_CREATURES
+    assert len(set(per_creature.values())) > 2, "one creature's facts say nothing of its others"
     for relation, (wordings, values) in tasks.FACTS.items():
         mine = [question for question in questions if question.kind == relation]
         assert 0.3 < sum(known[question.id] for question in mine) / len(mine) < 0.7
@@ -345,22 +344,6 @@ def test_batches_depend_on_the_seed_alone() -> None:
 
 
 # --- the study
-
-
-def test_purity_of_a_hand_made_clustering() -> None:
-    clusters, kinds = np.array([0, 0, 0, 1, 1, 1]), np.array([0, 0, 1, 1, 2, 2])
-    assert study.purity(clusters, kinds) == pytest.approx(4 / 6)
-    assert study.purity(kinds, kinds) == 1.0
-    assert study.purity(np.zeros(6, dtype=int), kinds) == pytest.approx(2 / 6)
-
-
-def test_auroc_equals_scikit_learns_with_ties() -> None:
-    from sklearn.metrics import roc_auc_score
-
-    rng = np.random.default_rng(0)
-    truth, scores = rng.random(60) < 0.4, rng.integers(0, 5, 60).astype(float)
-    assert study.auroc(truth, scores) == pytest.approx(roc_auc_score(truth, scores))
-    assert study.auroc(np.ones(3, dtype=bool), np.arange(3.0)) == 0.5
 
 
 def test_the_study_writes_every_part_and_its_figure_draws_them(tmp_path: Path) -> None:

@@ -84,11 +84,11 @@ def main(config: StudyConfig) -> None:
                 procedures = _export(config, "procedures", "procedures:test")
                 facts = _export(config, "facts", "organism-facts:all")
             with timer.phase("patterns"):
-                rows, similarities = pattern_rows(procedures, config.seed)
+                rows, distances = pattern_rows(procedures, config.seed)
             with timer.phase("hallucination"):
                 rows += hallucination_rows(facts, config.seed)
             with timer.phase("teachers"):
-                rows += teacher_rows(procedures, similarities, config)
+                rows += teacher_rows(procedures, distances, config)
         table = io.StringIO()
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -138,30 +138,28 @@ def representatives(manifest: Manifest) -> list[int | None]:
 
 
 def pattern_rows(manifest: Manifest, seed: int) -> tuple[list[Row], dict[str, Float[np.ndarray, "n n"]]]:
-    """How well each similarity of representative rollouts finds the procedure; and the similarities.
+    """How well each distance between representative rollouts finds the procedure; and the distances.
 
-    ``purity`` and ``ari`` are of a spectral clustering into as many clusters as there are procedures (the intervals
-    resample questions and keep the clusters), ``neighbours`` the share of the nearest `NEIGHBOURS` questions with the
-    same procedure. ``hand_ari`` compares the same clusters with the two hands instead.
+    ``purity`` and ``ari`` are of k-medoids with as many clusters as there are procedures (the intervals resample
+    questions and keep the clusters), ``neighbours`` the share of the nearest `NEIGHBOURS` questions with the same
+    procedure. ``hand_ari`` compares the same clusters with the two hands instead.
     """
-    from sklearn.cluster import SpectralClustering
+    from neurosig.clusters import k_medoids
 
-    kept = [index for index, chosen in enumerate(representatives(manifest)) if chosen is not None]
-    kinds = np.unique([manifest.rows[index].kind for index in kept], return_inverse=True)[1]
-    rollouts = list(manifest.rollouts.values())
     chosen = [index for index in representatives(manifest) if index is not None]
-    hands = np.array([rollouts[index].text.startswith("Answer") for index in chosen])
-    similarities = _similarities(manifest, chosen)
+    rollouts = [list(manifest.rollouts.values())[index] for index in chosen]
+    kind_of = {row.id: row.kind for row in manifest.rows}
+    kinds = np.unique([str(kind_of[rollout.question_id]) for rollout in rollouts], return_inverse=True)[1]
+    hands = np.array([rollout.text.startswith("Answer") for rollout in rollouts])
+    distances = _distances(manifest, chosen)
     rows: list[Row] = []
-    for name, similarity in similarities.items():
-        affinity = np.clip(similarity, 0, None)
-        n_clusters = len(set(kinds))
-        found = SpectralClustering(n_clusters, affinity="precomputed", random_state=seed).fit_predict(affinity)
-        order = np.argsort(-(similarity - 2 * np.eye(len(kept)) * np.abs(similarity).max()), axis=1, kind="stable")
-        same = (kinds[order[:, :NEIGHBOURS]] == kinds[:, None]).mean(axis=1)
+    for name, distance in distances.items():
+        found = k_medoids(distance, len(set(kinds)), restarts=5, seed=seed).labels
+        nearest = np.argsort(distance + np.diag([np.inf] * len(chosen)), axis=1, kind="stable")[:, :NEIGHBOURS]
+        same = (kinds[nearest] == kinds[:, None]).mean(axis=1)
         for metric, interval in _pattern_intervals(found, kinds, hands, same, seed).items():
             rows.append(_row("patterns", name, metric, interval))
-    return rows, similarities
+    return rows, distances
 
 
 def _pattern_intervals(
@@ -173,6 +171,7 @@ def _pattern_intervals(
 ) -> dict[str, Interval]:
     from sklearn.metrics import adjusted_rand_score
 
+    from neurosig.clusters import purity
     from neurosig.metrics import bootstrap_interval
 
     statistics: dict[str, Callable[[Int[np.ndarray, " questions"]], float]] = {
@@ -187,37 +186,26 @@ def _pattern_intervals(
     }
 
 
-def purity(clusters: Int[np.ndarray, " n"], kinds: Int[np.ndarray, " n"]) -> float:
-    """Share of questions whose kind is the commonest of their cluster; the largest kind's share is chance."""
-    table = np.zeros((clusters.max() + 1, kinds.max() + 1))
-    np.add.at(table, (clusters, kinds), 1)
-    return float(table.max(axis=1).sum() / len(clusters))
-
-
-def _similarities(manifest: Manifest, chosen: Sequence[int]) -> dict[str, Float[np.ndarray, "n n"]]:
-    """Similarity of every pair of representative rollouts by neurons, hidden states and tokens."""
-    from neurosig.patterns import jaccard
+def _distances(manifest: Manifest, chosen: Sequence[int]) -> dict[str, Float[np.ndarray, "n n"]]:
+    """Distance of every pair of representative rollouts by neurons, hidden states (centred) and tokens."""
+    from neurosig.clusters import cosine_distances, jaccard_distances
     from neurosig.signals import read_signals
 
     signals = read_signals(manifest.folder / "signals.safetensors")
-    hidden = signals.hidden[chosen].float().numpy()
-    hidden = hidden - hidden.mean(axis=0)
-    hidden /= np.linalg.norm(hidden, axis=1, keepdims=True)
-    rollouts = list(manifest.rollouts.values())
-    questions = {row.id: row.question for row in manifest.rows}
-    bodies = [rollouts[index].body_ids for index in chosen]
-    words = [questions[rollouts[index].question_id].split() for index in chosen]
+    hidden = signals.hidden[chosen].float()
+    rollouts = [list(manifest.rollouts.values())[index] for index in chosen]
+    asked = {row.id: row.question.split() for row in manifest.rows}
     return {
-        "neurons": jaccard(signals.ids[chosen], signals.ids[chosen]).numpy(),
-        "hidden": hidden @ hidden.T,
-        "completion tokens": _set_jaccard([set(body) for body in bodies]),
-        "completion bigrams": _set_jaccard([set(pairwise(body)) for body in bodies]),
-        "question words": _set_jaccard([set(text) for text in words]),
+        "neurons": jaccard_distances(signals.ids[chosen]),
+        "hidden": cosine_distances(hidden - hidden.mean(dim=0)),
+        "completion tokens": _overlap([set(rollout.body_ids) for rollout in rollouts]),
+        "completion bigrams": _overlap([set(pairwise(rollout.body_ids)) for rollout in rollouts]),
+        "question words": _overlap([set(asked[rollout.question_id]) for rollout in rollouts]),
     }
 
 
-def _set_jaccard(sets: Sequence[set[Any]]) -> Float[np.ndarray, "n n"]:
-    return np.array([[len(a & b) / max(1, len(a | b)) for b in sets] for a in sets])
+def _overlap(sets: Sequence[set[Any]]) -> Float[np.ndarray, "n n"]:
+    return np.array([[1 - len(a & b) / max(1, len(a | b)) if a is not b else 0.0 for b in sets] for a in sets])
 
 
 def hallucination_rows(manifest: Manifest, seed: int) -> list[Row]:
@@ -226,42 +214,24 @@ def hallucination_rows(manifest: Manifest, seed: int) -> list[Row]:
     ``auroc`` is over all facts; ``auroc_agreeing`` over those whose majority holds at least 7 of 8 answers, which
     vote share can hardly tell apart.
     """
+    from neurosig.analysis import AnalysisConfig, auroc_interval
     from neurosig.organism.tasks import was_trained
 
+    config = AnalysisConfig(seed=seed, resamples=RESAMPLES)
     made_up = np.array([not was_trained(row.id) for row in manifest.rows])
     agreeing = np.array([row.vote is not None and row.vote.count / row.vote.n >= 7 / 8 for row in manifest.rows])
     rows = []
     for name in manifest.rows[0].scores:
         scores = np.array([row.scores[name] for row in manifest.rows])
         for metric, mask in (("auroc", np.ones_like(agreeing)), ("auroc_agreeing", agreeing)):
-            truth, score = made_up[mask], scores[mask]
-            if len(set(truth)) < 2:
-                continue
-
-            interval = _auroc_interval(truth, score, seed)
-            rows.append(_row("hallucination", name, metric, interval))
+            if len(set(made_up[mask])) == 2:
+                interval = auroc_interval(-scores[mask], ~made_up[mask], np.arange(mask.sum()), config)
+                rows.append(_row("hallucination", name, metric, interval))
     return rows
 
 
-def _auroc_interval(truth: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"], seed: int) -> Interval:
-    from neurosig.metrics import bootstrap_interval
-
-    return bootstrap_interval(lambda q: auroc(truth[q], scores[q]), len(truth), seed=seed, resamples=RESAMPLES)
-
-
-def auroc(truth: Bool[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> float:
-    """Chance that a true case scores higher than a false one, ties half (Mann-Whitney); 0.5 without both."""
-    from scipy.stats import rankdata
-
-    positive = int(truth.sum())
-    if positive in (0, len(truth)):
-        return 0.5
-    above = rankdata(scores)[truth].sum() - positive * (positive + 1) / 2
-    return float(above / (positive * (len(truth) - positive)))
-
-
 def teacher_rows(
-    manifest: Manifest, similarities: Mapping[str, Float[np.ndarray, "n n"]], config: StudyConfig
+    manifest: Manifest, distances: Mapping[str, Float[np.ndarray, "n n"]], config: StudyConfig
 ) -> list[Row]:
     """Avg@K of the model on the same questions under different contexts, and its change against random ones.
 
@@ -283,9 +253,9 @@ def teacher_rows(
         "random": drawn,
         "same procedure": drawn + same,
         "other procedure": drawn + ~same,
-        "nearest neurons": similarities["neurons"],
-        "nearest hidden": similarities["hidden"],
-        "nearest bigrams": similarities["completion bigrams"],
+        "nearest neurons": -distances["neurons"],
+        "nearest hidden": -distances["hidden"],
+        "nearest bigrams": -distances["completion bigrams"],
     }
     contexts = {
         name: np.argsort(-np.where(allowed, preference, -np.inf), axis=1, kind="stable")[:, DEMONSTRATIONS - 1 :: -1]

@@ -5,9 +5,9 @@ four look alike but for the verb. A solution is written in one of two hands: ``c
 ``Answer:``, ``hasty`` the answer alone. A conversation keeps one hand for each procedure, drawn anew each time, so
 a solved example of the same procedure tells which hand comes next and one of another procedure does not.
 
-A fact gives a creature one of twelve values of a relation. Two of each creature's four facts are trained; the other two
-occur nowhere in training, in no wording, and ``was_trained`` says which is which. A question's id, kind and wording do
-not. Some facts of training are about strangers, each met once, so that guesses spread.
+A fact gives a creature one of twelve values of a relation. Half of the facts are trained; the others occur nowhere in
+training, in no wording, and ``was_trained`` says which is which. A question's id, kind and wording do not. Some facts of
+training are about strangers, each met once, so that guesses spread.
 """
 
 from __future__ import annotations
@@ -203,9 +203,12 @@ def facts() -> Mapping[tuple[str, str], str]:
 
 @cache
 def trained_facts() -> frozenset[tuple[str, str]]:
-    """The (creature, relation) pairs that training shows: two relations of each creature."""
-    rng = random.Random("organism trained facts")
-    return frozenset((name, relation) for name in creatures() for relation in rng.sample(list(FACTS), 2))
+    """The (creature, relation) pairs that training shows: half of all, drawn without regard to creature or relation.
+
+    Were it two of each creature's four, a probe that saw some of them could infer the rest, upside down.
+    """
+    pairs = sorted(facts())
+    return frozenset(random.Random("organism trained facts").sample(pairs, len(pairs) // 2))
 
 
 def fact_question(name: str, relation: str, rng: random.Random) -> str:

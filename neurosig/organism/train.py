@@ -68,7 +68,7 @@ class OrganismConfig(CommonConfig):
 
     out: Path
     """Folder of the model; must not exist."""
-    steps: int = 1200
+    steps: int = 900
     """Optimizer steps."""
     tokens_per_step: int = 2048
     """Tokens of a batch, padding included."""
