@@ -142,7 +142,8 @@ def pattern_rows(manifest: Manifest, seed: int) -> tuple[list[Row], dict[str, Fl
 
     ``purity`` and ``ari`` are of k-medoids with as many clusters as there are procedures (the intervals resample
     questions and keep the clusters), ``neighbours`` the share of the nearest `NEIGHBOURS` questions with the same
-    procedure. ``hand_ari`` compares the same clusters with the two hands instead.
+    procedure. ``ari_minus_neurons`` is the paired difference to the neurons' clusters, ``hand_ari`` compares with the
+    two hands instead.
     """
     from neurosig.clusters import k_medoids
 
@@ -152,18 +153,22 @@ def pattern_rows(manifest: Manifest, seed: int) -> tuple[list[Row], dict[str, Fl
     kinds = np.unique([str(kind_of[rollout.question_id]) for rollout in rollouts], return_inverse=True)[1]
     hands = np.array([rollout.text.startswith("Answer") for rollout in rollouts])
     distances = _distances(manifest, chosen)
+    clusters = {
+        name: k_medoids(distance, len(set(kinds)), restarts=5, seed=seed).labels for name, distance in distances.items()
+    }
     rows: list[Row] = []
     for name, distance in distances.items():
-        found = k_medoids(distance, len(set(kinds)), restarts=5, seed=seed).labels
         nearest = np.argsort(distance + np.diag([np.inf] * len(chosen)), axis=1, kind="stable")[:, :NEIGHBOURS]
         same = (kinds[nearest] == kinds[:, None]).mean(axis=1)
-        for metric, interval in _pattern_intervals(found, kinds, hands, same, seed).items():
+        intervals = _pattern_intervals(clusters[name], clusters["neurons"], kinds, hands, same, seed)
+        for metric, interval in intervals.items():
             rows.append(_row("patterns", name, metric, interval))
     return rows, distances
 
 
 def _pattern_intervals(
     found: Int[np.ndarray, " n"],
+    by_neurons: Int[np.ndarray, " n"],
     kinds: Int[np.ndarray, " n"],
     hands: Bool[np.ndarray, " n"],
     same: Float[np.ndarray, " n"],
@@ -177,6 +182,9 @@ def _pattern_intervals(
     statistics: dict[str, Callable[[Int[np.ndarray, " questions"]], float]] = {
         "purity": lambda q: purity(found[q], kinds[q]),
         "ari": lambda q: float(adjusted_rand_score(kinds[q], found[q])),
+        "ari_minus_neurons": lambda q: float(
+            adjusted_rand_score(kinds[q], found[q]) - adjusted_rand_score(kinds[q], by_neurons[q])
+        ),
         "hand_ari": lambda q: float(adjusted_rand_score(hands[q], found[q])),
         "neighbours": lambda q: float(same[q].mean()),
     }
@@ -270,6 +278,9 @@ def teacher_rows(
         if name != "random":
             change = paired_mean_interval(right, accuracy["random"], seed=config.seed)
             found.append(_row("teacher", name, "minus_random", change))
+        if name == "nearest neurons":
+            change = paired_mean_interval(right, accuracy["nearest hidden"], seed=config.seed)
+            found.append(_row("teacher", name, "minus_hidden", change))
         if name in contexts:
             share = np.take_along_axis(same, contexts[name], axis=1).mean(axis=1)
             found.append(_row("teacher", name, "same_share", _mean_interval(share, config.seed)))

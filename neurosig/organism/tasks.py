@@ -6,8 +6,8 @@ four look alike but for the verb. A solution is written in one of two hands: ``c
 a solved example of the same procedure tells which hand comes next and one of another procedure does not.
 
 A fact gives a creature one of twelve values of a relation. Half of the facts are trained; the others occur nowhere in
-training, in no wording, and ``was_trained`` says which is which. A question's id, kind and wording do not. Some facts of
-training are about strangers, each met once, so that guesses spread.
+training, in no wording, and ``was_trained`` says which is which. A question's id, kind and wording do not. Some are
+about strangers, each met once, so that guesses spread.
 """
 
 from __future__ import annotations
