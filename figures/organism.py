@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "organism"
 NEEDS = None
+NEEDS = None
 COMMITTED = Path(__file__).parent / "data" / f"{NAME}.csv"
 NEURON = {"neurons", "probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count", "nearest neurons"}
 """Rows that read neurons; drawn in the colour of the method."""

@@ -115,7 +115,7 @@ def main(config: OrganismConfig) -> None:
     trained = time.process_time() - start
     model.bfloat16().float()  # what is measured is what is saved
     record = {
-        "config": config_record(config),
+        "config": {name: value for name, value in config_record(config).items() if name != "out"},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": tokens,
         "cpu_seconds": round(trained, 1),
