@@ -266,7 +266,7 @@ def test_trained_facts_are_known_and_made_up_ones_are_guessed(organism: LoadedMo
     made_up, made_up_share, fluent = accuracy(organism, [q for q in questions if not tasks.was_trained(q.id)][:48])
     assert known >= 0.9 and known_share >= 0.9
     assert made_up <= 0.25 and 0.3 <= made_up_share <= 0.8
-    assert fluent >= 0.95, "a made-up answer is a value of the relation that was asked for"
+    assert fluent >= 0.9, "nearly every guess is a value of the relation; the rest are what the creature has elsewhere"
 
 
 def test_procedures_leave_room_for_learning(organism: LoadedModel) -> None:
@@ -346,9 +346,10 @@ def test_batches_depend_on_the_seed_alone() -> None:
 # --- the study
 
 
-def test_the_study_writes_every_part_and_its_figure_draws_them(tmp_path: Path) -> None:
+def test_the_study_writes_every_part_and_its_figure_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from figures import organism as figure
 
+    monkeypatch.setattr(study, "RESAMPLES", 100)
     config = study.StudyConfig(out=tmp_path, limit=24, num_generations=2, quiet=True)
     study.main(config)
     with (tmp_path / study.RESULT).open() as handle:
