@@ -96,7 +96,6 @@ def answer_tokens(pieces: Sequence[str], answer: str | None) -> list[bool]:
 
 def _words(text: str) -> Iterator[tuple[str, int, int]]:
     """Normalised words of a text with their places."""
-    import re
 
     for match in re.finditer(r"\w+", text):
         for word in normalise(match[0]).split():
