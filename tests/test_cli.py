@@ -124,7 +124,7 @@ def test_help_teaches(module: str) -> None:
 
 
 def test_the_phase_table_shows_shares_and_rates_of_what_ended_well(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="neurosig")
     with PhaseTimer() as timer:
         for _ in range(2):
             with timer.phase("sample"):

@@ -13,7 +13,7 @@ COMMITTED = Path(__file__).parents[1] / "figures" / "data"
 
 
 def test_by_default_what_has_no_results_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="figures")
     main(FiguresConfig(results=tmp_path))
     for name in ("before_after", "dose_response"):
         assert f"{name}: left out, there is no {tmp_path}" in caplog.text
