@@ -1,4 +1,4 @@
-"""Trace N rollouts of 64 tokens through the embedded model into shards; prints the peak resident memory in MB."""
+"""Trace N rollouts of 24 tokens through the embedded model into shards; prints the peak resident memory in MB."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from neurosig.tracing import NeuronTracer
 
 def main(n: int) -> None:
     loaded = load_model("smollm2-135m")
-    ids = torch.randint(1000, 40_000, (n, 64), generator=torch.Generator().manual_seed(0)).tolist()
-    pairs = [(row[:48], row[48:]) for row in ids]
+    ids = torch.randint(1000, 40_000, (n, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [(row[:16], row[16:]) for row in ids]
     with tempfile.TemporaryDirectory() as folder:
         trace_to_shards(NeuronTracer(loaded.model), pairs, Path(folder), str(loaded.info.weights))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -67,11 +67,11 @@ def nnsight_save(model, prompts, completions):  # type: ignore[no-untyped-def]
 @torch.no_grad()
 def transformer_bridge(model, prompts, completions):  # type: ignore[no-untyped-def]
     """TransformerLens: `run_with_cache` of the FFN hooks."""
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from neurosig.lens import LensReader
 
     sites = ffn_sites(model)
     norms = w_out_norms(model, sites)
-    bridge = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    bridge = LensReader(model, sites).bridge  # over a copy of the modules that shares the weights
     names = {f"blocks.{layer}.mlp.out.{hook}" for layer in range(sites.n_layers) for hook in ("hook_in", "hook_out")}
     for ids in batches(prompts, completions):
         _, cache = bridge.run_with_cache(ids, names_filter=lambda name: name in names)
