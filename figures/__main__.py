@@ -21,6 +21,7 @@ FIGURES = (
     "dose_response",
     "organism",
     "planted_neurons",
+    "signal_search",
 )
 
 

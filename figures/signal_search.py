@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NAME = "signal_search"
+NEEDS = None
 COMMITTED = Path(__file__).parent / "data" / f"{NAME}.csv"
 RESAMPLES = 5000
 PENALTY, MIN_ACTIVE_SHARE = 0.1, 0.02
@@ -347,8 +348,6 @@ def draw(results: Path, out: Path) -> list[Path]:
 def _draw_panel(axis: Axes, table: pd.DataFrame, column: str) -> None:
     colours = {"tried": "#0072B2", "control": "#E69F00", "output": "#7f7f7f"}
     names = list(dict.fromkeys(table["variant"]))
-    if column != "auroc":
-        names = [name for name in names if name in set(table.loc[table["role"] != "output", "variant"])]
     axis.axvline(0.5 if column == "auroc" else 0.0, color="black", linewidth=0.8, linestyle="--")
     for offset, domain in enumerate(dict.fromkeys(table["domain"])):
         mine = table[table["domain"] == domain].set_index("variant").loc[names]
@@ -365,7 +364,7 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, column: str) -> None:
         for row in proven.itertuples():
             axis.annotate("*", (getattr(row, f"{column}_high"), names.index(str(row.variant))), va="center")
     axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(set(table["variant"])) - 0.4, -0.6)
+    axis.set_ylim(len(names) - 0.4, -0.6)
 
 
 if __name__ == "__main__":
