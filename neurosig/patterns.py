@@ -136,7 +136,7 @@ def _exact_neighbours(
     hot = torch.from_numpy(right[:, frequent].toarray()).T
     rare = right[:, ~frequent].T.tocsr()
     sizes = torch.from_numpy(right.count_nonzero(axis=1))
-    found = []
+    found = _empty_neighbours(left.shape[0], m)
     for start in range(0, left.shape[0], block):
         rows = left[start : start + block]
         shared = torch.from_numpy(rows[:, frequent].toarray()) @ hot
@@ -145,8 +145,8 @@ def _exact_neighbours(
         similarity = shared.div_(union.clamp_(min=1))
         if left_groups is not None and right_groups is not None:
             similarity[left_groups[start : start + block, None] == right_groups] = -torch.inf
-        found.append(_top(similarity, m))
-    return _joined(found, m)
+        found.indices[start : start + block], found.similarity[start : start + block] = _top(similarity, m)
+    return found
 
 
 def _top(similarity: Float[Tensor, "q n"], m: int) -> tuple[Int[Tensor, "q m"], Float[Tensor, "q m"]]:
@@ -186,7 +186,7 @@ def _usearch_neighbours(
         index.add(np.arange(start, start + len(bits)), bits)
     largest = 0 if right_groups is None else int(right_groups.unique(return_counts=True)[1].max())
     candidates = min(m + largest, n)
-    found = []
+    found = _empty_neighbours(left.shape[0], m)
     for start in range(0, left.shape[0], block):
         rows = left[start : start + block]
         bits = np.packbits(rows[:, shared].toarray() > 0, axis=1)
@@ -197,9 +197,10 @@ def _usearch_neighbours(
         similarity = _paired_jaccard(rows, right, keys % n).masked_fill_(torch.from_numpy(keys == n), -torch.inf)
         if left_groups is not None and right_groups is not None:
             similarity[left_groups[start : start + block, None] == right_groups[keys % n]] = -torch.inf
-        order, values = _top(similarity, m)
-        found.append((torch.from_numpy(keys).gather(1, order.clamp(min=0)).masked_fill(order == PAD, PAD), values))
-    return _joined(found, m)
+        order, found.similarity[start : start + block] = _top(similarity, m)
+        of_order = torch.from_numpy(keys).gather(1, order.clamp(min=0))
+        found.indices[start : start + block] = of_order.masked_fill(order == PAD, PAD)
+    return found
 
 
 def _paired_jaccard(
@@ -212,11 +213,9 @@ def _paired_jaccard(
     return torch.from_numpy((shared / np.maximum(union, 1)).astype(np.float32).reshape(keys.shape))
 
 
-def _joined(found: list[tuple[Tensor, Tensor]], m: int) -> Neighbours:
-    empty = torch.empty(0, m)
-    return Neighbours(
-        torch.cat([empty.long(), *(indices for indices, _ in found)]), torch.cat([empty, *(v for _, v in found)])
-    )
+def _empty_neighbours(n: int, m: int) -> Neighbours:
+    """To be filled in place: small results kept from every block would pin the memory freed between them."""
+    return Neighbours(torch.full((n, m), PAD), torch.full((n, m), -torch.inf))
 
 
 def _membership(sets: Int[Tensor, "n size"], width: int) -> sparse.csr_array:
