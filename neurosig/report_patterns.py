@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Patterns:
     n: int
 
     @property
-    def comparison(self) -> list[dict[str, Any]]:
+    def comparison(self) -> list[dict[Hashable, Any]]:
         return self.found.comparison.to_dict("records")
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,11 @@ class Located:
     guessed: int
 
     @property
-    def path(self) -> list[dict[str, Any]]:
+    def path(self) -> list[dict[Hashable, Any]]:
         return self.probe.path.to_dict("records")
 
     @property
-    def table(self) -> list[dict[str, Any]]:
+    def table(self) -> list[dict[Hashable, Any]]:
         return self.probe.neurons.to_dict("records")
 
     @property
