@@ -37,13 +37,13 @@ HOSTILE_TEXT = f"<script src=https://evil.test/a.js>alert(2)</script>\n{ANSI} &a
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
-def write_world(folder: Path) -> Path:
+def write_world(folder: Path, first: int = 0) -> Path:
     """A tiny model, questions with gold answers, and rollouts: the more of a question's rollouts agree, the more often
     they are right. The first question and all rollouts of the second are hostile text."""
     save_tiny(folder / "model")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(first)
     questions, rollouts = [], []
-    for index in range(N):
+    for index in range(first, first + N):
         text = HOSTILE_QUESTION if index == 0 else f"Is number {index} nice?"
         answer = f"gold{index}"
         questions.append({"id": f"q{index:02d}", "domain": "made up", "question": text, "answer": answer})
