@@ -113,7 +113,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _source_domains(config: ReportConfig, base: Mapping[str, Any]) -> list[str]:
-    from distill.train import RECORD
+    from distill.output import RECORD
 
     if config.train is None:
         return [base["domains"][0]]

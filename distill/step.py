@@ -15,9 +15,9 @@ from distill.losses import chunked_divergence
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from distill.config import TrainConfig
     from distill.tasks import Task
     from distill.teacher import Teacher
-    from distill.train import TrainConfig
     from neurosig.rollouts import Rollout
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from distill.student import effective_weights, in_place
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -45,7 +47,9 @@ class Teacher:
         self._copy = copy.deepcopy(model).requires_grad_(False).eval() if frozen else None
         self.average: Mapping[str, Tensor] = {}
         if name == "ema":
-            self.average = {weight: tensor.float().clone() for weight, tensor in self._effective().items()}
+            self.average = {
+                weight: tensor.float().clone() for weight, tensor in effective_weights(model, adapter).items()
+            }
 
     @contextlib.contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
@@ -55,37 +59,11 @@ class Teacher:
             if self.name != "live" and self._adapter is not None:
                 stack.enter_context(self._adapter.disable_adapter())
             if self.average:
-                stack.enter_context(self._averaged())
+                stack.enter_context(in_place(self._model, self.average))
             yield self._model if self._copy is None else self._copy
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the student as it stands now; call it after each optimizer step."""
-        for name, tensor in self._effective().items() if self.average else ():
+        for name, tensor in effective_weights(self._model, self._adapter).items() if self.average else ():
             self.average[name].lerp_(tensor.float(), 1 - self._decay)
-
-    @torch.no_grad()
-    def _effective(self) -> dict[str, Tensor]:
-        """The trained weights as they act: merged with the adapter, or the trained parameters themselves."""
-        if self._adapter is None:
-            return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        from peft.tuners.lora import Linear
-
-        return {
-            f"{name}.base_layer.weight": module.base_layer.get_parameter("weight") + module.get_delta_weight("default")
-            for name, module in self._model.named_modules()
-            if isinstance(module, Linear)
-        }
-
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The average stands in for the weights; the student's own are put back, not computed back."""
-        weights = [(self._model.get_parameter(name), tensor) for name, tensor in self.average.items()]
-        own = [parameter.data for parameter, _ in weights]
-        try:
-            for parameter, tensor in weights:
-                parameter.data = tensor.to(parameter.dtype)
-            yield
-        finally:
-            for (parameter, _), data in zip(weights, own, strict=True):
-                parameter.data = data

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import distill.step
 from distill.collapse import collapse, distinct_3
-from distill.train import TrainConfig, main
+from distill.config import TrainConfig
+from distill.train import main
 from neurosig.errors import UserError
 
 

@@ -12,8 +12,8 @@ import torch
 from flow import decoded_batches, killed_while_sampling, make_manifest, save_tiny, write_questions
 from safetensors.torch import load_file, save_file
 
+from distill.config import TrainConfig
 from distill.evaluate import EvaluateConfig, _load, main
-from distill.train import TrainConfig
 from distill.train import main as train
 from neurosig.errors import UserError
 

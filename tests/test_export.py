@@ -23,7 +23,7 @@ from tiny import D_MLP
 import neurosig.rows
 import neurosig.sampling
 import neurosig.tracing
-from distill.train import TrainConfig
+from distill.config import TrainConfig
 from distill.train import main as train
 from neurosig.errors import UserError
 from neurosig.export import PRESETS

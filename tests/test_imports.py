@@ -44,7 +44,7 @@ def test_training_loads_neither_nnsight_nor_the_analysis_libraries(tmp_path: Pat
     manifest = make_manifest(tmp_path)
     statement = f"""
 from pathlib import Path
-from distill.train import TrainConfig, main as train
+from distill.config import TrainConfig; from distill.train import main as train
 from distill.evaluate import EvaluateConfig, main as evaluate
 train(TrainConfig(manifest=Path({str(manifest)!r}), out=Path({str(tmp_path / "run")!r}), steps=1, quiet=True,
     keep_truncated=True))

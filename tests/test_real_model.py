@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from distill.config import TrainConfig
 from distill.evaluate import EvaluateConfig
 from distill.evaluate import main as evaluate
-from distill.train import TrainConfig
 from distill.train import main as train
 from neurosig.export import ExportConfig
 from neurosig.export import main as export

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from tiny import ARCHS, Arch, tiny_model
 
 import distill.step
+from distill.config import TrainConfig
 from distill.hidden import completion_hidden
 from distill.tasks import Task, questions_of_step
 from distill.teacher import Teacher
-from distill.train import TrainConfig, main
+from distill.train import main
 from neurosig.errors import UserError
 from neurosig.models import load_model
 from neurosig.outdir import output_folder

@@ -1,0 +1,203 @@
+"""The options of ``python -m distill.train``, their presets and their bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from neurosig.cli import CommonConfig, config_record
+from neurosig.errors import UserError
+
+if TYPE_CHECKING:
+    from neurosig.manifest import Manifest
+    from neurosig.sampling import SamplingConfig
+
+
+@dataclass(kw_only=True)
+class TrainConfig(CommonConfig):
+    """Distil a manifest's contexts into the model.
+
+    The student sees the bare question, the teacher also sees the manifest's solved examples; both read the student's
+    own completion.
+    """
+
+    manifest: Path
+    """Folder written by neurosig.export."""
+    out: Path
+    """Folder of metrics.jsonl, checkpoints/ and the final adapter/ (or model/)."""
+    model: str | None = None
+    """The manifest's model, if it lies elsewhere here; its weights must be the same."""
+    allow_model_mismatch: bool = False
+    """Train although the model is not the one that made the manifest; noted in the run record."""
+    resume: bool = False
+    """Continue from the newest checkpoint; leave a finished run alone."""
+    overwrite: bool = False
+    """Replace an earlier run in --out."""
+
+    steps: int = 20
+    """Optimizer steps."""
+    questions_per_step: int = 8
+    """Questions sampled a step."""
+    num_generations: int = 2
+    """Rollouts a question and step."""
+    micro_batch_size: int = 16
+    """Rollouts in one forward and backward; memory and speed only."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 3
+    """Steps of linear warm-up, then constant."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    full: bool = False
+    """Full fine-tuning (input and output embeddings stay frozen) instead of LoRA."""
+    lora_r: int = 16
+    """LoRA rank."""
+    lora_alpha: int = 32
+    """LoRA scale numerator."""
+
+    teacher: Literal["base", "live", "ema"] = "base"
+    """base: the model before training; live: the student as it stands; ema: the average of its past weights."""
+    ema_decay: float = 0.99
+    """What the ema teacher keeps of itself at each step."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"] = "forward_kl"
+    """forward_kl is KL(teacher || student); sampled_token estimates reverse_kl from the student's own tokens."""
+    topk: int = 0
+    """The student's k likeliest vocabulary entries stand for all; 0 takes the whole vocabulary."""
+    tail: bool = True
+    """With --topk: the other entries count as one more."""
+    beta: float = 0.5
+    """Teacher's share of the mixture in jsd."""
+    loss_temperature: float = 1.0
+    """Divides both logits in the loss."""
+    clip: Literal["none", "pointwise", "token"] = "none"
+    """Cap on each vocabulary entry's, or each token's, contribution."""
+    clip_value: float = 0.05
+    """The cap, in nats."""
+    loss_mean: Literal["token", "sequence"] = "token"
+    """Mean over all completion tokens of the step, or over its rollouts, each with the mean of its tokens."""
+    skip_first: int = 0
+    """Completion tokens left out at the start of each rollout."""
+    keep_truncated: bool = False
+    """Learn from rollouts without an end-of-sequence token too."""
+
+    temperature: float | None = None
+    """Sampling temperature; default: the manifest's."""
+    max_new_tokens: int | None = None
+    """Completion tokens of a rollout; default: the manifest's."""
+    batch_rows: int = 256
+    """Rollouts decoded at a time (memory and speed only)."""
+    seed: int = 0
+    """Seed of the question order, the rollouts and the adapter."""
+    save_steps: int = 10
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    stop_on_collapse: bool = True
+    """Stop when lengths change by half, or entropy or distinct trigrams fall below half, and go back to the last
+    checkpoint before."""
+    collapse_window: int = 10
+    """Steps whose mean is compared with that of the first steps."""
+    license: str | None = None
+    """SPDX name of the licence in the model card; default: left to the base model's."""
+    push_to_hub: str | None = None
+    """Upload the result to this Hugging Face repository, private; needs `hf auth login`."""
+    dtype: str = "auto"
+    """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
+    device: str | None = None
+    """torch device; default: the first accelerator, else the CPU."""
+
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "cpu": {},
+    "organism": {"steps": 20, "learning_rate": 1e-3},
+    "qwen3-4b": {
+        "steps": 100,
+        "questions_per_step": 32,
+        "num_generations": 1,
+        "micro_batch_size": 4,
+        "learning_rate": 5e-6,
+        "warmup_steps": 10,
+        "lora_r": 64,
+        "lora_alpha": 128,
+        "clip": "pointwise",
+        "save_steps": 25,
+    },
+}
+
+
+def check_options(config: TrainConfig) -> None:
+    """Refuse options out of range, before anything is loaded or written.
+
+    Raises:
+        UserError: Naming the flag and its bounds.
+    """
+    for name, least in (
+        ("steps", 1),
+        ("questions_per_step", 1),
+        ("num_generations", 1),
+        ("micro_batch_size", 1),
+        ("warmup_steps", 0),
+        ("lora_r", 1),
+        ("topk", 0),
+        ("skip_first", 0),
+        ("save_steps", 1),
+        ("keep_checkpoints", 1),
+        ("collapse_window", 1),
+    ):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"--ema-decay: expected 0 to below 1, got {config.ema_decay}")
+    if config.divergence == "jsd" and not 0 < config.beta < 1:
+        raise UserError(f"--beta: expected strictly between 0 and 1, got {config.beta}; its ends are the two KLs")
+    if config.divergence == "sampled_token" and (config.topk or config.clip != "none"):
+        raise UserError("--divergence sampled_token looks at one entry a token; leave out --topk and --clip")
+    for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value"):
+        if not (getattr(config, name) > 0 and math.isfinite(getattr(config, name))):
+            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(config, name)}")
+
+
+def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
+    """How the student samples: as the manifest's rollouts were, unless an option says otherwise."""
+    from neurosig.sampling import SamplingConfig
+
+    options = manifest.header.options
+    return SamplingConfig(
+        num_generations=config.num_generations,
+        temperature=options["temperature"] if config.temperature is None else config.temperature,
+        top_p=options["top_p"],
+        top_k=options["top_k"],
+        repetition_penalty=options["repetition_penalty"],
+        max_new_tokens=options["max_new_tokens"] if config.max_new_tokens is None else config.max_new_tokens,
+        seed=config.seed,
+    )
+
+
+def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:
+    """Everything that must be the same for a resumed run to come out as an uninterrupted one."""
+    import torch
+
+    free = {
+        "preset",
+        "config",
+        "manifest",
+        "out",
+        "model",
+        "resume",
+        "overwrite",
+        "save_steps",
+        "keep_checkpoints",
+        "license",
+        "push_to_hub",
+    }
+    record = {name: value for name, value in config_record(config).items() if name not in free}
+    return {
+        **record,
+        **sampling.as_dict(),
+        "manifest": manifest.header.content_sha256,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,164 @@
+"""What a finished run leaves behind: weights that load anywhere, a model card and the run record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neurosig.cli import config_record
+from neurosig.errors import UserError
+from neurosig.fsio import sha256_file, write_atomic
+from neurosig.provenance import run_record
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from distill.config import TrainConfig
+    from neurosig.manifest import Manifest
+    from neurosig.models import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+RECORD = "train.json"
+
+_CARD = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ base }} distilled on its own rollouts against itself with context (Neuron-OPSD,
+[arXiv 2607.02460](https://arxiv.org/abs/2607.02460)): no label and no reward was used.
+
+| | first step | last step |
+|---|---|---|
+{% for row in rows -%}
+| {{ row.name }} | {{ "%.4f" | format(row.first) }} | {{ "%.4f" | format(row.last) }} |
+{% endfor %}
+{{ steps }} steps on {{ questions }} questions of {{ domains }}; manifest `{{ manifest_sha256 }}`.
+{% if stopped %}
+Stopped at step {{ stopped.step }}, {{ stopped.reason }}; the weights are those of step {{ stopped.weights_of_step }}.
+{% endif %}
+Divergence and entropies are in nats a token, on the student's own rollouts. They are no accuracy: measure that with
+`python -m distill.evaluate`.
+
+```python
+{{ usage }}
+```
+
+Options, versions, seeds and the hashes of the weights are in `train.json`.
+"""
+_SHOWN = ("divergence", "teacher_entropy", "student_entropy", "entropy_gap", "mean_length", "eos_rate")
+
+
+def write_final(
+    config: TrainConfig,
+    manifest: Manifest,
+    loaded: LoadedModel,
+    model: PreTrainedModel,
+    adapter: PeftModel | None,
+    history: Sequence[Mapping[str, float | int]],
+    stopped: Mapping[str, Any] | None,
+) -> None:
+    """Write ``adapter/`` (or ``model/``), and then the run record, whose presence means that the run is complete.
+
+    Raises:
+        UserError: The upload asked for did not succeed; the run is complete all the same.
+    """
+    name = "model" if adapter is None else "adapter"
+    aside, target = config.out / ".final", config.out / name
+    shutil.rmtree(aside, ignore_errors=True)
+    if adapter is None:
+        model.save_pretrained(aside)
+    else:
+        adapter.peft_config["default"].base_model_name_or_path = _base(loaded)
+        adapter.peft_config["default"].revision = loaded.info.revision
+        adapter.save_pretrained(str(aside), save_embedding_layers=False)
+    loaded.tokenizer.save_pretrained(aside)
+    record = {
+        "config": config_record(config),
+        "manifest_sha256": manifest.header.content_sha256,
+        "domains": sorted({row.domain for row in manifest.rows}),
+        "questions_selected": len(manifest.selected),
+        "model": loaded.info.as_dict(),
+        "weights": {file.name: sha256_file(file) for file in sorted(aside.glob("*.safetensors"))},
+        "first": history[0],
+        "last": history[-1],
+        "stopped": stopped,
+        "run": run_record(),
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    (aside / "README.md").write_text(model_card(record, config.license), encoding="utf-8")
+    (aside / RECORD).write_text(text, encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    write_atomic(config.out / RECORD, text)
+    logger.info(
+        "%s: %d steps on %d questions, entropy gap %.3f -> %.3f nats",
+        target, len(history), len(manifest.selected), history[0]["entropy_gap"], history[-1]["entropy_gap"],
+    )  # fmt: skip
+    if config.push_to_hub is not None:
+        _push(target, config.push_to_hub)
+
+
+def model_card(record: Mapping[str, Any], license: str | None) -> str:
+    """The card of a run: YAML header of the Hugging Face hub, what was done, and how to load it.
+
+    Args:
+        record: Content of ``train.json``.
+        license: SPDX name; ``None`` leaves the base model's to be looked up.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    full = record["config"]["full"]
+    base = record["model"]["id"]
+    loader = "AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM"
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers" if full else "peft",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=["neuron-opsd", "self-distillation"],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=_CARD,
+        name=Path(record["config"]["out"]).name,
+        base=base,
+        rows=[{"name": name, "first": record["first"][name], "last": record["last"][name]} for name in _SHOWN],
+        steps=record["last"]["step"],
+        questions=record["questions_selected"],
+        domains=", ".join(record["domains"]),
+        manifest_sha256=record["manifest_sha256"],
+        stopped=record["stopped"],
+        usage=f"from {'transformers' if full else 'peft'} import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER)",
+    )
+    return str(card)
+
+
+def _base(loaded: LoadedModel) -> str:
+    """Where peft finds the base model again: the hub id, or the folder that was loaded."""
+    return loaded.info.id if loaded.info.revision is not None else str(loaded.model.name_or_path)
+
+
+def _push(folder: Path, repo_id: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"--push-to-hub {repo_id}: the run is complete, its upload is not ({type(error).__name__}: {error}); "
+            f"try again with `hf upload {repo_id} {folder}`"
+        ) from error
+    logger.info("pushed to %s (private)", repo_id)

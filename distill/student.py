@@ -1,0 +1,81 @@
+"""The trainable model, and its weights as they act."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from distill.config import TrainConfig
+    from neurosig.models import LoadedModel
+
+
+def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedModel, PeftModel | None]:
+    """Make the loaded model trainable in place: LoRA on all linear projections, or every weight but the embeddings.
+
+    Returns:
+        The model with its adapter layers, and the peft wrapper around it, ``None`` under full fine-tuning.
+    """
+    model = loaded.model
+    if config.full:
+        model.requires_grad_(True)
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
+        return model, None
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    adapter = get_peft_model(model, lora)
+    adapter.eval()
+    return model, adapter
+
+
+@torch.no_grad()
+def effective_weights(model: PreTrainedModel, adapter: PeftModel | None) -> dict[str, Tensor]:
+    """The trained weights as they act, by parameter name: ``W + scale * B A``, or the trained parameters themselves."""
+    if adapter is None:
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    from peft.tuners.lora import Linear
+
+    return {
+        f"{name}.base_layer.weight": module.base_layer.get_parameter("weight") + module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if isinstance(module, Linear)
+    }
+
+
+@contextlib.contextmanager
+def in_place(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """These weights stand in for the model's own, which are put back, not computed back."""
+    replaced = [(model.get_parameter(name), tensor) for name, tensor in weights.items()]
+    own = [parameter.data for parameter, _ in replaced]
+    try:
+        for parameter, tensor in replaced:
+            parameter.data = tensor.to(parameter.dtype)
+        yield
+    finally:
+        for (parameter, _), data in zip(replaced, own, strict=True):
+            parameter.data = data
+
+
+@contextlib.contextmanager
+def merged(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[None]:
+    """The student without its adapter's detour, for sampling: the same function (rounded to the weights' dtype)."""
+    if adapter is None:
+        yield
+        return
+    with adapter.disable_adapter(), in_place(model, effective_weights(model, adapter)):
+        yield
