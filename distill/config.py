@@ -95,6 +95,13 @@ class TrainConfig(CommonConfig):
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    replay: str | None = None
+    """Questions (file, folder, bundled set) mixed in as general prompts on which the teacher sees no context either, so
+    that the model goes on answering them as before."""
+    replay_per_step: int = 2
+    """Prompts of --replay sampled a step, beside the manifest's questions."""
+    replay_weight: float = 1.0
+    """Their weight in the loss."""
     stop_on_collapse: bool = True
     """Stop when lengths change by half, or entropy or distinct trigrams fall below half, and go back to the last
     checkpoint before."""
@@ -104,6 +111,14 @@ class TrainConfig(CommonConfig):
     """SPDX name of the licence in the model card; default: left to the base model's."""
     push_to_hub: str | None = None
     """Upload the result to this Hugging Face repository, private; needs `hf auth login`."""
+    dev_questions: str | None = None
+    """Labelled questions whose maj@K is measured at every save; stop when it falls. Gold answers serve nothing else."""
+    dev_limit: int = 64
+    """Use the first so many of --dev-questions."""
+    dev_generations: int = 8
+    """K of that vote."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Send the metrics there too; tensorboard writes to --out."""
     dtype: str = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: str | None = None
@@ -146,16 +161,21 @@ def check_options(config: TrainConfig) -> None:
         ("save_steps", 1),
         ("keep_checkpoints", 1),
         ("collapse_window", 1),
+        ("replay_per_step", 1),
+        ("dev_limit", 2),
+        ("dev_generations", 1),
     ):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"--ema-decay: expected 0 to below 1, got {config.ema_decay}")
+    if config.replay is not None and config.teacher == "live":
+        raise UserError("--replay teaches nothing with --teacher live, which sees the same prompt; choose base or ema")
     if config.divergence == "jsd" and not 0 < config.beta < 1:
         raise UserError(f"--beta: expected strictly between 0 and 1, got {config.beta}; its ends are the two KLs")
     if config.divergence == "sampled_token" and (config.topk or config.clip != "none"):
         raise UserError("--divergence sampled_token looks at one entry a token; leave out --topk and --clip")
-    for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value"):
+    for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value", "replay_weight"):
         if not (getattr(config, name) > 0 and math.isfinite(getattr(config, name))):
             raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(config, name)}")
 
@@ -192,6 +212,7 @@ def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig
         "keep_checkpoints",
         "license",
         "push_to_hub",
+        "report_to",
     }
     record = {name: value for name, value in config_record(config).items() if name not in free}
     return {

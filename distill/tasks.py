@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,18 +12,24 @@ from neurosig.errors import UserError
 from neurosig.manifest import Header, Manifest
 from neurosig.models import LoadedModel
 from neurosig.prompts import Demonstration, PromptBuilder, PromptConfig
+from neurosig.questions import load_questions
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A selected question: the prompts of student and teacher, and its rollouts' weight in the loss."""
+    """A selected question: the prompts of student and teacher, and its rollouts' weight in the loss.
+
+    A replayed prompt is no question of the manifest: its teacher sees the same prompt and so holds the student to
+    the answers of the model it was.
+    """
 
     id: str
     student_prompt: tuple[int, ...]
     teacher_prompt: tuple[int, ...]
     weight: float = 1.0
+    replay: bool = False
 
 
 def check_model(header: Header, loaded: LoadedModel, *, allow_mismatch: bool) -> None:
@@ -59,11 +65,7 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
     Raises:
         UserError: Nothing is selected, or a prompt and its completion exceed the model's positions.
     """
-    options = manifest.header.options
-    wording = PromptConfig(
-        options["system"], options["instruction"], options["choice_instruction"], options["enable_thinking"]
-    )
-    builder = PromptBuilder(loaded.tokenizer, wording)
+    builder = prompt_builder(manifest.header, loaded)
     selected = manifest.selected
     if not selected:
         counts = ", ".join(f"{n} {reason}" for reason, n in manifest.header.counts.items() if reason != "questions")
@@ -76,15 +78,53 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
             for item in row.context
         ]
         task = Task(row.id, builder.student(by_id[row.id]), builder.teacher(by_id[row.id], context), row.weight)
-        for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
-            if len(prompt) + max_new_tokens > loaded.max_length:
-                raise UserError(
-                    f'question "{row.id}": the {who} prompt of {len(prompt)} tokens and {max_new_tokens} new '
-                    f"tokens exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with "
-                    "fewer --num-demonstrations"
-                )
+        _check_length(task, loaded, max_new_tokens)
         tasks.append(task)
     return tasks
+
+
+def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: float, max_new_tokens: int) -> list[Task]:
+    """General prompts, without the manifest's instruction line, that the student is to go on answering as before.
+
+    Raises:
+        UserError: The source cannot be read, or a prompt and its completion exceed the model's positions.
+    """
+    builder = PromptBuilder(
+        loaded.tokenizer, PromptConfig(header.options["system"], "", "", header.options["enable_thinking"])
+    )
+    tasks = []
+    for question in load_questions(source):
+        prompt = builder.student(question)
+        task = Task(f"replay:{question.id}", prompt, prompt, weight, replay=True)
+        _check_length(task, loaded, max_new_tokens)
+        tasks.append(task)
+    return tasks
+
+
+def prompt_builder(header: Header, loaded: LoadedModel) -> PromptBuilder:
+    """Prompts worded as the manifest's."""
+    options = header.options
+    wording = PromptConfig(
+        options["system"], options["instruction"], options["choice_instruction"], options["enable_thinking"]
+    )
+    return PromptBuilder(loaded.tokenizer, wording)
+
+
+def _check_length(task: Task, loaded: LoadedModel, max_new_tokens: int) -> None:
+    for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
+        if len(prompt) + max_new_tokens > loaded.max_length:
+            raise UserError(
+                f'question "{task.id}": the {who} prompt of {len(prompt)} tokens and {max_new_tokens} new tokens '
+                f"exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with fewer "
+                "--num-demonstrations"
+            )
+
+
+def tasks_of_step(tasks: Sequence[Task], step: int, *, per_step: int, seed: int) -> list[Task]:
+    """Tasks of a step, by `questions_of_step`."""
+    return (
+        [tasks[index] for index in questions_of_step(len(tasks), step, per_step=per_step, seed=seed)] if tasks else []
+    )
 
 
 def questions_of_step(n: int, step: int, *, per_step: int, seed: int) -> list[int]:

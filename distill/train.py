@@ -17,13 +17,18 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from distill.config import PRESETS, TrainConfig, check_options, resume_key, sampling_config
 from distill.output import RECORD, write_final
 from neurosig.cli import PhaseTimer, progress, run_command
 from neurosig.errors import UserError
+
+if TYPE_CHECKING:
+    from neurosig.rollouts import Rollout
+    from neurosig.sampling import SamplingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,7 @@ def main(config: TrainConfig) -> None:
     from neurosig.outdir import output_folder
 
     check_options(config)
-    owned = (METRICS, RECORD, "checkpoints", "adapter", "model", ".final")
+    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final")
     with output_folder(
         config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:
@@ -51,9 +56,10 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
 
     from distill.checkpoints import load_before, load_newest, save_checkpoint
     from distill.collapse import collapse
+    from distill.development import Development
     from distill.step import learn
     from distill.student import make_student, merged
-    from distill.tasks import check_model, manifest_tasks, questions_of_step
+    from distill.tasks import check_model, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
     from distill.teacher import Teacher
     from neurosig.manifest import read_manifest
     from neurosig.models import load_model
@@ -70,6 +76,13 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
         check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
     sampling = sampling_config(config, manifest)
     tasks = manifest_tasks(manifest, loaded, max_new_tokens=sampling.max_new_tokens)
+    replayed = (
+        []
+        if config.replay is None
+        else replay_tasks(
+            config.replay, manifest.header, loaded, weight=config.replay_weight, max_new_tokens=sampling.max_new_tokens
+        )
+    )
 
     torch.manual_seed(config.seed)
     model, adapter = make_student(config, loaded)
@@ -81,15 +94,28 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     log, history = _reopen_metrics(config.out / METRICS, done)
     stopped: dict[str, Any] | None = None
 
+    def draw(prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str) -> list[list[Rollout]]:
+        with merged(model, adapter):
+            return list(sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt=salt))
+
+    development = None
+    if config.dev_questions is not None:
+        with timer.phase("development"):
+            votes = replace(sampling, num_generations=config.dev_generations)
+            builder = prompt_builder(manifest.header, loaded)
+            development = Development(config, votes, builder, manifest.header, draw)
+            development.reopen(done)
+
     with log, progress(total=config.steps, desc="train", quiet=config.quiet) as bar:
         bar.update(done)
         for step in range(done + 1, config.steps + 1):
-            chosen = questions_of_step(len(tasks), step, per_step=config.questions_per_step, seed=config.seed)
-            prompts = [Prompt(tasks[index].id, tasks[index].student_prompt) for index in chosen]
-            with timer.phase("sample"), merged(model, adapter):
-                groups = list(sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt=f"step{step}"))
+            chosen = tasks_of_step(tasks, step, per_step=config.questions_per_step, seed=config.seed)
+            chosen += tasks_of_step(replayed, step, per_step=config.replay_per_step, seed=config.seed)
+            prompts = [Prompt(task.id, task.student_prompt) for task in chosen]
+            with timer.phase("sample"):
+                groups = draw(prompts, sampling, f"step{step}")
             timer.add_tokens("sample", sum(len(rollout.token_ids) for group in groups for rollout in group))
-            by_id = {tasks[index].id: tasks[index] for index in chosen}
+            by_id = {task.id: task for task in chosen}
             pairs = [(by_id[rollout.question_id], rollout) for group in groups for rollout in group]
             rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
             for group in optimizer.param_groups:
@@ -110,7 +136,26 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
             history.append(metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", gap=f"{metrics['entropy_gap']:.3f}")
             bar.update()
-            if step % config.save_steps == 0 or step == config.steps:
+            saving = step % config.save_steps == 0 or step == config.steps
+            reason, good = None, step - config.collapse_window
+            if config.stop_on_collapse:
+                reason = collapse(history, config.collapse_window)
+            if saving and development is not None:
+                with timer.phase("development"):
+                    development.measure(step)
+                if reason is None:
+                    reason, good = development.fallen, step - 1
+            if reason is not None:  # decided before saving, so that a resumed run decides again
+                kept = load_before(config.out / "checkpoints", good, parameters)
+                if kept is None:
+                    raise UserError(
+                        f"step {step}: training collapsed ({reason}) before the first checkpoint; lower "
+                        "--learning-rate or --save-steps, or leave out the rule that stopped it"
+                    )
+                stopped = {"step": step, "reason": reason, "weights_of_step": kept}
+                logger.warning("step %d: stopped, %s; the weights are those of step %d", step, reason, kept)
+                break
+            if saving:
                 with timer.phase("save"):
                     save_checkpoint(
                         config.out / "checkpoints",
@@ -121,17 +166,6 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                         averages=teacher.average,
                         keep=config.keep_checkpoints,
                     )
-            reason = collapse(history, config.collapse_window) if config.stop_on_collapse else None
-            if reason is not None:
-                kept = load_before(config.out / "checkpoints", step - config.collapse_window, parameters)
-                if kept is None:
-                    raise UserError(
-                        f"step {step}: training collapsed ({reason}) before the first checkpoint; lower "
-                        "--learning-rate or --save-steps, or give --no-stop-on-collapse"
-                    )
-                stopped = {"step": step, "reason": reason, "weights_of_step": kept}
-                logger.warning("step %d: stopped, %s; the weights are those of step %d", step, reason, kept)
-                break
     write_final(config, manifest, loaded, model, adapter, history, stopped)
 
 

@@ -69,10 +69,11 @@ def test_a_collapsed_run_stops_and_goes_back(tmp_path: Path, monkeypatch: pytest
     assert record["last"]["step"] == 5
     final = load_file(tmp_path / "stopped" / "adapter" / "adapter_model.safetensors")
     third = load_file(tmp_path / "stopped" / "checkpoints" / "step-000003" / "weights.safetensors")
-    fifth = load_file(tmp_path / "stopped" / "checkpoints" / "step-000005" / "weights.safetensors")
+    fourth = load_file(tmp_path / "stopped" / "checkpoints" / "step-000004" / "weights.safetensors")
+    assert not (tmp_path / "stopped" / "checkpoints" / "step-000005").exists()
     name = next(name for name in third if "lora_B" in name)
     stored = next(tensor for key, tensor in final.items() if key.endswith(name.replace(".default", "")))
-    assert stored.equal(third[name]) and not stored.equal(fifth[name])
+    assert stored.equal(third[name]) and not stored.equal(fourth[name])
     seen.clear()
     assert run(tmp_path, "on", stop_on_collapse=False)["stopped"] is None
     seen.clear()

@@ -11,16 +11,18 @@ from typing import Any, Literal
 import pytest
 import torch
 from flow import make_manifest, save_tiny
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import ARCHS, Arch, tiny_model
 
 import distill.step
 from distill.config import TrainConfig
 from distill.hidden import completion_hidden
-from distill.tasks import Task, questions_of_step
+from distill.tasks import Task, questions_of_step, replay_tasks
 from distill.teacher import Teacher
 from distill.train import main
 from neurosig.errors import UserError
+from neurosig.manifest import read_manifest
 from neurosig.models import load_model
 from neurosig.outdir import output_folder
 from neurosig.rollouts import Rollout
@@ -477,3 +479,29 @@ def test_every_epoch_visits_each_question_once() -> None:
     for step in range(1, 20):
         chosen = questions_of_step(7, step, per_step=5, seed=0)
         assert len(chosen) == len(set(chosen)) >= 3
+
+
+def test_replayed_prompts_are_taught_by_the_model_as_it_was(tmp_path: Path, manifest: Path) -> None:
+    """Before training teacher and student agree on them to the bit; afterwards they hold the student back."""
+    replay = tmp_path / "general.jsonl"
+    replay.write_text('{"id": "g", "question": "Tell me of the sea."}\n{"id": "h", "question": "Sing."}\n')
+    loaded = load_model(manifest.parent / "model")
+    tasks = replay_tasks(str(replay), read_manifest(manifest).header, loaded, weight=0.5, max_new_tokens=4)
+    assert [(task.id, task.weight, task.replay) for task in tasks] == [("replay:g", 0.5, True), ("replay:h", 0.5, True)]
+    assert tasks[0].student_prompt == tasks[0].teacher_prompt
+    assert "Answer in" not in loaded.tokenizer.decode(tasks[0].student_prompt)
+
+    def drift(out: str, **options: Any) -> float:
+        train(tmp_path, manifest, out, steps=10, questions_per_step=4, **options)
+        student = PeftModel.from_pretrained(load_model(manifest.parent / "model").model, tmp_path / out / "adapter")
+        ids = torch.tensor([tasks[0].student_prompt])
+        with torch.no_grad():
+            now = student(ids).logits[0, -1].log_softmax(-1)
+            with student.disable_adapter():
+                then = student(ids).logits[0, -1].log_softmax(-1)
+        return float((then.exp() * (then - now)).sum())
+
+    free, held = drift("free"), drift("held", replay=str(replay), replay_weight=8.0)
+    assert 0 < held < 0.5 * free
+    with pytest.raises(UserError, match="--replay teaches nothing with --teacher live"):
+        main(train_config(tmp_path, manifest, "live", replay=str(replay), teacher="live"))
