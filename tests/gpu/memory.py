@@ -1,0 +1,101 @@
+"""The README's memory arithmetic: what a training run holds on a device, term by term.
+
+    python tests/gpu/memory.py --shape qwen3-4b
+
+Weights, adapter, optimizer and caches follow from the shape. What the student's forward keeps for its backward is
+counted, not guessed: a one-layer and a two-layer model of the real width run one short micro-batch on the CPU, every
+tensor that autograd saves is weighed once, and their difference is one layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tyro
+from shapes import config, random_model
+from torch import Tensor
+
+from distill.config import PRESETS, TrainConfig
+from distill.hidden import completion_hidden
+
+SCALE = 16
+"""Sequences are this much shorter while counting; without an attention matrix everything is linear in their length."""
+
+
+@dataclass(kw_only=True)
+class Arithmetic:
+    """Gigabytes of each term for a LoRA run in bfloat16 on one device."""
+
+    shape: str = "qwen3-4b"
+    """tiny, qwen3-0.6b or qwen3-4b."""
+    prompt: int = 256
+    """Tokens of the bare prompt."""
+    teacher_prompt: int = 2304
+    """Tokens of the prompt with context."""
+    new_tokens: int = 1024
+    """Tokens of a completion."""
+
+
+def gigabytes(options: Arithmetic) -> dict[str, float]:
+    """Name -> GB (10^9 bytes) of what the ``qwen3-4b`` preset holds at its peaks."""
+    preset: dict[str, Any] = {"lora_r": TrainConfig.lora_r, **PRESETS["qwen3-4b"]}
+    shape = config(options.shape)
+    rows = preset["questions_per_step"] * preset["num_generations"]
+    micro = preset["micro_batch_size"]
+    heads, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    d, d_mlp, layers, vocab = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers, shape.vocab_size
+    linear = [(d, heads), (d, kv), (d, kv), (heads, d), (d, d_mlp), (d, d_mlp), (d_mlp, d)]
+    projections = layers * sum(a * b for a, b in linear)
+    adapter = layers * sum(preset["lora_r"] * (a + b) for a, b in linear)
+    cached = layers * 2 * kv * 2
+    student = micro * (options.prompt + options.new_tokens)
+    teacher = micro * (options.teacher_prompt + options.new_tokens)
+    return {
+        "weights": 2 * (projections + vocab * d) / 1e9,
+        "adapter, gradient, Adam": 16 * adapter / 1e9,
+        "sampling: merged weights": 2 * projections / 1e9,
+        "sampling: keys and values": cached * rows * (options.prompt + options.new_tokens) / 1e9,
+        "learning: teacher's keys and values": cached * teacher / 1e9,
+        "learning: student's activations": layers * activations(options, micro) / 1e9,
+        "learning: with --gradient-checkpointing": (layers * student * d * 2 + activations(options, micro)) / 1e9,
+        "loss: two chunks of logits": 2 * 256 * vocab * 4 / 1e9,
+    }
+
+
+def activations(options: Arithmetic, micro: int) -> float:
+    """Bytes that one layer of the student keeps for the backward pass of a micro-batch."""
+    one, two = (_saved_bytes(options, micro, layers) for layers in (1, 2))
+    return (two - one) * SCALE
+
+
+def _saved_bytes(options: Arithmetic, micro: int, layers: int) -> int:
+    from peft import LoraConfig, get_peft_model
+
+    model = random_model(options.shape, "cpu", torch.bfloat16, num_hidden_layers=layers, vocab_size=512)
+    rank = int(str(PRESETS["qwen3-4b"]["lora_r"]))
+    get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def weigh(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor  # held, so that no later tensor takes its place
+        return tensor
+
+    prompts = [tuple(range(row, row + options.prompt // SCALE)) for row in range(micro)]
+    with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+        hidden = completion_hidden(model, prompts, [[1] * (options.new_tokens // SCALE)] * micro)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) if hidden.requires_grad else 0
+
+
+def main(options: Arithmetic) -> None:
+    for name, value in gigabytes(options).items():
+        print(f"{name:<42} {value:6.1f} GB")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arithmetic)))
