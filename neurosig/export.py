@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from neurosig.cli import PhaseTimer, printable, progress, run_command
+from neurosig.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.errors import UserError
 from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions
 
@@ -58,6 +58,8 @@ class ExportConfig(GenerationOptions):
     """Folder of the manifest."""
     rollouts: Path | None = None
     """JSONL of rollouts made elsewhere (question_id, text, optional token_ids, finish_reason); nothing is sampled."""
+    reuse: Path | None = None
+    """Finished export with the same questions, sampling and tracing; only scoring and selection are done again."""
     split: Literal["train", "dev", "test", "all"] = "train"
     """Split of bundled sets whose name gives none."""
     limit: int | None = None
@@ -150,7 +152,9 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.models import load_model
     from neurosig.prompts import PromptBuilder
     from neurosig.questions import load_questions, without_answers
+    from neurosig.reuse import reused
     from neurosig.rows import manifest_rows
+    from neurosig.sites import ffn_sites
 
     config.sampling_config()  # options out of range are refused before the model loads
     selection, probe = _selection_config(config), _probe_config(config)
@@ -161,10 +165,14 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     prompts = _prompts(questions, builder, loaded, config)
     work = config.out / WORK
     work.mkdir(exist_ok=True)
-    with timer.phase("sample"):
-        groups = _rollouts(config, loaded, questions, prompts, work, timer)
-    with timer.phase("trace"):
-        sets, sites = _trace(config, loaded, prompts, groups, work, timer)
+    if config.reuse is not None:
+        groups, sets = reused(config.reuse, config_record(config), loaded, _dataset_sha256(questions))
+    else:
+        with timer.phase("sample"):
+            groups = _rollouts(config, loaded, questions, prompts, work, timer)
+        with timer.phase("trace"):
+            sets = _trace(config, loaded, prompts, groups, work, timer)
+    sites = ffn_sites(loaded.model)
     with timer.phase("score and select"):
         signals = _signals(config, questions, groups, sets)
         scores = _scores(config, signals, probe, sites.n_layers * sites.d_mlp)
@@ -275,7 +283,7 @@ def _trace(
     groups: Mapping[str, Sequence[Rollout]],
     work: Path,
     timer: PhaseTimer,
-) -> tuple[ActiveSets, FFNSites]:
+) -> ActiveSets:
     """Active sets of all rollouts in the order of ``groups``; finished shards are kept in ``work``."""
     from neurosig.signals import load_shards, trace_to_shards
     from neurosig.tracing import NeuronTracer, TraceConfig
@@ -299,7 +307,7 @@ def _trace(
             timer.add_tokens("trace", tokens)
 
         shards = trace_to_shards(tracer, flat, work, str(loaded.info.weights), advance=advance)
-    return load_shards(shards), tracer.sites
+    return load_shards(shards)
 
 
 def _signals(
@@ -345,14 +353,13 @@ def _write(
     sites: FFNSites,
 ) -> None:
     import neurosig
-    from neurosig.cli import config_record
     from neurosig.fsio import sha256_file, write_atomic
     from neurosig.manifest import write_manifest
     from neurosig.provenance import run_record
     from neurosig.rows import neurons_csv
     from neurosig.signals import signals_file
 
-    places = {"preset", "config", "out", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
+    places = {"preset", "config", "out", "reuse", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
     info = loaded.info.as_dict()
     tokenizer = {
         "sha256": info.pop("tokenizer_sha256"),

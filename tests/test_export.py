@@ -364,3 +364,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_another_selection_on_the_same_rollouts_equals_an_export_of_its_own(tmp_path: Path) -> None:
+    first = make_manifest(tmp_path)
+    options = {"context_policy": "random", "num_demonstrations": 1, "clean_filter": "vote_only", "min_vote_share": 0.1}
+    alone = make_manifest(tmp_path, "alone", **options)
+    reused = make_manifest(tmp_path, "reused", reuse=first, **options)
+    assert file_bytes(reused) == file_bytes(alone) != file_bytes(first)
+    with pytest.raises(UserError, match=r"--reuse \S+: .* these differ: temperature, set_size; give the same options"):
+        make_manifest(tmp_path, "other", reuse=first, temperature=0.5, set_size=8)

@@ -1,0 +1,53 @@
+"""Take over the rollouts and traced neurons of a finished export, so that another selection costs seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neurosig.errors import UserError
+from neurosig.manifest import SIGNALS, read_manifest
+from neurosig.models import LoadedModel
+from neurosig.rollouts import Rollout
+from neurosig.signals import read_signals
+from neurosig.tracing import ActiveSets
+
+DECIDES = (
+    *("model", "questions", "split", "limit", "rollouts", "system", "instruction", "choice_instruction"),
+    *("enable_thinking", "template", "num_generations", "temperature", "top_p", "top_k", "repetition_penalty"),
+    *("max_new_tokens", "seed", "neuron_value", "contribution", "active_set", "set_size", "positive_only"),
+)
+"""Options that shape rollouts and traces; both exports must agree on them."""
+
+
+def reused(
+    folder: Path, options: Mapping[str, Any], loaded: LoadedModel, dataset_sha256: str
+) -> tuple[dict[str, list[Rollout]], ActiveSets]:
+    """Rollouts by question and their active sets, as sampling and tracing again would give them.
+
+    Args:
+        folder: The finished export.
+        options: Those of the export at hand.
+        loaded: Its model.
+        dataset_sha256: Hash of its questions.
+
+    Raises:
+        UserError: The finished export was made otherwise; what differs is named.
+    """
+    manifest = read_manifest(folder)
+    header = manifest.header
+    made = {**header.model, "tokenizer": header.tokenizer["sha256"], "dataset": header.dataset["sha256"]}
+    here = {**loaded.info.as_dict(), "tokenizer": loaded.info.tokenizer_sha256, "dataset": dataset_sha256}
+    changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if made.get(name) != here[name]]
+    changed += [name for name in DECIDES if name != "model" and header.options.get(name) != options[name]]
+    if changed:
+        raise UserError(
+            f"--reuse {folder}: its rollouts and traces are not those of this export, these differ: "
+            f"{', '.join(changed)}; give the same options or leave --reuse out"
+        )
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in manifest.rollouts.values():
+        groups.setdefault(rollout.question_id, []).append(rollout)
+    signals = read_signals(folder / SIGNALS)
+    return groups, ActiveSets(signals.ids, signals.values, signals.hidden)
