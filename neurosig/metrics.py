@@ -116,8 +116,13 @@ def ece(
         UserError: on empty, unequal or out-of-range arrays.
     """
     _check_calibration("ece", votes, k, accuracy)
-    keys = votes if k <= LARGEST_EXACT_K else np.maximum((votes * bins + k - 1) // k - 1, 0)
+    keys = calibration_bins(votes, k, bins=bins)
     return float(np.abs(np.bincount(keys, weights=votes / k - accuracy)).sum() / len(votes))
+
+
+def calibration_bins(votes: Int[np.ndarray, "*shape"], k: int, *, bins: int = 15) -> Int[np.ndarray, "*shape"]:
+    """Bin of the confidence ``votes / k`` in `ece`: the votes themselves up to K = 16, else equal-width ``(a, b]``."""
+    return votes if k <= LARGEST_EXACT_K else np.maximum((votes * bins + k - 1) // k - 1, 0)
 
 
 def brier(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]) -> float:
