@@ -28,14 +28,14 @@ CELLS_AT_ONCE = 4_000_000
 
 
 def question_counts(
-    n: int, resamples: int, *, seed: int, block: int | None = None
+    n: int, resamples: int, *, seed: int | Sequence[int], block: int | None = None
 ) -> Iterator[Int[np.ndarray, "draws questions"]]:
     """How often each bootstrap draw holds each question, a block of draws at a time; one seed and n, one set of draws.
 
     Args:
         n: Questions.
         resamples: Draws in all.
-        seed: Of the draws.
+        seed: Of the draws; several numbers make one seed.
         block: Draws at a time; the draws do not depend on it.
 
     Raises:
