@@ -102,8 +102,10 @@ def write_grid(folder: Path, rows: Sequence[Mapping[str, Any]], layout: Layout |
     import pyarrow
     import pyarrow.parquet
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILES[0]
+    if not rows:
+        raise UserError(f"{path}: no rows to write")
+    folder.mkdir(parents=True, exist_ok=True)
     table = _checked(pyarrow.Table.from_pylist([dict(row) for row in rows]), path)
     if layout is not None:
         write_atomic(folder / LAYOUT, json.dumps(asdict(layout), indent=1) + "\n")

@@ -46,7 +46,14 @@ PUBLISHED = {"Table 3": ("paper_table3.csv", "avg_at_k"), "Table 4": ("paper_tab
 PAPER_K = 8
 RESAMPLES, SEED = 5000, 0
 CONTROL = "control"
-COLOURS = {"LMSI": "#7f7f7f", "TTRL": "#E69F00", "Intuitor": "#009E73", "U-OPSD": "#CC79A7", "N-OPSD": "#0072B2"}
+MARKS = {
+    "LMSI": ("#7f7f7f", "o"),
+    "TTRL": ("#E69F00", "s"),
+    "Intuitor": ("#009E73", "^"),
+    "U-OPSD": ("#CC79A7", "v"),
+    "N-OPSD": ("#0072B2", "D"),
+}
+"""Colour (Okabe & Ito 2008) and marker of each method."""
 LEGEND = (
     "A cell reads *value (change / smallest change that this comparison would find with 80% power at the 5% level)*. "
     "**Bold**: best of its column among the rows of its kind (the base competes with `in`). `~` (grey in LaTeX): the "
@@ -203,12 +210,13 @@ def _visible(table: Table) -> str:
         if column in PAPER.domains and cell.delta is not None
     ]
     larger = {name: sum(change > points[name] for change in changes) for name in ("alike", "apart")}
+    few, many = f"{points['alike']:.1f}", f"{points['apart']:.1f}"
     return (
         f"With n=1,000 questions and K={PAPER_K} the smallest change of Avg@{PAPER_K} that a paired test finds with "
-        f"80% power is about {points['alike']:.1f} to {points['apart']:.1f} points (unpaired {points['unpaired']:.1f}), "
-        f"at n=200 about {points['small']:.0f}. Of the {len(changes)} published in-domain changes {larger['alike']} "
-        f"exceed {points['alike']:.1f} points and {larger['apart']} exceed {points['apart']:.1f}. Training seeds vary by "
-        "about a point; the published tables name neither seeds nor intervals nor the number of questions."
+        f"80% power is about {few} to {many} points (unpaired {points['unpaired']:.1f}), at n=200 about "
+        f"{points['small']:.0f}. Of the {len(changes)} published in-domain changes {larger['alike']} exceed {few} and "
+        f"{larger['apart']} exceed {many}. Training seeds vary by about a point; the published tables name neither seeds "
+        "nor intervals nor the number of questions."
     )
 
 
@@ -281,8 +289,10 @@ def _draw_changes(paper: dict[str, Table], ours: dict[str, Table], out: Path) ->
         _draw_panel(axis, table)
         axis.set_title(title)
     band = 100 * planned_mde(1000, PAPER_K, correlation=1.0), 100 * planned_mde(1000, PAPER_K, correlation=0.85)
-    for points, shade in zip(reversed(band), ("#eeeeee", "#d9d9d9"), strict=True):
-        axes[0][0].axhspan(-points, points, color=shade, zorder=0, label=f"below ±{points:.1f}: unseen at n=1,000")
+    least = "least seen in one domain of 1,000, systems"
+    bands = zip(reversed(band), ("#eeeeee", "#d9d9d9"), (f"{least} apart", f"{least} alike"), strict=True)
+    for points, shade, systems in bands:
+        axes[0][0].axhspan(-points, points, color=shade, zorder=0, label=f"±{points:.1f}: {systems}")
     axes[0][0].legend(fontsize=7, loc="upper left")
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
@@ -294,7 +304,7 @@ def _draw_panel(axis: Axes, table: Table) -> None:
     axis.axhline(0, color="black", linewidth=0.8)
     for offset, row in enumerate(rows):
         label = METHODS.get(row.method, row.method)
-        colour = COLOURS.get(label, "#56B4E9")
+        colour, marker = MARKS.get(label, ("#56B4E9", "P"))
         shift = 0.14 * (offset - (len(rows) - 1) / 2)
         for x, cell in enumerate(row.cells):
             if cell.delta is None:
@@ -302,8 +312,8 @@ def _draw_panel(axis: Axes, table: Table) -> None:
             if cell.low is not None and cell.high is not None:
                 axis.vlines(x + shift, cell.low, cell.high, color=colour, linewidth=1.2)
             face = "white" if cell.unsure else colour
-            axis.scatter(x + shift, cell.delta, color=face, edgecolors=colour, s=26, zorder=3)
-        axis.scatter([], [], color=colour, s=26, label=label)
+            axis.scatter(x + shift, cell.delta, color=face, edgecolors=colour, marker=marker, s=26, zorder=3)
+        axis.scatter([], [], color=colour, marker=marker, s=26, label=label)
     axis.set_xticks(range(len(table.columns)), [column.replace("_", " ") for column in table.columns], fontsize=7.5)
     axis.set_ylabel("change against base, in-domain")
     axis.grid(axis="x", visible=False)
