@@ -115,6 +115,25 @@ def write_grid(folder: Path, rows: Sequence[Mapping[str, Any]], layout: Layout |
     return path
 
 
+def evaluation_rows(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """Rows of `write_grid` from a finished evaluation of ``run``, the folder of a `distill.evaluate`.
+
+    Raises:
+        UserError: There is no finished evaluation.
+    """
+    import pyarrow.parquet
+
+    from distill.evaluate import RESULTS, SUMMARY
+
+    if not (folder / SUMMARY).is_file():
+        raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
+    known = {"method": run.method, "source": run.source, "seed": run.seed}
+    return [
+        known | {"target": row["domain"]} | {name: row[name] for name in ("id", *WHOLE[1:])}
+        for row in pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
+    ]
+
+
 def read_grid(folder: Path) -> Grid:
     """Read ``grid.parquet`` or ``grid.csv`` of ``folder``. A run that lacks a target is left out, with a warning.
 
@@ -129,13 +148,18 @@ def read_grid(folder: Path) -> Grid:
     answers, ids = _split(table, path)
     layout = _layout(folder, sorted(set(table["target"].to_pylist())))
     asked: dict[str, Sequence[str]] = {}
-    for run in (run for run in answers if run.method == BASE):
+    for run in (run for run in answers if run.method == BASE and not run.source):
         asked |= {target: ids[run][target] for target in answers[run]}
     for domain in layout.domains:
         if domain not in asked:
             raise UserError(f'{path}: no rows of method "{BASE}" for {domain}; evaluate the untrained model on it')
+    untrained = {run.method for run in answers if not run.source}
     whole = {}
     for run, by_target in answers.items():
+        if run.source and run.method in untrained:
+            raise UserError(
+                f'{path}: {run}: other rows of "{run.method}" have no source; give every trained run its own'
+            )
         for target in by_target:
             if target not in layout.domains or run.source not in ("", *layout.domains):
                 unknown = target if target not in layout.domains else run.source
@@ -158,7 +182,7 @@ def grid_results(grid: Grid, *, resamples: int = 2000, seed: int = 0) -> dict[st
 
     One draw takes questions with replacement in every target, the same for all runs, and for every method and source
     takes training seeds with replacement. So any two cells are paired, and a mean over cells has the interval of that
-    mean. With one seed only the questions vary; with two or three the draws make too little of the seeds.
+    mean. With few seeds the draws make too little of them: see `neurosig.metrics.hierarchical_interval`.
 
     Args:
         grid: The runs.

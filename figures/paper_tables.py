@@ -215,8 +215,8 @@ def _visible(table: Table) -> str:
         f"With n=1,000 questions and K={PAPER_K} the smallest change of Avg@{PAPER_K} that a paired test finds with "
         f"80% power is about {few} to {many} points (unpaired {points['unpaired']:.1f}), at n=200 about "
         f"{points['small']:.0f}. Of the {len(changes)} published in-domain changes {larger['alike']} exceed {few} and "
-        f"{larger['apart']} exceed {many}. Training seeds vary by about a point; the published tables name neither seeds "
-        "nor intervals nor the number of questions."
+        f"{larger['apart']} exceed {many}. Training seeds vary by about a point; the published tables name neither "
+        "seeds nor intervals nor the number of questions."
     )
 
 
@@ -224,10 +224,12 @@ def _sizes(grid: Grid, ours: dict[str, Table]) -> str:
     n = ", ".join(f"{len(ids)} {domain}" for domain, ids in grid.ids.items())
     rows = next(iter(ours.values())).rows
     seeds = ", ".join(dict.fromkeys(f"{METHODS.get(row.method, row.method)} {row.seeds}" for row in rows if row.seeds))
+    control = "" if CONTROL in {row.method for row in rows} else " There is no control of the sampling temperature."
     return (
         f"Questions: {n}; K={grid.k}. Training seeds (the fewest over the sources): {seeds or 'none'}. Intervals: 95% "
         f"percentile bootstrap, training seeds and then questions with all their samples, paired ({RESAMPLES:,} draws, "
-        f"seed {SEED}). With two or three seeds they are too narrow."
+        f"seed {SEED}). Where seeds vary by a point, such an interval covers a method's effect on 1,000 questions in "
+        f"57% of cases with one seed, 82% with two, 88% with three.{control}"
     )
 
 

@@ -295,7 +295,10 @@ def hierarchical_interval(
 
         hierarchical_interval(lambda s, q: delta[np.ix_(s, q)].mean(), *delta.shape, seed=0)
 
-    With two or three seeds the interval is too narrow; report the seeds one by one as well.
+    With few seeds the interval is too narrow. Where seeds vary by 1 point of Avg@8, a 95% interval covers the method's
+    effect, the mean over all seeds, in 57% of cases with one seed, 82% with two, 88% with three and 94% with five
+    (simulation, 1,000 questions, the spread of `neurosig.statistics.planned_mde`; with 200 questions 85, 93, 95 and
+    96%). Report the seeds one by one as well.
 
     Raises:
         UserError: if there is no seed or there are fewer than two questions.

@@ -83,6 +83,27 @@ def test_the_95_percent_interval_covers_the_truth_93_to_97_times_in_100() -> Non
     assert 0.93 <= covered / trials <= 0.97
 
 
+def test_few_seeds_promise_too_much() -> None:
+    """Seeds that vary by 1 point: the interval of one misses the method's effect, that of five hardly."""
+
+    def coverage(seeds: int, trials: int = 200, n: int = 1000) -> float:
+        covered = 0
+        for trial in range(trials):
+            rng = np.random.default_rng(trial)
+            before, _ = paper_like(rng, (n,))
+            effects = 0.05 + 0.01 * rng.normal(size=(seeds, 1))
+            after = before + effects * (1 - before) / (1 - ACCURACY)
+            delta = (rng.binomial(K, np.clip(after, 0, 1)) - rng.binomial(K, before)) / K
+            interval = metrics.hierarchical_interval(
+                lambda s, q, delta=delta: float(delta[s][:, q].mean()), seeds, n, seed=trial, resamples=120
+            )
+            covered += interval.low <= 0.05 <= interval.high
+        return covered / trials
+
+    assert coverage(1) < 0.7
+    assert coverage(5) > 0.87
+
+
 @pytest.mark.parametrize("test", ["sign flips", "bootstrap", "bootstrap of the ECE"])
 def test_identical_systems_give_uniform_p(test: str) -> None:
     """Equal chances, fresh samples. Counts are a lattice, so a tie at p = 1 (2% here) stays in any test."""

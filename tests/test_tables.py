@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,8 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from flow import save_tiny, write_questions
 
-from distill.grid_rows import Run, grid_results, read_grid, write_grid
+from distill.evaluate import EvaluateConfig
+from distill.evaluate import main as evaluate
+from distill.grid_rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from distill.table_text import FIELDS, markdown, rounded, signed
 from distill.tables import BASE, METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
 from figures import paper_tables
@@ -299,6 +303,25 @@ def test_the_papers_domains_stand_beside_the_papers_numbers() -> None:
         assert mine.replace(" |", " (paper) |", 1) == paper
 
 
+def test_rows_come_from_evaluations(tmp_path: Path) -> None:
+    """Two evaluations of a tiny model at different seeds, as base and control: read back as they were measured."""
+    model, questions = save_tiny(tmp_path / "model"), write_questions(tmp_path / "questions.jsonl")
+    rows = []
+    for seed, run in enumerate((Run("base", "", 0), Run("control", "", 0))):
+        out = tmp_path / run.method
+        config = {"num_generations": 3, "max_new_tokens": 3, "quiet": True, "seed": seed, "out": out}
+        evaluate(EvaluateConfig(model=str(model), questions=(str(questions),), **config))
+        rows += evaluation_rows(run, out)
+    write_grid(tmp_path, rows)
+    results = grid_results(read_grid(tmp_path), resamples=20)
+    for name in ("base", "control"):
+        summary = json.loads((tmp_path / name / "summary.json").read_text())["domains"]["colour"]
+        for metric, scale in (("avg_at_k", 100), ("maj_at_k", 100), ("ece", 1)):
+            assert results[metric].untrained[name][0, 0] == pytest.approx(scale * summary[metric]["estimate"])
+    with pytest.raises(UserError, match="no finished evaluation"):
+        evaluation_rows(Run("lmsi", "colour", 0), tmp_path / "none")
+
+
 def test_a_csv_is_read_like_parquet(folder: Path, tmp_path: Path) -> None:
     pd.DataFrame(made_up_rows(RUNS)).assign(kind="extra").to_csv(tmp_path / "grid.csv", index=False)
     (tmp_path / "layout.json").write_bytes((folder / "layout.json").read_bytes())
@@ -335,6 +358,7 @@ def _without(name: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]
         (lambda rows: [{**rows[0], "k": 4, "n_correct": 1, "votes": 1}, *rows[1:]], "k differs from the first row's"),
         (lambda rows: [{**rows[0], "right_winners": 9}, *rows[1:]], "right_winners is not between"),
         (lambda rows: [{**row, "votes": "many"} for row in rows], 'column "votes" is not whole'),
+        (lambda rows: [*rows, {**rows[0], "method": "control"}], 'other rows of "control" have no source'),
         (lambda rows: [{**rows[0], "id": None}, *rows[1:]], 'column "id" has 1 rows without a value'),
     ],
 )
