@@ -20,6 +20,7 @@ FIGURES = (
     "before_after",
     "dose_response",
     "organism",
+    "paper_tables",
     "planted_neurons",
     "signal_search",
 )

@@ -306,7 +306,7 @@ def _columns(name: str, interval: Any) -> dict[str, float | None]:
 
 def _corrected(table: pd.DataFrame) -> pd.DataFrame:
     """With p-values corrected for everything tried: all variants, domains and events."""
-    from neurosig.analysis import holm
+    from neurosig.statistics import holm
 
     tried = table["role"] == "tried"
     for base in ("over_vote", "over_outputs"):

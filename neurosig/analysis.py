@@ -24,9 +24,8 @@ from sklearn.preprocessing import StandardScaler
 
 from neurosig.errors import UserError
 from neurosig.metrics import Interval
+from neurosig.statistics import CELLS_AT_ONCE, bootstrap_p, question_counts
 
-CELLS_AT_ONCE = 4_000_000
-"""Resamples times rows held in memory."""
 LEVEL = 0.95
 
 
@@ -214,26 +213,16 @@ def compare(
         loss.append(totals[:, 0] / totals[:, 1])
     draws = np.concatenate(auroc)
     draws = draws[~np.isnan(draws)]
-    tail = min((draws <= 0).sum(), (draws >= 0).sum())
     return Gain(
         _interval(difference(_once(owners))[0], draws, owners, config),
         _interval(float(saved.mean()), np.concatenate(loss), owners, config),
-        min(1.0, 2 * (1 + float(tail)) / (1 + len(draws))),
+        bootstrap_p(draws),
     )
 
 
 def rarest_class(right: Bool[np.ndarray, " n"], owners: Int[np.ndarray, " n"]) -> int:
     """Questions with a right row or questions with a wrong row, whichever are fewer: what limits the folds."""
     return min(len(np.unique(owners[right])), len(np.unique(owners[~right])))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm's step-down rule (Holm 1979), in the given order."""
-    corrected, worst = [1.0] * len(p_values), 0.0
-    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
-        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = worst
-    return corrected
 
 
 # Baselines from the text alone
@@ -259,16 +248,9 @@ def token_overlap(token_ids: Sequence[Sequence[int]]) -> Float[np.ndarray, " k"]
 
 
 def _draws(owners: Int[np.ndarray, " n"], config: AnalysisConfig) -> Iterator[Int[np.ndarray, "draws questions"]]:
-    """How often each draw holds each question, a block of draws at a time; the same for one seed and one n."""
-    n = int(owners.max()) + 1
-    if n < 2:
-        raise UserError(f"resampling over questions: {n} question; at least 2 are needed")
-    rng = np.random.default_rng(config.seed)
-    block = max(1, CELLS_AT_ONCE // len(owners))
-    for start in range(0, config.resamples, block):
-        rows = min(block, config.resamples - start)
-        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+    return question_counts(
+        int(owners.max()) + 1, config.resamples, seed=config.seed, block=max(1, CELLS_AT_ONCE // len(owners))
+    )
 
 
 def _once(owners: Int[np.ndarray, " n"]) -> Int[np.ndarray, "draws questions"]:

@@ -21,11 +21,11 @@ from neurosig.analysis import (
     auroc_interval,
     compare,
     cross_fit,
-    holm,
     rarest_class,
     spearman_interval,
 )
 from neurosig.metrics import Interval
+from neurosig.statistics import holm
 
 SignalKind = Literal["neuron", "output", "control"]
 

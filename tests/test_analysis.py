@@ -13,7 +13,6 @@ from neurosig.analysis import (
     auroc_interval,
     cross_fit,
     held_out_auroc,
-    holm,
     nested_gain,
     spearman_interval,
     token_overlap,
@@ -142,12 +141,6 @@ def test_labels_that_allow_no_comparison_are_refused() -> None:
         auroc_interval(np.arange(20.0), right, np.zeros(20, dtype=np.int64), QUICK)
     with pytest.raises(UserError, match="resamples: expected at least 100, got 10"):
         AnalysisConfig(resamples=10)
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert holm([]) == []
 
 
 def test_token_overlap_by_hand() -> None:
