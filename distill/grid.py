@@ -5,7 +5,8 @@
 
 A cell is a method, a source and a seed. Export, training and evaluation are the commands of the same names, each in a
 process of its own: a finished one is skipped, an interrupted one goes on where it was, one that fails is reported and
-the rest goes on. ``results.csv`` has a row a cell and target, ``answers.parquet`` a row a question.
+the rest goes on. ``results.csv`` has a row a cell and target, ``grid.parquet`` a row a question; the tables of both are
+printed in the paper's form, and drawn by ``python -m figures paper_tables --results OUT``.
 
 Two controls are part of every grid: the untrained model at the temperature with the best Avg@K on the development
 splits, and context that is random within the question's kind (method ``nopsd-kind``).
@@ -155,8 +156,7 @@ def main(config: GridConfig) -> None:
     with _forkserver() as context:
         failed = _run(untrained_cells(config, targets), config, context)
         failed += _run(trained_cells(config, sources, targets), config, context)
-    for line in collect(config.out):
-        logger.info("%s", line)
+    print(collect(config.out, list(targets)))
     if failed:
         raise UserError(f"{len(failed)} cells failed ({', '.join(failed)}): see {LOG} in each; mend it and run again")
 

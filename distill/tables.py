@@ -37,7 +37,10 @@ METHODS = {
     "intuitor": "Intuitor",
     "u-opsd": "U-OPSD",
     "nopsd": "N-OPSD",
-    "random": "random context of the kind",
+    "vote-only": "N-OPSD, vote alone filters",
+    "nopsd-kind": "N-OPSD, random context of the kind",
+    "nopsd-random": "N-OPSD, random context",
+    "vote-only-random": "N-OPSD, vote alone, random context",
 }
 """Methods in the order of the tables, and as they are printed; others follow by name."""
 LEVEL = 0.95

@@ -65,7 +65,7 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
     assert {row["temperature"] for row in rows(folder) if row["method"] == "control"} == {"0.5"}
 
     cells = folder / "grid" / "cells"
-    answers = pyarrow.parquet.read_table(folder / "grid" / "answers.parquet").to_pandas()
+    answers = pyarrow.parquet.read_table(folder / "grid" / "grid.parquet").to_pandas()
     for (method, target), mine in answers[answers.method != "control"].groupby(["method", "target"]):
         cell = method if method == "base" else f"{method}--red--seed0"
         summary = json.loads((cells / cell / "eval" / target / "summary.json").read_text())["domains"][target]
