@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from distill.config import PRESETS, TrainConfig, check_options, resume_key, sampling_config
 from distill.output import RECORD, write_final
+from distill.trackers import check_trackers
 from neurosig.cli import PhaseTimer, progress, run_command
 from neurosig.errors import UserError
 
@@ -40,7 +41,8 @@ def main(config: TrainConfig) -> None:
     from neurosig.outdir import output_folder
 
     check_options(config)
-    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final")
+    check_trackers(config)
+    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "tensorboard", "wandb")
     with output_folder(
         config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:
@@ -61,6 +63,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     from distill.student import make_student, merged
     from distill.tasks import check_model, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
     from distill.teacher import Teacher
+    from distill.trackers import trackers
     from neurosig.manifest import read_manifest
     from neurosig.models import load_model
     from neurosig.sampling import Prompt, sample
@@ -106,7 +109,8 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
             development = Development(config, votes, builder, manifest.header, draw)
             development.reopen(done)
 
-    with log, progress(total=config.steps, desc="train", quiet=config.quiet) as bar:
+    bar = progress(total=config.steps, desc="train", quiet=config.quiet)
+    with log, bar, trackers(config) as report:
         bar.update(done)
         for step in range(done + 1, config.steps + 1):
             chosen = tasks_of_step(tasks, step, per_step=config.questions_per_step, seed=config.seed)
@@ -134,6 +138,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
             log.write(json.dumps(metrics) + "\n")
             log.flush()
             history.append(metrics)
+            report(metrics)
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", gap=f"{metrics['entropy_gap']:.3f}")
             bar.update()
             saving = step % config.save_steps == 0 or step == config.steps
