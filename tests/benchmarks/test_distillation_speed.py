@@ -112,6 +112,7 @@ def common(folder: Path, rows: int) -> dict[str, Any]:
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",
+        "logging_strategy": "no",
         "shuffle_dataset": False,
         "disable_tqdm": True,
     }
