@@ -1,7 +1,8 @@
 """Sample K rollouts a question: the prompt is computed once, its K rows decode together.
 
-Every random number comes from ``(seed, salt, question id)``, never from a global generator, so the batch a
-question lands in does not change its rollouts (up to the last bits of floating point).
+Rows that finish make room for the next questions, so the batch stays full whatever the lengths. Every random number
+comes from ``(seed, salt, question id)``, never from a global generator, so the batch a question lands in does not
+change its rollouts (up to the last bits of floating point).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neurosig.batching import pad
@@ -23,9 +24,16 @@ from neurosig.rollouts import Rollout
 
 if TYPE_CHECKING:
     from neurosig.models import LoadedModel
+    from neurosig.row_cache import RowCache
 
+WINDOW = 4
+"""Batches' worth of questions that share one stream of rows; a window that is not done is decoded again as a whole."""
+REFILL_AT = 0.125
+"""Waiting questions enter the batch once this share of its rows is finished."""
 COMPACT_BELOW = 0.75
-"""Finished rows leave the batch once fewer than this share of its rows is still decoding."""
+"""Without waiting questions, finished rows leave once fewer than this share of the rows is still decoding."""
+CPU_ENTRIES = 2**19
+"""Probabilities handled at once on the CPU: these rows and their temporaries stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,7 @@ def sample(
     salt: str = "",
     done: Collection[str] = (),
 ) -> Iterator[list[Rollout]]:
-    """Yield each prompt's K rollouts, shortest prompts first.
+    """Yield each prompt's K rollouts as soon as the last of them is finished; short prompts start first.
 
     Args:
         loaded: Model and tokenizer; the model is used as it stands (an adapter that is on, stays on).
@@ -91,8 +99,9 @@ def sample(
         config: The sampling configuration.
         batch_rows: Rollouts decoded at a time; memory and speed only.
         salt: Mixed into the seed, so that each training step draws afresh.
-        done: Question ids of an earlier, interrupted call. Batches are cut as in that call and those that are done
-            are skipped, so that what is left comes out the same to the last bit.
+        done: Question ids of an earlier, interrupted call, which are not yielded again. Windows are cut as in that
+            call and only those that are done throughout are skipped, so that what is left comes out the same to the
+            last bit.
 
     Raises:
         UserError: A prompt and its completion exceed the model's positions, or a logit is not finite.
@@ -105,88 +114,201 @@ def sample(
         )
     ordered = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
     questions = max(1, batch_rows // config.num_generations)
-    for start in range(0, len(ordered), questions):
-        batch = ordered[start : start + questions]
-        if not all(prompt.question_id in done for prompt in batch):
-            yield from _decode_batch(loaded, batch, config, salt)
+    for start in range(0, len(ordered), WINDOW * questions):
+        window = ordered[start : start + WINDOW * questions]
+        if not all(prompt.question_id in done for prompt in window):
+            for group in _decode_window(loaded, window, config, questions, salt):
+                if group[0].question_id not in done:
+                    yield group
 
 
 @torch.inference_mode()
-def _decode_batch(
-    loaded: LoadedModel, prompts: Sequence[Prompt], config: SamplingConfig, salt: str
-) -> list[list[Rollout]]:
-    from transformers import StaticCache
+def _decode_window(
+    loaded: LoadedModel, prompts: Sequence[Prompt], config: SamplingConfig, questions: int, salt: str
+) -> Iterator[list[Rollout]]:
+    """So many questions decode at a time; the others take the place of finished rows."""
+    k = config.num_generations
+    slots, started = questions * k, 0
+    batch = _Batch(loaded, prompts, config, salt)
+    while started < len(prompts) or batch.decoding:
+        free = slots - batch.decoding
+        if started < len(prompts) and free >= max(k, REFILL_AT * slots):
+            newcomers = range(started, min(started + free // k, len(prompts)))
+            batch.admit(newcomers)
+            started = newcomers.stop
+        else:
+            if started == len(prompts):
+                batch.compact()
+            batch.step()
+        yield from batch.take_finished()
 
-    model, device = loaded.model, loaded.model.device
-    k, budget = config.num_generations, config.max_new_tokens
-    width = max(len(prompt.token_ids) for prompt in prompts)
-    ids, held = pad([prompt.token_ids for prompt in prompts], side="left", device=device)
-    mask = held.long()
-    cache = StaticCache(config=model.config, max_cache_len=width + budget)
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits = output.logits[:, -1].repeat_interleave(k, dim=0)
-    _reorder(cache, torch.arange(len(prompts), device=device).repeat_interleave(k))
-    mask = torch.cat([mask, mask.new_ones(len(prompts), budget)], dim=1).repeat_interleave(k, dim=0)
-    positions = mask[:, :width].sum(-1, keepdim=True)
-    uniforms = torch.from_numpy(np.concatenate([_uniforms(p.question_id, config, salt) for p in prompts])).to(device)
-    eos = torch.tensor(loaded.eos_token_ids, device=device)
-    seen = _seen_tokens(ids, mask[::k, :width], logits.shape[-1], k) if config.repetition_penalty != 1 else None
 
-    rows = torch.arange(len(prompts) * k, device=device)
-    tokens = torch.full((len(rows), budget), -1, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(rows), budget, device=device)
-    entropies = torch.zeros(len(rows), budget, device=device)
-    certainties = torch.zeros(len(rows), budget, device=device)
-    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    for step in range(budget):
-        log_p = torch.log_softmax(logits.float(), dim=-1)
-        if not torch.isfinite(log_p.max(dim=-1).values).all():
-            bad = prompts[int(rows[~torch.isfinite(log_p.max(dim=-1).values)][0]) // k].question_id
-            raise UserError(f'model {loaded.info.id}: logits are not finite while sampling question "{bad}"')
-        chosen = _choose(_penalised(logits, log_p, seen, config), uniforms[rows, step], config)
-        live = ~done
-        tokens[rows[live], step] = chosen[live]
-        logprobs[rows, step] = log_p.gather(1, chosen[:, None])[:, 0]
-        entropies[rows, step] = -(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1)
-        certainties[rows, step] = -log_p.clamp_min(-1e4).mean(-1) - math.log(log_p.shape[-1])
-        done |= torch.isin(chosen, eos)
-        if step == budget - 1 or bool(done.all()):
-            break
-        if seen is not None:
-            seen[torch.arange(len(rows), device=device), chosen] = True
-        if (~done).float().mean() < COMPACT_BELOW:
-            keep = (~done).nonzero()[:, 0]
-            rows, chosen, mask, positions, done = (
-                rows[keep],
-                chosen[keep],
-                mask[keep],
-                positions[keep],
-                done[keep],
-            )
-            seen = None if seen is None else seen[keep]
-            _reorder(cache, keep)
-        output = model(
-            input_ids=chosen[:, None],
-            attention_mask=mask,
-            position_ids=positions + step,
+class _Batch:
+    """A window's rollouts, and the slots of those being decoded.
+
+    A slot holds a row ``question * K + rollout``. It stays in the batch after its row is finished, until a newcomer
+    takes it or `compact` drops it; meanwhile it attends to itself alone and what it says is ignored.
+
+    Attributes:
+        decoding: Number of slots whose row is not finished.
+    """
+
+    def __init__(self, loaded: LoadedModel, prompts: Sequence[Prompt], config: SamplingConfig, salt: str):
+        self._loaded, self._prompts, self._config = loaded, prompts, config
+        device, shape = loaded.model.device, (len(prompts) * config.num_generations, config.max_new_tokens)
+        uniforms = np.concatenate([_uniforms(prompt.question_id, config, salt) for prompt in prompts])
+        self._uniforms = torch.from_numpy(uniforms).to(device)
+        self._eos = torch.tensor(loaded.eos_token_ids, device=device)
+        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self._measures = torch.zeros(*shape, 3, device=device)
+        self._lengths = torch.zeros(shape[0], dtype=torch.long, device=device)
+        self._unfinished = [config.num_generations] * len(prompts)
+        self._finished: list[int] = []
+        self._cache: RowCache
+        self._rows = self._begins = self._last = torch.zeros(0, dtype=torch.long, device=device)
+        self._live = torch.zeros(0, dtype=torch.bool, device=device)
+        self._seen: Tensor | None = None
+        self.decoding = 0
+
+    def admit(self, questions: range) -> None:
+        """Run the prompts of these questions; their rows take free slots, or make up the batch if none is decoding."""
+        from neurosig.row_cache import RowCache
+
+        k, device, penalised = self._config.num_generations, self._live.device, self._config.repetition_penalty != 1
+        ids, held = pad([self._prompts[q].token_ids for q in questions], side="left", device=device)
+        cache = RowCache(self._loaded.model.config)
+        logits = self._forward(cache, ids, held, (held.long().cumsum(-1) - 1).clamp_min(0))
+        owners = torch.arange(len(questions), device=device).repeat_interleave(k)
+        rows = torch.arange(questions.start * k, questions.stop * k, device=device)
+        if self.decoding == 0:
+            cache.keep(owners)
+            self._cache, slots = cache, torch.arange(len(rows), device=device)
+            self._rows, self._begins, self._last = rows, torch.zeros_like(rows), torch.zeros_like(rows)
+            self._live = torch.zeros_like(rows, dtype=torch.bool)
+            self._seen = logits.new_zeros(len(rows), logits.shape[-1], dtype=torch.bool) if penalised else None
+        else:
+            slots = (~self._live).nonzero()[: len(rows), 0]
+            if (missing := cache.end - self._cache.end) > 0:
+                self._shift(missing)
+            self._cache.put(slots, cache, owners)
+            self._rows[slots] = rows
+        self._begins[slots] = self._cache.end - held.sum(-1)[owners]
+        if self._seen is not None:
+            self._seen[slots] = _seen_tokens(ids, held, logits.shape[-1], k)
+        self.decoding += len(rows)
+        self._draw(slots, logits[owners])
+
+    def step(self) -> None:
+        """Decode one token of every row."""
+        if self._cache.full:
+            self._shift(-int(self._begins[self._live].min()))
+        end = self._cache.end
+        mask = torch.arange(end + 1, device=self._begins.device) >= self._begins[:, None]
+        logits = self._forward(self._cache, self._last[:, None], mask, end - self._begins[:, None])
+        if self.decoding < len(self._live):
+            logits = logits[self._live]
+        self._draw(self._live.nonzero()[:, 0], logits)
+
+    def compact(self) -> None:
+        """Drop the slots of finished rows if they are many."""
+        if self.decoding < COMPACT_BELOW * len(self._live):
+            keep = self._live.nonzero()[:, 0]
+            self._rows, self._begins, self._last = self._rows[keep], self._begins[keep], self._last[keep]
+            self._live, self._seen = self._live[keep], None if self._seen is None else self._seen[keep]
+            self._cache.keep(keep)
+
+    def take_finished(self) -> list[list[Rollout]]:
+        """The groups that were completed since the last call."""
+        finished, self._finished = self._finished, []
+        return [self._group(question) for question in finished]
+
+    def _shift(self, columns: int) -> None:
+        self._cache.shift(columns)
+        self._begins = (self._begins + columns).clamp_min(0)
+
+    def _forward(
+        self,
+        cache: RowCache,
+        ids: Int[Tensor, "rows new"],
+        mask: Bool[Tensor, "rows columns"],
+        positions: Int[Tensor, "rows new"],
+    ) -> Float[Tensor, "rows vocab"]:
+        output = self._loaded.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
         )
-        logits = output.logits[:, -1]
-    return _collect(loaded, prompts, k, tokens.cpu(), logprobs.cpu(), entropies.cpu(), certainties.cpu())
+        return output.logits[:, -1]
+
+    def _draw(self, slots: Int[Tensor, " slots"], logits: Float[Tensor, "slots vocab"]) -> None:
+        """Draw a token for each of these slots, and finish the rows that it ends."""
+        k, budget = self._config.num_generations, self._config.max_new_tokens
+        rows = self._rows[slots]
+        step = self._lengths[rows]
+        seen = None if self._seen is None else self._seen[slots]
+        chosen, measures = _next_tokens(logits, self._uniforms[rows, step], seen, self._config)
+        if not torch.isfinite(measures).all():
+            bad = self._prompts[int(rows[~torch.isfinite(measures).all(-1)][0]) // k].question_id
+            raise UserError(f'model {self._loaded.info.id}: logits are not finite while sampling question "{bad}"')
+        self._tokens[rows, step], self._measures[rows, step] = chosen, measures
+        self._lengths[rows] += 1
+        self._last[slots] = chosen
+        if self._seen is not None:
+            self._seen[slots, chosen] = True
+        ended = torch.isin(chosen, self._eos) | (step == budget - 1)
+        self._live[slots] = ~ended
+        self._begins[slots[ended]] = self._cache.end
+        for question in (rows[ended] // k).tolist():
+            self.decoding -= 1
+            self._unfinished[question] -= 1
+            if self._unfinished[question] == 0:
+                self._finished.append(question)
+
+    def _group(self, question: int) -> list[Rollout]:
+        k = self._config.num_generations
+        mine = slice(question * k, (question + 1) * k)
+        group = []
+        for rollout_id, (ids, measures, length) in enumerate(
+            zip(self._tokens[mine].tolist(), self._measures[mine], self._lengths[mine].tolist(), strict=True)
+        ):
+            ended = ids[length - 1] in self._loaded.eos_token_ids
+            text = self._loaded.tokenizer.decode(ids[: length - 1 if ended else length], skip_special_tokens=True)
+            group.append(
+                Rollout(
+                    self._prompts[question].question_id,
+                    rollout_id,
+                    str(text),
+                    tuple(ids[:length]),
+                    "stop" if ended else "length",
+                    *measures[:length].mean(dim=0).tolist(),
+                )
+            )
+        return group
 
 
-def _reorder(cache: Any, rows: Int[Tensor, " rows"]) -> None:
-    """Keep these rows of a static cache, in this order and as often as they occur."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+def _next_tokens(
+    logits: Float[Tensor, "rows vocab"],
+    uniforms: Float[Tensor, " rows"],
+    seen: Bool[Tensor, "rows vocab"] | None,
+    config: SamplingConfig,
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, "rows 3"]]:
+    """A token for each row, with its log-probability, the entropy and the self-certainty at temperature 1."""
+    at_once = max(1, CPU_ENTRIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = []
+    for start in range(0, len(logits), at_once):
+        block = slice(start, start + at_once)
+        log_p = torch.log_softmax(logits[block].float(), dim=-1)
+        scores = _penalised(logits[block], log_p, None if seen is None else seen[block], config)
+        chosen = _choose(scores, uniforms[block], config)
+        log_p = log_p.clamp_min(-1e4)
+        logprob = log_p.gather(1, chosen[:, None])[:, 0]
+        entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+        certainty = -log_p.mean(-1) - math.log(log_p.shape[-1])
+        parts.append((chosen, torch.stack([logprob, entropy, certainty], dim=-1)))
+    return torch.cat([chosen for chosen, _ in parts]), torch.cat([measures for _, measures in parts])
 
 
 def _uniforms(question_id: str, config: SamplingConfig, salt: str) -> Float[np.ndarray, "k budget"]:
@@ -228,38 +350,3 @@ def _choose(
         scores = scores.masked_fill((mass_before >= config.top_p).gather(1, order.argsort(-1)), -torch.inf)
     cdf = scores.softmax(-1).cumsum(-1)
     return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(cdf.shape[-1] - 1)
-
-
-def _collect(
-    loaded: LoadedModel,
-    prompts: Sequence[Prompt],
-    k: int,
-    tokens: Tensor,
-    logprobs: Tensor,
-    entropies: Tensor,
-    certainties: Tensor,
-) -> list[list[Rollout]]:
-    eos = set(loaded.eos_token_ids)
-    groups = []
-    for index, prompt in enumerate(prompts):
-        group = []
-        for rollout_id in range(k):
-            row = index * k + rollout_id
-            length = int((tokens[row] >= 0).sum())
-            ids = tokens[row, :length].tolist()
-            ended = ids[-1] in eos
-            text = loaded.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-            group.append(
-                Rollout(
-                    question_id=prompt.question_id,
-                    rollout_id=rollout_id,
-                    text=str(text),
-                    token_ids=tuple(ids),
-                    finish_reason="stop" if ended else "length",
-                    mean_logprob=float(logprobs[row, :length].mean()),
-                    mean_entropy=float(entropies[row, :length].mean()),
-                    mean_self_certainty=float(certainties[row, :length].mean()),
-                )
-            )
-        groups.append(group)
-    return groups

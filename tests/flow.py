@@ -83,14 +83,14 @@ def killed_while_sampling(groups: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def decoded_batches() -> Iterator[list[Any]]:
-    """The batches that are decoded in the body."""
-    decode, batches = neurosig.sampling._decode_batch, []
+def decoded_windows() -> Iterator[list[Any]]:
+    """The windows of questions that are decoded in the body."""
+    decode, windows = neurosig.sampling._decode_window, []
 
     def counted(*args: Any) -> Any:
-        batches.append(args)
+        windows.append(args)
         return decode(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neurosig.sampling, "_decode_batch", counted)
-        yield batches
+        patch.setattr(neurosig.sampling, "_decode_window", counted)
+        yield windows

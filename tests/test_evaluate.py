@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from flow import decoded_batches, killed_while_sampling, make_manifest, save_tiny, write_questions
+from flow import decoded_windows, killed_while_sampling, make_manifest, save_tiny, write_questions
 from safetensors.torch import load_file, save_file
 
 from distill.config import TrainConfig
@@ -43,16 +43,17 @@ def test_results_are_written_question_by_question(tmp_path: Path) -> None:
     assert [r["question_id"] for r in rollouts[::4]] == [row["id"] for row in table]
 
 
-def test_an_interrupted_evaluation_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neurosig.sampling.WINDOW", 1)
     main(evaluate_config(tmp_path, "straight", batch_rows=8))
     with killed_while_sampling(3):
         main(evaluate_config(tmp_path, "broken", batch_rows=8))
     assert not (tmp_path / "broken" / "summary.json").exists()
     with pytest.raises(UserError, match="differ from the interrupted run: seed, temperature; use"):
         main(evaluate_config(tmp_path, "broken", batch_rows=8, resume=True, temperature=0.5, seed=4))
-    with decoded_batches() as decoded:
+    with decoded_windows() as decoded:
         main(evaluate_config(tmp_path, "broken", batch_rows=8, resume=True))
-    assert len(decoded) == 3  # of 4 batches, one was done
+    assert len(decoded) == 3  # of 4 windows, one was done
     for name in ("results.parquet", "rollouts.jsonl"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 

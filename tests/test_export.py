@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from flow import (
-    decoded_batches,
+    decoded_windows,
     export_config,
     file_bytes,
     killed_while_sampling,
@@ -93,7 +93,8 @@ def test_the_seed_decides_the_rollouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_killed_while_sampling(tmp_path: Path, model: Path, torn: bool) -> None:
+def test_killed_while_sampling(tmp_path: Path, model: Path, torn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neurosig.sampling.WINDOW", 1)
     questions = write_questions(tmp_path / "questions.jsonl")
     export(export_config(tmp_path, model, questions, "straight", batch_rows=6))
     with killed_while_sampling(5):
@@ -112,9 +113,9 @@ def test_killed_while_sampling(tmp_path: Path, model: Path, torn: bool) -> None:
     others = write_questions(tmp_path / "others.jsonl", n=7)
     with pytest.raises(UserError, match="differ from the interrupted run: questions; use"):
         export(export_config(tmp_path, model, others, "broken", batch_rows=6, resume=True))
-    with decoded_batches() as decoded:
+    with decoded_windows() as decoded:
         export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True))
-    assert len(decoded) == 2  # of 4 batches, two were done
+    assert len(decoded) == 2  # of 4 windows, two were done
     assert file_bytes(tmp_path / "broken") == file_bytes(tmp_path / "straight")
 
 

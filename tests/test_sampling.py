@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tiny import ARCHS, EOS_ID, VOCAB_SIZE, Arch, tiny_model, tiny_tokenizer
+from tiny import ALL_ARCHS, ARCHS, EOS_ID, VOCAB_SIZE, Arch, OtherArch, tiny_model, tiny_tokenizer
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
+import neurosig.row_cache
+import neurosig.sampling
 from neurosig.errors import UserError
 from neurosig.models import LoadedModel, load_model
 from neurosig.rollouts import Rollout
@@ -18,11 +21,11 @@ from neurosig.sampling import Prompt, SamplingConfig, _choose, _penalised, _seen
 LENGTHS = (5, 12, 9, 12, 3)
 
 
-def loaded(arch: Arch = "qwen3") -> LoadedModel:
+def loaded(arch: Arch | OtherArch = "qwen3") -> LoadedModel:
     return load_model((tiny_model(arch), tiny_tokenizer()))
 
 
-def often_ending(arch: Arch = "qwen3") -> LoadedModel:
+def often_ending(arch: Arch | OtherArch = "qwen3") -> LoadedModel:
     """A model that ends about one completion in eight at every step."""
     model = tiny_model(arch)
     with torch.no_grad():
@@ -49,22 +52,98 @@ def tokens(groups: dict[str, list[Rollout]]) -> dict[str, list[tuple[int, ...]]]
     return {name: [rollout.token_ids for rollout in group] for name, group in groups.items()}
 
 
+def generated(model: LoadedModel, prompt: Prompt, **options: Any) -> list[tuple[int, ...]]:
+    """What transformers' `generate` says, up to the closing token of each sequence."""
+    with torch.no_grad():
+        rows = model.model.generate(
+            torch.tensor([prompt.token_ids]), pad_token_id=0, eos_token_id=list(model.eos_token_ids), **options
+        )
+    said = rows[:, len(prompt.token_ids) :].tolist()
+    ends = [next((n for n, token in enumerate(row) if token in model.eos_token_ids), len(row)) for row in said]
+    return [tuple(row[: end + 1]) for row, end in zip(said, ends, strict=True)]
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_greedy_equals_generate_token_for_token(arch: Arch) -> None:
     """Mixed prompt lengths in one batch, beyond gemma3's sliding window, against one `generate` a prompt."""
     model = loaded(arch)
     ours = draw(model, prompts(), temperature=0.0, num_generations=2, max_new_tokens=12)
     for prompt in prompts():
-        with torch.no_grad():
-            reference = model.model.generate(
-                torch.tensor([prompt.token_ids]),
-                do_sample=False,
-                max_new_tokens=12,
-                pad_token_id=0,
-                eos_token_id=EOS_ID,
-            )[0, len(prompt.token_ids) :]
+        (reference,) = generated(model, prompt, do_sample=False, max_new_tokens=12)
         for rollout in ours[prompt.question_id]:
-            assert rollout.token_ids == tuple(reference.tolist())
+            assert rollout.token_ids == reference
+
+
+@pytest.fixture
+def refills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever newcomers enter a batch: the number of rows that are decoding then."""
+    admit, seen = neurosig.sampling._Batch.admit, []
+
+    def counted(self: Any, questions: range) -> None:
+        seen.append(self.decoding)
+        admit(self, questions)
+
+    monkeypatch.setattr(neurosig.sampling._Batch, "admit", counted)
+    return seen
+
+
+@pytest.mark.parametrize("arch", ALL_ARCHS)
+def test_greedy_equals_generate_in_a_refilled_batch(
+    arch: Arch | OtherArch, refills: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newcomers of other lengths take the places of finished rows, and columns are dropped on the left and added."""
+    monkeypatch.setattr(neurosig.row_cache, "ROOM", 2)
+    monkeypatch.setattr(neurosig.sampling, "WINDOW", 100)
+    moves: list[int] = []
+    shift = neurosig.row_cache.RowCache.shift
+
+    def recorded(self: Any, columns: int) -> None:
+        moves.append(columns)
+        shift(self, columns)
+
+    monkeypatch.setattr(neurosig.row_cache.RowCache, "shift", recorded)
+    model = loaded(arch)
+    model.model.generation_config.eos_token_id = list(range(EOS_ID, VOCAB_SIZE, 8))
+    asked = prompts((4,) * 12 + (9,) * 12 + (30, 40))
+    options = {"max_new_tokens": 16, "repetition_penalty": 1.5}  # the penalty keeps the lengths apart
+    ours = draw(model, asked, temperature=0.0, num_generations=2, batch_rows=6, **options)
+    assert sum(decoding > 0 for decoding in refills) >= 2
+    assert min(moves) < 0 < max(moves)
+    for prompt in asked:
+        (reference,) = generated(model, prompt, do_sample=False, **options)
+        assert [rollout.token_ids for rollout in ours[prompt.question_id]] == [reference, reference]
+
+
+def counts(rollouts: list[tuple[int, ...]], cells: dict[tuple[int, ...], int]) -> np.ndarray:
+    """How often each pair of first tokens occurs; ``cells`` numbers the pairs and grows."""
+    found = [cells.setdefault(ids[:2], len(cells)) for ids in rollouts]
+    return np.bincount(found, minlength=len(cells))
+
+
+def test_a_refilled_batch_samples_as_generate_does(refills: list[int]) -> None:
+    """First two tokens jointly, a two-sample chi-square test; another temperature is found out."""
+    model = often_ending()
+    pair = prompts((4, 9))
+    asked = [Prompt(f"{kind.question_id}-{n}", kind.token_ids) for n, kind in enumerate(islice(cycle(pair), 240))]
+    options = {"num_generations": 8, "max_new_tokens": 12, "top_k": 4}
+    ours = tokens(draw(model, asked, batch_rows=40, **options))
+    assert sum(decoding > 0 for decoding in refills) > len(refills) / 2
+    torch.manual_seed(0)
+    for kind in pair:
+        mine = [ids for name, group in ours.items() if name.startswith(kind.question_id) for ids in group]
+        assert len(mine) == 960
+        pvalues = {}
+        for temperature in (1.0, 0.5):
+            theirs = generated(
+                model, kind, do_sample=True, max_new_tokens=2, num_return_sequences=4000,
+                temperature=temperature, top_k=4, top_p=1.0,
+            )  # fmt: skip
+            cells: dict[tuple[int, ...], int] = {}
+            expected, found = counts(theirs, cells), counts(mine, cells)
+            assert len(found) == len(expected) and len(expected) > 8  # no pair that `generate` never says
+            pvalues[temperature] = stats.chi2_contingency(np.stack([expected, found])).pvalue
+        assert pvalues[1.0] > 0.01
+        assert pvalues[0.5] < 1e-6
 
 
 @pytest.mark.parametrize("batch_rows", [1, 8, 12])
@@ -195,13 +274,18 @@ def test_the_models_own_generation_config_leaks_nothing() -> None:
     assert tokens(draw(plain, prompts())) == tokens(draw(opinionated, prompts()))
 
 
-def test_an_interrupted_call_goes_on_batch_by_batch() -> None:
-    model = loaded()
-    everything = draw(model, prompts(), batch_rows=8)
+def test_an_interrupted_call_goes_on_window_by_window(refills: list[int]) -> None:
+    """To the last bit, and without saying twice what is done."""
+    model = often_ending()
+    asked = prompts((3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14))
+    everything = draw(model, asked, batch_rows=4, max_new_tokens=20)
     order = list(everything)
-    rest = draw(model, prompts(), batch_rows=8, done={*order[:2], order[2]})
-    assert list(rest) == order[2:]  # the batch of which one question was missing comes whole
-    assert rest == {name: everything[name] for name in order[2:]}
+    assert set(order[:4]) == {"q0", "q1", "q2", "q3"}  # four batches of a question each are a window
+    for stopped_after in (3, 4, 6, 11):
+        refills.clear()
+        rest = draw(model, asked, batch_rows=4, max_new_tokens=20, done=set(order[:stopped_after]))
+        assert list(rest.items()) == list(everything.items())[stopped_after:]
+        assert len(refills) == 12 - stopped_after // 4 * 4  # what is decoded: the windows that are not done
 
 
 def test_prompts_that_do_not_fit_are_refused() -> None:

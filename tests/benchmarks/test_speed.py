@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+import neurosig.sampling
 from neurosig.models import LoadedModel
 from neurosig.prompts import PromptBuilder, PromptConfig
 from neurosig.questions import load_questions
@@ -36,31 +37,53 @@ def rollouts(smollm2: LoadedModel, prompts: Sequence[Prompt]) -> list[Rollout]:
     return [rollout for group in sample(smollm2, prompts, CONFIG) for rollout in group]
 
 
+def generate(smollm2: LoadedModel, prompts: Sequence[Prompt], k: int, **options: object) -> list[list[int]]:
+    """What transformers says, k times a prompt, all in one batch; up to the closing token."""
+    width = max(len(prompt.token_ids) for prompt in prompts)
+    pad = [0] * width
+    ids = torch.tensor([(pad + list(prompt.token_ids))[-width:] for prompt in prompts for _ in range(k)])
+    mask = torch.tensor([(pad + [1] * len(prompt.token_ids))[-width:] for prompt in prompts for _ in range(k)])
+    with torch.no_grad():
+        said = smollm2.model.generate(
+            ids, attention_mask=mask, top_p=1.0, top_k=0, max_new_tokens=24, pad_token_id=2, **options
+        )[:, width:].tolist()
+    ends = [next((n for n, token in enumerate(row) if token in smollm2.eos_token_ids), len(row)) for row in said]
+    return [row[: end + 1] for row, end in zip(said, ends, strict=True)]
+
+
 def test_sampling_against_generate(
     smollm2: LoadedModel, prompts: Sequence[Prompt], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """16 questions, 8 rollouts each: the prompt once a question against `generate`, which runs it for every rollout."""
-    width = max(len(prompt.token_ids) for prompt in prompts)
-    pad = [0] * width
-    ids = torch.tensor([(pad + list(prompt.token_ids))[-width:] for prompt in prompts for _ in range(8)])
-    mask = torch.tensor([(pad + [1] * len(prompt.token_ids))[-width:] for prompt in prompts for _ in range(8)])
+    """16 questions, 8 rollouts each, 128 rows: the prompt once a question against once a rollout."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        theirs = seconds(
-            lambda: smollm2.model.generate(
-                ids,
-                attention_mask=mask,
-                do_sample=True,
-                temperature=0.8,
-                top_p=1.0,
-                top_k=0,
-                max_new_tokens=24,
-                pad_token_id=2,
-            )
-        )
-    ours = seconds(lambda: list(sample(smollm2, prompts, CONFIG)))
+    said: list[list[int]] = []
+    drawn: list[list[Rollout]] = []
+    theirs = seconds(lambda: said.extend(generate(smollm2, prompts, 8, do_sample=True, temperature=0.8)))
+    ours = seconds(lambda: drawn.extend(sample(smollm2, prompts, CONFIG, batch_rows=128)))
+    their_rate = sum(map(len, said)) / theirs
+    our_rate = sum(len(rollout.token_ids) for group in drawn for rollout in group) / ours
+    greedy = dict(zip([p.question_id for p in prompts], generate(smollm2, prompts, 1, do_sample=False), strict=True))
+    settings = SamplingConfig(num_generations=8, temperature=0.0, max_new_tokens=24)
+    rows = [rollout for group in sample(smollm2, prompts, settings, batch_rows=128) for rollout in group]
+    same = sum(list(rollout.token_ids) == greedy[rollout.question_id] for rollout in rows)
     with capsys.disabled():
-        print(f"\nsampling: {theirs / ours:.2f}x as fast as generate ({ours:.1f} s against {theirs:.1f} s)")
+        print(f"\nsampling: {our_rate / their_rate:.2f}x the tokens a second of generate", end=" ")
+        print(f"({our_rate:.0f} against {their_rate:.0f}; {ours:.1f} s against {theirs:.1f} s)")
+        print(f"greedy: {same} of {len(rows)} rollouts are those of generate, token for token")
+
+
+def test_sampling_when_lengths_vary(
+    smollm2: LoadedModel, prompts: Sequence[Prompt], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """128 rollouts of up to 96 tokens, 32 rows at a time: waiting questions enter early, or when a batch is done."""
+    config = SamplingConfig(num_generations=8, temperature=1.0, max_new_tokens=96)
+    times = {}
+    for name, share in (("refilled", neurosig.sampling.REFILL_AT), ("batch by batch", 1.0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(neurosig.sampling, "REFILL_AT", share)
+            times[name] = seconds(lambda: list(sample(smollm2, prompts, config, batch_rows=32)))
+    with capsys.disabled():
+        print(f"\nrefilling: {times['batch by batch'] / times['refilled']:.2f}x as fast as batch by batch {times}")
 
 
 def test_tracing_against_a_plain_forward(
