@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.distributed import ALONE, Ranks, part_like, whole_tensor
+from distill.distributed import ALONE, Ranks, part_like
 from neurosig.errors import UserError
 from neurosig.fsio import sha256_file, write_atomic
 
@@ -56,9 +56,9 @@ def save_checkpoint(
         ranks: The processes, all of which must call this.
     """
     files = {
-        WEIGHTS: _whole(parameters.items(), ranks),
-        AVERAGES: _whole(averages.items(), ranks),
-        OPTIMIZER: _whole(_optimizer_tensors(parameters, optimizer), ranks),
+        WEIGHTS: ranks.whole_tensors(parameters.items()),
+        AVERAGES: ranks.whole_tensors(averages.items()),
+        OPTIMIZER: ranks.whole_tensors(_optimizer_tensors(parameters, optimizer)),
     }
     with ranks.together():
         if ranks.main:
@@ -72,7 +72,7 @@ def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key:
     aside = folder / f".step-{step:06d}"
     aside.mkdir()
     for name, tensors in files.items():
-        save_file(tensors, aside / name)
+        save_file({label: tensor.cpu().contiguous() for label, tensor in tensors.items()}, aside / name)
     hashes = {name: sha256_file(aside / name) for name in files}
     write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
     target = folder / f"step-{step:06d}"
@@ -159,12 +159,6 @@ def _step(checkpoint: Path) -> int:
 
 def _existing(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
-
-
-def _whole(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
-    """Whole copies on the main process, one tensor at a time; nothing elsewhere."""
-    gathered = ((name, whole_tensor(tensor.detach())) for name, tensor in tensors)
-    return {name: tensor.cpu().contiguous() for name, tensor in gathered if ranks.main}
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -47,7 +47,8 @@ class Ranks:
         rank: Which of them this is.
         main: Whether it is the one that writes files and messages.
         sharded: Whether FSDP2 shards the weights.
-        device: This process's torch device among several; ``None`` alone, where the options choose.
+        device: Kind of this process's torch device among several (accelerate has made its own the current one);
+            ``None`` alone, where the options choose.
     """
 
     def __init__(self, accelerator: Accelerator | None = None):
@@ -56,7 +57,7 @@ class Ranks:
         self.rank = 0 if accelerator is None else accelerator.process_index
         self.main = self.rank == 0
         self.sharded = self.world > 1 and _fsdp_wanted()
-        self.device = None if accelerator is None or self.world == 1 else str(accelerator.device)
+        self.device = None if accelerator is None or self.world == 1 else accelerator.device.type
 
     def check(self, config: TrainConfig) -> None:
         """Refuse what several processes cannot do.
@@ -162,6 +163,20 @@ class Ranks:
                 unit.set_reshard_after_forward(True, recurse=False)
             # ranks ran different numbers of forwards: FSDP2 must forget them, or it prefetches by their order
             model.base_model.reset_iter_state()
+
+    def whole_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Named tensors, whole, on the main process and nothing elsewhere; every rank must ask.
+
+        One is gathered at a time, and those that were sharded go to the CPU.
+        """
+        gathered: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            whole = tensor.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor().cpu()
+            if self.main:
+                gathered[name] = whole
+        return gathered
 
     def close(self) -> None:
         """End trackers and the process group."""

@@ -186,9 +186,12 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
                         keep=config.keep_checkpoints,
                         ranks=ranks,
                     )
-    with ranks.whole(model):
-        if ranks.main:
-            write_final(config, manifest, loaded, model, adapter, history, stopped)
+    weights = None
+    if ranks.sharded:
+        trained = ((name, p) for name, p in (adapter or model).named_parameters() if p.requires_grad)
+        weights = ranks.whole_tensors(model.state_dict().items() if adapter is None else trained)
+    if ranks.main:
+        write_final(config, manifest, loaded, model, adapter, history, stopped, weights)
 
 
 def _check_finite(metrics: Mapping[str, int | float], question_ids: Sequence[str]) -> None:
