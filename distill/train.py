@@ -91,9 +91,7 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         replayed = (
             []
             if config.replay is None
-            else replay_tasks(
-                config.replay, manifest.header, loaded, weight=config.replay_weight, max_new_tokens=limit
-            )
+            else replay_tasks(config.replay, manifest.header, loaded, weight=config.replay_weight, max_new_tokens=limit)
         )
 
     torch.manual_seed(config.seed)

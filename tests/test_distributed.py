@@ -43,6 +43,7 @@ CASES: dict[str, tuple[Rows, dict[str, Any]]] = {
     "one rank keeps nothing": ([*RAGGED[:5], *(("b", (40, 41, 42), "length"),) * 2], {}),
     "one-token completions on one rank": ([("b", (40,), "stop"), *RAGGED[:3]], {}),
     "clipped": (RAGGED, {"clip": "pointwise", "clip_value": 0.01}),
+    "batches of two": (RAGGED, {"keep_truncated": True, "micro_batch_size": 2}),
     "nothing kept": ([("a", (20, 21), "length"), ("b", (40, 41), "length")], {}),
 }
 
@@ -70,7 +71,7 @@ def gradients(folder: Path, full: bool, gradient_checkpointing: bool) -> None:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), lr=0.0)
     for case, (rows, changes) in CASES.items():
-        changed = TrainConfig(manifest=Path(), out=Path(), micro_batch_size=2, max_grad_norm=1e9, **changes)
+        changed = TrainConfig(manifest=Path(), out=Path(), **{"micro_batch_size": 1, "max_grad_norm": 1e9, **changes})
         pairs = [(TASKS[t], Rollout(t, i, "", ids, reason)) for i, (t, ids, reason) in enumerate(rows)]  # type: ignore[arg-type]
         metrics = distill.step.learn(changed, model, teacher, optimizer, pairs, forward, None, ranks)
         found = {name: whole_tensor(p.grad) for name, p in trained.items() if p.grad is not None}
@@ -88,7 +89,7 @@ def gradients(folder: Path, full: bool, gradient_checkpointing: bool) -> None:
 def test_two_processes_have_the_loss_and_gradient_of_one(
     tmp_path: Path, fsdp: bool, full: bool, gradient_checkpointing: bool
 ) -> None:
-    """To 1e-6 of a tensor's largest entry: sums over other batches of rows differ in their last bits."""
+    """To 1e-6 of a tensor's largest entry; to 1e-5 where ranks put other rows into one batch, which moves last bits."""
     folders = {world: tmp_path / str(world) for world in (1, 2)}
     for folder in folders.values():
         folder.mkdir()
@@ -97,17 +98,18 @@ def test_two_processes_have_the_loss_and_gradient_of_one(
         *start_ranks(folders[2], 2, gradients, folders[2], full, gradient_checkpointing, fsdp=fsdp),
     ]
     assert exit_codes(running) == [0, 0, 0], (folders[2] / "rank0.log").read_text()
-    for case, (rows, _) in CASES.items():
-        metrics = [json.loads((folders[world] / f"{case}.{rank}.json").read_text()) for world, rank in ((1, 0), (2, 0), (2, 1))]
+    for case in CASES:
+        tolerance = 1e-5 if case == "batches of two" else 1e-6
+        files = folders[1] / f"{case}.0.json", folders[2] / f"{case}.0.json", folders[2] / f"{case}.1.json"
+        metrics = [json.loads(file.read_text()) for file in files]
         assert metrics[1] == metrics[2], case
-        assert metrics[1] == pytest.approx(metrics[0], rel=1e-6, abs=1e-6), case
+        assert metrics[1] == pytest.approx(metrics[0], rel=tolerance, abs=tolerance), case
         one, two = (load_file(folders[world] / f"{case}.safetensors") for world in (1, 2))
         if metrics[0]["rollouts_in_loss"]:
             assert set(one) == set(two) and one and metrics[0]["loss"] > 0.01
         for name, gradient in one.items():
-            assert (two[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), (case, name)
+            assert (two[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), (case, name)
         assert (metrics[0]["rollouts_in_loss"] == 0) == (case == "nothing kept")
-        assert len(rows) >= metrics[0]["rollouts_in_loss"]
 
 
 def interrupted_training(arguments: list[str], step: int) -> int:
@@ -175,12 +177,19 @@ def test_a_run_goes_on_with_another_number_of_processes(
     arguments = train_arguments(manifest, tmp_path / "to-one", resume=True)
     assert exit_codes(start_ranks(tmp_path / "log-one", 1, run_training, arguments)) == [0]
 
-    assert (tmp_path / "broken" / "metrics.jsonl").read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "broken" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "straight" / "metrics.jsonl"
+    ).read_bytes()
     same, straight = weights_of(tmp_path / "broken"), weights_of(tmp_path / "straight")
     assert all(torch.equal(tensor, same[name]) for name, tensor in straight.items())
     for run in ("straight", "from-one", "to-one"):
         assert_near(tmp_path / run, single / "straight", 1e-5)
-    assert sorted(path.name for path in (tmp_path / "straight").iterdir()) == ["adapter", "checkpoints", "metrics.jsonl", "train.json"]
+    assert sorted(path.name for path in (tmp_path / "straight").iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "metrics.jsonl",
+        "train.json",
+    ]
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["data parallel", "fsdp2"])
@@ -250,7 +259,10 @@ def test_the_launcher_s_own_command(tmp_path: Path, manifest: Path, single: Path
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--use_fsdp"]
     command += ["--fsdp_version", "2", "--num_cpu_threads_per_process", "1", "-m", "distill.train"]
     done = subprocess.run(
-        [*command, *train_arguments(manifest, tmp_path / "run", quiet=True)], capture_output=True, text=True, timeout=120
+        [*command, *train_arguments(manifest, tmp_path / "run", quiet=True)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert_near(tmp_path / "run", single / "straight", 1e-5)
