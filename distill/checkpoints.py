@@ -1,7 +1,8 @@
 """Checkpoints that appear whole and resume bit for bit.
 
 A checkpoint is a folder ``step-000010`` with the trained weights, the teacher's averages, the optimizer's state and
-``state.json``, which is written last. Nothing is pickled.
+``state.json``, which is written last. Nothing is pickled. The main process writes whole tensors, and every rank reads
+its part of them, so a run goes on with any number of processes that see the folder.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.distributed import ALONE, Ranks, part_like
 from neurosig.errors import UserError
 from neurosig.fsio import sha256_file, write_atomic
 
@@ -40,6 +41,7 @@ def save_checkpoint(
     *,
     averages: Mapping[str, Tensor] = NO_AVERAGES,
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write the state after ``step`` steps and drop all but the ``keep`` newest checkpoints.
 
@@ -51,16 +53,27 @@ def save_checkpoint(
         key: Everything that must be the same when the run is resumed.
         averages: `distill.teacher.Teacher.average`.
         keep: Checkpoints kept.
+        ranks: The processes, all of which must call this.
     """
+    files = {
+        WEIGHTS: ranks.whole_tensors(parameters.items()),
+        AVERAGES: ranks.whole_tensors(averages.items()),
+        OPTIMIZER: ranks.whole_tensors(_optimizer_tensors(parameters, optimizer)),
+    }
+    with ranks.together():
+        if ranks.main:
+            _write(folder, step, files, key, keep)
+
+
+def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key: Mapping[str, Any], keep: int) -> None:
     folder.mkdir(exist_ok=True)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     aside = folder / f".step-{step:06d}"
     aside.mkdir()
-    for file, tensors in ((WEIGHTS, parameters), (AVERAGES, averages)):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / file)
-    save_file(_optimizer_tensors(parameters, optimizer), aside / OPTIMIZER)
-    hashes = {name: sha256_file(aside / name) for name in (WEIGHTS, AVERAGES, OPTIMIZER)}
+    for name, tensors in files.items():
+        save_file({label: tensor.cpu().contiguous() for label, tensor in tensors.items()}, aside / name)
+    hashes = {name: sha256_file(aside / name) for name in files}
     write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
     target = folder / f"step-{step:06d}"
     if target.exists():
@@ -77,6 +90,7 @@ def load_newest(
     key: Mapping[str, Any],
     *,
     averages: Mapping[str, Tensor] = NO_AVERAGES,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Restore the newest intact checkpoint in place; returns its step, 0 when there is none.
 
@@ -85,11 +99,20 @@ def load_newest(
     Raises:
         UserError: The checkpoint comes from a run with other options; each differing one is named.
     """
+    chosen = ranks.on_main(lambda: _newest_intact(folder, key))
+    if chosen is None:
+        return 0
+    _restore(parameters, load_file(chosen / WEIGHTS))
+    _restore(averages, load_file(chosen / AVERAGES))
+    _restore_optimizer(parameters, optimizer, load_file(chosen / OPTIMIZER))
+    return _step(chosen)
+
+
+def _newest_intact(folder: Path, key: Mapping[str, Any]) -> Path | None:
     for candidate in reversed(_existing(folder)):
         try:
-            step, found = _read_state(candidate)
-            weights, averaged, moments = (load_file(candidate / name) for name in (WEIGHTS, AVERAGES, OPTIMIZER))
-        except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+            found = _read_key(candidate)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.warning("%s is damaged (%s); falling back to the checkpoint before it", candidate, error)
             aside = candidate.with_name(candidate.name + ".corrupt")
             shutil.rmtree(aside, ignore_errors=True)
@@ -102,13 +125,8 @@ def load_newest(
                 f"{folder.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
                 "use the same options or --overwrite"
             )
-        with torch.no_grad():
-            for held, stored in ((parameters, weights), (averages, averaged)):
-                for name, tensor in held.items():
-                    tensor.copy_(stored[name])
-        _restore_optimizer(parameters, optimizer, moments)
-        return step
-    return 0
+        return candidate
+    return None
 
 
 def load_before(folder: Path, limit: int, parameters: Mapping[str, Tensor]) -> int | None:
@@ -119,35 +137,42 @@ def load_before(folder: Path, limit: int, parameters: Mapping[str, Tensor]) -> i
     kept = _existing(folder)
     if not kept:
         return None
-    chosen = [path for path in kept if int(path.name.removeprefix("step-")) <= limit] or kept[:1]
-    weights = load_file(chosen[-1] / WEIGHTS)
-    with torch.no_grad():
-        for name, tensor in parameters.items():
-            tensor.copy_(weights[name])
-    return int(chosen[-1].name.removeprefix("step-"))
+    chosen = ([path for path in kept if _step(path) <= limit] or kept[:1])[-1]
+    _restore(parameters, load_file(chosen / WEIGHTS))
+    return _step(chosen)
 
 
-def _read_state(candidate: Path) -> tuple[int, dict[str, Any]]:
-    """Step and key of a checkpoint whose files are as they were written."""
+def _read_key(candidate: Path) -> dict[str, Any]:
+    """Key of a checkpoint whose files are as they were written."""
     state = json.loads((candidate / STATE).read_bytes())
     step, key, hashes = state["step"], state["key"], state["sha256"]
-    if type(step) is not int or not isinstance(key, dict):
+    if step != _step(candidate) or not isinstance(key, dict):
         raise TypeError(f"{STATE} is malformed")
     if any(sha256_file(candidate / name) != hashes[name] for name in (WEIGHTS, AVERAGES, OPTIMIZER)):
         raise ValueError("sha256 differs")
-    return step, key
+    return key
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _existing(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def _optimizer_tensors(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{entry}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for entry, value in optimizer.state[parameter].items()
-    }
+@torch.no_grad()
+def _restore(held: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    for name, tensor in held.items():
+        tensor.copy_(part_like(tensor, stored[name]))
+
+
+def _optimizer_tensors(
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Iterable[tuple[str, Tensor]]:
+    for name, parameter in parameters.items():
+        for entry, value in optimizer.state[parameter].items():
+            yield f"{name}/{entry}", value
 
 
 def _restore_optimizer(
@@ -156,8 +181,10 @@ def _restore_optimizer(
     state = optimizer.state_dict()
     state["state"] = {
         index: {
-            entry.rpartition("/")[2]: tensor for entry, tensor in moments.items() if entry.rpartition("/")[0] == name
+            entry.rpartition("/")[2]: part_like(parameter, tensor) if tensor.ndim else tensor
+            for entry, tensor in moments.items()
+            if entry.rpartition("/")[0] == name
         }
-        for index, name in enumerate(parameters)
+        for index, (name, parameter) in enumerate(parameters.items())
     }
     optimizer.load_state_dict(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,6 +124,12 @@ class TrainConfig(CommonConfig):
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: str | None = None
     """torch device; default: the first accelerator, else the CPU."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernels; flash_attention_2 needs the package flash-attn and an accelerator."""
+    gradient_checkpointing: bool = False
+    """Compute the student's activations again in the backward pass instead of keeping them."""
+    compile: bool = False
+    """Compile the student's layers for training with torch.compile."""
 
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
@@ -167,6 +174,8 @@ def check_options(config: TrainConfig) -> None:
     ):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
+    if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise UserError("--attn-implementation flash_attention_2: the package flash-attn is not installed; use sdpa")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"--ema-decay: expected 0 to below 1, got {config.ema_decay}")
     if config.replay is not None and config.teacher == "live":

@@ -41,13 +41,20 @@ class Development:
         builder: Makes the bare prompts.
         header: The manifest's, for the answer format.
         draw: Samples prompts from the student as it stands.
+        main: Whether this process writes the measurements.
 
     Raises:
         UserError: A question has no gold answer.
     """
 
     def __init__(
-        self, config: TrainConfig, sampling: SamplingConfig, builder: PromptBuilder, header: Header, draw: Draw
+        self,
+        config: TrainConfig,
+        sampling: SamplingConfig,
+        builder: PromptBuilder,
+        header: Header,
+        draw: Draw,
+        main: bool = True,
     ):
         assert config.dev_questions is not None
         self._questions = load_questions(config.dev_questions, split="dev", limit=config.dev_limit)
@@ -55,7 +62,7 @@ class Development:
             if question.answer is None:
                 raise UserError(f'--dev-questions {config.dev_questions}: question "{question.id}" has no answer')
         self._prompts = [Prompt(question.id, builder.student(question)) for question in self._questions]
-        self._sampling, self._draw = sampling, draw
+        self._sampling, self._draw, self._main = sampling, draw, main
         self._format = header.options["answer_format"]
         self._path = config.out / DEVELOPMENT
         self._measured: list[dict[str, Any]] = []
@@ -79,7 +86,8 @@ class Development:
         groups = {group[0].question_id: group for group in self._draw(self._prompts, self._sampling, "development")}
         right = [_majority_is_right(question, groups[question.id], self._format) for question in self._questions]
         self._measured.append({"step": step, "maj_at_k": float(np.mean(right)), "by_question": right})
-        write_atomic(self._path, "".join(json.dumps(entry) + "\n" for entry in self._measured))
+        if self._main:
+            write_atomic(self._path, "".join(json.dumps(entry) + "\n" for entry in self._measured))
         logger.info(
             "step %d: maj@%d %.3f on the development split", step, self._sampling.num_generations, np.mean(right)
         )

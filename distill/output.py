@@ -17,6 +17,7 @@ from neurosig.provenance import run_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from distill.config import TrainConfig
@@ -66,6 +67,7 @@ def write_final(
     adapter: PeftModel | None,
     history: Sequence[Mapping[str, float | int]],
     stopped: Mapping[str, Any] | None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write ``adapter/`` (or ``model/``), and then the run record, whose presence means that the run is complete.
 
@@ -76,11 +78,11 @@ def write_final(
     aside, target = config.out / ".final", config.out / name
     shutil.rmtree(aside, ignore_errors=True)
     if adapter is None:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=weights)
     else:
         adapter.peft_config["default"].base_model_name_or_path = _base(loaded)
         adapter.peft_config["default"].revision = loaded.info.revision
-        adapter.save_pretrained(str(aside), save_embedding_layers=False)
+        adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
     loaded.tokenizer.save_pretrained(aside)
     record = {
         "config": config_record(config),

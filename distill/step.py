@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from distill.collapse import distinct_3
+from distill.distributed import ALONE, Ranks, whole_tensor
 from distill.hidden import completion_hidden
 from distill.losses import chunked_divergence
+from distill.student import TrainingForward
+from distill.tasks import Task
+from neurosig.cli import PhaseTimer
+from neurosig.rollouts import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.config import TrainConfig
-    from distill.tasks import Task
     from distill.teacher import Teacher
-    from neurosig.rollouts import Rollout
+
+_IDLE = Task("", (0,), (0,)), Rollout("", 0, "", (0,), "stop")
+"""What a rank without work runs beside the others under FSDP2; of weight 0."""
 
 
 def learn(
@@ -27,22 +35,31 @@ def learn(
     teacher: Teacher,
     optimizer: torch.optim.Optimizer,
     pairs: Sequence[tuple[Task, Rollout]],
+    forward: TrainingForward | None = None,
+    timer: PhaseTimer | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """One optimizer step on a global batch.
 
     The loss is a weighted mean of the divergence: over all completion tokens that are in it, each with its question's
-    weight (``token``), or over its rollouts, each with the mean of its tokens (``sequence``).
+    weight (``token``), or over its rollouts, each with the mean of its tokens (``sequence``). Each rank computes the
+    part of it, and of its gradient, that belongs to its questions.
 
     Args:
         config: Loss, masking and batch options.
         model: The student.
         teacher: Where the target distribution comes from.
         optimizer: Holds the trained parameters.
-        pairs: Every rollout of the step with its question's prompts.
+        pairs: Every rollout of the step, the other ranks' too, with its question's prompts.
+        forward: How the student's layers run; by default as they are.
+        timer: Its phases ``teacher``, ``student`` and ``optimizer``.
+        ranks: The processes at work.
 
     Returns:
         The step's metrics; divergence and entropies, in nats, are means over the tokens in the loss, unweighted.
     """
+    forward = forward or TrainingForward(model)
+    timer = timer or PhaseTimer()
     kept = [
         (task, rollout)
         for task, rollout in pairs
@@ -63,46 +80,64 @@ def learn(
         "student_entropy": 0.0,
         "clip_fraction": 0.0,
     }
+    owners = {question: index % ranks.world for index, question in enumerate(dict.fromkeys(t.id for t, _ in kept))}
+    mine = [(pair, share) for pair, share in zip(kept, shares, strict=True) if owners[pair[0].id] == ranks.rank]
+    rows = len(mine)
+    if ranks.sharded and kept:  # all ranks run as many batches as the one with the most rows
+        most = math.ceil(max(Counter(owners[task.id] for task, _ in kept).values()) / config.micro_batch_size)
+        rows = max(rows, (most - 1) * config.micro_batch_size + 1)
     optimizer.zero_grad(set_to_none=True)
-    for start in range(0, len(kept), config.micro_batch_size):
-        batch = kept[start : start + config.micro_batch_size]
+    for start in range(0, rows, config.micro_batch_size):
+        chosen = mine[start : start + config.micro_batch_size] or [(_IDLE, 0.0)]
+        batch = [pair for pair, _ in chosen]
         completions = [rollout.token_ids for _, rollout in batch]
-        with teacher.active() as teacher_model:
+        with _phase(timer, "teacher"), teacher.active() as teacher_model:
             teacher_hidden = completion_hidden(teacher_model, [task.teacher_prompt for task, _ in batch], completions)
-        student_hidden = completion_hidden(model, [task.student_prompt for task, _ in batch], completions)
-        head = model.get_output_embeddings().weight
-        token_ids = torch.tensor([token for ids in completions for token in ids], device=student_hidden.device)
-        position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(student_hidden.device)
-        rows = torch.tensor([len(ids) for ids in completions], device=student_hidden.device)
-        weight = torch.tensor(shares[start : start + len(batch)], device=rows.device).repeat_interleave(rows)
-        output = chunked_divergence(
-            student_hidden,
-            teacher_hidden,
-            head,
-            head,
-            divergence=config.divergence,
-            beta=config.beta,
-            temperature=config.loss_temperature,
-            clip=config.clip,
-            clip_value=config.clip_value,
-            topk=config.topk,
-            tail=config.tail,
-            token_ids=token_ids if config.divergence == "sampled_token" else None,
-            softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
-            weights=(position >= config.skip_first) * weight,
-        )
-        output.loss.backward()
-        share = sum(len(ids) - config.skip_first for ids in completions) / total
-        sums["loss"] += float(output.loss.detach())
-        sums["divergence"] += float(output.unclipped.sum()) / total
-        sums["teacher_entropy"] += float(output.teacher_entropy.sum()) / total
-        sums["student_entropy"] += float(output.student_entropy.sum()) / total
-        sums["clip_fraction"] += float(output.clip_fraction) * share
+        with _phase(timer, "student"):
+            prompts = [task.student_prompt for task, _ in batch]
+            with forward.active():
+                student_hidden = completion_hidden(model, prompts, completions, forward.share_prompts)
+            head = model.get_output_embeddings().weight
+            token_ids = torch.tensor([token for ids in completions for token in ids], device=student_hidden.device)
+            position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(student_hidden.device)
+            length = torch.tensor([len(ids) for ids in completions], device=student_hidden.device)
+            weight = torch.tensor([share for _, share in chosen], device=length.device).repeat_interleave(length)
+            output = chunked_divergence(
+                student_hidden,
+                teacher_hidden,
+                head,
+                head,
+                divergence=config.divergence,
+                beta=config.beta,
+                temperature=config.loss_temperature,
+                clip=config.clip,
+                clip_value=config.clip_value,
+                topk=config.topk,
+                tail=config.tail,
+                token_ids=token_ids if config.divergence == "sampled_token" else None,
+                softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+                weights=(position >= config.skip_first) * weight,
+            )
+            output.loss.backward()
+            share = sum(len(ids) - config.skip_first for ids in completions) / total
+            sums["loss"] += float(output.loss.detach())
+            sums["divergence"] += float(output.unclipped.sum()) / total
+            sums["teacher_entropy"] += float(output.teacher_entropy.sum()) / total
+            sums["student_entropy"] += float(output.student_entropy.sum()) / total
+            sums["clip_fraction"] += float(output.clip_fraction) * share
     norm = 0.0
-    if kept:
-        norm = float(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm))
-        if math.isfinite(norm):
-            optimizer.step()
+    with _phase(timer, "optimizer"):
+        if kept:
+            parameters = optimizer.param_groups[0]["params"]
+            ranks.sum_gradients(parameters)
+            norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
+            if math.isfinite(norm):
+                optimizer.step()
+        teacher.update()
+    for phase in ("teacher", "student", "optimizer"):
+        timer.add_tokens(phase, total)
+    parts = ranks.gather(sums)
+    sums = {name: math.fsum(part[name] for part in parts) for name in sums}
     rollouts = [rollout for _, rollout in pairs]
     return {
         **sums,
@@ -114,3 +149,12 @@ def learn(
         "rollouts_in_loss": float(len(kept)),
         "tokens_in_loss": float(total),
     }
+
+
+@contextlib.contextmanager
+def _phase(timer: PhaseTimer, name: str) -> Iterator[None]:
+    """A phase of work that an accelerator may still be at when the block ends."""
+    with timer.phase(name):
+        yield
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()

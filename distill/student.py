@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distill.distributed import decoder_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,3 +83,57 @@ def merged(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[None]:
         return
     with adapter.disable_adapter(), in_place(model, effective_weights(model, adapter)):
         yield
+
+
+@contextlib.contextmanager
+def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Flash attention gives way to sdpa: its kernels know no cache with room for tokens to come, as sampling has."""
+    own = str(model.config._attn_implementation)
+    if not own.startswith("flash"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+class TrainingForward:
+    """How the decoder's layers run in the student's forward pass; everywhere else they run as they are.
+
+    Made after sharding. Hooks of a layer run around what is done here.
+
+    Args:
+        model: The student.
+        gradient_checkpointing: Keep a layer's input only and compute the rest again in the backward pass. (Not by the
+            model's own switch, which needs train mode and so turns dropout on.)
+        compile: Compile each layer.
+
+    Attributes:
+        share_prompts: Whether `distill.hidden.completion_hidden` may use a cache: a layer that runs twice would fill
+            it twice, and one that is compiled would be compiled anew for each layer's place in it.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False):
+        self.share_prompts = not (gradient_checkpointing or compile)
+        self._layers = [] if self.share_prompts else decoder_layers(model)
+        self._forwards = []
+        for layer in self._layers:
+            forward = layer.forward
+            if compile:
+                forward = torch.compile(forward, dynamic=True)
+            if gradient_checkpointing:
+                forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+            self._forwards.append(forward)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """The layers run so in the block, and in the backward pass of what was computed there."""
+        for layer, forward in zip(self._layers, self._forwards, strict=True):
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.forward

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from distill.distributed import Ranks
 from distill.student import effective_weights, in_place
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class Teacher:
             self.average = {
                 weight: tensor.float().clone() for weight, tensor in effective_weights(model, adapter).items()
             }
+
+    def shard(self, ranks: Ranks) -> None:
+        """Under FSDP2, split the frozen copy's weights as the student's."""
+        if self._copy is not None:
+            ranks.shard(self._copy)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[PreTrainedModel]:

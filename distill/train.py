@@ -1,6 +1,7 @@
 """Train a model on its own rollouts against itself with context (Neuron-OPSD, arXiv 2607.02460).
 
     python -m distill.train --manifest runs/demo/manifest --out runs/demo/nopsd
+    accelerate launch --num_processes 8 -m distill.train --manifest runs/demo/manifest --out runs/demo/nopsd
 
 Each step: the student answers some of the manifest's selected questions from the bare prompt; the teacher, the same
 model before training, reads the same completion after the manifest's solved examples; the student moves towards the
@@ -12,14 +13,16 @@ vocabulary, a frozen base teacher, cut-off rollouts left out of the loss.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from distill.config import PRESETS, TrainConfig, check_options, resume_key, sampling_config
 from distill.output import RECORD, write_final
@@ -28,6 +31,7 @@ from neurosig.cli import PhaseTimer, progress, run_command
 from neurosig.errors import UserError
 
 if TYPE_CHECKING:
+    from distill.distributed import Ranks
     from neurosig.rollouts import Rollout
     from neurosig.sampling import SamplingConfig
 
@@ -38,29 +42,35 @@ METRICS = "metrics.jsonl"
 
 def main(config: TrainConfig) -> None:
     """Run the training described by ``config``."""
+    from distill.distributed import launched
     from neurosig.outdir import output_folder
 
-    check_options(config)
-    check_trackers(config)
+    ranks = launched(config)
+    with ranks.together():
+        check_options(config)
+        check_trackers(config)
+        ranks.check(config)
     owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "tensorboard", "wandb")
-    with output_folder(
-        config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
-    ) as complete:
-        if complete:
+    with contextlib.ExitStack() as stack:
+        folder = output_folder(
+            config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
+        )
+        if ranks.on_main(lambda: stack.enter_context(folder)):
             logger.info("%s: already complete", config.out)
-            return
-        with PhaseTimer() as timer:
-            _train(config, timer)
+        else:
+            with PhaseTimer() as timer:
+                _train(config, timer, ranks)
+        ranks.close()
 
 
-def _train(config: TrainConfig, timer: PhaseTimer) -> None:
+def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     import torch
 
     from distill.checkpoints import load_before, load_newest, save_checkpoint
     from distill.collapse import collapse
     from distill.development import Development
     from distill.step import learn
-    from distill.student import make_student, merged
+    from distill.student import TrainingForward, make_student, merged, sampling_attention
     from distill.tasks import check_model, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
     from distill.teacher import Teacher
     from distill.trackers import trackers
@@ -68,49 +78,57 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     from neurosig.models import load_model
     from neurosig.sampling import Prompt, sample
 
-    with timer.phase("load"):
+    with ranks.together(), timer.phase("load"):
         manifest = read_manifest(config.manifest)
         loaded = load_model(
             config.model or manifest.header.model["id"],
             dtype=config.dtype,
-            device=config.device,
+            device=ranks.device or config.device,
+            attn_implementation=config.attn_implementation,
             template=manifest.header.options["template"],
         )
         check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
-    sampling = sampling_config(config, manifest)
-    tasks = manifest_tasks(manifest, loaded, max_new_tokens=sampling.max_new_tokens)
-    replayed = (
-        []
-        if config.replay is None
-        else replay_tasks(
-            config.replay, manifest.header, loaded, weight=config.replay_weight, max_new_tokens=sampling.max_new_tokens
+        sampling = sampling_config(config, manifest)
+        limit = sampling.max_new_tokens
+        tasks = manifest_tasks(manifest, loaded, max_new_tokens=limit)
+        replayed = (
+            []
+            if config.replay is None
+            else replay_tasks(config.replay, manifest.header, loaded, weight=config.replay_weight, max_new_tokens=limit)
         )
-    )
 
     torch.manual_seed(config.seed)
     model, adapter = make_student(config, loaded)
+    teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
+    ranks.shard(model)
+    teacher.shard(ranks)
+    forward = TrainingForward(model, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
     key = resume_key(config, manifest, sampling)
-    done = load_newest(config.out / "checkpoints", parameters, optimizer, key, averages=teacher.average)
-    log, history = _reopen_metrics(config.out / METRICS, done)
+    done = load_newest(config.out / "checkpoints", parameters, optimizer, key, averages=teacher.average, ranks=ranks)
+    history = ranks.on_main(lambda: _reopen_metrics(config.out / METRICS, done))
+    log = (config.out / METRICS if ranks.main else Path(os.devnull)).open("a", encoding="utf-8")
     stopped: dict[str, Any] | None = None
 
     def draw(prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str) -> list[list[Rollout]]:
-        with merged(model, adapter):
-            return list(sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt=salt))
+        mine = ranks.share(prompts)
+        with ranks.whole(model), ranks.together(), merged(model, adapter), sampling_attention(model):
+            groups = list(sample(loaded, mine, sampling, batch_rows=config.batch_rows, salt=salt))
+        by_id = {group[0].question_id: group for part in ranks.gather(groups) for group in part}
+        return [by_id[prompt.question_id] for prompt in sorted(prompts, key=lambda prompt: len(prompt.token_ids))]
 
     development = None
     if config.dev_questions is not None:
         with timer.phase("development"):
             votes = replace(sampling, num_generations=config.dev_generations)
             builder = prompt_builder(manifest.header, loaded)
-            development = Development(config, votes, builder, manifest.header, draw)
+            with ranks.together():
+                development = Development(config, votes, builder, manifest.header, draw, main=ranks.main)
             development.reopen(done)
 
-    bar = progress(total=config.steps, desc="train", quiet=config.quiet)
-    with log, bar, trackers(config) as report:
+    bar = progress(total=config.steps, desc="train", quiet=config.quiet or not ranks.main)
+    with log, bar, trackers(config, main=ranks.main) as report:
         bar.update(done)
         for step in range(done + 1, config.steps + 1):
             chosen = tasks_of_step(tasks, step, per_step=config.questions_per_step, seed=config.seed)
@@ -124,12 +142,10 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
             rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with timer.phase("learn"):
-                metrics = learn(config, model, teacher, optimizer, pairs)
-                teacher.update()
-            timer.add_tokens("learn", int(metrics["tokens_in_loss"]))
+            metrics = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks)
             metrics = {"step": step, "learning_rate": rate, **metrics}
-            _check_finite(metrics, [task.id for task in by_id.values()])
+            with ranks.together():
+                _check_finite(metrics, list(by_id))
             if not metrics["rollouts_in_loss"]:
                 logger.warning(
                     "step %d: no rollout is in the loss (%.0f%% ended by themselves); nothing was learned, raise "
@@ -151,12 +167,13 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                 if reason is None:
                     reason, good = development.fallen, step - 1
             if reason is not None:  # decided before saving, so that a resumed run decides again
-                kept = load_before(config.out / "checkpoints", good, parameters)
-                if kept is None:
-                    raise UserError(
-                        f"step {step}: training collapsed ({reason}) before the first checkpoint; lower "
-                        "--learning-rate or --save-steps, or leave out the rule that stopped it"
-                    )
+                with ranks.together():
+                    kept = load_before(config.out / "checkpoints", good, parameters)
+                    if kept is None:
+                        raise UserError(
+                            f"step {step}: training collapsed ({reason}) before the first checkpoint; lower "
+                            "--learning-rate or --save-steps, or leave out the rule that stopped it"
+                        )
                 stopped = {"step": step, "reason": reason, "weights_of_step": kept}
                 logger.warning("step %d: stopped, %s; the weights are those of step %d", step, reason, kept)
                 break
@@ -170,8 +187,14 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                         key,
                         averages=teacher.average,
                         keep=config.keep_checkpoints,
+                        ranks=ranks,
                     )
-    write_final(config, manifest, loaded, model, adapter, history, stopped)
+    weights = None
+    if ranks.sharded:
+        trained = ((name, p) for name, p in (adapter or model).named_parameters() if p.requires_grad)
+        weights = ranks.whole_tensors(model.state_dict().items() if adapter is None else trained)
+    if ranks.main:
+        write_final(config, manifest, loaded, model, adapter, history, stopped, weights)
 
 
 def _check_finite(metrics: Mapping[str, int | float], question_ids: Sequence[str]) -> None:
@@ -183,15 +206,15 @@ def _check_finite(metrics: Mapping[str, int | float], question_ids: Sequence[str
             )
 
 
-def _reopen_metrics(path: Path, done: int) -> tuple[TextIO, list[dict[str, float | int]]]:
-    """The metrics file cut back to ``done`` steps, open for appending, and what it holds."""
+def _reopen_metrics(path: Path, done: int) -> list[dict[str, float | int]]:
+    """What the metrics file holds, after it is cut back to ``done`` steps."""
     from neurosig.fsio import write_atomic
 
     lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
     if len(lines) < done:
         raise UserError(f"{path}: {len(lines)} lines, but the checkpoint has done {done} steps; use --overwrite")
     write_atomic(path, "".join(lines))
-    return path.open("a", encoding="utf-8"), [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

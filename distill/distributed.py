@@ -1,0 +1,233 @@
+"""One run on several processes, under ``accelerate launch`` or ``torchrun``; alone, all of this does nothing.
+
+What is decided in common: after sampling, every rank holds every rollout of the step, so the loss's normaliser, the
+share of each rank and the number of its micro-batches follow from what all know, without a message. Gradients are
+sums over ranks, never means of means: ranks may hold different numbers of questions, rollouts and tokens, or none.
+
+Data parallel: no DDP wrapper. Its hooks fire in one forward of the wrapped module, ours are two of the decoder (prompt,
+completion) with the head apart, any number of times a step; local sums and one all-reduce before clipping are right for
+every split. FSDP2: the decoder and its layers are sharded; the embeddings, which are never trained, stay whole, so that
+the head is at hand wherever the loss wants it. While sampling, all weights are whole on each rank: ranks then decode at
+their own pace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from neurosig.cli import EXIT_USER
+from neurosig.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import PreTrainedModel
+
+    from distill.config import TrainConfig
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a run, as one of them sees them.
+
+    Args:
+        accelerator: Of a run that accelerate or torchrun started; ``None`` for a process on its own.
+
+    Attributes:
+        world: Number of processes.
+        rank: Which of them this is.
+        main: Whether it is the one that writes files and messages.
+        sharded: Whether FSDP2 shards the weights.
+        device: Kind of this process's torch device among several (accelerate has made its own the current one);
+            ``None`` alone, where the options choose.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None):
+        self.accelerator = accelerator
+        self.world = 1 if accelerator is None else accelerator.num_processes
+        self.rank = 0 if accelerator is None else accelerator.process_index
+        self.main = self.rank == 0
+        self.sharded = self.world > 1 and _fsdp_wanted()
+        self.device = None if accelerator is None or self.world == 1 else accelerator.device.type
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse what several processes cannot do.
+
+        Raises:
+            UserError: Naming the flag.
+        """
+        if self.world > 1 and config.device not in (None, "cpu"):
+            raise UserError(f"--device {config.device}: leave it out under several processes, each takes its own")
+        if not self.sharded:
+            return
+        from accelerate.utils import is_torch_version
+
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("FSDP 1 is not supported; start with accelerate launch --use_fsdp --fsdp_version 2")
+        if is_torch_version("<", "2.13"):
+            raise UserError(f"FSDP2 needs torch 2.13 or newer, this is {torch.__version__}; leave out --use_fsdp")
+        if config.teacher == "ema":
+            raise UserError("--teacher ema averages whole weights, which FSDP2 does not keep; leave out --use_fsdp")
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part: every ``world``-th item."""
+        return items[self.rank :: self.world]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return list(gather_object([value]))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank raises in the block ends all: it is raised there, and the others exit without a message.
+
+        The block must not wait for other ranks.
+        """
+        fault: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.world == 1:
+                raise
+            fault = error
+        failed = self.gather(fault is not None)
+        if fault is not None and failed.index(True) == self.rank:
+            raise fault
+        if any(failed):
+            raise SystemExit(EXIT_USER)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns on the main process, on every rank."""
+        result: list[T] = []
+        with self.together():
+            if self.main:
+                result.append(work())
+        return self.gather(result)[0][0]
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Add up the gradients of all ranks; FSDP2 has done so already."""
+        if self.world == 1 or self.sharded:
+            return
+        assert self.accelerator is not None
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+    def shard(self, model: PreTrainedModel) -> None:
+        """Under FSDP2, split the decoder's weights over the ranks in place; optimizers are made afterwards."""
+        if not self.sharded:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(model.device.type, (self.world,))
+        whole = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        for module in [*decoder_layers(model), model.base_model]:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        for unit in _units(model):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+        with torch.no_grad():  # the first forward tells FSDP2 which module is the root
+            model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+
+    @contextlib.contextmanager
+    def whole(self, model: PreTrainedModel) -> Iterator[None]:
+        """All weights on each rank: in the block the model runs as if alone, and no rank waits for another."""
+        if not self.sharded:
+            yield
+            return
+        for unit in _units(model):
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in _units(model):
+                unit.set_reshard_after_forward(True, recurse=False)
+            # ranks ran different numbers of forwards: FSDP2 must forget them, or it prefetches by their order
+            model.base_model.reset_iter_state()
+
+    def whole_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Named tensors, whole, on the main process and nothing elsewhere; every rank must ask.
+
+        One is gathered at a time, and those that were sharded go to the CPU.
+        """
+        gathered: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            whole = tensor.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor().cpu()
+            if self.main:
+                gathered[name] = whole
+        return gathered
+
+    def close(self) -> None:
+        """End trackers and the process group."""
+        if self.accelerator is not None:
+            self.accelerator.end_training()
+
+
+ALONE = Ranks()
+
+
+def launched(config: TrainConfig) -> Ranks:
+    """The ranks of this run; all but the main one fall silent.
+
+    A process that no launcher started stays alone: no process group is made.
+    """
+    from accelerate import Accelerator
+
+    # accelerate would have transformers load empty weights on all ranks but the first, for it to fill in
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    ranks = Ranks(Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available()))
+    if not ranks.main:
+        for name in ("neurosig", "distill", "__main__"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    return ranks
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 may have sharded; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of ``whole``, laid out as ``tensor`` is."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    whole = whole.to(tensor.device)
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The transformer blocks of a causal language model."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _units(model: PreTrainedModel) -> list[FSDPModule]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _fsdp_wanted() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
