@@ -40,7 +40,7 @@ def main(config: TrainConfig) -> None:
     from neurosig.outdir import output_folder
 
     check_options(config)
-    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final")
+    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served")
     with output_folder(
         config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:
@@ -57,6 +57,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     from distill.checkpoints import load_before, load_newest, save_checkpoint
     from distill.collapse import collapse
     from distill.development import Development
+    from distill.served import ServedStudent
     from distill.step import learn
     from distill.student import make_student, merged
     from distill.tasks import check_model, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
@@ -94,8 +95,13 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     log, history = _reopen_metrics(config.out / METRICS, done)
     stopped: dict[str, Any] | None = None
 
+    server = config.server(loaded)
+    served = ServedStudent(config, server, adapter, done) if server is not None and adapter is not None else None
+
     def draw(prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str) -> list[list[Rollout]]:
         with merged(model, adapter):
+            if served is not None:
+                return served.sample(prompts, sampling, salt, fresh=salt == "development")
             return list(sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt=salt))
 
     development = None
@@ -124,7 +130,10 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                 metrics = learn(config, model, teacher, optimizer, pairs)
                 teacher.update()
             timer.add_tokens("learn", int(metrics["tokens_in_loss"]))
-            metrics = {"step": step, "learning_rate": rate, **metrics}
+            policy = {}
+            if served is not None:
+                policy, served.updates = served.record(), step
+            metrics = {"step": step, "learning_rate": rate, **policy, **metrics}
             _check_finite(metrics, [task.id for task in by_id.values()])
             if not metrics["rollouts_in_loss"]:
                 logger.warning(
@@ -166,6 +175,8 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                         averages=teacher.average,
                         keep=config.keep_checkpoints,
                     )
+    if served is not None:
+        served.close()
     write_final(config, manifest, loaded, model, adapter, history, stopped)
 
 
