@@ -40,6 +40,8 @@ class ServedStudent:
     def __init__(self, config: TrainConfig, server: Server, adapter: PeftModel, updates: int):
         self._config, self._server, self._adapter = config, server, adapter
         self._folder = (config.adapter_dir or config.out / FOLDER).resolve()
+        if config.adapter_dir is None:  # what a killed run left
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._run = secrets.token_hex(4)  # another run's adapters may lie on the same server
         self._name: str | None = None
         self.updates, self.policy_step = updates, 0
@@ -70,8 +72,9 @@ class ServedStudent:
             )
         if self.staleness:
             logger.info("sampling from the weights of step %d, %d behind", self.policy_step, self.staleness)
-        current = self._name is not None and not self.staleness
-        return list(self._server.sample(prompts, sampling, salt=salt, model=self._name, compare=current))
+        return list(
+            self._server.sample(prompts, sampling, salt=salt, model=self._name, compare=not self.staleness)
+        )
 
     def record(self) -> dict[str, int]:
         """What the metrics of a step say of the weights behind its rollouts."""
@@ -82,7 +85,8 @@ class ServedStudent:
         if self._name is not None:
             self._forget(self._name)
             self._name = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._config.adapter_dir is None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _send(self) -> None:
         before, name = self._name, f"neurosig-{self._run}-step{self.updates}"

@@ -130,7 +130,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
                 metrics = learn(config, model, teacher, optimizer, pairs)
                 teacher.update()
             timer.add_tokens("learn", int(metrics["tokens_in_loss"]))
-            policy = {}
+            policy: dict[str, int] = {}
             if served is not None:
                 policy, served.updates = served.record(), step
             metrics = {"step": step, "learning_rate": rate, **policy, **metrics}
