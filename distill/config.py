@@ -184,7 +184,7 @@ def check_options(config: TrainConfig) -> None:
         raise UserError(f"--beta: expected strictly between 0 and 1, got {config.beta}; its ends are the two KLs")
     if config.divergence == "sampled_token" and (config.topk or config.clip != "none"):
         raise UserError("--divergence sampled_token looks at one entry a token; leave out --topk and --clip")
-    if config.sampler == "openai":
+    if config.sampler == "openai" or config.base_url is not None:
         _check_server_options(config)
     for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value", "replay_weight"):
         if not (getattr(config, name) > 0 and math.isfinite(getattr(config, name))):
@@ -192,6 +192,7 @@ def check_options(config: TrainConfig) -> None:
 
 
 def _check_server_options(config: TrainConfig) -> None:
+    config.server_config("")
     if config.full:
         raise UserError("--sampler openai: a server can take the student's adapter, but there is none with --full")
     if config.server_api != "completions":

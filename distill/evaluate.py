@@ -80,6 +80,7 @@ def main(config: EvaluateConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
+    config.server_config(config.model)  # options out of range are refused before the model loads
     questions = _questions(config)
     with timer.phase("load"):
         loaded, adapter_sha256 = _load(config)

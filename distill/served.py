@@ -72,9 +72,7 @@ class ServedStudent:
             )
         if self.staleness:
             logger.info("sampling from the weights of step %d, %d behind", self.policy_step, self.staleness)
-        return list(
-            self._server.sample(prompts, sampling, salt=salt, model=self._name, compare=not self.staleness)
-        )
+        return list(self._server.sample(prompts, sampling, salt=salt, model=self._name, compare=not self.staleness))
 
     def record(self) -> dict[str, int]:
         """What the metrics of a step say of the weights behind its rollouts."""

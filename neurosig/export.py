@@ -157,6 +157,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.sites import ffn_sites
 
     config.sampling_config()  # options out of range are refused before the model loads
+    config.server_config(config.model)
     selection, probe = _selection_config(config), _probe_config(config)
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
     with timer.phase("load model"):

@@ -9,6 +9,7 @@ from neurosig.cli import CommonConfig
 from neurosig.errors import UserError
 
 if TYPE_CHECKING:
+    from neurosig.endpoint import ServerConfig
     from neurosig.models import LoadedModel
     from neurosig.prompts import PromptConfig
     from neurosig.sampling import SamplingConfig
@@ -37,8 +38,8 @@ class SamplerOptions(CommonConfig):
     concurrency: int = 64
     """Requests under way at a time."""
 
-    def server(self, loaded: LoadedModel, *, enable_thinking: bool | None = None) -> Server | None:
-        """The server that samples for ``loaded``; None when the model here does.
+    def server_config(self, model_id: str, *, enable_thinking: bool | None = None) -> ServerConfig | None:
+        """How the server is asked; None when the model here samples.
 
         Raises:
             UserError: --base-url is missing, or given without --sampler openai, or an option is out of range.
@@ -50,11 +51,10 @@ class SamplerOptions(CommonConfig):
         if self.base_url is None:
             raise UserError("--sampler openai: give the server's --base-url, such as http://localhost:8000/v1")
         from neurosig.endpoint import ServerConfig
-        from neurosig.serving import Server
 
-        config = ServerConfig(
+        return ServerConfig(
             base_url=self.base_url,
-            model=self.served_model or loaded.info.id,
+            model=self.served_model or model_id,
             api=self.server_api,
             logprobs=self.served_logprobs and self.server_api == "completions",
             enable_thinking=enable_thinking,
@@ -62,6 +62,14 @@ class SamplerOptions(CommonConfig):
             max_retries=self.max_retries,
             concurrency=self.concurrency,
         )
+
+    def server(self, loaded: LoadedModel, *, enable_thinking: bool | None = None) -> Server | None:
+        """The server that samples for ``loaded``; None when the model here does."""
+        config = self.server_config(loaded.info.id, enable_thinking=enable_thinking)
+        if config is None:
+            return None
+        from neurosig.serving import Server
+
         return Server(config, loaded)
 
 

@@ -83,7 +83,7 @@ def completions(request: Request, body: dict[str, Any]) -> Response:
             return _error(400, "prompt: expected token ids")
         if body["temperature"] == 0 and body["n"] > 1:
             return _error(400, f"n must be 1 when using greedy sampling, got {body['n']}.")
-        answer = _answer(loaded, body)
+        answer = _answer(loaded, body, divisor=body["temperature"] if kind == "scaled" else 1.0)
     _spoil(answer, kind)
     return Response(json.dumps(answer), media_type="application/json")
 
@@ -98,7 +98,7 @@ def _kind_of_this_request() -> str:
     return str(control["kind"])
 
 
-def _answer(loaded: LoadedModel, body: dict[str, Any]) -> dict[str, Any]:
+def _answer(loaded: LoadedModel, body: dict[str, Any], divisor: float) -> dict[str, Any]:
     config = SamplingConfig(
         num_generations=body["n"],
         temperature=body["temperature"],
@@ -109,16 +109,16 @@ def _answer(loaded: LoadedModel, body: dict[str, Any]) -> dict[str, Any]:
         seed=body["seed"],
     )
     (group,) = sample(loaded, [Prompt("", tuple(body["prompt"]))], config)
-    choices = [_choice(loaded, body, rollout) for rollout in group]
+    choices = [_choice(loaded, body, rollout, divisor) for rollout in group]
     return {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": choices}
 
 
-def _choice(loaded: LoadedModel, body: dict[str, Any], rollout: Rollout) -> dict[str, Any]:
+def _choice(loaded: LoadedModel, body: dict[str, Any], rollout: Rollout, divisor: float) -> dict[str, Any]:
     logprobs = None
     if body.get("logprobs") is not None:
         ids = torch.tensor([[*body["prompt"], *rollout.token_ids]])
         with torch.inference_mode():
-            log_p = torch.log_softmax(loaded.model(ids).logits[0].float(), dim=-1)
+            log_p = torch.log_softmax(loaded.model(ids).logits[0].float() / divisor, dim=-1)
         first = len(body["prompt"])
         values = [float(log_p[first + i - 1, token]) for i, token in enumerate(rollout.token_ids)]
         tokens = [loaded.tokenizer.decode([token]) for token in rollout.token_ids]
@@ -165,8 +165,6 @@ def _spoil(answer: dict[str, Any], kind: str) -> None:
         del answer["choices"][0]
     elif kind == "no choices":
         answer["choices"] = None
-    elif kind == "scaled" and choice["logprobs"] is not None:
-        choice["logprobs"]["token_logprobs"] = [value / 3 for value in choice["logprobs"]["token_logprobs"]]
 
 
 @app.post("/v1/load_lora_adapter")
