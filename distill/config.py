@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from neurosig.cli import CommonConfig, config_record
+from neurosig.cli import config_record
 from neurosig.errors import UserError
+from neurosig.options import SERVER_PLACES, SamplerOptions
 
 if TYPE_CHECKING:
     from neurosig.manifest import Manifest
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(CommonConfig):
+class TrainConfig(SamplerOptions):
     """Distil a manifest's contexts into the model.
 
     The student sees the bare question, the teacher also sees the manifest's solved examples; both read the student's
@@ -92,6 +93,12 @@ class TrainConfig(CommonConfig):
     """Rollouts decoded at a time (memory and speed only)."""
     seed: int = 0
     """Seed of the question order, the rollouts and the adapter."""
+    adapter_dir: Path | None = None
+    """With --sampler openai: where the student's adapter is written for the server to read; default: OUT/served."""
+    sync_steps: int = 1
+    """Steps between adapters sent to the server; 0: none, the rollouts come from the weights it serves."""
+    max_staleness: int = 0
+    """Most steps that the weights sampled from may lie behind the student."""
     save_steps: int = 10
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -171,6 +178,8 @@ def check_options(config: TrainConfig) -> None:
         ("replay_per_step", 1),
         ("dev_limit", 2),
         ("dev_generations", 1),
+        ("sync_steps", 0),
+        ("max_staleness", 0),
     ):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
@@ -184,9 +193,27 @@ def check_options(config: TrainConfig) -> None:
         raise UserError(f"--beta: expected strictly between 0 and 1, got {config.beta}; its ends are the two KLs")
     if config.divergence == "sampled_token" and (config.topk or config.clip != "none"):
         raise UserError("--divergence sampled_token looks at one entry a token; leave out --topk and --clip")
+    if config.sampler == "openai" or config.base_url is not None:
+        _check_server_options(config)
     for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value", "replay_weight"):
         if not (getattr(config, name) > 0 and math.isfinite(getattr(config, name))):
             raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(config, name)}")
+
+
+def _check_server_options(config: TrainConfig) -> None:
+    config.server_config("")
+    if config.full:
+        raise UserError("--sampler openai: a server can take the student's adapter, but there is none with --full")
+    if config.server_api != "completions":
+        raise UserError(f"--server-api {config.server_api}: training needs the tokens as sampled; use completions")
+    behind = (config.sync_steps or config.steps) - 1
+    if behind > config.max_staleness:
+        raise UserError(
+            f"--sync-steps {config.sync_steps}: rollouts would come from weights up to {behind} steps old; give "
+            f"--max-staleness {behind} to allow that"
+        )
+    if config.dev_questions is not None and not config.sync_steps:
+        raise UserError("--dev-questions measures the student, which --sync-steps 0 never sends to the server")
 
 
 def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
@@ -222,6 +249,8 @@ def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig
         "license",
         "push_to_hub",
         "report_to",
+        "adapter_dir",
+        *SERVER_PLACES,
     }
     record = {name: value for name, value in config_record(config).items() if name not in free}
     return {

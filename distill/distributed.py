@@ -75,6 +75,8 @@ class Ranks:
             raise UserError("FSDP 1 is not supported; start with accelerate launch --use_fsdp --fsdp_version 2")
         if is_torch_version("<", "2.13"):
             raise UserError(f"FSDP2 needs torch 2.13 or newer, this is {torch.__version__}; leave out --use_fsdp")
+        if config.sampler == "openai":
+            raise UserError("--sampler openai sends whole adapters, which FSDP2 splits; leave out --use_fsdp")
         if config.teacher == "ema":
             raise UserError("--teacher ema averages whole weights, which FSDP2 does not keep; leave out --use_fsdp")
 
@@ -162,7 +164,7 @@ class Ranks:
             for unit in _units(model):
                 unit.set_reshard_after_forward(True, recurse=False)
             # ranks ran different numbers of forwards: FSDP2 must forget them, or it prefetches by their order
-            model.base_model.reset_iter_state()
+            _units(model)[0].reset_iter_state()
 
     def whole_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Named tensors, whole, on the main process and nothing elsewhere; every rank must ask.

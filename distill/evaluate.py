@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from neurosig.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.errors import UserError
-from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions
+from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
 
 if TYPE_CHECKING:
     from neurosig.models import LoadedModel
@@ -33,7 +33,7 @@ RESULTS, SUMMARY, ROLLOUTS, LOG = "results.parquet", "summary.json", "rollouts.j
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(GenerationOptions):
+class EvaluateConfig(SamplerOptions, GenerationOptions):
     """Sample K answers a question and compare them with the gold answers.
 
     Writes results.parquet (a row a question), rollouts.jsonl and summary.json (a block a domain).
@@ -80,6 +80,7 @@ def main(config: EvaluateConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
+    config.server_config(config.model)  # options out of range are refused before the model loads
     questions = _questions(config)
     with timer.phase("load"):
         loaded, adapter_sha256 = _load(config)
@@ -155,17 +156,24 @@ def _rollouts(
     from neurosig.sampling import Prompt, sample
 
     builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
+    server = config.server(loaded, enable_thinking=config.enable_thinking)
     key = {
         "model": loaded.info.as_dict(),
         "adapter": adapter_sha256,
         **config.prompt_config().as_dict(),
         **config.sampling_config().as_dict(),
         "questions": [question.text_sha256 for question in questions],
+        **({} if server is None else server.config.record()),
     }
     log = RolloutLog(config.out / LOG, key)
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
     sampling = config.sampling_config()
-    todo = sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt="evaluate", done=set(log.groups))
+    done = set(log.groups)
+    if server is None:
+        todo = sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt="evaluate", done=done)
+    else:
+        messages = {question.id: builder.messages(question) for question in questions}
+        todo = server.sample(prompts, sampling, salt="evaluate", done=done, messages=messages)
     with progress(total=len(prompts), desc="sample", quiet=config.quiet) as bar:
         bar.update(len(log.groups))
         for group in todo:
@@ -196,9 +204,15 @@ def _row(question: Question, group: Sequence[Rollout], config: EvaluateConfig) -
         "distinct": len({answer for answer in answers if answer is not None}),
         "truncated": sum(rollout.finish_reason == "length" for rollout in group),
         "mean_length": sum(len(rollout.token_ids) for rollout in group) / len(group),
-        "mean_entropy": sum(rollout.mean_entropy or 0.0 for rollout in group) / len(group),
-        "mean_logprob": sum(rollout.mean_logprob or 0.0 for rollout in group) / len(group),
+        "mean_entropy": _mean([rollout.mean_entropy for rollout in group]),
+        "mean_logprob": _mean([rollout.mean_logprob for rollout in group]),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None when one is not known, as a server gives no entropies."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, dict[str, Any]]:
@@ -213,7 +227,11 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, dict
     for domain in dict.fromkeys(row["domain"] for row in rows):
         mine = sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])
         k, n = mine[0]["k"], len(mine)
-        column = {name: np.array([row[name] for row in mine]) for name in mine[0] if name not in ("answers", "winner")}
+        column = {
+            name: np.array([row[name] for row in mine])
+            for name in mine[0]
+            if name not in ("answers", "winner", "mean_entropy", "mean_logprob")
+        }
         avg = column["n_correct"] / k
         votes = column["votes"]
         maj = metrics.maj_at_k(column["right_winners"], column["winners"])
@@ -245,7 +263,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, dict
             "truncated_rate": float(column["truncated"].sum() / (n * k)),
             "distinct_answers": float(column["distinct"].mean()),
             "mean_length": float(column["mean_length"].mean()),
-            "mean_entropy": float(column["mean_entropy"].mean()),
+            "mean_entropy": _mean([row["mean_entropy"] for row in mine]),
             "by_kind": {
                 kind: {
                     "n": int((column["kind"] == kind).sum()),

@@ -50,10 +50,14 @@ def main(config: TrainConfig) -> None:
         check_options(config)
         check_trackers(config)
         ranks.check(config)
-    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "tensorboard", "wandb")
+    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served")
     with contextlib.ExitStack() as stack:
         folder = output_folder(
-            config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
+            config.out,
+            finished=RECORD,
+            owned=(*owned, "tensorboard", "wandb"),
+            resume=config.resume,
+            overwrite=config.overwrite,
         )
         if ranks.on_main(lambda: stack.enter_context(folder)):
             logger.info("%s: already complete", config.out)
@@ -69,6 +73,7 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from distill.checkpoints import load_before, load_newest, save_checkpoint
     from distill.collapse import collapse
     from distill.development import Development
+    from distill.served import ServedStudent
     from distill.step import learn
     from distill.student import TrainingForward, make_student, merged, sampling_attention
     from distill.tasks import check_model, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
@@ -111,11 +116,18 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     log = (config.out / METRICS if ranks.main else Path(os.devnull)).open("a", encoding="utf-8")
     stopped: dict[str, Any] | None = None
 
+    server = config.server(loaded)
+    served = ServedStudent(config, server, adapter, done) if server is not None and adapter is not None else None
+
     def draw(prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str) -> list[list[Rollout]]:
-        mine = ranks.share(prompts)
-        with ranks.whole(model), ranks.together(), merged(model, adapter), sampling_attention(model):
-            groups = list(sample(loaded, mine, sampling, batch_rows=config.batch_rows, salt=salt))
-        by_id = {group[0].question_id: group for part in ranks.gather(groups) for group in part}
+        if served is not None:
+            groups = ranks.on_main(lambda: served.sample(prompts, sampling, salt, fresh=salt == "development"))
+        else:
+            mine = ranks.share(prompts)
+            with ranks.whole(model), ranks.together(), merged(model, adapter), sampling_attention(model):
+                drawn = list(sample(loaded, mine, sampling, batch_rows=config.batch_rows, salt=salt))
+            groups = [group for part in ranks.gather(drawn) for group in part]
+        by_id = {group[0].question_id: group for group in groups}
         return [by_id[prompt.question_id] for prompt in sorted(prompts, key=lambda prompt: len(prompt.token_ids))]
 
     development = None
@@ -143,7 +155,10 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             metrics = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks)
-            metrics = {"step": step, "learning_rate": rate, **metrics}
+            policy: dict[str, int] = {}
+            if served is not None:
+                policy, served.updates = served.record(), step
+            metrics = {"step": step, "learning_rate": rate, **policy, **metrics}
             with ranks.together():
                 _check_finite(metrics, list(by_id))
             if not metrics["rollouts_in_loss"]:
@@ -189,6 +204,8 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
                         keep=config.keep_checkpoints,
                         ranks=ranks,
                     )
+    if served is not None and ranks.main:
+        served.close()
     weights = None
     if ranks.sharded:
         trained = ((name, p) for name, p in (adapter or model).named_parameters() if p.requires_grad)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from neurosig.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.errors import UserError
-from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions
+from neurosig.options import ORGANISM, QWEN3_4B, SERVER_PLACES, GenerationOptions, SamplerOptions
 
 if TYPE_CHECKING:
     from neurosig.hallucination import QuestionSignals, Scores
@@ -42,7 +42,7 @@ WORK = ".work"
 
 
 @dataclass(kw_only=True)
-class ExportConfig(GenerationOptions):
+class ExportConfig(SamplerOptions, GenerationOptions):
     """Write a selection manifest from unlabelled questions.
 
     Samples K rollouts a question, traces the neurons behind them, keeps the questions whose majority answer they
@@ -157,6 +157,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.sites import ffn_sites
 
     config.sampling_config()  # options out of range are refused before the model loads
+    config.server_config(config.model)
     selection, probe = _selection_config(config), _probe_config(config)
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
     with timer.phase("load model"):
@@ -244,6 +245,7 @@ def _rollouts(
     timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
     """Rollouts of every prompt, in question order; sampled, resumed or read from a file."""
+    from neurosig.prompts import PromptBuilder
     from neurosig.rollouts import RolloutLog, read_external_rollouts
     from neurosig.sampling import sample
 
@@ -257,6 +259,7 @@ def _rollouts(
         return {name: groups[name] for name in prompts}
 
     sampling = config.sampling_config()
+    server = config.server(loaded, enable_thinking=config.enable_thinking)
     log = RolloutLog(
         work / "rollouts.log",
         {
@@ -264,9 +267,15 @@ def _rollouts(
             "questions": _dataset_sha256(questions),
             **config.prompt_config().as_dict(),
             **sampling.as_dict(),
+            **({} if server is None else server.config.record()),
         },
     )
-    todo = sample(loaded, list(prompts.values()), sampling, batch_rows=config.batch_rows, done=set(log.groups))
+    if server is None:
+        todo = sample(loaded, list(prompts.values()), sampling, batch_rows=config.batch_rows, done=set(log.groups))
+    else:
+        builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
+        messages = {question.id: builder.messages(question) for question in questions}
+        todo = server.sample(list(prompts.values()), sampling, done=set(log.groups), messages=messages)
     with progress(total=len(prompts), desc="sample", quiet=config.quiet) as bar:
         bar.update(len(log.groups))
         for group in todo:
@@ -336,8 +345,8 @@ def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], probe:
     scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed)
     if config.hallucination_score not in scores.by_name:
         raise UserError(
-            f"--hallucination-score {config.hallucination_score}: the rollouts in {config.rollouts} carry no "
-            f"log-probabilities; use one of {', '.join(scores.by_name)}"
+            f"--hallucination-score {config.hallucination_score}: the rollouts of {config.rollouts or config.base_url} "
+            f"do not carry it; use one of {', '.join(scores.by_name)}"
         )
     return scores
 
@@ -360,6 +369,7 @@ def _write(
     from neurosig.signals import signals_file
 
     places = {"preset", "config", "out", "reuse", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
+    places |= SERVER_PLACES
     info = loaded.info.as_dict()
     tokenizer = {
         "sha256": info.pop("tokenizer_sha256"),

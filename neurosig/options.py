@@ -6,10 +6,75 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from neurosig.cli import CommonConfig
+from neurosig.errors import UserError
 
 if TYPE_CHECKING:
+    from neurosig.endpoint import ServerConfig
+    from neurosig.models import LoadedModel
     from neurosig.prompts import PromptConfig
     from neurosig.sampling import SamplingConfig
+    from neurosig.serving import Server
+
+
+@dataclass(kw_only=True)
+class SamplerOptions(CommonConfig):
+    """Where rollouts are sampled: here, or by an OpenAI-compatible server."""
+
+    sampler: Literal["transformers", "openai"] = "transformers"
+    """transformers: here; openai: by the server at --base-url (its key: the variable OPENAI_API_KEY)."""
+    base_url: str | None = None
+    """Address of the server, such as http://localhost:8000/v1."""
+    served_model: str | None = None
+    """Name under which it serves the model; default: the model's id."""
+    server_api: Literal["completions", "chat", "transformers"] = "completions"
+    """completions: token ids both ways (vLLM); chat: text, encoded again (any server); transformers: the same for
+    `transformers serve`."""
+    served_logprobs: bool = True
+    """Record the server's log-probabilities (completions), after holding the first against the model here."""
+    request_timeout: float = 600.0
+    """Seconds without an answer before a request is sent again."""
+    max_retries: int = 5
+    """Repetitions of a request, with growing pauses, after time-outs, lost connections, 429 and 5xx."""
+    concurrency: int = 64
+    """Requests under way at a time."""
+
+    def server_config(self, model_id: str, *, enable_thinking: bool | None = None) -> ServerConfig | None:
+        """How the server is asked; None when the model here samples.
+
+        Raises:
+            UserError: --base-url is missing, or given without --sampler openai, or an option is out of range.
+        """
+        if self.sampler == "transformers":
+            if self.base_url is not None:
+                raise UserError("--base-url: nothing is asked of a server unless you give --sampler openai")
+            return None
+        if self.base_url is None:
+            raise UserError("--sampler openai: give the server's --base-url, such as http://localhost:8000/v1")
+        from neurosig.endpoint import ServerConfig
+
+        return ServerConfig(
+            base_url=self.base_url,
+            model=self.served_model or model_id,
+            api=self.server_api,
+            logprobs=self.served_logprobs and self.server_api == "completions",
+            enable_thinking=enable_thinking,
+            timeout=self.request_timeout,
+            max_retries=self.max_retries,
+            concurrency=self.concurrency,
+        )
+
+    def server(self, loaded: LoadedModel, *, enable_thinking: bool | None = None) -> Server | None:
+        """The server that samples for ``loaded``; None when the model here does."""
+        config = self.server_config(loaded.info.id, enable_thinking=enable_thinking)
+        if config is None:
+            return None
+        from neurosig.serving import Server
+
+        return Server(config, loaded)
+
+
+SERVER_PLACES = frozenset({"base_url", "request_timeout", "max_retries", "concurrency"})
+"""Options of a server that do not shape its rollouts."""
 
 
 @dataclass(kw_only=True)

@@ -81,12 +81,18 @@ class PromptBuilder:
 
     def teacher(self, question: Question, context: Sequence[Demonstration]) -> tuple[int, ...]:
         """Prompt ids of the question after its worked examples, in the order given (nearest last)."""
-        messages = [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
+        return self.encode(self.messages(question, context))
+
+    def messages(self, question: Question, context: Sequence[Demonstration] = ()) -> list[Message]:
+        """The chat that `student` and `teacher` encode."""
+        messages: list[Message] = (
+            [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
+        )
         for shown in context:
             messages.append({"role": "user", "content": question_text(shown.question, self.config)})
             messages.append({"role": "assistant", "content": shown.response.strip()})
         messages.append({"role": "user", "content": question_text(question, self.config)})
-        return self.encode(messages)
+        return messages
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a chat that ends with the generation prompt.

@@ -16,7 +16,19 @@ from neurosig.tracing import ActiveSets
 DECIDES = (
     *("model", "questions", "split", "limit", "rollouts", "system", "instruction", "choice_instruction"),
     *("enable_thinking", "template", "num_generations", "temperature", "top_p", "top_k", "repetition_penalty"),
-    *("max_new_tokens", "seed", "neuron_value", "contribution", "active_set", "set_size", "positive_only"),
+    *(
+        "sampler",
+        "served_model",
+        "server_api",
+        "served_logprobs",
+        "max_new_tokens",
+        "seed",
+        "neuron_value",
+        "contribution",
+        "active_set",
+        "set_size",
+        "positive_only",
+    ),
 )
 """Options that shape rollouts and traces; both exports must agree on them."""
 

@@ -1,11 +1,15 @@
 import beartype  # noqa: F401,I001  # line 1: nnsight mounts .save on object, which breaks beartype if it comes first
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from served import ServerProcess
+
     from neurosig.models import LoadedModel
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; the commands that tests start inherit it
@@ -17,3 +21,24 @@ def smollm2() -> "LoadedModel":
     from neurosig.models import load_model
 
     return load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny ``model``, which `running` serves, and ``questions.jsonl``."""
+    from flow import save_tiny, write_questions
+
+    folder = tmp_path_factory.mktemp("served")
+    save_tiny(folder / "model")
+    write_questions(folder / "questions.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def running(served_folder: Path) -> "Iterator[ServerProcess]":
+    """The server of the tests; one that died is started again by whoever let it die."""
+    from served import lora_server
+
+    process = lora_server(served_folder / "model")
+    yield process
+    process.kill()
