@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,7 @@ def learn(
     teacher: Teacher,
     optimizer: torch.optim.Optimizer,
     pairs: Sequence[tuple[Task, Rollout]],
+    left_out: Collection[tuple[str, int]] = (),
 ) -> dict[str, float]:
     """One optimizer step on a global batch.
 
@@ -39,6 +40,7 @@ def learn(
         teacher: Where the target distribution comes from.
         optimizer: Holds the trained parameters.
         pairs: Every rollout of the step with its question's prompts.
+        left_out: (question id, rollout id) of rollouts that are counted but not learned from.
 
     Returns:
         The step's metrics; divergence and entropies, in nats, are means over the tokens in the loss, unweighted.
@@ -46,7 +48,9 @@ def learn(
     kept = [
         (task, rollout)
         for task, rollout in pairs
-        if (config.keep_truncated or rollout.finish_reason == "stop") and len(rollout.token_ids) > config.skip_first
+        if (config.keep_truncated or rollout.finish_reason == "stop")
+        and len(rollout.token_ids) > config.skip_first
+        and (rollout.question_id, rollout.rollout_id) not in left_out
     ]
     lengths = [len(rollout.token_ids) - config.skip_first for _, rollout in kept]
     total = sum(lengths)
@@ -113,4 +117,8 @@ def learn(
         "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
         "rollouts_in_loss": float(len(kept)),
         "tokens_in_loss": float(total),
+        "rollouts": len(rollouts),
+        "generated_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+        "teacher_tokens": sum(len(rollout.token_ids) for _, rollout in kept)
+        + sum(map(len, {task.id: task.teacher_prompt for task, _ in kept}.values())),
     }

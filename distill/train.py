@@ -2,6 +2,8 @@
 
     python -m distill.train --manifest runs/demo/manifest --out runs/demo/nopsd
 
+``--method`` names a baseline instead: U-OPSD here, the others in `distill.baselines`.
+
 Each step: the student answers some of the manifest's selected questions from the bare prompt; the teacher, the same
 model before training, reads the same completion after the manifest's solved examples; the student moves towards the
 teacher's next-token distribution on the completion's tokens. No label and no reward is used.
@@ -21,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from distill.config import PRESETS, TrainConfig, check_options, resume_key, sampling_config
+from distill.config import BASELINES, PRESETS, TrainConfig, check_options, resume_key, sampling_config
 from distill.output import RECORD, write_final
 from distill.trackers import check_trackers
 from neurosig.cli import PhaseTimer, progress, run_command
@@ -50,7 +52,12 @@ def main(config: TrainConfig) -> None:
             logger.info("%s: already complete", config.out)
             return
         with PhaseTimer() as timer:
-            _train(config, timer)
+            if config.method in BASELINES:
+                from distill.baselines import train_baseline
+
+                train_baseline(config, timer)
+            else:
+                _train(config, timer)
 
 
 def _train(config: TrainConfig, timer: PhaseTimer) -> None:
@@ -59,6 +66,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     from distill.checkpoints import load_before, load_newest, save_checkpoint
     from distill.collapse import collapse
     from distill.development import Development
+    from distill.rewards import agreeing, check_majority_context
     from distill.step import learn
     from distill.student import make_student, merged
     from distill.tasks import check_model, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
@@ -70,6 +78,8 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
 
     with timer.phase("load"):
         manifest = read_manifest(config.manifest)
+        if config.method == "u-opsd":
+            check_majority_context(manifest)
         loaded = load_model(
             config.model or manifest.header.model["id"],
             dtype=config.dtype,
@@ -94,7 +104,7 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
     teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
     key = resume_key(config, manifest, sampling)
     done = load_newest(config.out / "checkpoints", parameters, optimizer, key, averages=teacher.average)
-    log, history = _reopen_metrics(config.out / METRICS, done)
+    log, history = reopen_metrics(config.out / METRICS, done)
     stopped: dict[str, Any] | None = None
 
     def draw(prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str) -> list[list[Rollout]]:
@@ -121,11 +131,12 @@ def _train(config: TrainConfig, timer: PhaseTimer) -> None:
             timer.add_tokens("sample", sum(len(rollout.token_ids) for group in groups for rollout in group))
             by_id = {task.id: task for task in chosen}
             pairs = [(by_id[rollout.question_id], rollout) for group in groups for rollout in group]
+            left_out = agreeing(manifest, [rollout for _, rollout in pairs]) if config.on_disagreeing else set()
             rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with timer.phase("learn"):
-                metrics = learn(config, model, teacher, optimizer, pairs)
+                metrics = learn(config, model, teacher, optimizer, pairs, left_out)
                 teacher.update()
             timer.add_tokens("learn", int(metrics["tokens_in_loss"]))
             metrics = {"step": step, "learning_rate": rate, **metrics}
@@ -183,7 +194,7 @@ def _check_finite(metrics: Mapping[str, int | float], question_ids: Sequence[str
             )
 
 
-def _reopen_metrics(path: Path, done: int) -> tuple[TextIO, list[dict[str, float | int]]]:
+def reopen_metrics(path: Path, done: int) -> tuple[TextIO, list[dict[str, float | int]]]:
     """The metrics file cut back to ``done`` steps, open for appending, and what it holds."""
     from neurosig.fsio import write_atomic
 
