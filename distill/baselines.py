@@ -39,7 +39,7 @@ from typing import Any, TextIO, TypeVar
 
 import huggingface_hub.constants
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -76,6 +76,7 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer) -> None:
     """
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports each trainer that is made
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    disable_progress_bars()
     with timer.phase("load"):
         manifest = read_manifest(config.manifest)
         arguments = _lmsi_arguments(config, manifest) if config.method == "lmsi" else _grpo_arguments(config, manifest)

@@ -171,10 +171,11 @@ class Rollouts:
         assert [scored.rollout.question_id for scored in rows] == list(prompts)
         return {
             "prompt_ids": [list(self.prompts[name]) for name in prompts],
-            "completion_ids": [list(scored.rollout.token_ids) for scored in rows],
+            # of a rollout that is not learned from, one token: TRL pads all rows to the longest
+            "completion_ids": [list(s.rollout.token_ids[: None if any(s.mask) else 1]) for s in rows],
             "logprobs": None,
             "reward": [scored.reward for scored in rows],
-            "env_mask": [scored.mask for scored in rows],
+            "env_mask": [scored.mask if any(scored.mask) else [0] for scored in rows],
         }
 
     def _sample(self, names: Sequence[str], step: int) -> list[list[_Scored]]:
@@ -214,7 +215,9 @@ class Rollouts:
         return [int(kept and position >= self.config.skip_first) for position in range(len(rollout.token_ids))]
 
     def _count(self, kept: Sequence[_Scored], sampled: Sequence[Rollout]) -> dict[str, float | int]:
-        read = sum(len(self.prompts[s.rollout.question_id]) + len(s.rollout.token_ids) for s in kept)
+        read = sum(
+            len(self.prompts[s.rollout.question_id]) + (len(s.rollout.token_ids) if any(s.mask) else 1) for s in kept
+        )
         return {
             **rollout_metrics([scored.rollout for scored in kept]),
             "rollouts_in_loss": sum(any(scored.mask) for scored in kept),

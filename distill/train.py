@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -44,6 +45,10 @@ def main(config: TrainConfig) -> None:
 
     check_options(config)
     check_trackers(config)
+    if int(os.environ.get("RANK", "0")) and config.method in BASELINES:  # the first process holds the folder for all
+        with PhaseTimer() as timer:
+            _run(config, timer)
+        return
     owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "tensorboard", "wandb")
     with output_folder(
         config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
@@ -52,12 +57,16 @@ def main(config: TrainConfig) -> None:
             logger.info("%s: already complete", config.out)
             return
         with PhaseTimer() as timer:
-            if config.method in BASELINES:
-                from distill.baselines import train_baseline
+            _run(config, timer)
 
-                train_baseline(config, timer)
-            else:
-                _train(config, timer)
+
+def _run(config: TrainConfig, timer: PhaseTimer) -> None:
+    if config.method in BASELINES:
+        from distill.baselines import train_baseline
+
+        train_baseline(config, timer)
+    else:
+        _train(config, timer)
 
 
 def _train(config: TrainConfig, timer: PhaseTimer) -> None:
