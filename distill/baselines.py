@@ -39,8 +39,9 @@ from typing import Any, TextIO, TypeVar
 
 import huggingface_hub.constants
 import torch
+from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.sft_config import SFTConfig
@@ -50,7 +51,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 from distill.checkpoints import load_newest, save_checkpoint
 from distill.config import TrainConfig, resume_key, sampling_config
 from distill.output import write_final
-from distill.rewards import Rollouts, rollout_metrics
+from distill.rewards import Rollouts, consistent_rollouts, rollout_metrics
 from distill.student import make_student
 from distill.tasks import check_model, prompt_builder, questions_of_step
 from neurosig.cli import PhaseTimer, progress
@@ -77,13 +78,13 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer) -> None:
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports each trainer that is made
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     disable_progress_bars()
+    process = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
     with timer.phase("load"):
         manifest = read_manifest(config.manifest)
-        arguments = _lmsi_arguments(config, manifest) if config.method == "lmsi" else _grpo_arguments(config, manifest)
         loaded = load_model(
             config.model or manifest.header.model["id"],
             dtype=config.dtype,
-            device=str(arguments.device),
+            device=_device(config, process),
             template=manifest.header.options["template"],
         )
         check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
@@ -97,39 +98,25 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer) -> None:
     reference = copy.deepcopy(model).requires_grad_(False) if config.full and config.method != "lmsi" else None
     key = resume_key(config, manifest, sampling)
     done = load_newest(config.out / "checkpoints", parameters, optimizer, key)
-    warmup = max(1, config.warmup_steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (done + step + 1) / warmup))
-
-    arguments.max_steps = config.steps - done
-    shared: dict[str, Any] = {
-        "model": model if adapter is None else adapter,
-        "args": arguments,
-        "processing_class": copy.deepcopy(loaded.tokenizer),
-        "optimizers": (optimizer, schedule),
-    }
-    batch: _Consistent | Rollouts
-    trainer: SFTTrainer | GRPOTrainer
+    batches: Consistent | Rollouts
     if config.method == "lmsi":
-        batch = _Consistent(config, manifest, prompts)
-        trainer = SFTTrainer(train_dataset=batch.dataset(done), **shared)
+        batches = Consistent(config, manifest, model if adapter is None else adapter, prompts)
     else:
         plan = plan_steps(config, list(prompts), config.questions_per_step)
-        batch = Rollouts(config, manifest, loaded, model, adapter, sampling, prompts, plan, done, timer)
-        trainer = _grpo_trainer(config, batch, reference, shared)
-    trainer.remove_callback(PrinterCallback)
-    main = trainer.is_world_process_zero()
-    log, history = _metrics_file(config, done) if main else (None, [])
-    saver = _Saver(config, parameters, optimizer, key, batch, done, log, history)
-    trainer.add_callback(saver)
+        batches = Rollouts(config, manifest, loaded, model, adapter, sampling, prompts, plan, done, timer)
+    log, history = _metrics_file(config, done) if process.is_main_process else (None, [])
+    saver = _Saver(config, parameters, optimizer, key, batches, done, log, history)
     started = time.perf_counter()
     with saver.bar:
         if done < config.steps:
+            trainer = _trainer(config, batches, loaded, optimizer, reference, done)
+            trainer.add_callback(saver)
             trainer.train()
     timer.seconds["learn"] = time.perf_counter() - started - timer.seconds.get("sample", 0.0)
     if log is not None:
         log.close()
         write_final(config, manifest, loaded, model, adapter, history, None)
-    trainer.accelerator.end_training()
+    process.destroy_process_group()
 
 
 def question_prompts(
@@ -175,51 +162,67 @@ def batch_of_step(n: int, step: int, *, per_step: int, seed: int) -> list[int]:
     return chosen[:per_step]
 
 
-def consistent_rollouts(manifest: Manifest, question_ids: Sequence[str], *, keep_truncated: bool) -> list[Rollout]:
-    """LMSI's examples: every rollout of these questions whose answer is the majority's, whatever its reasoning.
-
-    Raises:
-        UserError: There is none.
-    """
-    rows = {row.id: row for row in manifest.rows}
-    found = [
-        rollout
-        for name in question_ids
-        for index, answer in enumerate(rows[name].answers)
-        if answer is not None
-        and answer == rows[name].pseudo_label
-        and (rollout := manifest.rollouts.get((name, index))) is not None
-        and (keep_truncated or rollout.finish_reason == "stop")
-    ]
-    if not found:
+def _device(config: TrainConfig, process: PartialState) -> str:
+    """The device that the launcher gave this process."""
+    device = "cpu" if process.device.type == "cpu" else str(process.device)  # a launcher says cpu:0
+    if config.device not in (None, device, device.split(":")[0]):
         raise UserError(
-            f"manifest {manifest.folder}: no finished rollout gives its question's majority answer; raise "
-            "--max-new-tokens at export, or give --keep-truncated"
+            f"--device {config.device}: --method {config.method} runs on {device}; set CUDA_VISIBLE_DEVICES"
         )
-    return found
+    return device
 
 
-def _lmsi_arguments(config: TrainConfig, manifest: Manifest) -> SFTConfig:
-    questions = [row.id for row in manifest.rows if row.selected or config.questions_of == "all"]
-    found = len(consistent_rollouts(manifest, questions, keep_truncated=config.keep_truncated))
-    rows = min(config.questions_per_step * config.num_generations, found)
-    return _arguments(
-        SFTConfig, config, rows, max_length=None, completion_only_loss=True, train_sampling_strategy="sequential"
-    )
+def _trainer(
+    config: TrainConfig,
+    batches: Consistent | Rollouts,
+    loaded: LoadedModel,
+    optimizer: torch.optim.Optimizer,
+    reference: PreTrainedModel | None,
+    done: int,
+) -> SFTTrainer | GRPOTrainer:
+    """TRL's trainer for the steps after ``done``."""
+    warmup = max(1, config.warmup_steps)
+    shared: dict[str, Any] = {
+        "processing_class": copy.deepcopy(loaded.tokenizer),  # TRL gives it a padding token
+        "optimizers": (
+            optimizer,
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (done + step + 1) / warmup)),
+        ),
+    }
+    trainer: SFTTrainer | GRPOTrainer
+    if isinstance(batches, Consistent):
+        arguments = _arguments(
+            SFTConfig,
+            config,
+            done,
+            len(batches.plan[0]),
+            max_length=None,
+            completion_only_loss=True,
+            train_sampling_strategy="sequential",
+        )
+        trainer = SFTTrainer(batches.model, args=arguments, train_dataset=batches.dataset(done), **shared)
+    else:
+        trainer = _grpo_trainer(config, batches, reference, done, shared)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UserError(f"--method {config.method} runs on one device or with DDP; launch it without FSDP or DeepSpeed")
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def _grpo_arguments(config: TrainConfig, manifest: Manifest) -> GRPOConfig:
-    available = len(manifest.rows if config.questions_of == "all" else manifest.selected)
-    sampling = sampling_config(config, manifest)
-    if sampling.temperature == 0:
-        raise UserError(f"--temperature: {config.method} learns from differing rollouts; give a temperature above 0")
-    return _arguments(
+def _grpo_trainer(
+    config: TrainConfig, rollouts: Rollouts, reference: PreTrainedModel | None, done: int, shared: Mapping[str, Any]
+) -> GRPOTrainer:
+    def reward(reward: list[float | None], **_: Any) -> list[float | None]:
+        return reward
+
+    arguments = _arguments(
         GRPOConfig,
         config,
-        min(config.questions_per_step, available) * config.num_generations,
+        done,
+        len(rollouts.plan[0]) * config.num_generations,
         num_generations=config.num_generations,
-        max_completion_length=sampling.max_new_tokens,
-        temperature=sampling.temperature,
+        max_completion_length=rollouts.sampling.max_new_tokens,
+        temperature=rollouts.sampling.temperature,
         beta=0.0 if config.full else KL_WEIGHT[config.method],
         num_iterations=1,
         epsilon=0.2,
@@ -228,21 +231,38 @@ def _grpo_arguments(config: TrainConfig, manifest: Manifest) -> GRPOConfig:
         use_bias_correction_kl=False,
         shuffle_dataset=False,
     )
+    names = [name for step in rollouts.plan[done:] for name in step]
+    trainer = GRPOTrainer(
+        rollouts.model if rollouts.adapter is None else rollouts.adapter,
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": names}),  # TRL repeats each for its generations
+        rollout_func=rollouts,
+        **shared,
+    )
+    if rollouts.adapter is not None:
+        rollouts.adapter.delete_adapter("ref")  # TRL's copy of the adapter; without it, the reference is the base
+    else:
+        assert reference is not None
+        add_fused_lm_head(reference, temperature=trainer.temperature)
+        trainer.beta, trainer.ref_model = KL_WEIGHT[config.method], reference.eval()
+    return trainer
 
 
-def _arguments(kind: Any, config: TrainConfig, rows: int, **own: Any) -> Any:
+def _arguments(kind: Any, config: TrainConfig, done: int, rows: int, **own: Any) -> Any:
     """TRL's arguments for steps of ``rows`` rollouts, in equal micro-batches on every process."""
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if rows == 0 or rows % world:
+    process = PartialState()
+    if rows % process.num_processes:
         raise UserError(
-            f"a step of {rows} rollouts cannot be shared by {world} processes; change --questions-per-step or "
-            "--num-generations"
+            f"a step of {rows} rollouts cannot be shared by {process.num_processes} processes; change "
+            "--questions-per-step or --num-generations"
         )
-    local = rows // world
+    local = rows // process.num_processes
     micro = max(size for size in range(1, config.micro_batch_size + 1) if local % size == 0)
+    on_cpu = process.device.type == "cpu"
     arguments = kind(
         output_dir=str(config.out),
+        max_steps=config.steps - done,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=local // micro,
         learning_rate=config.learning_rate,
@@ -260,35 +280,16 @@ def _arguments(kind: Any, config: TrainConfig, rows: int, **own: Any) -> Any:
         disable_tqdm=True,
         **own,
     )
-    wanted, device = config.device, str(arguments.device)
-    if wanted not in (None, device, device.split(":")[0]):
-        raise UserError(f"--device {wanted}: --method {config.method} runs on {device}; set CUDA_VISIBLE_DEVICES")
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process drives one device, though it may see more
     return arguments
 
 
-def _grpo_trainer(config: TrainConfig, rollouts: Rollouts, reference: Any, shared: Mapping[str, Any]) -> GRPOTrainer:
-    def reward(reward: list[float | None], **_: Any) -> list[float | None]:
-        return reward
-
-    names = [name for step in rollouts.plan[rollouts.done :] for name in step]
-    dataset = Dataset.from_dict({"prompt": names})  # TRL repeats each for its generations
-    trainer = GRPOTrainer(reward_funcs=reward, train_dataset=dataset, rollout_func=rollouts, **shared)
-    if rollouts.adapter is not None:
-        if "ref" in rollouts.adapter.peft_config:  # TRL's copy of the adapter; without it, it refers to the base
-            rollouts.adapter.delete_adapter("ref")
-    else:
-        add_fused_lm_head(reference, temperature=trainer.temperature)
-        trainer.beta, trainer.ref_model = KL_WEIGHT[config.method], reference.eval()
-    return trainer
-
-
-class _Consistent:
+class Consistent:
     """LMSI's batches: seeded epochs over all consistent rollouts."""
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, prompts: Mapping[str, tuple[int, ...]]):
+    def __init__(self, config: TrainConfig, manifest: Manifest, model: Any, prompts: Mapping[str, tuple[int, ...]]):
         found = consistent_rollouts(manifest, list(prompts), keep_truncated=config.keep_truncated)
-        self.prompts = prompts
+        self.model, self.prompts = model, prompts
         self.plan = plan_steps(config, found, config.questions_per_step * config.num_generations)
 
     def dataset(self, done: int) -> Dataset:
@@ -331,13 +332,13 @@ class _Saver(TrainerCallback):
         parameters: Mapping[str, torch.Tensor],
         optimizer: torch.optim.Optimizer,
         key: Mapping[str, Any],
-        batch: _Consistent | Rollouts,
+        batches: Consistent | Rollouts,
         done: int,
         log: TextIO | None,
         history: list[Metrics],
     ):
         self.config, self.parameters, self.optimizer, self.key = config, parameters, optimizer, key
-        self.batch, self.done, self.log, self.history = batch, done, log, history
+        self.batches, self.done, self.log, self.history = batches, done, log, history
         self.bar = progress(total=config.steps, desc=config.method, quiet=config.quiet or log is None)
         self.bar.update(done)
 
@@ -351,7 +352,7 @@ class _Saver(TrainerCallback):
         step = self.done + state.global_step
         metrics: Metrics = {"step": step, **{name: logs[name] for name in ("learning_rate", "loss", "grad_norm")}}
         metrics |= {ours: logs[theirs] for theirs, ours in self._RENAMED.items() if theirs in logs}
-        metrics |= self.batch.metrics(step)
+        metrics |= self.batches.metrics(step)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 raise UserError(

@@ -216,6 +216,8 @@ def _check_method(config: TrainConfig) -> None:
         raise UserError(f"--method {method}: TRL is not installed; run `pip install 'neurosig[baselines]'`")
     if method in ("ttrl", "intuitor") and config.num_generations < 2:
         raise UserError(f"--num-generations: --method {method} compares rollouts, expected at least 2")
+    if method in ("ttrl", "intuitor") and config.temperature == 0:
+        raise UserError(f"--temperature: --method {method} learns from differing rollouts, expected more than 0")
     if config.vote_generations is not None and config.vote_generations < config.num_generations:
         raise UserError(
             f"--vote-generations: expected at least --num-generations ({config.num_generations}), got "

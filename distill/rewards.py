@@ -1,6 +1,6 @@
 """What a model's own rollouts are worth without a label, and the rollouts that TRL's GRPO trains on.
 
-TTRL (arXiv 2504.16084) rewards a rollout whose answer is the majority's; Intuitor (arXiv 2505.19590) rewards
+LMSI (arXiv 2210.11610) keeps the rollouts that give the majority's answer; TTRL (arXiv 2504.16084) rewards a rollout whose answer is the majority's; Intuitor (arXiv 2505.19590) rewards
 certainty; U-OPSD learns only where a rollout disagrees with the majority.
 """
 
@@ -41,6 +41,30 @@ def vote_rewards(answers: Sequence[str | None], question_id: str) -> list[float]
     """
     winner = majority_vote(answers, question_id).winner
     return [float(answer is not None and answer == winner) for answer in answers]
+
+
+def consistent_rollouts(manifest: Manifest, question_ids: Sequence[str], *, keep_truncated: bool) -> list[Rollout]:
+    """LMSI's examples: every rollout of these questions whose answer is the majority's, whatever its reasoning.
+
+    Raises:
+        UserError: There is none.
+    """
+    rows = {row.id: row for row in manifest.rows}
+    found = [
+        rollout
+        for name in question_ids
+        for index, answer in enumerate(rows[name].answers)
+        if answer is not None
+        and answer == rows[name].pseudo_label
+        and (rollout := manifest.rollouts.get((name, index))) is not None
+        and (keep_truncated or rollout.finish_reason == "stop")
+    ]
+    if not found:
+        raise UserError(
+            f"manifest {manifest.folder}: no finished rollout gives its question's majority answer; raise "
+            "--max-new-tokens at export, or give --keep-truncated"
+        )
+    return found
 
 
 @torch.no_grad()
