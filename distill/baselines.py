@@ -54,11 +54,11 @@ from distill.output import write_final
 from distill.rewards import Rollouts, consistent_rollouts, rollout_metrics
 from distill.student import make_student
 from distill.tasks import check_model, prompt_builder, questions_of_step
+from distill.trackers import Report, trackers
 from neurosig.cli import PhaseTimer, progress
 from neurosig.errors import UserError
 from neurosig.manifest import Manifest, read_manifest
 from neurosig.models import LoadedModel, load_model
-from neurosig.rollouts import Rollout
 from neurosig.sampling import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer) -> None:
     log, history = _metrics_file(config, done) if process.is_main_process else (None, [])
     saver = _Saver(config, parameters, optimizer, key, batches, done, log, history)
     started = time.perf_counter()
-    with saver.bar:
+    with saver.bar, trackers(config, main=log is not None) as saver.report:
         if done < config.steps:
             trainer = _trainer(config, batches, loaded, optimizer, reference, done)
             trainer.add_callback(saver)
@@ -339,6 +339,7 @@ class _Saver(TrainerCallback):
     ):
         self.config, self.parameters, self.optimizer, self.key = config, parameters, optimizer, key
         self.batches, self.done, self.log, self.history = batches, done, log, history
+        self.report: Report = lambda metrics: None
         self.bar = progress(total=config.steps, desc=config.method, quiet=config.quiet or log is None)
         self.bar.update(done)
 
@@ -369,6 +370,7 @@ class _Saver(TrainerCallback):
         self.log.write(json.dumps(metrics) + "\n")
         self.log.flush()
         self.history.append(metrics)
+        self.report(metrics)
         self.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
         self.bar.update()
         if step % self.config.save_steps == 0 or step == self.config.steps:

@@ -144,7 +144,7 @@ BASELINES = ("lmsi", "ttrl", "intuitor")
 """The methods of `distill.baselines`."""
 _OF_DISTILLATION = [
     *("teacher", "divergence", "topk", "loss_temperature", "loss_mean", "loss_on"),
-    *("replay", "dev_questions", "report_to"),
+    *("replay", "dev_questions"),
 ]
 
 PRESETS: Mapping[str, Mapping[str, object]] = {

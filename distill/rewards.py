@@ -1,7 +1,7 @@
 """What a model's own rollouts are worth without a label, and the rollouts that TRL's GRPO trains on.
 
-LMSI (arXiv 2210.11610) keeps the rollouts that give the majority's answer; TTRL (arXiv 2504.16084) rewards a rollout whose answer is the majority's; Intuitor (arXiv 2505.19590) rewards
-certainty; U-OPSD learns only where a rollout disagrees with the majority.
+LMSI (arXiv 2210.11610) keeps the rollouts that give the majority's answer, TTRL (arXiv 2504.16084) rewards them,
+Intuitor (arXiv 2505.19590) rewards certainty; U-OPSD learns only where a rollout disagrees with the majority.
 """
 
 from __future__ import annotations
