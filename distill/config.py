@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,8 @@ class TrainConfig(SamplerOptions):
     own completion.
     """
 
+    method: Literal["nopsd", "u-opsd", "lmsi", "ttrl", "intuitor"] = "nopsd"
+    """nopsd: Neuron-OPSD; the others are its baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
     manifest: Path
     """Folder written by neurosig.export."""
     out: Path
@@ -82,8 +84,15 @@ class TrainConfig(SamplerOptions):
     """Mean over all completion tokens of the step, or over its rollouts, each with the mean of its tokens."""
     skip_first: int = 0
     """Completion tokens left out at the start of each rollout."""
+    loss_on: Literal["all", "disagreeing"] = "all"
+    """disagreeing: only rollouts whose answer is not their question's majority answer; u-opsd always does that."""
     keep_truncated: bool = False
     """Learn from rollouts without an end-of-sequence token too."""
+
+    questions_of: Literal["selected", "all"] = "selected"
+    """lmsi, ttrl, intuitor: the questions nopsd trains on, or all that are in the manifest, as in their papers."""
+    vote_generations: int | None = None
+    """ttrl: rollouts that vote, of which --num-generations are trained on; default: just these."""
 
     temperature: float | None = None
     """Sampling temperature; default: the manifest's."""
@@ -138,6 +147,18 @@ class TrainConfig(SamplerOptions):
     compile: bool = False
     """Compile the student's layers for training with torch.compile."""
 
+    @property
+    def on_disagreeing(self) -> bool:
+        """Whether rollouts that agree with the majority leave the loss."""
+        return self.method == "u-opsd" or self.loss_on == "disagreeing"
+
+
+BASELINES = ("lmsi", "ttrl", "intuitor")
+"""The methods of `distill.baselines`."""
+_OF_DISTILLATION = [
+    *("teacher", "divergence", "topk", "loss_temperature", "loss_mean", "loss_on"),
+    *("replay", "dev_questions"),
+]
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
@@ -185,6 +206,7 @@ def check_options(config: TrainConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("--attn-implementation flash_attention_2: the package flash-attn is not installed; use sdpa")
+    _check_method(config)
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"--ema-decay: expected 0 to below 1, got {config.ema_decay}")
     if config.replay is not None and config.teacher == "live":
@@ -214,6 +236,28 @@ def _check_server_options(config: TrainConfig) -> None:
         )
     if config.dev_questions is not None and not config.sync_steps:
         raise UserError("--dev-questions measures the student, which --sync-steps 0 never sends to the server")
+
+
+def _check_method(config: TrainConfig) -> None:
+    """Options that the method does not know are refused, not passed over."""
+    method = config.method
+    unknown = [] if method in BASELINES else ["questions_of"]
+    unknown += _OF_DISTILLATION if method in BASELINES else []
+    unknown += [] if method == "ttrl" else ["vote_generations"]
+    for field in fields(TrainConfig):
+        if field.name in unknown and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name.replace('_', '-')}: --method {method} has no such option; leave it out")
+    if method in BASELINES and find_spec("trl") is None:
+        raise UserError(f"--method {method}: TRL is not installed; run `pip install 'neurosig[baselines]'`")
+    if method in ("ttrl", "intuitor") and config.num_generations < 2:
+        raise UserError(f"--num-generations: --method {method} compares rollouts, expected at least 2")
+    if method in ("ttrl", "intuitor") and config.temperature == 0:
+        raise UserError(f"--temperature: --method {method} learns from differing rollouts, expected more than 0")
+    if config.vote_generations is not None and config.vote_generations < config.num_generations:
+        raise UserError(
+            f"--vote-generations: expected at least --num-generations ({config.num_generations}), got "
+            f"{config.vote_generations}"
+        )
 
 
 def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:

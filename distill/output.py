@@ -35,8 +35,7 @@ _CARD = """\
 
 # {{ name }}
 
-{{ base }} distilled on its own rollouts against itself with context (Neuron-OPSD,
-[arXiv 2607.02460](https://arxiv.org/abs/2607.02460)): no label and no reward was used.
+{{ base }} {{ method }}: no label was used.
 
 | | first step | last step |
 |---|---|---|
@@ -47,7 +46,7 @@ _CARD = """\
 {% if stopped %}
 Stopped at step {{ stopped.step }}, {{ stopped.reason }}; the weights are those of step {{ stopped.weights_of_step }}.
 {% endif %}
-Divergence and entropies are in nats a token, on the student's own rollouts. They are no accuracy: measure that with
+Divergence, entropies and self-certainty are in nats a token. They are no accuracy: measure that with
 `python -m distill.evaluate`.
 
 ```python
@@ -56,7 +55,15 @@ Divergence and entropies are in nats a token, on the student's own rollouts. The
 
 Options, versions, seeds and the hashes of the weights are in `train.json`.
 """
-_SHOWN = ("divergence", "teacher_entropy", "student_entropy", "entropy_gap", "mean_length", "eos_rate")
+_SHOWN = ("reward", "divergence", "teacher_entropy", "student_entropy", "entropy_gap", "mean_length", "eos_rate")
+_METHODS = {
+    "nopsd": ("distilled on its own rollouts against itself with context (Neuron-OPSD", "2607.02460"),
+    "u-opsd": ("distilled on its own rollouts against itself with its own majority solution (U-OPSD", "2607.02460"),
+    "lmsi": ("fine-tuned on its own rollouts that give the majority's answer (LMSI", "2210.11610"),
+    "ttrl": ("trained by GRPO, rewarded for the majority's answer (TTRL", "2504.16084"),
+    "intuitor": ("trained by GRPO, rewarded for its own self-certainty (Intuitor", "2505.19590"),
+}
+"""What was done, and the paper: U-OPSD as Neuron-OPSD's paper compares with it."""
 
 
 def write_final(
@@ -84,11 +91,12 @@ def write_final(
         adapter.peft_config["default"].revision = loaded.info.revision
         adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
     loaded.tokenizer.save_pretrained(aside)
-    record = {
+    record: dict[str, Any] = {
         "config": config_record(config),
         "manifest_sha256": manifest.header.content_sha256,
         "domains": sorted({row.domain for row in manifest.rows}),
         "questions_selected": len(manifest.selected),
+        "budget": token_budget(manifest, history),
         "model": loaded.info.as_dict(),
         "weights": {file.name: sha256_file(file) for file in sorted(aside.glob("*.safetensors"))},
         "first": history[0],
@@ -102,12 +110,36 @@ def write_final(
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
     write_atomic(config.out / RECORD, text)
+    watched = next(name for name in ("entropy_gap", "reward", "loss") if name in history[0])
     logger.info(
-        "%s: %d steps on %d questions, entropy gap %.3f -> %.3f nats",
-        target, len(history), len(manifest.selected), history[0]["entropy_gap"], history[-1]["entropy_gap"],
+        "%s: %d steps, %d tokens generated, %s %.3f -> %.3f", target, len(history),
+        record["budget"]["generated_tokens"], watched.replace("_", " "), history[0][watched], history[-1][watched],
     )  # fmt: skip
     if config.push_to_hub is not None:
         _push(target, config.push_to_hub)
+
+
+def token_budget(manifest: Manifest, history: Sequence[Mapping[str, float | int]]) -> dict[str, int]:
+    """What a run spent, the same for every method: the manifest's rollouts, and the sums over its steps.
+
+    ``generated_tokens`` are sampled in training, ``trained_tokens`` are in the loss, ``teacher_tokens`` are read by a
+    second model: the teacher's prompts (once a question and step) and completions, or those of GRPO's KL reference.
+    """
+    return {
+        "manifest_rollouts": len(manifest.rollouts),
+        "manifest_tokens": sum(len(rollout.token_ids) for rollout in manifest.rollouts.values()),
+        "steps": len(history),
+        **{
+            name: int(sum(step[key] for step in history))
+            for name, key in (
+                ("rollouts", "rollouts"),
+                ("generated_tokens", "generated_tokens"),
+                ("trained_rollouts", "rollouts_in_loss"),
+                ("trained_tokens", "tokens_in_loss"),
+                ("teacher_tokens", "teacher_tokens"),
+            )
+        },
+    }
 
 
 def model_card(record: Mapping[str, Any], license: str | None) -> str:
@@ -127,14 +159,21 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
         library_name="transformers" if full else "peft",
         license=license,
         pipeline_tag="text-generation",
-        tags=["neuron-opsd", "self-distillation"],
+        tags=["neuron-opsd", "self-distillation"]
+        if record["config"]["method"] == "nopsd"
+        else [record["config"]["method"]],
     )
     card = ModelCard.from_template(
         data,
         template_str=_CARD,
         name=Path(record["config"]["out"]).name,
         base=base,
-        rows=[{"name": name, "first": record["first"][name], "last": record["last"][name]} for name in _SHOWN],
+        method="{0}, [arXiv {1}](https://arxiv.org/abs/{1}))".format(*_METHODS[record["config"]["method"]]),
+        rows=[
+            {"name": name, "first": record["first"][name], "last": record["last"][name]}
+            for name in _SHOWN
+            if name in record["first"]
+        ],
         steps=record["last"]["step"],
         questions=record["questions_selected"],
         domains=", ".join(record["domains"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,7 @@ def learn(
     forward: TrainingForward | None = None,
     timer: PhaseTimer | None = None,
     ranks: Ranks = ALONE,
+    left_out: Collection[tuple[str, int]] = (),
 ) -> dict[str, float]:
     """One optimizer step on a global batch.
 
@@ -54,6 +55,7 @@ def learn(
         forward: How the student's layers run; by default as they are.
         timer: Its phases ``teacher``, ``student`` and ``optimizer``.
         ranks: The processes at work.
+        left_out: (question id, rollout id) of rollouts that are counted but not learned from.
 
     Returns:
         The step's metrics; divergence and entropies, in nats, are means over the tokens in the loss, unweighted.
@@ -63,7 +65,9 @@ def learn(
     kept = [
         (task, rollout)
         for task, rollout in pairs
-        if (config.keep_truncated or rollout.finish_reason == "stop") and len(rollout.token_ids) > config.skip_first
+        if (config.keep_truncated or rollout.finish_reason == "stop")
+        and len(rollout.token_ids) > config.skip_first
+        and (rollout.question_id, rollout.rollout_id) not in left_out
     ]
     lengths = [len(rollout.token_ids) - config.skip_first for _, rollout in kept]
     total = sum(lengths)
@@ -148,6 +152,10 @@ def learn(
         "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
         "rollouts_in_loss": float(len(kept)),
         "tokens_in_loss": float(total),
+        "rollouts": len(rollouts),
+        "generated_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+        "teacher_tokens": sum(len(rollout.token_ids) for _, rollout in kept)
+        + sum(map(len, {task.id: task.teacher_prompt for task, _ in kept}.values())),
     }
 
 

@@ -3,6 +3,8 @@
     python -m distill.train --manifest runs/demo/manifest --out runs/demo/nopsd
     accelerate launch --num_processes 8 -m distill.train --manifest runs/demo/manifest --out runs/demo/nopsd
 
+``--method`` names a baseline instead: U-OPSD here, the others in `distill.baselines`.
+
 Each step: the student answers some of the manifest's selected questions from the bare prompt; the teacher, the same
 model before training, reads the same completion after the manifest's solved examples; the student moves towards the
 teacher's next-token distribution on the completion's tokens. No label and no reward is used.
@@ -24,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.config import PRESETS, TrainConfig, check_options, resume_key, sampling_config
+from distill.config import BASELINES, PRESETS, TrainConfig, check_options, resume_key, sampling_config
 from distill.output import RECORD, write_final
 from distill.trackers import check_trackers
 from neurosig.cli import PhaseTimer, progress, run_command
@@ -63,8 +65,17 @@ def main(config: TrainConfig) -> None:
             logger.info("%s: already complete", config.out)
         else:
             with PhaseTimer() as timer:
-                _train(config, timer, ranks)
+                _run(config, timer, ranks)
         ranks.close()
+
+
+def _run(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
+    if config.method in BASELINES:
+        from distill.baselines import train_baseline
+
+        train_baseline(config, timer)
+    else:
+        _train(config, timer, ranks)
 
 
 def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
@@ -73,6 +84,7 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from distill.checkpoints import load_before, load_newest, save_checkpoint
     from distill.collapse import collapse
     from distill.development import Development
+    from distill.rewards import agreeing, check_majority_context
     from distill.served import ServedStudent
     from distill.step import learn
     from distill.student import TrainingForward, make_student, merged, sampling_attention
@@ -85,6 +97,8 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
 
     with ranks.together(), timer.phase("load"):
         manifest = read_manifest(config.manifest)
+        if config.method == "u-opsd":
+            check_majority_context(manifest)
         loaded = load_model(
             config.model or manifest.header.model["id"],
             dtype=config.dtype,
@@ -112,7 +126,7 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     key = resume_key(config, manifest, sampling)
     done = load_newest(config.out / "checkpoints", parameters, optimizer, key, averages=teacher.average, ranks=ranks)
-    history = ranks.on_main(lambda: _reopen_metrics(config.out / METRICS, done))
+    history = ranks.on_main(lambda: reopen_metrics(config.out / METRICS, done))
     log = (config.out / METRICS if ranks.main else Path(os.devnull)).open("a", encoding="utf-8")
     stopped: dict[str, Any] | None = None
 
@@ -151,10 +165,11 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             timer.add_tokens("sample", sum(len(rollout.token_ids) for group in groups for rollout in group))
             by_id = {task.id: task for task in chosen}
             pairs = [(by_id[rollout.question_id], rollout) for group in groups for rollout in group]
+            left_out = agreeing(manifest, [rollout for _, rollout in pairs]) if config.on_disagreeing else set()
             rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            metrics = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks)
+            metrics = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks, left_out)
             policy: dict[str, int] = {}
             if served is not None:
                 policy, served.updates = served.record(), step
@@ -223,7 +238,7 @@ def _check_finite(metrics: Mapping[str, int | float], question_ids: Sequence[str
             )
 
 
-def _reopen_metrics(path: Path, done: int) -> list[dict[str, float | int]]:
+def reopen_metrics(path: Path, done: int) -> list[dict[str, float | int]]:
     """What the metrics file holds, after it is cut back to ``done`` steps."""
     from neurosig.fsio import write_atomic
 
