@@ -133,6 +133,7 @@ def test_a_server_without_adapter_loading_is_refused(running: ServerProcess, man
         ({"sync_steps": 3}, "weights up to 2 steps old; give --max-staleness 2"),
         ({"sync_steps": 0, "max_staleness": 1}, "weights up to 2 steps old; give --max-staleness 2"),
         ({"sync_steps": -1}, "--sync-steps: expected at least 0, got -1"),
+        ({"method": "lmsi"}, "--sampler: --method lmsi has no such option; leave it out"),
         ({"base_url": None}, "give the server's --base-url"),
         ({"sampler": "transformers"}, "unless you give --sampler openai"),
     ],
