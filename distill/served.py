@@ -40,8 +40,6 @@ class ServedStudent:
     def __init__(self, config: TrainConfig, server: Server, adapter: PeftModel, updates: int):
         self._config, self._server, self._adapter = config, server, adapter
         self._folder = (config.adapter_dir or config.out / FOLDER).resolve()
-        if config.adapter_dir is None:  # what a killed run left
-            shutil.rmtree(self._folder, ignore_errors=True)
         self._run = secrets.token_hex(4)  # another run's adapters may lie on the same server
         self._name: str | None = None
         self.updates, self.policy_step = updates, 0
@@ -88,6 +86,8 @@ class ServedStudent:
 
     def _send(self) -> None:
         before, name = self._name, f"neurosig-{self._run}-step{self.updates}"
+        if before is None and self._config.adapter_dir is None:  # what a killed run left
+            shutil.rmtree(self._folder, ignore_errors=True)
         path = write_adapter(self._adapter, self._folder, name)
         try:
             self._server.load_adapter(name, str(path))

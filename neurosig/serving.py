@@ -59,6 +59,7 @@ class Server:
     def __init__(self, config: ServerConfig, loaded: LoadedModel):
         self.config, self._endpoint, self._loaded = config, Endpoint(config), loaded
         self._eos = frozenset(loaded.eos_token_ids)
+        self._longest_token = max(map(len, loaded.tokenizer.get_vocab()))
         self._vocabulary = loaded.model.get_input_embeddings().get_parameter("weight").shape[0]
         logger.info("rollouts come from %s (model %s, %s API)", config.base_url, config.model, config.api)
 
@@ -273,19 +274,17 @@ class Server:
     def _from_text(
         self, prompt: Prompt, number: int, choice: _ChatChoice, config: SamplingConfig, about: str
     ) -> Rollout:
-        text = choice.message.content
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise self._endpoint.fault(about, "choices.0.message.content", "a lone surrogate") from error
-        encoded = self._loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if len(encoded) > 4 * config.max_new_tokens:  # text may encode into more tokens than it was sampled in
+        text, field = choice.message.content, "choices.0.message.content"
+        if len(text) > self._longest_token * config.max_new_tokens:
             raise self._endpoint.fault(
-                about, "choices.0.message.content", f"{len(encoded)} tokens where {config.max_new_tokens} were allowed"
+                about, field, f"{len(text)} characters, more than {config.max_new_tokens} tokens can say"
             )
+        encoded = self._loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = [*encoded, *([self._loaded.eos_token_ids[0]] if choice.finish_reason == "stop" else [])]
         if not ids:
-            raise self._endpoint.fault(about, "choices.0.message.content", "empty, although it was cut off")
+            raise self._endpoint.fault(about, field, "empty, although it was cut off")
+        if len(prompt.token_ids) + len(ids) > self._loaded.max_length:  # it may encode longer than it was sampled
+            raise self._endpoint.fault(about, field, f"{len(ids)} tokens, more than the model has positions for")
         return Rollout(prompt.question_id, number, text, tuple(ids), choice.finish_reason)
 
     def _compare(self, prompt: Prompt, rollout: Rollout, served: Sequence[float], temperature: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def test_a_server_without_adapter_loading_is_refused(running: ServerProcess, man
         ({"sync_steps": 3}, "weights up to 2 steps old; give --max-staleness 2"),
         ({"sync_steps": 0, "max_staleness": 1}, "weights up to 2 steps old; give --max-staleness 2"),
         ({"sync_steps": -1}, "--sync-steps: expected at least 0, got -1"),
+        ({"method": "lmsi"}, "--sampler: --method lmsi has no such option; leave it out"),
         ({"base_url": None}, "give the server's --base-url"),
         ({"sampler": "transformers"}, "unless you give --sampler openai"),
     ],
@@ -139,7 +141,7 @@ def test_a_server_without_adapter_loading_is_refused(running: ServerProcess, man
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        main(train_config(tmp_path / "run", tmp_path, "http://localhost/v1", **changes))
+        main(replace(train_config(tmp_path / "run", tmp_path, "http://localhost/v1"), **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -164,7 +166,7 @@ def test_export_from_transformers_serve(served_folder: Path, tmp_path: Path) -> 
     assert texts["sampled"] == texts["again"] != texts["other"]
     loaded = load_model(served_folder / "model")
     for rollout in read["sampled"].values():
-        encoded = loaded.tokenizer(rollout.text, add_special_tokens=False).input_ids
+        encoded = loaded.tokenizer(rollout.text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert list(rollout.token_ids) == encoded + [2] * (rollout.finish_reason == "stop")
         assert rollout.mean_logprob is None
     groups = [texts["sampled"][start : start + 3] for start in range(0, 15, 3)]
