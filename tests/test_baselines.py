@@ -503,3 +503,8 @@ def test_two_processes_vote_over_whole_groups(tmp_path: Path, manifest: Path) ->
     first, second = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in ("alone", "both"))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_baselines_report_to_tensorboard(tmp_path: Path, manifest: Path) -> None:
+    train(tmp_path, manifest, method="lmsi", steps=1, report_to=("tensorboard",))
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
