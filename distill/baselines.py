@@ -85,6 +85,7 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer) -> None:
             config.model or manifest.header.model["id"],
             dtype=config.dtype,
             device=_device(config, process),
+            attn_implementation=config.attn_implementation,
             template=manifest.header.options["template"],
         )
         check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
@@ -269,7 +270,8 @@ def _arguments(kind: Any, config: TrainConfig, done: int, rows: int, **own: Any)
         seed=config.seed,
         use_cpu=on_cpu,
         bf16=False,  # the weights' dtype is --dtype, without autocast, as with N-OPSD
-        gradient_checkpointing=False,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=not on_cpu,
         logging_steps=1,

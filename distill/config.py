@@ -157,7 +157,7 @@ BASELINES = ("lmsi", "ttrl", "intuitor")
 """The methods of `distill.baselines`."""
 _OF_DISTILLATION = [
     *("teacher", "divergence", "topk", "loss_temperature", "loss_mean", "loss_on"),
-    *("replay", "dev_questions", "sampler"),
+    *("replay", "dev_questions", "compile", "sampler", "base_url"),
 ]
 
 PRESETS: Mapping[str, Mapping[str, object]] = {

@@ -83,7 +83,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[Rollout]]]:
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("lmsi", {}),
+        ("lmsi", {"gradient_checkpointing": True}),
         ("lmsi", {"full": True, "learning_rate": 1e-3}),
         ("ttrl", {}),
         ("ttrl", {"full": True, "learning_rate": 1e-3}),
@@ -127,6 +127,13 @@ def test_every_method_leaves_what_n_opsd_leaves(
         weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
         assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
     assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY is True
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, manifest: Path) -> None:
+    plain = train(tmp_path, manifest, "plain")
+    checkpointed = train(tmp_path, manifest, "checkpointed", gradient_checkpointing=True)
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ttrl", "intuitor"])
@@ -421,7 +428,7 @@ def test_u_opsd_leaves_out_exactly_the_rollouts_that_agree(manifest: Path) -> No
     def step(pairs: list[tuple[Task, Rollout]], without: set[tuple[str, int]]) -> dict[str, float]:
         model = tiny_model("qwen3")
         sgd = torch.optim.SGD(model.parameters(), lr=0.0)
-        return learn(config, model, Teacher("live", model, None), sgd, pairs, without)
+        return learn(config, model, Teacher("live", model, None), sgd, pairs, left_out=without)
 
     masked = step([(task, rollout) for rollout in rollouts], left_out)
     rest = step([(task, rollout) for rollout in rollouts[1:]], set())
@@ -438,6 +445,7 @@ def test_u_opsd_leaves_out_exactly_the_rollouts_that_agree(manifest: Path) -> No
         ({"method": "intuitor", "vote_generations": 8}, "--vote-generations: --method intuitor has no such option"),
         ({"method": "nopsd", "questions_of": "all"}, "--questions-of: --method nopsd has no such option"),
         ({"divergence": "reverse_kl"}, "--divergence: --method ttrl has no such option; leave it out"),
+        ({"compile": True}, "--compile: --method ttrl has no such option"),
         ({"dev_questions": "x"}, "--dev-questions: --method ttrl has no such option"),
         ({"temperature": 0.0}, "--temperature: --method ttrl learns from differing rollouts"),
         ({"device": "meta"}, "--device meta: --method ttrl runs on cpu"),
