@@ -115,6 +115,10 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "model": "smollm2-135m",
         "sources": ("geography", "language", "chemistry"),
         "evaluate": {"limit": 70},
+        "methods_train": {
+            "ttrl": {"learning_rate": 2e-4, "num_generations": 4, "questions_per_step": 4, "vote_generations": 8},
+            "intuitor": {"learning_rate": 5e-5, "num_generations": 4, "questions_per_step": 4},
+        },
     },
     "paper": {
         "model": "Qwen/Qwen3-4B",
@@ -122,6 +126,10 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "export": {"preset": "qwen3-4b"},
         "train": {"preset": "qwen3-4b"},
         "evaluate": {"preset": "qwen3-4b"},
+        "methods_train": {
+            "ttrl": {"num_generations": 8, "questions_per_step": 4, "vote_generations": 16, "learning_rate": 5e-7},
+            "intuitor": {"num_generations": 8, "questions_per_step": 4, "learning_rate": 3e-6},
+        },
     },
 }
 

@@ -38,7 +38,7 @@ READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
     "model": ("id", "weights"),
     "tokenizer": ("sha256", "chat_template_sha256"),
     "options": (
-        *("template", "system", "instruction", "choice_instruction", "enable_thinking"),
+        *("answer_format", "template", "system", "instruction", "choice_instruction", "enable_thinking"),
         *("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"),
     ),
 }
