@@ -17,10 +17,10 @@ LIMIT ?= --limit 70 20 20
 EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry $(LIMIT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo control report intervene test lint bench figures notebooks clean
+.PHONY: help setup demo control report intervene test lint bench bench-gpu figures notebooks clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
 
 setup: ## make the environment (does nothing when it is up to date)
 	@want="$$(cat pyproject.toml constraints.txt | cksum)"; \
@@ -70,6 +70,9 @@ lint: setup ## ruff, mypy and the import contracts
 
 bench: setup ## time and memory of sampling, tracing and training
 	$(RUN) pytest -m bench tests
+
+bench-gpu: setup ## Qwen3's shapes with random weights on one GPU, beside TRL (says so where there is none)
+	PYTHONPATH=tests $(VENV)/bin/python tests/benchmarks/gpu.py --out figures/data/gpu.csv
 
 figures: setup ## every figure and table
 	$(RUN) figures

@@ -1,6 +1,6 @@
 """The README's memory arithmetic: what a training run holds on a device, term by term.
 
-    python tests/gpu/memory.py --shape qwen3-4b
+    python tests/benchmarks/memory.py --shape qwen3-4b
 
 Weights, adapter, optimizer and caches follow from the shape. What the student's forward keeps for its backward is
 counted, not guessed: a one-layer and a two-layer model of the real width run one short micro-batch on the CPU, every
@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import tyro
 from shapes import config, random_model
 from torch import Tensor
 
-from distill.config import PRESETS, TrainConfig
 from distill.hidden import completion_hidden
 
 SCALE = 16
@@ -37,19 +35,23 @@ class Arithmetic:
     """Tokens of the prompt with context."""
     new_tokens: int = 1024
     """Tokens of a completion."""
+    rows: int = 32
+    """Rollouts sampled together; the qwen3-4b preset's."""
+    micro: int = 4
+    """Rollouts in one forward and backward; the same."""
+    rank: int = 64
+    """LoRA rank; the same."""
 
 
 def gigabytes(options: Arithmetic) -> dict[str, float]:
-    """Name -> GB (10^9 bytes) of what the ``qwen3-4b`` preset holds at its peaks."""
-    preset: dict[str, Any] = {"lora_r": TrainConfig.lora_r, **PRESETS["qwen3-4b"]}
+    """Name -> GB (10^9 bytes) of what a run holds at its peaks."""
     shape = config(options.shape)
-    rows = preset["questions_per_step"] * preset["num_generations"]
-    micro = preset["micro_batch_size"]
+    rows, micro = options.rows, options.micro
     heads, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     d, d_mlp, layers, vocab = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers, shape.vocab_size
     linear = [(d, heads), (d, kv), (d, kv), (heads, d), (d, d_mlp), (d, d_mlp), (d_mlp, d)]
     projections = layers * sum(a * b for a, b in linear)
-    adapter = layers * sum(preset["lora_r"] * (a + b) for a, b in linear)
+    adapter = layers * sum(options.rank * (a + b) for a, b in linear)
     cached = layers * 2 * kv * 2
     student = micro * (options.prompt + options.new_tokens)
     teacher = micro * (options.teacher_prompt + options.new_tokens)
@@ -59,24 +61,23 @@ def gigabytes(options: Arithmetic) -> dict[str, float]:
         "sampling: merged weights": 2 * projections / 1e9,
         "sampling: keys and values": cached * rows * (options.prompt + options.new_tokens) / 1e9,
         "learning: teacher's keys and values": cached * teacher / 1e9,
-        "learning: student's activations": layers * activations(options, micro) / 1e9,
-        "learning: with --gradient-checkpointing": (layers * student * d * 2 + activations(options, micro)) / 1e9,
+        "learning: student's activations": layers * activations(options) / 1e9,
+        "learning: with --gradient-checkpointing": (layers * student * d * 2 + activations(options)) / 1e9,
         "loss: two chunks of logits": 2 * 256 * vocab * 4 / 1e9,
     }
 
 
-def activations(options: Arithmetic, micro: int) -> float:
+def activations(options: Arithmetic) -> float:
     """Bytes that one layer of the student keeps for the backward pass of a micro-batch."""
-    one, two = (_saved_bytes(options, micro, layers) for layers in (1, 2))
+    one, two = (_saved_bytes(options, layers) for layers in (1, 2))
     return (two - one) * SCALE
 
 
-def _saved_bytes(options: Arithmetic, micro: int, layers: int) -> int:
+def _saved_bytes(options: Arithmetic, layers: int) -> int:
     from peft import LoraConfig, get_peft_model
 
     model = random_model(options.shape, "cpu", torch.bfloat16, num_hidden_layers=layers, vocab_size=512)
-    rank = int(str(PRESETS["qwen3-4b"]["lora_r"]))
-    get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    get_peft_model(model, LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -86,15 +87,25 @@ def _saved_bytes(options: Arithmetic, micro: int, layers: int) -> int:
             kept[place] = tensor  # held, so that no later tensor takes its place
         return tensor
 
-    prompts = [tuple(range(row, row + options.prompt // SCALE)) for row in range(micro)]
+    prompts = [tuple(range(row, row + options.prompt // SCALE)) for row in range(options.micro)]
     with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
-        hidden = completion_hidden(model, prompts, [[1] * (options.new_tokens // SCALE)] * micro)
+        hidden = completion_hidden(model, prompts, [[1] * (options.new_tokens // SCALE)] * options.micro)
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) if hidden.requires_grad else 0
 
 
+def peak(terms: dict[str, float]) -> float:
+    """The larger of both peaks, sampling and learning, without gradient checkpointing."""
+    held = terms["weights"] + terms["adapter, gradient, Adam"]
+    sampling = sum(value for name, value in terms.items() if name.startswith("sampling"))
+    learning = terms["learning: teacher's keys and values"] + terms["learning: student's activations"]
+    return held + max(sampling, learning + terms["loss: two chunks of logits"])
+
+
 def main(options: Arithmetic) -> None:
-    for name, value in gigabytes(options).items():
+    terms = gigabytes(options)
+    for name, value in terms.items():
         print(f"{name:<42} {value:6.1f} GB")
+    print(f"{'peak, without gradient checkpointing':<42} {peak(terms):6.1f} GB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""Tracing, sampling and a training step at Qwen3's shapes with random weights, beside TRL, on one GPU.
+
+    make bench-gpu
+
+bfloat16, no download. Every number is printed and written to a CSV with the device's name; the measured peak stands
+beside the README's memory arithmetic (`memory`). Without a GPU it says so and is done.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import io
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from memory import Arithmetic, gigabytes, peak
+from shapes import random_model
+from tiny import tiny_tokenizer
+from training_step import Endless, Step, distillation, now, ours, sdft
+
+from neurosig.fsio import write_atomic
+from neurosig.models import LoadedModel, load_model
+from neurosig.sampling import Prompt, SamplingConfig, sample
+from neurosig.tracing import NeuronTracer, TraceConfig
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Sizes of what is measured; the defaults are those of the committed CSV."""
+
+    shapes: tuple[str, ...] = ("qwen3-0.6b", "qwen3-4b")
+    """Model shapes: tiny, qwen3-0.6b, qwen3-4b."""
+    device: str = "cuda"
+    """Where to run; cpu is for trying the script out."""
+    questions: int = 4
+    """Questions of a step."""
+    k: int = 8
+    """Rollouts of a question."""
+    tokens: int = 256
+    """Tokens of a rollout."""
+    prompt: int = 128
+    """Tokens of the bare prompt."""
+    teacher_prompt: int = 1024
+    """Tokens of the prompt with context."""
+    trl: bool = True
+    """Take the same step with TRL's trainers."""
+    out: Path | None = None
+    """CSV of the results."""
+
+
+def main(options: Options) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench-gpu: no GPU here, nothing measured")
+        return
+    name = torch.cuda.get_device_name() if options.device == "cuda" else options.device
+    rows: list[dict[str, Any]] = []
+    for shape in options.shapes:
+        for what, value in measure(shape, options).items():
+            rows.append({"device": name, "shape": shape, "what": what, "value": f"{value:.4g}"})
+            print(f"{shape:<12} {what:<52} {rows[-1]['value']}", flush=True)
+    if options.out is not None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(options.out, text.getvalue())
+
+
+def measure(shape: str, options: Options) -> dict[str, float]:
+    """Name, with its unit, -> value; what runs out of memory is not a number."""
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+
+    def make() -> LoadedModel:
+        return load_model((random_model(shape, options.device, dtype), tiny_tokenizer()))
+
+    texts = [
+        ("b" * options.prompt, chr(99 + n) * (options.teacher_prompt - options.prompt))
+        for n in range(options.questions)
+    ]
+    texts = [(chr(99 + n) + prompt[1:], context) for n, (prompt, context) in enumerate(texts)]
+    step = Step(make, texts, options.k, options.tokens, options.teacher_prompt, rank=64)
+    found = {**_tracing(make(), options), **_sampling(make(), options)}
+    parts: dict[str, float] = {}
+
+    def mine() -> float:
+        parts.update(ours(step))
+        return sum(parts.values())
+
+    found |= _run("step: ours", mine)
+    found |= {f"step: ours, {name} (s)": seconds for name, seconds in parts.items()}
+    arithmetic = Arithmetic(
+        shape=shape, prompt=options.prompt, teacher_prompt=options.teacher_prompt, new_tokens=options.tokens,
+        rows=options.questions * options.k, micro=16, rank=64,
+    )  # fmt: skip
+    found["step: ours, peak by the README's arithmetic (GB)"] = peak(gigabytes(arithmetic))
+    if options.trl:
+        with tempfile.TemporaryDirectory() as folder:
+            found |= _run("step: TRL SDFT topk", lambda: sdft(step, Path(folder) / "topk", "topk_logits"))
+            found |= _run("step: TRL Distillation", lambda: distillation(step, Path(folder) / "chunked"))
+    return found
+
+
+def _run(name: str, call: Callable[[], float]) -> dict[str, float]:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        seconds = call()
+    except torch.OutOfMemoryError:
+        seconds = float("nan")
+    peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else float("nan")
+    return {f"{name} (s)": seconds, f"{name}, peak (GB)": peak_bytes / 1e9}
+
+
+def _prompts(options: Options) -> list[tuple[int, ...]]:
+    return [tuple([3 + n] + [5] * (options.prompt - 1)) for n in range(options.questions)]
+
+
+def _tracing(loaded: LoadedModel, options: Options) -> dict[str, float]:
+    """Tracing K rollouts a prompt against a plain forward over the same tokens."""
+    prompts = [prompt for prompt in _prompts(options) for _ in range(options.k)]
+    completions = [[7] * options.tokens for _ in prompts]
+    tracer = NeuronTracer(loaded.model, TraceConfig(set_size=100))
+
+    @torch.no_grad()
+    def plain() -> None:
+        for start in range(0, len(prompts), 8):
+            part = [[*p, *c] for p, c in zip(prompts[start : start + 8], completions[start : start + 8], strict=True)]
+            loaded.model(torch.tensor(part, device=loaded.model.device))
+
+    def trace() -> None:
+        tracer.trace(prompts, completions)
+
+    plain_seconds, traced = _best(plain), _best(trace)
+    return {"tracing / plain forward": traced / plain_seconds, "tracing (s)": traced}
+
+
+def _sampling(loaded: LoadedModel, options: Options) -> dict[str, float]:
+    endless = Endless(loaded.model, loaded.tokenizer, loaded.info)
+    prompts = [Prompt(str(n), ids) for n, ids in enumerate(_prompts(options) * 4)]
+    config = SamplingConfig(num_generations=options.k, max_new_tokens=options.tokens)
+    counted: list[int] = []
+
+    def run() -> None:
+        counted[:] = [len(r.token_ids) for group in sample(endless, prompts, config) for r in group]
+
+    seconds = _best(run)
+    return {f"sampling, {len(prompts) * options.k} rows (tokens/s)": sum(counted) / seconds}
+
+
+def _best(call: Callable[[], None], runs: int = 2) -> float:
+    """Seconds of the faster of two runs; the first warms up."""
+    times: Sequence[float] = []
+    for _ in range(runs):
+        start = now()
+        call()
+        times = [*times, now() - start]
+    return min(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))

@@ -1,0 +1,221 @@
+"""One training step, ours and by TRL's trainers, for the benchmarks on a CPU and on a GPU.
+
+Rollouts of exactly ``Step.tokens`` tokens, a teacher that is the model before training, LoRA on every linear layer,
+forward KL, no gradient checkpointing. Each trainer takes its first step: sampling, teacher, student and optimizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config import TrainConfig
+from distill.step import learn
+from distill.student import make_student, merged
+from distill.tasks import Task
+from distill.teacher import Teacher
+from neurosig.models import LoadedModel
+from neurosig.sampling import Prompt, SamplingConfig, sample
+
+
+class Endless(LoadedModel):
+    """A model whose rollouts nothing ends."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return (-1,)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is trained on: the model anew for each trainer, (student prompt, context before it), K, and token counts."""
+
+    make: Callable[[], LoadedModel]
+    texts: Sequence[tuple[str, str]]
+    k: int
+    tokens: int
+    teacher_tokens: int
+    rank: int = 16
+
+
+class StepTimer:
+    """A transformers callback that times the optimizer step, sampling included."""
+
+    def __new__(cls) -> Any:
+        from transformers import TrainerCallback
+
+        class Timer(TrainerCallback):
+            seconds = 0.0
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                self.start = now()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                self.seconds = now() - self.start
+
+        return Timer()
+
+
+def ours(step: Step) -> dict[str, float]:
+    """Seconds of a step's parts."""
+    made = step.make()
+    loaded = Endless(made.model, made.tokenizer, made.info)
+    config = TrainConfig(
+        manifest=Path(),
+        out=Path(),
+        lora_r=step.rank,
+        lora_alpha=2 * step.rank,
+        keep_truncated=True,
+        micro_batch_size=16,
+    )
+    torch.manual_seed(0)
+    student, adapter = make_student(config, loaded)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-4)
+    teacher = Teacher("base", student, adapter)
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(made.tokenizer(text)["input_ids"])
+
+    tasks = [Task(f"q{n}", ids(prompt), ids(context + prompt)) for n, (prompt, context) in enumerate(step.texts)]
+    sampling = SamplingConfig(num_generations=step.k, max_new_tokens=step.tokens)
+    start = now()
+    with merged(student, adapter):
+        groups = list(sample(loaded, [Prompt(task.id, task.student_prompt) for task in tasks], sampling))
+    sampled = now()
+    by_id = {task.id: task for task in tasks}
+    pairs = [(by_id[rollout.question_id], rollout) for group in groups for rollout in group]
+    assert {len(rollout.token_ids) for _, rollout in pairs} == {step.tokens}
+    metrics = learn(config, student, teacher, optimizer, pairs)
+    assert metrics["rollouts_in_loss"] == len(step.texts) * step.k and metrics["loss"] > 0
+    return {"sampling": sampled - start, "learning": now() - sampled}
+
+
+def common(step: Step, folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": len(step.texts) * step.k,
+        "max_completion_length": step.tokens,
+        "generation_kwargs": {"min_new_tokens": step.tokens},  # no end-of-sequence token before
+        "learning_rate": 1e-4,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "shuffle_dataset": False,
+        "disable_tqdm": True,
+    }
+
+
+def lora(step: Step) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=step.rank, lora_alpha=2 * step.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def model_and_tokenizer(step: Step) -> tuple[Any, Any]:
+    made = step.make()
+    tokenizer = copy.deepcopy(made.tokenizer)
+    tokenizer.padding_side = "left"
+    return made.model, tokenizer
+
+
+def sdft(step: Step, folder: Path, mode: str) -> float:
+    """TRL's SDFT: the teacher is the base model, its prompt is made of the privileged context and the prompt."""
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    timer = StepTimer()
+    model, tokenizer = model_and_tokenizer(step)
+    trainer = SDFTTrainer(
+        model=model,
+        args=SDFTConfig(
+            **common(step, folder),
+            num_generations=step.k,
+            distillation_mode=mode,
+            distillation_alpha=0.0,
+            teacher_prompt_template="{privileged_context}{prompt}",
+            teacher_model_kind="base",
+        ),
+        train_dataset=Dataset.from_list([{"prompt": p, "privileged_context": c} for p, c in step.texts]),
+        processing_class=tokenizer,
+        peft_config=lora(step),
+        callbacks=[timer],
+    )
+    widths = []
+    build = trainer.teacher_context_builder.build
+
+    def recorded(*args: Any) -> Any:
+        built = build(*args)
+        widths.append(built["teacher_input_ids"].shape)
+        return built
+
+    trainer.teacher_context_builder.build = recorded
+    trainer.train()
+    assert widths == [(len(step.texts) * step.k, step.teacher_tokens + step.tokens)]
+    return timer.seconds
+
+
+def distillation(step: Step, folder: Path) -> float:
+    """TRL's chunked distillation, its teacher given a prompt of its own: the base model under the adapter."""
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    context_of = dict(step.texts)
+    widths = []
+
+    class Privileged(DistillationTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            output = super()._generate_and_score_completions(inputs)
+            prompts = [context_of[row["prompt"]] + row["prompt"] for row in inputs]
+            encoded = self.processing_class(text=prompts, padding=True, return_tensors="pt")
+            return {
+                **output,
+                "teacher_ids": torch.cat([encoded["input_ids"], output["completion_ids"]], dim=1),
+                "teacher_mask": torch.cat([encoded["attention_mask"], output["completion_mask"]], dim=1),
+            }
+
+        def _compute_loss(self, student: Any, inputs: Any, num_items_in_batch: Any) -> Any:
+            widths.append(inputs["teacher_ids"].shape)
+            completion = inputs["completion_ids"].shape[1]
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            learned = self._get_last_hidden_state(student, ids, mask, completion)
+            with torch.no_grad(), student.disable_adapter():
+                target = self._get_last_hidden_state(student, inputs["teacher_ids"], inputs["teacher_mask"], completion)
+            head = student.get_output_embeddings()
+            loss, entropy, valid = _chunked_divergence_loss(
+                learned, target, head.weight, head.weight, inputs["completion_mask"], self.beta, num_items_in_batch
+            )
+            return loss, entropy.detach(), valid
+
+    timer = StepTimer()
+    model, tokenizer = model_and_tokenizer(step)
+    rows = [{"prompt": prompt} for prompt, _ in step.texts for _ in range(step.k)]  # it samples once a row
+    trainer = Privileged(
+        model=model,
+        args=DistillationConfig(**common(step, folder), beta=0.0),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora(step),
+        callbacks=[timer],
+    )
+    trainer.train()
+    assert [tuple(shape) for shape in widths] == [(len(rows), step.teacher_tokens + step.tokens)]
+    return timer.seconds
+
+
+def now() -> float:
+    """Seconds, once the accelerator has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
