@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -216,8 +217,6 @@ def test_more_processes_than_questions_full_fine_tuning_and_a_development_split(
 
 def training_with_a_fault(arguments: list[str]) -> int:
     """The train command; the second rank's sampler finds a fault."""
-    import os
-
     import neurosig.sampling
     from neurosig.errors import UserError
 
@@ -254,12 +253,12 @@ def test_all_ranks_fail_together_with_one_message(
     assert not (tmp_path / "run" / "train.json").exists()
 
 
-def test_the_launcher_s_own_command(tmp_path: Path, manifest: Path, single: Path) -> None:
-    """As the README gives it, with ``--cpu``."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--use_fsdp"]
-    command += ["--fsdp_version", "2", "--num_cpu_threads_per_process", "1", "-m", "distill.train"]
+def test_torchrun(tmp_path: Path, manifest: Path, single: Path) -> None:
+    """accelerate's own launcher starts several CPU processes by MPI only; on GPUs it sets these variables."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, *train_arguments(manifest, tmp_path / "run", quiet=True)],
+        [*command, "-m", "distill.train", *train_arguments(manifest, tmp_path / "run", quiet=True)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
         capture_output=True,
         text=True,
         timeout=120,
