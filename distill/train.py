@@ -131,8 +131,6 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     stopped: dict[str, Any] | None = None
 
     server = config.server(loaded)
-    if server is not None and ranks.sharded:
-        raise UserError("--sampler openai: the adapter is sent by one process, which has it whole under DDP, not FSDP2")
     served = ServedStudent(config, server, adapter, done) if server is not None and adapter is not None else None
 
     def draw(prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str) -> list[list[Rollout]]:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from flow import export_config
 from peft import PeftModel
-from served import ServerProcess, transformers_serve
+from processes import exit_codes, run_training, start_ranks, train_arguments
+from served import ServerProcess, lora_server, transformers_serve
 
 from distill.config import TrainConfig
 from distill.train import main
@@ -23,7 +24,7 @@ from neurosig.models import LoadedModel, load_model
 from neurosig.prompts import PromptBuilder, PromptConfig
 from neurosig.questions import load_questions
 from neurosig.sampling import Prompt, SamplingConfig, sample
-from neurosig.serving import Server
+from neurosig.serving import Server, request_seed
 
 pytestmark = pytest.mark.xdist_group("servers")
 
@@ -125,6 +126,22 @@ def test_a_server_without_adapter_loading_is_refused(running: ServerProcess, man
     running.post("/control", kind="none")
 
 
+def test_two_processes_learn_from_what_one_of_them_asks_for(
+    running: ServerProcess, manifest: Path, tmp_path: Path
+) -> None:
+    running.post("/control", kind="none")
+    options: dict[str, Any] = {"sampler": "openai", "base_url": running.base_url, "steps": 2, "max_retries": 0}
+    assert run_training(train_arguments(manifest, tmp_path / "one", **options)) == 0
+    alone = running.get("/seen")
+    running.post("/control", kind="none")
+    two = train_arguments(manifest, tmp_path / "two", **options)
+    assert exit_codes(start_ranks(tmp_path / "logs", 2, run_training, two)) == [0, 0]
+    assert [call["path"] for call in running.get("/seen")] == [call["path"] for call in alone]
+    for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert (line["policy_step"], line["staleness"]) == (other["policy_step"], other["staleness"])
+        assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -179,3 +196,33 @@ def test_export_from_transformers_serve(served_folder: Path, tmp_path: Path) -> 
     config = SamplingConfig(num_generations=1, temperature=0.0, max_new_tokens=6)
     own = {group[0].question_id: group[0].text for group in sample(loaded, prompts, config)}
     assert {key[0]: rollout.text for key, rollout in read["greedy"].items()} == own
+
+
+@pytest.mark.smollm2
+def test_the_embedded_model_from_both_servers(smollm2: LoadedModel) -> None:
+    folder = Path(smollm2.model.name_or_path)
+    builder = PromptBuilder(smollm2.tokenizer, PromptConfig())
+    questions = load_questions("world-facts", split="test", limit=2)
+    prompts = [Prompt(question.id, builder.student(question)) for question in questions]
+    messages = {question.id: builder.messages(question) for question in questions}
+    sampled = SamplingConfig(num_generations=2, temperature=0.8, max_new_tokens=12)
+    greedy = SamplingConfig(num_generations=1, temperature=0.0, max_new_tokens=12)
+    process = lora_server(folder)
+    try:
+        groups = list(Server(ServerConfig(process.base_url, str(folder)), smollm2).sample(prompts, sampled))
+    finally:
+        process.kill()
+    assert len(groups) == 2
+    for prompt in prompts:
+        config = replace(sampled, seed=request_seed(prompt.question_id, 0, ""))
+        (own,) = sample(smollm2, [Prompt("", prompt.token_ids)], config)
+        (group,) = (group for group in groups if group[0].question_id == prompt.question_id)
+        assert [rollout.token_ids for rollout in group] == [rollout.token_ids for rollout in own]
+        assert [rollout.mean_logprob for rollout in group] == pytest.approx([r.mean_logprob for r in own], abs=1e-3)
+    process = transformers_serve(folder)
+    try:
+        server = Server(ServerConfig(process.base_url, str(folder), api="transformers"), smollm2)
+        texts = {group[0].question_id: group[0].text for group in server.sample(prompts, greedy, messages=messages)}
+    finally:
+        process.kill()
+    assert texts == {group[0].question_id: group[0].text for group in sample(smollm2, prompts, greedy)}
