@@ -82,3 +82,27 @@ def test_every_file_of_the_layout_exists_and_none_is_left_out() -> None:
             assert list((ROOT / package).glob(name)), f"{package}/{name}"
         left_out = {name for name in present if not any(Path(name).match(pattern) for pattern in named[package])}
         assert not left_out, package
+
+
+def test_the_memory_table_is_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    memory = importlib.import_module("memory")
+    terms = memory.gigabytes(memory.Arithmetic())
+    table = {line.split("|")[1].strip(): line.split("|")[2:5] for line in README.splitlines() if line.startswith("| ")}
+
+    def cells(name: str) -> list[float]:
+        return [float(cell) for cell in next(row for head, row in table.items() if head.startswith(name))]
+
+    embeddings = 2 * 151_936 * 2560 / 1e9
+    decoder = terms["weights"] - embeddings
+    for name, expected in {
+        "weights": [terms["weights"]] * 2 + [embeddings + decoder / 8],
+        "adapter, gradient": [terms["adapter, gradient, Adam"]] * 2 + [terms["adapter, gradient, Adam"] / 8],
+        "sampling: merged": [terms["sampling: merged weights"]] * 2 + [terms["sampling: merged weights"] + decoder],
+        "sampling: keys": [terms["sampling: keys and values"] / ranks for ranks in (1, 8, 8)],
+        "learning: student's": [terms["learning: student's activations"]] * 3,
+        "learning: the same": [terms["learning: with --gradient-checkpointing"]] * 3,
+        "learning: teacher's": [terms["learning: teacher's keys and values"]] * 3,
+        "loss: two": [terms["loss: two chunks of logits"]] * 3,
+    }.items():
+        assert cells(name) == pytest.approx(expected, abs=0.06), name
