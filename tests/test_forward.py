@@ -102,6 +102,7 @@ def test_rows_with_their_own_prompt_have_the_shared_hidden_states(arch: Arch) ->
         torch.testing.assert_close(apart[3:4], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.bench  # minutes of C++ compilation
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_compiled_run_goes_as_a_plain_one(tmp_path: Path, manifest: Path) -> None:
     torch._dynamo.reset()
