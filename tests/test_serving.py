@@ -175,6 +175,27 @@ def test_an_answer_that_is_not_what_was_asked_for_is_one_sentence(
     assert "\n" not in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("reasoning", "choices.0.message.content: Input should be a valid string"),
+        ("number", "choices.0.message.content: Input should be a valid string"),
+        ("endless", "choices.0.message.content: 50000 characters, more than 4 tokens can say"),
+        ("cut off empty", "choices.0.message.content: empty, although it was cut off"),
+        ("tools", "choices.0.finish_reason: Input should be 'stop' or 'length'"),
+        ("two", "choices: expected 1, numbered from 0, got 2"),
+    ],
+)
+def test_a_chat_answer_is_checked_too(process: ServerProcess, loaded: LoadedModel, kind: str, message: str) -> None:
+    asked, messages = server(process, loaded, api="chat"), {"q0": [{"role": "user", "content": "Is red nice?"}]}
+    (group,) = asked.sample(PROMPTS[:1], SAMPLING, messages=messages)
+    assert [rollout.text for rollout in group] == ["yes"] * 3
+    process.post("/control", kind=kind)
+    with pytest.raises(UserError) as fault:
+        list(asked.sample(PROMPTS[:1], SAMPLING, messages=messages))
+    assert str(fault.value) == f'server {process.base_url}: question "q0": {message}'
+
+
 def test_a_server_of_other_weights_is_refused_unless_nothing_is_compared(
     process: ServerProcess, loaded: LoadedModel, tmp_path: Path
 ) -> None:

@@ -167,6 +167,18 @@ def _spoil(answer: dict[str, Any], kind: str) -> None:
         answer["choices"] = None
 
 
+@app.post("/v1/chat/completions")
+def chat() -> dict[str, Any]:
+    """Text that no model sampled: what matters is how the client takes it."""
+    with lock:
+        kind = _kind_of_this_request()
+    content: dict[str, Any] = {"reasoning": None, "number": 7, "endless": "y" * 50_000, "cut off empty": ""}
+    reasons: dict[str, Any] = {"tools": "tool_calls", "cut off empty": "length"}
+    message = {"role": "assistant", "content": content.get(kind, "yes")}
+    choice = {"index": 0, "message": message, "finish_reason": reasons.get(kind, "stop")}
+    return {"object": "chat.completion", "choices": [choice] * (2 if kind == "two" else 1)}
+
+
 @app.post("/v1/load_lora_adapter")
 def load_adapter(body: dict[str, str]) -> Response:
     with lock:
