@@ -302,5 +302,5 @@ def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig
         **sampling.as_dict(),
         "manifest": manifest.header.content_sha256,
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": None if torch.accelerator.is_available() else torch.get_num_threads(),
     }

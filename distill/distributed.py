@@ -17,6 +17,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from distill.config import TrainConfig
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)
 
 
 class Ranks:
@@ -194,11 +196,13 @@ def launched(config: TrainConfig) -> Ranks:
 
     A process that no launcher started stays alone: no process group is made.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     # accelerate would have transformers load empty weights on all ranks but the first, for it to fill in
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    ranks = Ranks(Accelerator(cpu=config.device == "cpu" or not torch.accelerator.is_available()))
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)  # the others wait while one asks a server
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    ranks = Ranks(Accelerator(cpu=on_cpu, kwargs_handlers=[patience]))
     if not ranks.main:
         for name in ("neurosig", "distill", "__main__"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

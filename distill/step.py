@@ -58,7 +58,8 @@ def learn(
         left_out: (question id, rollout id) of rollouts that are counted but not learned from.
 
     Returns:
-        The step's metrics; divergence and entropies, in nats, are means over the tokens in the loss, unweighted.
+        The step's metrics; divergence and entropies, in nats, are means over the tokens in the loss, unweighted and
+        without those of replayed prompts, whose divergence stands apart.
     """
     forward = forward or TrainingForward(model)
     timer = timer or PhaseTimer()
@@ -77,13 +78,10 @@ def learn(
     ]
     mass = sum(share * length for share, length in zip(shares, lengths, strict=True))
     shares = [share / mass if mass else 0.0 for share in shares]
-    sums = {
-        "loss": 0.0,
-        "divergence": 0.0,
-        "teacher_entropy": 0.0,
-        "student_entropy": 0.0,
-        "clip_fraction": 0.0,
-    }
+    replayed = sum(length for (task, _), length in zip(kept, lengths, strict=True) if task.replay)
+    sums = dict.fromkeys(("loss", "divergence", "teacher_entropy", "student_entropy", "clip_fraction"), 0.0)
+    if any(task.replay for task, _ in pairs):
+        sums["replay_divergence"] = 0.0
     owners = {question: index % ranks.world for index, question in enumerate(dict.fromkeys(t.id for t, _ in kept))}
     mine = [(pair, share) for pair, share in zip(kept, shares, strict=True) if owners[pair[0].id] == ranks.rank]
     rows = len(mine)
@@ -125,9 +123,17 @@ def learn(
             output.loss.backward()
             share = sum(len(ids) - config.skip_first for ids in completions) / total
             sums["loss"] += float(output.loss.detach())
-            sums["divergence"] += float(output.unclipped.sum()) / total
-            sums["teacher_entropy"] += float(output.teacher_entropy.sum()) / total
-            sums["student_entropy"] += float(output.student_entropy.sum()) / total
+            taught = torch.tensor([not task.replay for task, _ in batch], device=length.device).repeat_interleave(
+                length
+            )
+            for name, values in (
+                ("divergence", output.unclipped),
+                ("teacher_entropy", output.teacher_entropy),
+                ("student_entropy", output.student_entropy),
+            ):
+                sums[name] += float(values[taught].sum()) / max(1, total - replayed)
+            if replayed:
+                sums["replay_divergence"] += float(output.unclipped[~taught].sum()) / replayed
             sums["clip_fraction"] += float(output.clip_fraction) * share
     norm = 0.0
     with _phase(timer, "optimizer"):

@@ -502,6 +502,11 @@ def test_replayed_prompts_are_taught_by_the_model_as_it_was(tmp_path: Path, mani
         return float((then.exp() * (then - now)).sum())
 
     free, held = drift("free"), drift("held", replay=str(replay), replay_weight=8.0)
+    first, *_, last = map(json.loads, (tmp_path / "held" / "metrics.jsonl").read_text().splitlines())
+    assert abs(first["replay_divergence"]) < 1e-6 < last["replay_divergence"] < first["divergence"]
+    alone = json.loads((tmp_path / "free" / "metrics.jsonl").read_text().splitlines()[0])
+    for name in ("divergence", "teacher_entropy", "student_entropy"):
+        assert first[name] == pytest.approx(alone[name], rel=1e-4)
     assert 0 < held < 0.5 * free
     with pytest.raises(UserError, match="--replay teaches nothing with --teacher live"):
         main(train_config(tmp_path, manifest, "live", replay=str(replay), teacher="live"))
