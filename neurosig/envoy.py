@@ -7,12 +7,12 @@ model's outputs outside a trace stay the same to the bit.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import nnsight
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -126,7 +126,11 @@ class ScaledModel:
         self.config = model.config
         self.generation_config = model.generation_config
         self.device = model.device
-        self._edited = edited
+        self._model, self._edited = model, edited
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The model's own modules, for `neurosig.packing`: those that the edit runs through."""
+        return self._model.modules()
 
     def __call__(self, **inputs: Any) -> Any:
         """The output of the model's forward pass, for the same keyword arguments."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from neurosig.batching import pad
 from neurosig.errors import UserError
+from neurosig.packing import PackedWeights
 from neurosig.rollouts import Rollout
 
 if TYPE_CHECKING:
@@ -114,22 +115,28 @@ def sample(
         )
     ordered = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
     questions = max(1, batch_rows // config.num_generations)
+    packed = PackedWeights(loaded.model.modules(), min(questions, len(ordered)) * config.num_generations)
     for start in range(0, len(ordered), WINDOW * questions):
         window = ordered[start : start + WINDOW * questions]
         if not all(prompt.question_id in done for prompt in window):
-            for group in _decode_window(loaded, window, config, questions, salt):
+            for group in _decode_window(loaded, window, config, questions, salt, packed):
                 if group[0].question_id not in done:
                     yield group
 
 
 @torch.inference_mode()
 def _decode_window(
-    loaded: LoadedModel, prompts: Sequence[Prompt], config: SamplingConfig, questions: int, salt: str
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    questions: int,
+    salt: str,
+    packed: PackedWeights,
 ) -> Iterator[list[Rollout]]:
     """So many questions decode at a time; the others take the place of finished rows."""
     k = config.num_generations
     slots, started = questions * k, 0
-    batch = _Batch(loaded, prompts, config, salt)
+    batch = _Batch(loaded, prompts, config, salt, packed)
     while started < len(prompts) or batch.decoding:
         free = slots - batch.decoding
         if started < len(prompts) and free >= max(k, REFILL_AT * slots):
@@ -153,7 +160,15 @@ class _Batch:
         decoding: Number of slots whose row is not finished.
     """
 
-    def __init__(self, loaded: LoadedModel, prompts: Sequence[Prompt], config: SamplingConfig, salt: str):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        salt: str,
+        packed: PackedWeights,
+    ):
+        self._packed = packed
         self._loaded, self._prompts, self._config = loaded, prompts, config
         device, shape = loaded.model.device, (len(prompts) * config.num_generations, config.max_new_tokens)
         uniforms = np.concatenate([_uniforms(prompt.question_id, config, salt) for prompt in prompts])
@@ -233,14 +248,15 @@ class _Batch:
         mask: Bool[Tensor, "rows columns"],
         positions: Int[Tensor, "rows new"],
     ) -> Float[Tensor, "rows vocab"]:
-        output = self._loaded.model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._packed:
+            output = self._loaded.model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return output.logits[:, -1]
 
     def _draw(self, slots: Int[Tensor, " slots"], logits: Float[Tensor, "slots vocab"]) -> None:
