@@ -156,7 +156,7 @@ def shade(value: float, low: float, high: float) -> str:
     rgb = [a + (b - a) * (position - left) for a, b in zip(_rgb(stops[left]), _rgb(stops[left + 1]), strict=True)]
     channels = [channel / 12.92 if channel <= 0.03928 else ((channel + 0.055) / 1.055) ** 2.4 for channel in rgb]
     luminance = float(np.dot(channels, (0.2126, 0.7152, 0.0722)))
-    ink = "#111111" if luminance > 0.18 else "#ffffff"
+    ink = "#000000" if luminance > 0.179 else "#ffffff"  # where both have a contrast of 4.58
     return f"background:#{''.join(f'{round(255 * channel):02x}' for channel in rgb)};color:{ink}"
 
 
@@ -193,7 +193,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        finalize=_finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -205,6 +205,12 @@ def _environment() -> Environment:
     }
     environment.globals |= {"gradient": gradient, "body_of": lambda view: _body(view.macro, view)}
     return environment
+
+
+def _finalize(value: Any) -> Any:
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return visible(value if len(value) <= LONGEST else value[:LONGEST] + "…")
 
 
 _PAGE = """<!doctype html>

@@ -307,9 +307,8 @@ class NeighbourBrowser(View):
         object.__setattr__(self, "ranked", bounds([neighbour.similarity for neighbour in self.neighbours]))
 
     def text(self) -> str:
-        lines = [
-            f"{short(self.question, 100)} -> {short(str(self.answer), 40)} ({self.decision}; policy {self.policy})"
-        ]
+        decided = f"{short(self.decision, 40)}; policy {short(self.policy, 40)}"
+        lines = [f"{short(self.question, 100)} -> {short(str(self.answer), 40)} ({decided})"]
         for neighbour in self.neighbours:
             mark = "*" if neighbour.used else " "
             why = ", ".join(name for name, _ in neighbour.reasons)
