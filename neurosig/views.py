@@ -191,8 +191,8 @@ class Explorer(ExportedRun):
             reasons: Shared neurons named for each.
         """
         row, options = self.row(question_id), self.manifest.header.options
-        names = [name for name, other in self.rows.items() if other.pseudo_label is not None or name == row.id]
-        sets = self.signals.ids[[self.place[name, self.representative(name)] for name in names]]
+        names = self.represented if row.pseudo_label is not None else [*self.represented, row.id]
+        sets = self.representative_sets(names)
         me = names.index(row.id)
         similarity = jaccard(sets[[me]], sets)[0]
         pool = [

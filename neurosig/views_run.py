@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neurosig.answers import is_correct
@@ -18,6 +18,7 @@ from neurosig.errors import UserError
 from neurosig.locate import read_neurons
 from neurosig.manifest import NEURONS, SIGNALS, QuestionRow, read_manifest
 from neurosig.models import LoadedModel, load_model
+from neurosig.patterns import mean_pairwise_jaccard
 from neurosig.prompts import PromptBuilder, PromptConfig
 from neurosig.questions import Question
 from neurosig.report_data import join_gold, voted
@@ -113,6 +114,36 @@ class ExportedRun:
         """Layer and index of the probe's neurons, heaviest first."""
         order = self.table["weight"].abs().sort_values(ascending=False, kind="stable").index
         return [(int(self.table["layer"][i]), int(self.table["index"][i])) for i in order]
+
+    @property
+    def represented(self) -> list[str]:
+        """Ids of the questions with a majority answer, in input order."""
+        return [name for name, row in self.rows.items() if row.pseudo_label is not None]
+
+    def representative_sets(self, question_ids: Sequence[str]) -> Int[Tensor, "questions size"]:
+        """Active set of each question's representative rollout."""
+        return self.signals.ids[[self.place[name, self.representative(name)] for name in question_ids]]
+
+    def overview(self) -> pd.DataFrame:
+        """A row a question: its kind, text, majority answer and its share, verdict, agreement of its active sets."""
+        table = []
+        for name, row in self.rows.items():
+            assert row.vote is not None
+            places = [self.place[name, index] for index in range(len(row.answers))]
+            table.append(
+                {
+                    "id": name,
+                    "kind": row.kind or row.domain,
+                    "question": row.question,
+                    "majority": row.pseudo_label,
+                    "share": row.vote.count / row.vote.n,
+                    "verdict": self.verdict(row, self.representative(name)),
+                    "neuron_agreement": mean_pairwise_jaccard(self.signals.ids[places]),
+                    "decision": row.reason.replace("_", " "),
+                    "representative": self.rollout(name, None).text,
+                }
+            )
+        return pd.DataFrame(table).set_index("id")
 
     def prompt_ids(self, question_id: str) -> tuple[int, ...]:
         """The prompt that the question's rollouts continue."""
