@@ -35,9 +35,11 @@ TRUST = {"neuron": (BLUE, "D"), "output": (GREY, "o"), "control": ("#000000", "x
 
 
 def notebook_style() -> None:
-    """The style of the project's figures, shown inline; call it first in a notebook."""
+    """The style of the project's figures, shown inline, and no progress bars; call it first in a notebook."""
     from IPython import get_ipython
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     use_style()
     shell = get_ipython()
     if shell is not None:
@@ -88,7 +90,7 @@ def agreement_scatter(
     jitter = np.random.default_rng(seed).uniform(-0.012, 0.012, len(share))
     _series(axis, np.asarray(share) + jitter, np.asarray(agreement), kinds)
     axis.set(xlabel="majority's share of the answers", ylabel="mean Jaccard of active sets")
-    axis.set_title(f"Neurons agree where answers do (n={len(share)} questions)")
+    axis.set_title(f"Agreement of neurons and of answers (n={len(share)} questions)")
     axis.legend(fontsize=8)
     return figure
 
