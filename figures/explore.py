@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from figures.style import use_style
 from neurosig import metrics
@@ -118,6 +119,7 @@ def probe_path(located: Located) -> Figure:
     quality.set_title(f"Bars: sd over {probe.config.folds} folds")
     for axis in (size, quality):
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel("inverse penalty C")
         axis.axvline(chosen, color=ORANGE, linewidth=1.2, linestyle=":", label="chosen")
         axis.legend(fontsize=8)
@@ -147,9 +149,8 @@ def auroc_forest(rows: Sequence[SignalRow], *, event: str, n: int) -> Figure:
     axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(known)), [row.signal.name.replace("_", " ") for row in known])
     axis.grid(axis="y", visible=False)
-    axis.set(xlabel=f"AUROC for {event} (95% interval, n={n} questions)")
-    axis.legend(fontsize=8, loc="lower right")
-    axis.set_title("What each signal knows")
+    axis.set(xlabel=f"AUROC for '{event}' (95% interval, n={n} questions)")
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
     return figure
 
 
