@@ -7,6 +7,7 @@ hold. `calibration_table` reads what the reliability diagrams are made of.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def notebook_style() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     use_style()
     shell = get_ipython()
     if shell is not None:
@@ -172,17 +174,19 @@ def silhouettes(table: pd.DataFrame, k: int) -> Figure:
 
 def entropy_curves(entropies: Mapping[str, Sequence[TokenEntropies]], *, longest: int = 16) -> Figure:
     """Mean entropy of student and teacher at each token, a panel a context; bands: 95% interval over questions."""
-    figure = Figure(figsize=(2.5 * len(entropies) + 0.6, 3.1))
+    figure = Figure(figsize=(2.1 * len(entropies) + 0.6, 3.0))
     axes = np.atleast_1d(figure.subplots(1, len(entropies), sharey=True))
     for axis, (name, found) in zip(axes, entropies.items(), strict=True):
         for who, colour, line in (("student", GREY, "--"), ("teacher", BLUE, "-")):
             mean, low, high = _by_position(found, who, longest)
             axis.plot(range(1, len(mean) + 1), mean, line, color=colour, label=who)
             axis.fill_between(range(1, len(mean) + 1), low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set(xlabel="token of the completion", ylim=(0, None))
+        axis.set(xlabel="token", ylim=(0, None))
         axis.set_title(name.replace("_", " "))
     axes[0].set_ylabel("entropy (nats)")
     axes[0].legend(fontsize=8)
+    n = len({one.question_id for found in entropies.values() for one in found})
+    figure.supxlabel(f"n={n} questions; bands: 95% interval of the mean over the questions that get so far", fontsize=8)
     return figure
 
 
@@ -205,7 +209,7 @@ def gap_scatter(table: pd.DataFrame, fit: GapFit) -> Figure:
         f"slope {slope.estimate:+.2f} [{slope.low:+.2f}, {slope.high:+.2f}] a nat, "
         f"r {r.estimate:+.2f} [{r.low:+.2f}, {r.high:+.2f}]"
     )
-    axis.legend(fontsize=8, title=f"context, n={slope.n} questions")
+    axis.legend(fontsize=8, title_fontsize=8, title=f"context (n={slope.n} questions)")
     return figure
 
 
@@ -355,6 +359,7 @@ def _by_position(
         if len(means) < 3:
             break
         half = 1.96 * float(np.std(means, ddof=1)) / len(means) ** 0.5
-        rows.append((float(np.mean(means)), float(np.mean(means)) - half, float(np.mean(means)) + half))
-    mean, low, high = np.array(rows).reshape(-1, 3).T
-    return mean, low, high
+        mean = float(np.mean(means))
+        rows.append((mean, max(0.0, mean - half), mean + half))
+    means_of, low, high = np.array(rows).reshape(-1, 3).T
+    return means_of, low, high
