@@ -124,7 +124,7 @@ def probe_path(located: Located) -> Figure:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel("inverse penalty C")
         axis.axvline(chosen, color=ORANGE, linewidth=1.2, linestyle=":", label="chosen")
-        axis.legend(fontsize=8)
+    size.legend(fontsize=8)
     frequency = np.sort(probe.stability.frequency)[::-1][:60]
     stable.plot(range(1, len(frequency) + 1), frequency, ".-", color=BLUE, linewidth=1, markersize=4)
     stable.axhline(probe.stability.threshold, color="black", linewidth=0.8, linestyle="--")

@@ -19,7 +19,7 @@ VARIABLE = "NEUROSIG_RUN"
 Part = Literal["export", "evaluations"]
 
 SMALL_EXPORT: Mapping[str, Any] = {"limit": 32, "num_generations": 4, "probe_folds": 3, "probe_inverse_penalty": 1.0}
-SMALL_TRAIN: Mapping[str, Any] = {"steps": 4, "questions_per_step": 4, "warmup_steps": 1}
+SMALL_TRAIN: Mapping[str, Any] = {"steps": 3, "questions_per_step": 4, "warmup_steps": 1}
 SMALL_EVALUATION: Mapping[str, Any] = {
     "questions": ("world-facts", "language"),
     "limit": (12, 8),
