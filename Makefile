@@ -77,8 +77,13 @@ bench-gpu: setup ## Qwen3's shapes with random weights on one GPU, beside TRL (s
 figures: setup ## every figure and table
 	$(RUN) figures
 
-notebooks: setup ## execute the notebooks; rendered pages in runs/notebooks
-	$(RUN) nbconvert --execute --to html --output-dir runs/notebooks notebooks/*.ipynb
+notebooks: setup ## execute the notebooks; rendered pages in runs/notebooks, dark ones in its folder dark
+	$(RUN) nbconvert --execute --ExecutePreprocessor.timeout=1800 --ExecutePreprocessor.store_widget_state=False \
+		--to notebook --output-dir runs/notebooks notebooks/*.ipynb
+	for theme in light dark; do \
+		$(RUN) nbconvert --to html --template page --TemplateExporter.extra_template_basedirs=notebooks --theme $$theme \
+			--output-dir runs/notebooks/$${theme#light} runs/notebooks/*.ipynb || exit 1; \
+	done
 
 clean: ## remove caches and build leftovers; keeps the environment and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
