@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from neurosig.errors import UserError
-from neurosig.fsio import write_atomic
+from neurosig.fsio import append_line, write_atomic
 
 FinishReason = Literal["stop", "length"]
 
@@ -68,10 +67,7 @@ class RolloutLog:
 
     def append(self, group: Sequence[Rollout]) -> None:
         """Add one question's finished rollouts and flush them to disk."""
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        append_line(self.path, json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False))
         self.groups[group[0].question_id] = list(group)
 
     def _reopen(self) -> None:
