@@ -70,6 +70,12 @@ def main(config: ReportConfig) -> None:
             )
     source = _source_domains(config, runs["base"])
     groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
+    for scope, domains in groups.items():
+        held = [row["id"] for row in runs["base"]["rows"].values() if row["domain"] in domains]
+        if len(held) == 1:
+            raise UserError(
+                f'{config.base}: "{held[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
+            )
     rows = [
         {"run": name, "scope": scope, **_compare(runs, name, domains, config)}
         for scope, domains in groups.items()

@@ -66,6 +66,12 @@ def _disk_space(path: Path, needed: int) -> Iterator[None]:
         ) from error
 
 
+def csv_cell(value: object) -> object:
+    """Text that a spreadsheet would run as a formula gets an apostrophe before it; all else is as it was."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with Path(path).open("rb") as handle:

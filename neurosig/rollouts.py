@@ -150,6 +150,40 @@ def read_external_rollouts(
     return groups
 
 
+def check_fit(
+    path: str | Path,
+    groups: Mapping[str, Sequence[Rollout]],
+    prompt_lengths: Mapping[str, int],
+    max_length: int,
+    vocabulary: int,
+) -> None:
+    """Whether the model can read rollouts made elsewhere after their prompts.
+
+    Args:
+        path: The file they come from.
+        groups: Rollouts by question.
+        prompt_lengths: Tokens of the prompt of each question whose rollouts are to be read.
+        max_length: Positions of the model.
+        vocabulary: Rows of its input embedding.
+
+    Raises:
+        UserError: Naming file, question and rollout: it is too long, or holds an id beyond the vocabulary.
+    """
+    for name, before in prompt_lengths.items():
+        for rollout in groups[name]:
+            place = f'{path}: rollout {rollout.rollout_id} of question "{name}"'
+            if before + len(rollout.token_ids) > max_length:
+                raise UserError(
+                    f"{place}: {len(rollout.token_ids)} tokens after a prompt of {before} exceed the model's "
+                    f"{max_length} positions; leave it out or cut it short"
+                )
+            if max(rollout.token_ids) >= vocabulary:
+                raise UserError(
+                    f"{place}: token id {max(rollout.token_ids)}, but the model has {vocabulary}; give the model that "
+                    "sampled it"
+                )
+
+
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
