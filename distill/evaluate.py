@@ -138,9 +138,15 @@ def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
             f"--adapter {config.adapter}: no adapter_model.safetensors there; give a folder of distill.train"
         )
     from peft import PeftModel
+    from safetensors import SafetensorError
 
-    # merged into the weights: the same function, and sampling is faster
-    PeftModel.from_pretrained(loaded.model, config.adapter).merge_and_unload()
+    try:  # merged into the weights: the same function, and sampling is faster
+        PeftModel.from_pretrained(loaded.model, config.adapter).merge_and_unload()
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"--adapter {config.adapter}: not an adapter of {config.model} ({str(error).strip().splitlines()[0]}); give "
+            "the folder of its training run"
+        ) from error
     return loaded, sha256_file(weights)
 
 

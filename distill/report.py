@@ -55,6 +55,8 @@ def main(config: ReportConfig) -> None:
     from neurosig.fsio import write_atomic
     from neurosig.provenance import run_record
 
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out}: is a file; give a folder")
     folders = {"base": config.base, "control": config.control, "trained": config.trained}
     runs = {name: _read(folder) for name, folder in folders.items() if folder is not None}
     ids = {name: sorted(run["rows"]) for name, run in runs.items()}

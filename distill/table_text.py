@@ -85,8 +85,8 @@ def csv_rows(tables: Mapping[str, Table]) -> str:
                 line = {key: None if number is None else f"{number:.8g}" for key, number in numbers.items()}
                 writer.writerow(
                     line
-                    | {"table": name, "metric": table.metric.name, "against": table.against, "method": csv_cell(row.method)}
-                    | {"scope": row.scope, "column": csv_cell(column), "n": cell.n, "seeds": row.seeds}
+                    | {"table": name, "metric": table.metric.name, "against": table.against, "scope": row.scope}
+                    | {"method": csv_cell(row.method), "column": csv_cell(column), "n": cell.n, "seeds": row.seeds}
                     | {"best": int((index, position) in best), "unsure": int(cell.unsure), "partial": int(cell.partial)}
                 )
     return text.getvalue()
