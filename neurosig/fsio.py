@@ -55,12 +55,12 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextlib.contextmanager
 def _disk_space(path: Path, needed: int) -> Iterator[None]:
+    free = shutil.disk_usage(path.parent).free
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(path.parent).free
         raise UserError(
             f"{path}: {error.strerror} ({needed:,} bytes to write, {free:,} free); make room, then run again"
         ) from error

@@ -32,8 +32,6 @@ def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: boo
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give a folder")
     with _locked(out):
         try:
             earlier = [path for pattern in owned for path in out.glob(pattern)]
@@ -56,6 +54,8 @@ def _locked(out: Path) -> Iterator[None]:
     """Hold the lock file, which names pid and host. The kernel frees the lock of a killed run: it is taken over."""
     while True:
         try:
+            if out.is_file():
+                raise UserError(f"--out {out}: is a file; give a folder")
             out.mkdir(parents=True, exist_ok=True)
             lock = (out / LOCK).open("a+")
         except OSError as error:
