@@ -144,8 +144,8 @@ def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
         PeftModel.from_pretrained(loaded.model, config.adapter).merge_and_unload()
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"--adapter {config.adapter}: not an adapter of {config.model} ({str(error).strip().splitlines()[0]}); give "
-            "the folder of its training run"
+            f"--adapter {config.adapter}: not an adapter of {config.model} ({str(error).strip().splitlines()[0]}); "
+            "give the folder of its training run"
         ) from error
     return loaded, sha256_file(weights)
 

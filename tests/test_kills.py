@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent / "trust"))
 
 import kills
 
-import distill.train
 import neurosig.export
 from distill.config import TrainConfig
 from neurosig.cli import run_command
@@ -57,8 +56,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(jobs: dict[str, kills.Job], name: st
         if done == 3:  # the third piece begins: two are done
             os.kill(pid, number)
             break
-    os.close(pipe)
     assert kills.finish(pid) == 130
+    os.close(pipe)
     assert kills.tail(interrupted).splitlines()[-1] == "interrupted; rerun with --resume"
     again = kills.resume(job)
     assert again < pieces

@@ -239,7 +239,7 @@ def test_tampering_is_named(
     failure: str,
 ) -> None:
     """Of the folder, what the check needs: the rest is the same for all."""
-    parts = PARTS[failure.partition(":")[0]] if failure.partition(":")[0] in PARTS else ["manifest"]
+    parts = PARTS.get(failure.partition(":")[0], ["manifest"])
     for part in ["manifest", *parts]:
         shutil.copytree(results / part, tmp_path / "demo" / part, dirs_exist_ok=True)
     if "aggregates" not in failure:  # their intervals take long, and are checked elsewhere

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import sys
@@ -78,6 +78,7 @@ def start(job: Job, *, resume: bool) -> tuple[int, int]:
         with (job.out.parent / f"{job.name}.stderr").open("a") as shown:
             os.dup2(shown.fileno(), 1)
             os.dup2(shown.fileno(), 2)
+        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (pytest has its own)
         for phase, place in [*job.phases.items(), *([("+", job.pieces)] if job.pieces else [])]:
             announce(place, phase, write)
         job.run(resume)
@@ -131,14 +132,14 @@ def undisturbed(job: Job) -> tuple[dict[str, float], int, dict[str, bytes]]:
     """Seconds of each phase, pieces of work, and the outcome of a run that nobody kills."""
     pid, pipe = start(job, resume=False)
     seen = list(events(pipe))
-    os.close(pipe)
     code = finish(pid)
+    os.close(pipe)
     if code:
         raise AssertionError(f"{job.name}: exit code {code}: {tail(job)}")
     marks = [(at, name) for at, name in seen if name != "+"]
     first = {name: at for at, name in reversed(marks)}
     order = sorted(first, key=lambda name: first[name])
-    lasted = {name: first[after] - first[name] for name, after in zip(order, order[1:], strict=False)}
+    lasted = {name: first[after] - first[name] for name, after in itertools.pairwise(order)}
     pieces = sum(name == "+" for _, name in seen)
     outcome = result(job.out)
     shutil.rmtree(job.out)
@@ -167,10 +168,11 @@ def kill(job: Job, phase: str, seconds: float, generator: random.Random) -> bool
     for _, name in events(pipe):
         if name == phase:
             break
-    ready, _, _ = select.select([], [], [], generator.random() * seconds)
+    time.sleep(generator.random() * seconds)
     os.kill(pid, signal.SIGKILL)
+    code = finish(pid)
     os.close(pipe)
-    return finish(pid) == -signal.SIGKILL
+    return code == -signal.SIGKILL
 
 
 def tear(out: Path, generator: random.Random) -> bool:
@@ -219,8 +221,8 @@ def resume(job: Job) -> int:
     """Resume to the end; returns the pieces of work it did."""
     pid, pipe = start(job, resume=True)
     pieces = sum(name == "+" for _, name in events(pipe))
-    os.close(pipe)
     code = finish(pid)
+    os.close(pipe)
     if code:
         raise AssertionError(f"{job.name}: the resumed run ends with exit code {code}: {tail(job)}")
     return pieces
@@ -283,11 +285,12 @@ def jobs(folder: Path) -> dict[str, Job]:
             )
         )  # fmt: skip
 
-    started, stderr = start(
+    started, pipe = start(
         Job("manifest", lambda resume: export(resume, "manifest"), folder / "manifest", {}), resume=False
     )
-    os.close(stderr)
-    if finish(started):
+    code = finish(started)
+    os.close(pipe)
+    if code:
         raise AssertionError((folder / "manifest.stderr").read_text())
     exporting = {
         "sampling": "neurosig.export:_rollouts",
@@ -321,8 +324,8 @@ def main() -> None:
             for counted in check(job, asked.kills, asked.seed):
                 saved = counted.pieces_saved / max(1, counted.pieces_straight)
                 print(
-                    f"{counted.phase:<10} {counted.survived} of {asked.kills} kills survived, {counted.torn} with a torn "
-                    f"line, {saved:.0%} of the work kept",
+                    f"{counted.phase:<10} {counted.survived} of {asked.kills} kills survived, {counted.torn} with a "
+                    f"torn line, {saved:.0%} of the work kept",
                     flush=True,
                 )
                 total += counted.survived
