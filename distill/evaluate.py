@@ -73,6 +73,7 @@ def main(config: EvaluateConfig) -> None:
         config.out, finished=SUMMARY, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:
         if complete:
+            (config.out / LOG).unlink(missing_ok=True)  # of a run that was killed after its last write
             logger.info("%s: already complete", config.out)
             return
         with PhaseTimer() as timer:

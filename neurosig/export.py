@@ -142,6 +142,7 @@ def main(config: ExportConfig) -> None:
         config.out, finished=HEADER, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:
         if complete:
+            shutil.rmtree(config.out / WORK, ignore_errors=True)  # of a run that was killed after its last write
             logger.info("%s: already complete", config.out)
             return
         with PhaseTimer() as timer:

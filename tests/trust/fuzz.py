@@ -121,9 +121,9 @@ def fuzz(target: str, seconds: int, out: Path, seed: int = 1) -> tuple[int, str]
         seeds(Path(temporary) / "seeds", target)
         (Path(temporary) / "work").mkdir()
         limits = [f"-max_total_time={seconds}", f"-seed={seed}", "-timeout=10", "-rss_limit_mb=2000", "-max_len=20000"]
+        limits += [f"-artifact_prefix={out}/", "-print_final_stats=1"]
         done = subprocess.run(
-            [sys.executable, __file__, target, "--inside", f"{temporary}/work", *limits, f"-artifact_prefix={out}/"]
-            + ["-print_final_stats=1", f"{temporary}/seeds"],
+            [sys.executable, __file__, target, "--inside", f"{temporary}/work", *limits, f"{temporary}/seeds"],
             capture_output=True, text=True, errors="replace", check=False,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )  # fmt: skip

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flow import export_config, save_tiny, write_questions
+from tqdm import tqdm
 
 END = "end"
 
@@ -79,6 +81,7 @@ def start(job: Job, *, resume: bool) -> tuple[int, int]:
             os.dup2(shown.fileno(), 1)
             os.dup2(shown.fileno(), 2)
         sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (pytest has its own)
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
         for phase, place in [*job.phases.items(), *([("+", job.pieces)] if job.pieces else [])]:
             announce(place, phase, write)
         job.run(resume)
@@ -130,6 +133,7 @@ def finish(pid: int) -> int:
 
 def undisturbed(job: Job) -> tuple[dict[str, float], int, dict[str, bytes]]:
     """Seconds of each phase, pieces of work, and the outcome of a run that nobody kills."""
+    shutil.rmtree(job.out, ignore_errors=True)
     pid, pipe = start(job, resume=False)
     seen = list(events(pipe))
     code = finish(pid)
@@ -147,16 +151,17 @@ def undisturbed(job: Job) -> tuple[dict[str, float], int, dict[str, bytes]]:
 
 
 def result(folder: Path) -> dict[str, bytes]:
-    """Name -> content of everything that a run leaves, less logs, checkpoints and whether it was resumed."""
+    """Name -> content of what a run leaves, less logs, checkpoints, how it was called and on what machine."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or "checkpoints/" in name or path.name == "log.txt":
+        if not path.is_file() or "checkpoints/" in name or path.name in ("log.txt", "run.json"):
             continue
         data = path.read_bytes()
         if path.name in ("train.json", "summary.json"):
             record = json.loads(data)
             record["config"].pop("resume", None)
+            record.pop("run")
             data = json.dumps(record).encode()
         found[name] = data
     return found
