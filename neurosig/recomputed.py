@@ -59,7 +59,7 @@ def estimates(rows: Sequence[Row]) -> dict[str, float]:
     )
     majority = metrics.maj_at_k(right, winners)
     return {
-        "n": len(rows),
+        "n": float(len(rows)),
         "avg_at_k": sum(int(row["n_correct"]) for row in rows) / (len(rows) * k),
         "maj_at_k": float(majority.mean()),
         "ece": metrics.ece(votes, k, majority),

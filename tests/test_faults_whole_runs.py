@@ -81,7 +81,9 @@ def test_rollouts_that_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
     rollouts = said(tmp_path / "r.jsonl", lambda q, r: "I'm sorry \x1b[2J\u202e")
     with caplog.at_level(logging.WARNING):
         neurosig.export.main(
-            export_config(tmp_path, model, questions, rollouts=rollouts, hallucination_score="agreement")
+            export_config(
+                tmp_path, model, questions, rollouts=rollouts, hallucination_score="agreement", clean_filter="neuron"
+            )
         )
     rows = read_manifest(tmp_path / "manifest").rows
     assert {row.reason for row in rows} == {"no_parse"}
@@ -131,7 +133,7 @@ def test_a_vocabulary_larger_than_the_tokenizer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model.resize_token_embeddings(VOCAB_SIZE + 84)
     with torch.no_grad():
-        model.get_input_embeddings().weight[VOCAB_SIZE:].normal_(std=2.0)  # likely enough to be drawn
+        model.get_input_embeddings().weight[VOCAB_SIZE:].normal_(std=0.4)  # as likely as the others
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     questions = write_questions(tmp_path / "questions.jsonl")

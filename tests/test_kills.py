@@ -28,10 +28,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, kills.Job]:
         yield made
 
 
-@pytest.mark.parametrize(("name", "times"), [("export", 2), ("train", 2), ("evaluate", 2), ("grid", 1)])
-def test_killed_runs_resume_to_the_same_bytes(jobs: dict[str, kills.Job], name: str, times: int) -> None:
-    for counted in kills.check(jobs[name], times, seed=1):
-        assert counted.survived == times
+@pytest.mark.parametrize("name", ["export", "train", "evaluate"])
+def test_killed_runs_resume_to_the_same_bytes(jobs: dict[str, kills.Job], name: str) -> None:
+    """One kill in each phase; the grid, whose cells are these commands, is killed by `make trust` only."""
+    for counted in kills.check(jobs[name], 1, seed=1):
+        assert counted.survived == 1
         assert counted.pieces_saved >= 0
 
 

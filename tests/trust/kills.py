@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import itertools
 import json
@@ -81,6 +82,7 @@ def start(job: Job, *, resume: bool) -> tuple[int, int]:
             os.dup2(shown.fileno(), 1)
             os.dup2(shown.fileno(), 2)
         sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (pytest has its own)
+        faulthandler.dump_traceback_later(300, exit=True, file=2)
         tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
         for phase, place in [*job.phases.items(), *([("+", job.pieces)] if job.pieces else [])]:
             announce(place, phase, write)
@@ -282,7 +284,7 @@ def jobs(folder: Path) -> dict[str, Job]:
         distill.grid._forkserver = forked
         distill.grid.main(
             GridConfig(
-                out=folder / "grid", model=str(model), methods=("nopsd", "nopsd-random"),
+                out=folder / "grid", model=str(model), methods=("nopsd",),
                 sources=(f"a={questions}",), targets=(f"a={questions}",), control_temperatures=(),
                 export={**quick, "set_size": 16, "clean_filter": "all"},
                 train={"steps": 2, "questions_per_step": 2, "lora_r": 2, "keep_truncated": True, "save_steps": 1},
@@ -319,13 +321,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="kills of each phase")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", nargs="*", default=["export", "train", "evaluate", "grid"])
     asked = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     total = 0
     with tempfile.TemporaryDirectory() as folder:
-        for job in jobs(Path(folder)).values():
+        made = jobs(Path(folder))
+        for job in (made[name] for name in asked.jobs):
             for counted in check(job, asked.kills, asked.seed):
                 saved = counted.pieces_saved / max(1, counted.pieces_straight)
                 print(
