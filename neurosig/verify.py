@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from neurosig.cli import CommonConfig, printable, run_command
 from neurosig.errors import UserError
 
@@ -35,7 +37,7 @@ LEFT_OUT = {".work", "checkpoints", "adapter", "model", ".final"}
 class VerifyConfig(CommonConfig):
     """Check everything in a results folder against its records."""
 
-    folder: Path
+    folder: Positional[Path]
     """A manifest, a training run, an evaluation, a grid, or a folder that holds several."""
 
 
@@ -55,6 +57,7 @@ def main(config: VerifyConfig) -> None:
     """Run every check and print it."""
     if not config.folder.is_dir():
         raise UserError(f"{config.folder}: no such folder")
+    logging.getLogger("neurosig.questions").setLevel(logging.WARNING)  # the sets it reads to judge are no news
     found, failed, done = Found(), [], 0
     kinds: tuple[tuple[str, Callable[[Path, Found], Iterator[Check]]], ...] = (
         ("manifest.json", check_manifest),
@@ -194,8 +197,9 @@ def check_training(folder: Path, found: Found) -> Iterator[Check]:
     stray = {path.name for path in (folder / name).glob("*.safetensors")} - set(record["weights"])
     yield f"weights in {name}/ as hashed", problem or (f"{name}/{min(stray)} is on no record" if stray else "")
     copy = folder / name / "train.json"
-    same = copy.is_file() and json.loads(copy.read_text(encoding="utf-8")) == record
-    yield "the record beside the weights is the same", "" if same else f"{name}/train.json differs from train.json"
+    if copy.is_file():
+        same = json.loads(copy.read_text(encoding="utf-8")) == record
+        yield "the record beside the weights is the same", "" if same else f"{name}/train.json differs from train.json"
     if (folder / "metrics.jsonl").is_file():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         yield f"{len(lines)} steps of metrics", _metrics_problem(lines, record)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from flow import make_manifest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_manifest import edit_row
 
 from distill.tasks import manifest_tasks
+from neurosig.answers import majority_vote
 from neurosig.manifest import read_manifest
 from neurosig.models import load_model
 
@@ -58,3 +63,21 @@ def test_every_mutant_replaces_text_that_is_there_once() -> None:
         text = (mutants.ROOT / mutant.file).read_text(encoding="utf-8")
         assert text.count(mutant.old) == 1, mutant.name
         assert mutant.new not in text or len(mutant.new) < 8, mutant.name
+
+
+ANSWERS = st.lists(st.one_of(st.none(), st.sampled_from(["a", "b", "c", "né", "0"])), min_size=1, max_size=16)
+
+
+@settings(max_examples=200, deadline=None)
+@given(answers=ANSWERS, question_id=st.text(max_size=8), seed=st.integers(0, 999))
+def test_votes_count_and_do_not_depend_on_the_order(answers: list[str | None], question_id: str, seed: int) -> None:
+    vote = majority_vote(answers, question_id)
+    counts = Counter(answer for answer in answers if answer is not None)
+    assert vote.n == len(answers) and vote.count == max(counts.values(), default=0)
+    assert set(vote.tied) == {answer for answer, count in counts.items() if count == vote.count}
+    assert (vote.winner in vote.tied) if counts else (vote.winner is None and vote.tied == ())
+    shuffled = random.Random(seed).sample(answers, len(answers))
+    assert majority_vote(shuffled, question_id) == vote
+    more = majority_vote([*answers, None], question_id)
+    assert (more.winner, more.count, more.tied, more.n) == (vote.winner, vote.count, vote.tied, vote.n + 1)
+    assert 0 <= vote.share <= 1

@@ -187,11 +187,10 @@ def copied(folder: Path) -> Path:
 
 
 def preload() -> None:
-    """What every test imports, before forking; beartype first, as in conftest."""
+    """What every test imports, before forking; beartype first, as in conftest, and not nnsight, which the order matters to."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in ("beartype", "pytest", "torch", "transformers", "peft", "scipy.stats", "hypothesis", "pyarrow.parquet"):
         importlib.import_module(name)
-    importlib.import_module("nnsight")
     sys.modules["torch"].set_num_threads(1)
 
 
