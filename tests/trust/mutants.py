@@ -61,10 +61,11 @@ MUTANTS = (
     Mutant("entropy without its sign", LOSSES, "torch.sum(s * log_s, dim=1, out=student_entropy).neg_()", "torch.sum(s * log_s, dim=1, out=student_entropy)", "test_losses.py", "by_hand"),
     Mutant("tail left out", LOSSES, "rest = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))", "rest = torch.full_like(mass, -30.0)", "test_losses.py", "topk_value"),
     # the step
-    Mutant("hidden states one position late", HIDDEN, "hidden = prefix.last_hidden[:, None]", "hidden = prefix.last_hidden[:, None].roll(1, 0)", "test_train.py", "completion_hidden"),
-    Mutant("hidden states shifted by one", HIDDEN, "shown = [completion[:-1] for completion in completions]", "shown = [completion[1:] for completion in completions]", "test_train.py", "completion_hidden"),
-    Mutant("last position dropped", HIDDEN, "return hidden[torch.arange(width, device=hidden.device) < lengths]", "return hidden[torch.arange(width, device=hidden.device) < lengths - 1]", "test_train.py", "completion_hidden"),
-    Mutant("student sees the context", STEP, "student_hidden = completion_hidden(model, [task.student_prompt for task, _ in batch], completions)", "student_hidden = completion_hidden(model, [task.teacher_prompt for task, _ in batch], completions)", "test_train.py", "plain_mean_kl or context_teaches"),
+    Mutant("hidden states one position late", HIDDEN, "torch.cat([prefix.last_hidden[:, None], rest], dim=1)", "torch.cat([rest, prefix.last_hidden[:, None]], dim=1)", "test_train.py", "completion_hidden"),
+    Mutant("hidden states shifted by one", HIDDEN, "shown = [completion[:-1] or completion for completion in completions]", "shown = [completion[1:] or completion for completion in completions]", "test_train.py", "completion_hidden"),
+    Mutant("last position dropped", HIDDEN, "(position < first + lengths)]", "(position < first + lengths - 1)]", "test_train.py", "completion_hidden"),
+    Mutant("whole rows predicted by the token itself", HIDDEN, "[[len(prompt) - 1] for prompt in prompts]", "[[len(prompt)] for prompt in prompts]", "test_forward.py", ""),
+    Mutant("student sees the context", STEP, "prompts = [task.student_prompt for task, _ in batch]", "prompts = [task.teacher_prompt for task, _ in batch]", "test_train.py", "plain_mean_kl or context_teaches"),
     Mutant("teacher sees the bare question", STEP, "[task.teacher_prompt for task, _ in batch]", "[task.student_prompt for task, _ in batch]", "test_train.py", "context_teaches or plain_mean_kl"),
     Mutant("mean over rollouts for mean over tokens", STEP, 'if config.loss_mean == "token" else', 'if config.loss_mean != "token" else', "test_train.py", "plain_mean_kl"),
     Mutant("cut-off rollouts in the loss", STEP, "config.keep_truncated or rollout.finish_reason", "not config.keep_truncated or rollout.finish_reason", "test_train.py", "cut_off"),
@@ -109,11 +110,11 @@ MUTANTS = (
     Mutant("hidden states over the padding", REDUCTION, "return masked_mean(hidden.float(), mask.to(hidden.device))", "return hidden.float().mean(1)", "test_tracing.py", "hidden_states_are or padded"),
     Mutant("the end token traced", ROLLOUTS, "return self.token_ids[:-1] if ended else self.token_ids", "return self.token_ids", "test_export.py", "signals_follow"),
     # sampling
-    Mutant("temperature multiplied", SAMPLING, "/ config.temperature", "* config.temperature", "test_sampling.py", "softmax or first_tokens"),
+    Mutant("temperature multiplied", SAMPLING, "scores = scores / config.temperature", "scores = scores * config.temperature", "test_sampling.py", "softmax or first_tokens"),
     Mutant("one random number for all questions", SAMPLING, r'f"{config.seed}\x00{salt}\x00{question_id}"', r'f"{config.seed}\x00{salt}"', "test_sampling.py", "draws_its_own"),
     Mutant("the seed ignored", SAMPLING, r'f"{config.seed}\x00{salt}\x00{question_id}"', r'f"{salt}\x00{question_id}"', "test_sampling.py", "draws_its_own"),
     Mutant("top-p without the token that crosses it", SAMPLING, "ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)", "ranked.softmax(-1).cumsum(-1)", "test_sampling.py", "top_k_and_top_p"),
-    Mutant("entropy in bits", SAMPLING, "-(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1)", "-(log_p.exp() * log_p.clamp_min(-1e4)).sum(-1) / math.log(2)", "test_sampling.py", "log_probabilities_and"),
+    Mutant("entropy in bits", SAMPLING, "entropy = -torch.linalg.vecdot(log_p.exp(), log_p)", "entropy = -torch.linalg.vecdot(log_p.exp(), log_p) / 0.6931", "test_sampling.py", "log_probabilities_and"),
     Mutant("positions that count the padding", BATCHING, "position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0)", "position_ids=torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)", "test_train.py", "completion_hidden"),
 )  # fmt: skip
 
