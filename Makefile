@@ -17,7 +17,7 @@ LIMIT ?= --limit 70 20 20
 EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry $(LIMIT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo control report intervene test lint bench bench-gpu figures notebooks clean
+.PHONY: help setup demo control report intervene test trust lint bench bench-gpu figures notebooks clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
@@ -61,6 +61,13 @@ intervene: setup ## scale the demo's located neurons and their controls (half an
 
 test: setup ## all tests
 	$(RUN) pytest
+
+trust: setup ## faults, kills, mutants and fuzzing at full length (an hour); prints the counts
+	$(VENV)/bin/python tests/trust/cases.py
+	$(VENV)/bin/python tests/trust/kills.py --kills 50
+	$(VENV)/bin/python tests/trust/mutants.py
+	$(VENV)/bin/python tests/trust/fuzz.py questions --seconds 300
+	$(VENV)/bin/python tests/trust/fuzz.py manifest --seconds 300
 
 lint: setup ## ruff, mypy and the import contracts
 	$(RUN) ruff check .

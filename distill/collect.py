@@ -12,7 +12,7 @@ from typing import Any
 from distill.grid_rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from distill.table_text import markdown
 from distill.tables import BASE, METRICS, Layout, scope_table
-from neurosig.fsio import write_atomic
+from neurosig.fsio import csv_cell, write_atomic
 
 RESULTS = "results.csv"
 AGGREGATES = (
@@ -99,5 +99,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        writer.writerow(
+            {name: f"{value:.6g}" if isinstance(value, float) else csv_cell(value) for name, value in row.items()}
+        )
     return text.getvalue()

@@ -73,6 +73,7 @@ def main(config: EvaluateConfig) -> None:
         config.out, finished=SUMMARY, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:
         if complete:
+            (config.out / LOG).unlink(missing_ok=True)  # of a run that was killed after its last write
             logger.info("%s: already complete", config.out)
             return
         with PhaseTimer() as timer:
@@ -138,9 +139,15 @@ def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
             f"--adapter {config.adapter}: no adapter_model.safetensors there; give a folder of distill.train"
         )
     from peft import PeftModel
+    from safetensors import SafetensorError
 
-    # merged into the weights: the same function, and sampling is faster
-    PeftModel.from_pretrained(loaded.model, config.adapter).merge_and_unload()
+    try:  # merged into the weights: the same function, and sampling is faster
+        PeftModel.from_pretrained(loaded.model, config.adapter).merge_and_unload()
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"--adapter {config.adapter}: not an adapter of {config.model} ({str(error).strip().splitlines()[0]}); "
+            "give the folder of its training run"
+        ) from error
     return loaded, sha256_file(weights)
 
 

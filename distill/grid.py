@@ -22,7 +22,9 @@ import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,6 +269,7 @@ def _call(command: Command, log: Path, context: ForkServerContext) -> int:
 
 
 def _in_process(module: str, argv: Sequence[str], log: Path) -> None:
+    threading.Thread(target=_end_with_the_grid, daemon=True).start()
     with log.open("a", encoding="utf-8") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -274,6 +277,14 @@ def _in_process(module: str, argv: Sequence[str], log: Path) -> None:
     command = importlib.import_module(module)
     config = getattr(command, COMMANDS[module])
     sys.exit(run_command(config, command.main, presets=command.PRESETS, prog=f"python -m {module}", argv=argv))
+
+
+def _end_with_the_grid() -> None:
+    """A grid that is killed cannot end its command: it notices, and saves as at Ctrl-C."""
+    grid = multiprocessing.parent_process()
+    if grid is not None:
+        grid.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _words(options: Options) -> list[str]:

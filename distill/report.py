@@ -55,6 +55,8 @@ def main(config: ReportConfig) -> None:
     from neurosig.fsio import write_atomic
     from neurosig.provenance import run_record
 
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out}: is a file; give a folder")
     folders = {"base": config.base, "control": config.control, "trained": config.trained}
     runs = {name: _read(folder) for name, folder in folders.items() if folder is not None}
     ids = {name: sorted(run["rows"]) for name, run in runs.items()}
@@ -70,6 +72,12 @@ def main(config: ReportConfig) -> None:
             )
     source = _source_domains(config, runs["base"])
     groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
+    for scope, domains in groups.items():
+        held = [row["id"] for row in runs["base"]["rows"].values() if row["domain"] in domains]
+        if len(held) == 1:
+            raise UserError(
+                f'{config.base}: "{held[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
+            )
     rows = [
         {"run": name, "scope": scope, **_compare(runs, name, domains, config)}
         for scope, domains in groups.items()

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 
 from distill.tables import METHODS, Cell, Row, Table
+from neurosig.fsio import csv_cell
 
 DASH, GREY, FEWER, STAR = "—", "~", "†", "\\*"
 FIELDS = (
@@ -84,8 +85,8 @@ def csv_rows(tables: Mapping[str, Table]) -> str:
                 line = {key: None if number is None else f"{number:.8g}" for key, number in numbers.items()}
                 writer.writerow(
                     line
-                    | {"table": name, "metric": table.metric.name, "against": table.against, "method": row.method}
-                    | {"scope": row.scope, "column": column, "n": cell.n, "seeds": row.seeds}
+                    | {"table": name, "metric": table.metric.name, "against": table.against, "scope": row.scope}
+                    | {"method": csv_cell(row.method), "column": csv_cell(column), "n": cell.n, "seeds": row.seeds}
                     | {"best": int((index, position) in best), "unsure": int(cell.unsure), "partial": int(cell.partial)}
                 )
     return text.getvalue()

@@ -142,6 +142,7 @@ def main(config: ExportConfig) -> None:
         config.out, finished=HEADER, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:
         if complete:
+            shutil.rmtree(config.out / WORK, ignore_errors=True)  # of a run that was killed after its last write
             logger.info("%s: already complete", config.out)
             return
         with PhaseTimer() as timer:
@@ -246,7 +247,7 @@ def _rollouts(
 ) -> dict[str, list[Rollout]]:
     """Rollouts of every prompt, in question order; sampled, resumed or read from a file."""
     from neurosig.prompts import PromptBuilder
-    from neurosig.rollouts import RolloutLog, read_external_rollouts
+    from neurosig.rollouts import RolloutLog, check_fit, read_external_rollouts
     from neurosig.sampling import sample
 
     if config.rollouts is not None:
@@ -256,6 +257,9 @@ def _rollouts(
 
         known = {question.id for question in questions}
         groups = read_external_rollouts(config.rollouts, encode, loaded.eos_token_ids, known)
+        vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+        lengths = {name: len(prompt.token_ids) for name, prompt in prompts.items()}
+        check_fit(config.rollouts, groups, lengths, loaded.max_length, vocabulary)
         return {name: groups[name] for name in prompts}
 
     sampling = config.sampling_config()

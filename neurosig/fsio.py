@@ -2,24 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from neurosig.errors import UserError
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write ``data`` beside ``path``, flush it to disk, then rename it into place."""
+    """Write ``data`` beside ``path``, flush it to disk, then rename it into place.
+
+    Raises:
+        UserError: The disk is full; what was there before is untouched.
+    """
     path = Path(path)
     payload = data.encode() if isinstance(data, str) else data
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        with aside.open("wb") as handle:
+        with _disk_space(path, len(payload)), aside.open("wb") as handle:
             handle.write(payload)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Append a line and flush it to disk.
+
+    Raises:
+        UserError: The disk is full; the file is as it was.
+    """
+    path = Path(path)
+    payload = (line + "\n").encode()
+    with path.open("ab", buffering=0) as handle:
+        end = handle.tell()
+        try:
+            with _disk_space(path, len(payload)):
+                written = handle.write(payload)
+                if written < len(payload):  # the next write says why
+                    handle.write(payload[written:])
+                os.fsync(handle.fileno())
+        except BaseException:
+            handle.truncate(end)
+            raise
+
+
+@contextlib.contextmanager
+def _disk_space(path: Path, needed: int) -> Iterator[None]:
+    free = shutil.disk_usage(path.parent).free
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{path}: {error.strerror} ({needed:,} bytes to write, {free:,} free); make room, then run again"
+        ) from error
+
+
+def csv_cell(value: object) -> object:
+    """Text that a spreadsheet would run as a formula gets an apostrophe before it; all else is as it was."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def sha256_file(path: str | Path) -> str:

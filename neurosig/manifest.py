@@ -309,6 +309,13 @@ def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
             raise UserError(f'{path}:{number}: $.id: "{row.id}" stands on an earlier line too; export again')
         if row.as_question().text_sha256 != row.text_sha256:
             raise UserError(f"{path}:{number}: $.text_sha256: not the hash of this question; export again")
+        if row.selected != (row.reason == "selected"):
+            raise UserError(
+                f"{path}:{number}: $.selected: {str(row.selected).lower()}, though the reason is "
+                f'"{row.reason}"; export again'
+            )
+        if row.vote is not None and row.vote.n != len(row.answers):
+            raise UserError(f"{path}:{number}: $.vote.n: {row.vote.n}, but there are {len(row.answers)} answers")
         by_id[row.id] = row
     return by_id
 

@@ -6,8 +6,10 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from neurosig.errors import UserError
 
@@ -30,25 +32,8 @@ def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: boo
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; give a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("a+")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
-    with lock:
+    with _locked(out):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise UserError(
-                f"--out {out}: in use by pid {lock.read().strip() or 'unknown'}; wait or choose another"
-            ) from error
-        try:
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
             earlier = [path for pattern in owned for path in out.glob(pattern)]
             if overwrite:
                 for path in earlier:
@@ -62,3 +47,37 @@ def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: boo
             (out / LOCK).unlink(missing_ok=True)
             if not any(out.iterdir()):
                 out.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock file, which names pid and host. The kernel frees the lock of a killed run: it is taken over."""
+    while True:
+        try:
+            if out.is_file():
+                raise UserError(f"--out {out}: is a file; give a folder")
+            out.mkdir(parents=True, exist_ok=True)
+            lock = (out / LOCK).open("a+")
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise UserError(f"--out {out}: in use by pid {holder}; wait or choose another") from error
+            if not _is_file(lock, out / LOCK):  # its last holder removed it between our open and our lock
+                continue
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+            return
+
+
+def _is_file(handle: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from neurosig.errors import UserError
 from neurosig.fsio import sha256_text
+from neurosig.rendering import ADVICE, TemplateRenderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,9 +70,10 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
         if tokenizer.chat_template is None:
-            raise UserError("the tokenizer has no chat template; give --template plain or a Jinja file")
+            raise UserError(f"the tokenizer has no chat template; {ADVICE}")
         self.tokenizer = tokenizer
         self.config = config
+        self._template = TemplateRenderer(tokenizer)
         added = tokenizer.added_tokens_decoder.values()
         self._special = sorted({*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
 
@@ -107,19 +109,12 @@ class PromptBuilder:
         options: dict[str, Any] = (
             {} if self.config.enable_thinking is None else {"enable_thinking": self.config.enable_thinking}
         )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **options
-            )
-        except Exception as error:  # a template can raise whatever Python can
-            raise UserError(
-                f"the chat template fails: {str(error) or type(error).__name__}; give --template plain or a Jinja file"
-            ) from error
+        text = self._template(messages, **options)
         asked = [message["content"].strip() for message in messages if message["role"] == "user"]
         if not all(content in text for content in asked):
             what = "the question" if asked[-1] not in text else "the examples before the question"
-            raise UserError(f"the chat template leaves out {what}; give --template plain or a Jinja file")
-        return str(text)
+            raise UserError(f"the chat template leaves out {what}; {ADVICE}")
+        return text
 
     def _tokenise(self, text: str, *, split_special_tokens: bool = False) -> tuple[int, ...]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
@@ -133,7 +128,7 @@ class PromptBuilder:
         for mark, message in zip(marks, messages, strict=True):
             before, found, rest = rest.partition(mark)
             if not found:
-                raise UserError("the chat template leaves out a message; give --template plain or a Jinja file")
+                raise UserError(f"the chat template leaves out a message; {ADVICE}")
             ids += [
                 *self._tokenise(before),
                 *self._tokenise(message["content"].strip(), split_special_tokens=True),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from neurosig.errors import UserError
-from neurosig.fsio import write_atomic
+from neurosig.fsio import append_line, write_atomic
 
 FinishReason = Literal["stop", "length"]
 
@@ -68,10 +67,7 @@ class RolloutLog:
 
     def append(self, group: Sequence[Rollout]) -> None:
         """Add one question's finished rollouts and flush them to disk."""
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        append_line(self.path, json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False))
         self.groups[group[0].question_id] = list(group)
 
     def _reopen(self) -> None:
@@ -152,6 +148,40 @@ def read_external_rollouts(
             "use --limit or add them"
         )
     return groups
+
+
+def check_fit(
+    path: str | Path,
+    groups: Mapping[str, Sequence[Rollout]],
+    prompt_lengths: Mapping[str, int],
+    max_length: int,
+    vocabulary: int,
+) -> None:
+    """Whether the model can read rollouts made elsewhere after their prompts.
+
+    Args:
+        path: The file they come from.
+        groups: Rollouts by question.
+        prompt_lengths: Tokens of the prompt of each question whose rollouts are to be read.
+        max_length: Positions of the model.
+        vocabulary: Rows of its input embedding.
+
+    Raises:
+        UserError: Naming file, question and rollout: it is too long, or holds an id beyond the vocabulary.
+    """
+    for name, before in prompt_lengths.items():
+        for rollout in groups[name]:
+            place = f'{path}: rollout {rollout.rollout_id} of question "{name}"'
+            if before + len(rollout.token_ids) > max_length:
+                raise UserError(
+                    f"{place}: {len(rollout.token_ids)} tokens after a prompt of {before} exceed the model's "
+                    f"{max_length} positions; leave it out or cut it short"
+                )
+            if max(rollout.token_ids) >= vocabulary:
+                raise UserError(
+                    f"{place}: token id {max(rollout.token_ids)}, but the model has {vocabulary}; give the model that "
+                    "sampled it"
+                )
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

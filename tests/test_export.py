@@ -168,7 +168,7 @@ def test_two_exports_into_one_folder(tmp_path: Path, model: Path, monkeypatch: p
 
     def intruded_upon(*args: Any, **kwargs: Any) -> Any:
         for flags in ({"resume": True}, {"overwrite": True}):
-            with pytest.raises(UserError, match=r"in use by pid \d+; wait or choose another"):
+            with pytest.raises(UserError, match=r"in use by pid \d+ on \S+; wait or choose another"):
                 export(export_config(tmp_path, model, questions, "shared", **flags))
             refused.append(flags)
         yield from sample(*args, **kwargs)

@@ -106,6 +106,9 @@ def test_rehashing_alone_is_accepted(folder: Path) -> None:
         (lambda row: row.pop("vote"), r"\$\.vote: field required"),
         (lambda row: row["context"][0].update(rollout_id=99), r'\$\.context\[0\]: no rollout 99 of question "q'),
         (lambda row: row["context"][0].update(question_id="q9"), r'\$\.context\[0\]: no rollout \d of question "q9"'),
+        (lambda row: row.update(reason="tie"), r'\$\.selected: true, though the reason is "tie"; export again'),
+        (lambda row: row.update(selected=False), r'\$\.selected: false, though the reason is "selected"'),
+        (lambda row: row["vote"].update(n=4), r"\$\.vote\.n: 4, but there are 3 answers"),
         (lambda row: row["context"][0].update(question_id="q2"), r"\$\.context\[0\]: a question is its own context"),
     ],
 )

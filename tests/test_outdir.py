@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +30,10 @@ with output_folder(Path({str(tmp_path / "out")!r}), finished="done", owned=(), r
     )
     assert first.stdout is not None and first.stdin is not None
     assert first.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=rf"in use by pid {first.pid}"), hold(tmp_path / "out", resume=True):
+    with (
+        pytest.raises(UserError, match=rf"in use by pid {first.pid} on {re.escape(socket.gethostname())}; wait"),
+        hold(tmp_path / "out", resume=True),
+    ):
         pass
     first.kill()  # the lock is freed even so
     first.wait()

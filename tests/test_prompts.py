@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import os
+import resource
+import time
+
 import pytest
 from tiny import BOS_ID, EOS_ID, tiny_tokenizer
 
+import neurosig.rendering
 from neurosig.errors import UserError
 from neurosig.models import PLAIN_TEMPLATE
 from neurosig.prompts import Demonstration, PromptBuilder, PromptConfig, question_text
@@ -101,11 +106,11 @@ def test_the_plain_template_serves_base_models() -> None:
         ("{{ 'always the same' }}", "leaves out the question"),
         ("{{ raise_exception('no') }}", "the chat template fails"),
         ("{% for %}", "the chat template fails"),
-        ("{{ ''.__class__.__mro__ }}", "the chat template fails: access to attribute '__class__'"),
-        ("{{ 1 / 0 }}", "the chat template fails: division by zero"),
-        ("{% for i in range(10**9) %}{% endfor %}", "the chat template fails: Range too big"),
-        ("{{ 'a' * 10**15 }}", "the chat template fails: MemoryError"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template fails: maximum recursion"),
+        ("{{ ''.__class__.__mro__ }}", "the chat template fails at line 1: access to attribute '__class__'"),
+        ("a\n\n{{ 1 / 0 }}", "the chat template fails at line 3: division by zero"),
+        ("\n{% for i in range(10**9) %}{% endfor %}", "the chat template fails at line 2: Range too big"),
+        ("{{ 'a' * 10**15 }}", "the chat template fails at line 1: MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template fails at line 1: maximum recursion"),
         ("{{ messages[0].content }}", "leaves out the question"),
         ("{{ messages[-1].content }}", "leaves out the examples before the question"),
     ],
@@ -113,6 +118,56 @@ def test_the_plain_template_serves_base_models() -> None:
 def test_a_template_that_does_not_work_is_refused(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         builder(template=template).teacher(ASKED, [Demonstration(CHOICE, "B")])
+
+
+TEN_BILLION_TURNS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (TEN_BILLION_TURNS, "fails: it takes more than 0.3 s of processor time for one chat"),
+        (
+            "{% if messages|length > 1 %}" + TEN_BILLION_TURNS + "{% endif %}{{ messages[0].content }}",
+            r"more than 0\.3 s",
+        ),
+        ("{% for i in range(99) %}{{ 10 ** (10 ** (8 + i)) }}{% endfor %}", r"more than 0\.3 s"),
+        ("{{ 'a' * 10**9 }}", "fails at line 1: MemoryError"),
+        ("{% for i in range(60000) %}{{ 'a' * 10000 }}{% endfor %}", "fails: MemoryError|runs out of memory"),
+        ("{{ messages[0].content }}{{ 'ab' * 10**6 }}", r"fails: it makes 2,000,0\d\d characters of a chat of \d\d"),
+    ],
+)
+def test_a_template_that_loops_or_explodes_is_stopped(
+    template: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within its share of processor time, and the builder goes on working once it has another template."""
+    assert neurosig.rendering.CPU_SECONDS <= 1
+    monkeypatch.setattr(neurosig.rendering, "CPU_SECONDS", 0.3)
+    prompts = builder(template=template)
+    start = time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    with pytest.raises(UserError, match=message):
+        prompts.teacher(ASKED, [Demonstration(CHOICE, "B")])
+    assert time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - start < 1
+    prompts.tokenizer.chat_template = tiny_tokenizer().chat_template
+    assert prompts.student(ASKED) == builder().student(ASKED)
+
+
+def test_the_rendering_process_leaves_when_it_is_idle_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It also leaves with its builder, and holds none of the command's open files (the lock of an output folder)."""
+    monkeypatch.setattr(neurosig.rendering, "IDLE_SECONDS", 0.05)
+    prompts = builder()
+    ids = prompts.student(ASKED)
+    first = prompts._template._pid
+    held = {os.readlink(f"/proc/{first}/fd/{number}") for number in os.listdir(f"/proc/{first}/fd")}
+    assert len([name for name in held if name.startswith("socket:")]) == 1 and len(held) <= 4
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    monkeypatch.setattr(neurosig.rendering, "IDLE_SECONDS", 60)
+    assert prompts.student(ASKED) == ids
+    second = prompts._template._pid
+    assert second != first and prompts.student(ASKED) == ids and prompts._template._pid == second
+    del prompts
+    with pytest.raises(ProcessLookupError):
+        os.kill(second, 0)
 
 
 def test_a_tokenizer_without_template_is_refused() -> None:

@@ -19,6 +19,7 @@ CONFIGS = {
     "neurosig.check": "CheckConfig",
     "neurosig.report": "ReportConfig",
     "neurosig.intervene": "InterveneConfig",
+    "neurosig.verify": "VerifyConfig",
     "distill.train": "TrainConfig",
     "distill.evaluate": "EvaluateConfig",
     "distill.report": "ReportConfig",

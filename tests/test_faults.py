@@ -1,0 +1,131 @@
+"""The 61 faults that the project answers for, each with the tests that hold its behaviour."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+EVIDENCE: Mapping[int, tuple[str, ...]] = {
+    1: ("test_questions.py::test_missing_file_and_unknown_suffix", "test_questions.py::test_folder_without_files"),
+    2: ("test_questions.py::test_empty_file_has_0_questions",),
+    3: ("test_export.py::test_a_single_question_has_no_context",),
+    4: ("test_questions.py::test_invalid_json_names_line_and_column",),
+    5: ("test_questions.py::test_torn_last_line_is_an_error_even_if_a_limit_leaves_it_out",),
+    6: (
+        "test_questions.py::test_invalid_utf8_names_line_and_byte",
+        "test_questions.py::test_byte_order_mark_is_accepted_with_a_note",
+        "test_questions.py::test_utf16_is_named",
+    ),
+    7: ("test_questions.py::test_crlf_blank_lines_and_no_final_newline",),
+    8: ("test_questions.py::test_duplicate_id_names_both_lines",),
+    9: (
+        "test_questions.py::test_same_text_under_two_ids_warns_with_the_count",
+        "test_selection.py::test_a_question_its_twin_and_the_unclean_are_never_context",
+    ),
+    10: ("test_questions.py::test_malformed_field_is_named_with_its_line",),
+    11: ("test_questions.py::test_malformed_field_is_named_with_its_line",),
+    12: (
+        "test_questions.py::test_text_hash_is_of_nfc_question_and_choices",
+        "test_questions.py::test_unicode_line_separators_and_emoji_stay_in_the_text",
+        "test_faults_whole_runs.py::test_odd_texts_pass_through_every_step",
+    ),
+    13: ("test_prompts.py::test_special_tokens_inside_a_question_stay_text",),
+    14: ("test_export.py::test_a_question_that_does_not_fit_is_left_out_and_counted",),
+    15: ("test_questions.py::test_line_limit_is_named", "test_questions.py::test_line_that_is_no_record_is_named"),
+    16: ("test_questions.py::test_other_format_under_a_jsonl_name_is_named",),
+    17: ("test_manifest.py::test_a_malformed_row_names_line_and_field",),
+    18: ("test_manifest.py::test_a_malformed_row_names_line_and_field",),
+    19: ("test_manifest.py::test_an_export_that_was_killed_is_incomplete",),
+    20: ("test_manifest.py::test_files_changed_after_export_are_noticed",),
+    21: ("test_manifest.py::test_a_malformed_header_is_refused",),
+    22: ("test_manifest.py::test_a_malformed_header_is_refused",),
+    23: (
+        "test_manifest.py::test_a_path_outside_the_folder_is_never_opened",
+        "test_manifest.py::test_symbolic_links_out_of_the_folder_are_not_followed",
+    ),
+    24: (
+        "test_manifest.py::test_a_malformed_row_names_line_and_field",
+        "test_manifest.py::test_a_context_with_the_same_text_under_another_id_is_refused",
+    ),
+    25: ("test_interventions.py::test_bad_neurons_are_named",),
+    26: ("test_train.py::test_the_manifest_of_another_model_is_refused",),
+    27: ("test_faults_input.py::test_wrong_input_is_one_sentence",),
+    28: (
+        "test_signal_report.py::test_gold_is_joined_by_id_and_text",
+        "test_faults_input.py::test_wrong_input_is_one_sentence",
+    ),
+    29: ("test_export.py::test_nothing_selected_is_told_and_not_trained_on",),
+    30: ("test_faults_whole_runs.py::test_rollouts_that_say_nothing",),
+    31: ("test_faults_whole_runs.py::test_rollouts_that_all_say_the_same",),
+    32: ("test_models.py::test_files_that_are_no_weights_are_named",),
+    33: (
+        "test_train.py::test_the_manifest_of_another_model_is_refused",
+        "test_verify.py::test_tampering_is_named",
+    ),
+    34: ("test_models.py::test_missing_weights_are_never_random",),
+    35: ("test_models.py::test_a_tied_head_may_be_missing", "test_models.py::test_a_folder_loads_as_it_was_saved"),
+    36: ("test_models.py::test_pickles_and_remote_code_are_refused",),
+    37: ("test_models.py::test_pickles_and_remote_code_are_refused",),
+    38: (
+        "test_prompts.py::test_a_template_that_does_not_work_is_refused",
+        "test_prompts.py::test_a_template_that_loops_or_explodes_is_stopped",
+    ),
+    39: ("test_prompts.py::test_a_tokenizer_without_template_is_refused",),
+    40: ("test_models.py::test_a_model_without_an_end_token_is_named",),
+    41: (
+        "test_sites.py::test_an_unsupported_type_names_the_supported_ones",
+        "test_sites.py::test_a_mixture_of_experts_says_that_its_experts_have_no_module",
+    ),
+    42: ("test_export.py::test_killed_while_sampling", "test_kills.py::test_killed_runs_resume_to_the_same_bytes"),
+    43: ("test_export.py::test_killed_while_tracing", "test_kills.py::test_killed_runs_resume_to_the_same_bytes"),
+    44: (
+        "test_checkpoints.py::test_a_resumed_run_equals_an_uninterrupted_one",
+        "test_kills.py::test_killed_runs_resume_to_the_same_bytes",
+    ),
+    45: ("test_checkpoints.py::test_killed_inside_the_write",),
+    46: (
+        "test_checkpoints.py::test_a_damaged_checkpoint_is_set_aside",
+        "test_checkpoints.py::test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_used",
+    ),
+    47: (
+        "test_export.py::test_killed_while_sampling",
+        "test_checkpoints.py::test_resuming_with_other_options_names_them",
+    ),
+    48: (
+        "test_export.py::test_a_complete_export_is_left_alone",
+        "test_train.py::test_a_finished_run_is_left_alone_and_never_overwritten_by_accident",
+    ),
+    49: ("test_outdir.py::test_earlier_runs_are_kept_unless_told_otherwise",),
+    50: (
+        "test_outdir.py::test_a_second_run_in_the_folder_is_refused_while_the_first_goes_on",
+        "test_export.py::test_two_exports_into_one_folder",
+    ),
+    51: ("test_faults_disk.py::test_a_full_disk_costs_nothing_that_was_done",),
+    52: ("test_faults_disk.py::test_a_read_only_folder_is_named_before_the_model_loads",),
+    53: ("test_kills.py::test_ctrl_c_saves_and_says_how_to_go_on",),
+    54: (
+        "test_train.py::test_a_loss_that_is_not_finite_stops_the_run",
+        "test_train.py::test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite",
+    ),
+    55: ("test_sampling.py::test_logits_that_are_not_finite_name_the_question",),
+    56: ("test_faults_disk.py::test_out_of_memory_is_one_sentence_and_keeps_the_state",),
+    57: ("test_faults_disk.py::test_a_closed_pipe_and_a_terminal_without_unicode",),
+    58: ("test_signal_report.py::test_hostile_text_is_shown_and_does_nothing",),
+    59: ("test_cli.py::test_model_text_is_shown_harmlessly",),
+    60: ("test_determinism.py::test_batches_and_threads_change_no_vote",),
+    61: ("test_faults_disk.py::test_odd_names_and_a_clock_that_moves_back",),
+}
+
+
+def test_every_fault_has_a_test_that_exists() -> None:
+    assert sorted(EVIDENCE) == list(range(1, 62))
+    functions: dict[str, set[str]] = {}
+    for node in {node for nodes in EVIDENCE.values() for node in nodes}:
+        file, name = node.split("::")
+        if file not in functions:
+            tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
+            functions[file] = {item.name for item in ast.walk(tree) if isinstance(item, ast.FunctionDef)}
+        assert name in functions[file], node

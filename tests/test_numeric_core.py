@@ -1,0 +1,83 @@
+"""Mutants of the numeric core: the ones that no other test noticed, and a few that show that the harness works."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from flow import make_manifest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_manifest import edit_row
+
+from distill.tasks import manifest_tasks
+from neurosig.answers import majority_vote
+from neurosig.manifest import read_manifest
+from neurosig.models import load_model
+
+sys.path.insert(0, str(Path(__file__).parent / "trust"))
+
+import mutants
+
+
+def test_a_task_has_its_questions_weights_prompts_and_contexts(tmp_path: Path) -> None:
+    folder = make_manifest(tmp_path)
+    for line in range(1, 9):
+        edit_row(folder, line, lambda row, line=line: row.update(weight=line / 4))
+    manifest = read_manifest(folder)
+    tasks = manifest_tasks(manifest, load_model(tmp_path / "model"), max_new_tokens=4)
+    assert [task.weight for task in tasks] == [line / 4 for line in range(1, 9)]
+    for task in tasks:
+        assert task.teacher_prompt[-len(task.student_prompt) :] == task.student_prompt
+        assert len(task.teacher_prompt) > 2 * len(task.student_prompt)
+
+
+def named(name: str) -> mutants.Mutant:
+    (mutant,) = (mutant for mutant in mutants.MUTANTS if mutant.name == name)
+    return mutant
+
+
+@pytest.mark.parametrize("name", ["ties by the alphabet", "padding counted in the mean"])
+def test_mutants_are_caught(tmp_path: Path, name: str) -> None:
+    assert mutants.caught(named(name), mutants.copied(tmp_path))
+
+
+def test_a_mutant_whose_text_is_gone_is_told_and_the_copy_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "neurosig").mkdir()
+    (tmp_path / "neurosig" / "answers.py").write_text("x = 1\n")
+    with pytest.raises(LookupError, match=r"ties by the alphabet: its text is not in neurosig/answers\.py"):
+        mutants.caught(named("ties by the alphabet"), tmp_path)
+    harmless = dataclasses.replace(named("ties by the alphabet"), old="x = 1", new="x = 2", tests="gone.py")
+    with pytest.raises(RuntimeError, match="the tests did not run"):
+        mutants.caught(harmless, tmp_path)
+    assert (tmp_path / "neurosig" / "answers.py").read_text() == "x = 1\n"
+
+
+def test_every_mutant_replaces_text_that_is_there_once() -> None:
+    """So that a change of the numeric core is followed by a change of its mutants."""
+    for mutant in mutants.MUTANTS:
+        text = (mutants.ROOT / mutant.file).read_text(encoding="utf-8")
+        assert text.count(mutant.old) == 1, mutant.name
+        assert mutant.new not in text or len(mutant.new) < 8, mutant.name
+
+
+ANSWERS = st.lists(st.one_of(st.none(), st.sampled_from(["a", "b", "c", "né", "0"])), min_size=1, max_size=16)
+
+
+@settings(max_examples=200, deadline=None)
+@given(answers=ANSWERS, question_id=st.text(max_size=8), seed=st.integers(0, 999))
+def test_votes_count_and_do_not_depend_on_the_order(answers: list[str | None], question_id: str, seed: int) -> None:
+    vote = majority_vote(answers, question_id)
+    counts = Counter(answer for answer in answers if answer is not None)
+    assert vote.n == len(answers) and vote.count == max(counts.values(), default=0)
+    assert set(vote.tied) == {answer for answer, count in counts.items() if count == vote.count}
+    assert (vote.winner in vote.tied) if counts else (vote.winner is None and vote.tied == ())
+    shuffled = random.Random(seed).sample(answers, len(answers))
+    assert majority_vote(shuffled, question_id) == vote
+    more = majority_vote([*answers, None], question_id)
+    assert (more.winner, more.count, more.tied, more.n) == (vote.winner, vote.count, vote.tied, vote.n + 1)
+    assert 0 <= vote.share <= 1

@@ -1,0 +1,38 @@
+"""Run every test of faults, determinism and verification, and say how many cases that was.
+
+python tests/trust/cases.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+FILES = ("faults", "faults_input", "faults_disk", "faults_whole_runs", "determinism", "verify", "kills", "supply_chain")
+
+
+class Count:
+    """Outcomes of the tests themselves."""
+
+    def __init__(self) -> None:
+        self.passed = self.failed = self.skipped = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.passed += report.outcome == "passed" and report.when == "call"
+            self.failed += report.outcome == "failed"
+            self.skipped += report.outcome == "skipped"
+
+
+def main() -> None:
+    count = Count()
+    code = pytest.main(["-q", *(str(TESTS / f"test_{name}.py") for name in FILES)], plugins=[count])
+    print(f"cases: {count.passed} passed, {count.failed} failed, {count.skipped} skipped")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Coverage-guided fuzzing of what reads files from strangers: question files and manifests.
+
+    python tests/trust/fuzz.py questions --seconds 300
+    python tests/trust/fuzz.py manifest --seconds 300
+
+Bytes that steer a reader to new branches are kept and changed further (libFuzzer, through atheris). Whatever the bytes,
+a reader gives records or raises UserError; anything else is a finding, and its input is left in ``--out``. A manifest's
+bytes are cut into its files and hashed as a liar would, so that what lies behind the hashes is reached too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["neurosig.questions", "neurosig.question_formats", "neurosig.manifest"]):
+    import neurosig.manifest
+    import neurosig.question_formats
+    import neurosig.questions
+
+from neurosig.errors import UserError
+
+CUT = b"\n#####\n"
+"""Between the files of a manifest."""
+RECORD = {"id": "a", "domain": "d", "question": "Why?", "choices": ["x", "y"], "answer": "A", "aliases": ["B"]}
+QUESTIONS = [
+    RECORD,
+    {"question_id": 70, "question": "Which?", "options": ["x", "N/A", "y"], "answer": "A", "answer_index": 0},
+    {"question": "Q?", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A", "details": {"task": "t"}},
+]
+
+
+def read_questions(folder: Path) -> Callable[[bytes], None]:
+    path = folder / "set.jsonl"
+
+    def one(data: bytes) -> None:
+        path.write_bytes(data)
+        for question in neurosig.questions.load_questions(path):
+            assert question.id.strip() and question.question.strip()
+            question.text_sha256.encode()
+
+    return one
+
+
+def read_manifest(folder: Path) -> Callable[[bytes], None]:
+    def one(data: bytes) -> None:
+        head, questions, rollouts = [*data.split(CUT), b"", b""][:3]
+        contents = {
+            "questions.jsonl": questions,
+            "rollouts.jsonl": rollouts,
+            "signals.safetensors": b"",
+            "neurons.csv": b"",
+        }
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        try:
+            header = json.loads(head)
+            for name, entry in header["files"].items():
+                if name in contents:
+                    entry |= {"sha256": hashlib.sha256(contents[name]).hexdigest()}
+            header["files"]["questions.jsonl"]["rows"] = len(questions.splitlines())
+            header["files"]["rollouts.jsonl"]["rows"] = len(rollouts.splitlines())
+            header["content_sha256"] = neurosig.manifest._content_sha256(header)
+            head = json.dumps(header).encode()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass
+        (folder / "manifest.json").write_bytes(head)
+        manifest = neurosig.manifest.read_manifest(folder)
+        for row in manifest.rows:
+            assert all(shown.question_id != row.id for shown in row.context) or "majority" in str(
+                manifest.header.options
+            )
+
+    return one
+
+
+def seeds(folder: Path, target: str) -> None:
+    """Where the search starts: whole files, so that it need not find JSON by chance."""
+    folder.mkdir()
+    if target == "questions":
+        for number, record in enumerate(QUESTIONS):
+            (folder / f"{number}").write_bytes((json.dumps(record) + "\n").encode())
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from flow import make_manifest
+
+    with tempfile.TemporaryDirectory() as made:
+        out = make_manifest(Path(made), limit=3, num_generations=1)
+        files = [(out / name).read_bytes() for name in ("manifest.json", "questions.jsonl", "rollouts.jsonl")]
+        (folder / "0").write_bytes(CUT.join(files))
+
+
+def run(target: str, folder: Path, arguments: list[str]) -> None:
+    """Fuzz in this process, which libFuzzer ends."""
+    one = {"questions": read_questions, "manifest": read_manifest}[target](folder)
+
+    def guarded(data: bytes) -> None:
+        try:
+            one(data)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+    atheris.Setup([sys.argv[0], *arguments], guarded)
+    atheris.Fuzz()
+
+
+def fuzz(target: str, seconds: int, out: Path, seed: int = 1) -> tuple[int, str]:
+    """Fuzz in a process of its own; returns executions, and what was found (empty if nothing)."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        seeds(Path(temporary) / "seeds", target)
+        (Path(temporary) / "work").mkdir()
+        limits = [f"-max_total_time={seconds}", f"-seed={seed}", "-timeout=10", "-rss_limit_mb=2000", "-max_len=20000"]
+        limits += [f"-artifact_prefix={out}/", "-print_final_stats=1"]
+        done = subprocess.run(
+            [sys.executable, __file__, target, "--inside", f"{temporary}/work", *limits, f"{temporary}/seeds"],
+            capture_output=True, text=True, errors="replace", check=False,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+    shown = done.stderr + done.stdout
+    counted = re.search(r"stat::number_of_executed_units: (\d+)", shown) or re.search(r"Done (\d+) runs", shown)
+    if counted is None or done.returncode:
+        return int(counted[1]) if counted else 0, shown[-2000:]
+    return int(counted[1]), ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=["questions", "manifest"])
+    parser.add_argument("--seconds", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    asked, arguments = parser.parse_known_args()
+    if asked.inside:
+        run(asked.target, asked.inside, arguments)
+    executions, finding = fuzz(asked.target, asked.seconds, asked.out)
+    print(f"fuzz executions of the {asked.target} reader: {executions:,}, findings: {int(bool(finding))}")
+    if finding:
+        sys.exit(finding)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""SIGKILL at random moments of every phase, then --resume: the end must be that of a run nobody disturbed.
+
+    python tests/trust/kills.py --kills 50
+
+Imports happen once; every run is a fork, so one costs a second instead of ten. A phase starts when its function is
+entered; the killed run gets the signal after a random share of what the phase took undisturbed, so that early, late and
+in-between moments are equally likely. After the kill, the last line of an append-only log is sometimes torn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import importlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from flow import export_config, save_tiny, write_questions
+from tqdm import tqdm
+
+END = "end"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command on a folder of its own.
+
+    Attributes:
+        run: Runs it; the argument says whether to resume.
+        out: Its folder.
+        phases: Phase -> ``module:function`` whose call starts it; a phase ends where the next starts.
+        work: Counts the pieces of finished work in the folder, and in a finished one all there are.
+        redone_at_most: Pieces of work that a resumed run may do again.
+        pieces: Function that does one piece, as ``module:function``.
+    """
+
+    name: str
+    run: Callable[[bool], None]
+    out: Path
+    phases: Mapping[str, str]
+    pieces: str = ""
+
+
+@dataclass
+class Killed:
+    """What became of the kills of one phase."""
+
+    phase: str
+    survived: int = 0
+    torn: int = 0
+    pieces_straight: int = 0
+    pieces_saved: int = 0
+
+
+def start(job: Job, *, resume: bool) -> tuple[int, int]:
+    """Fork a run; returns its pid and a pipe that gets a line when a phase starts and when a piece of work is done."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write)
+        return pid, read
+    code = 1
+    try:
+        os.close(read)
+        os.setsid()
+        with (job.out.parent / f"{job.name}.stderr").open("a") as shown:
+            os.dup2(shown.fileno(), 1)
+            os.dup2(shown.fileno(), 2)
+        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (pytest has its own)
+        faulthandler.dump_traceback_later(300, exit=True, file=2)
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
+        for phase, place in [*job.phases.items(), *([("+", job.pieces)] if job.pieces else [])]:
+            announce(place, phase, write)
+        job.run(resume)
+        os.write(write, f"{END}\n".encode())
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def announce(place: str, phase: str, pipe: int) -> None:
+    """Make a function tell the pipe that it is entered."""
+    module, _, name = place.partition(":")
+    owner = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    function = getattr(owner, name)
+
+    def announced(*args: Any, **kwargs: Any) -> Any:
+        os.write(pipe, f"{phase}\n".encode())
+        return function(*args, **kwargs)
+
+    setattr(owner, name, announced)
+
+
+def events(pipe: int) -> Iterator[tuple[float, str]]:
+    """Time and name of what the run announces, until it ends or dies."""
+    held = b""
+    while chunk := os.read(pipe, 4096):
+        held += chunk
+        *lines, held = held.split(b"\n")
+        for line in lines:
+            yield time.monotonic(), line.decode()
+
+
+def finish(pid: int) -> int:
+    """Wait for a run and for the processes it started; returns its exit code, minus the signal that ended it."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        while True:  # a killed grid leaves the command it ran, which ends by itself
+            os.killpg(pid, 0)
+            time.sleep(0.01)
+    return code
+
+
+def undisturbed(job: Job) -> tuple[dict[str, float], int, dict[str, bytes]]:
+    """Seconds of each phase, pieces of work, and the outcome of a run that nobody kills."""
+    shutil.rmtree(job.out, ignore_errors=True)
+    pid, pipe = start(job, resume=False)
+    seen = list(events(pipe))
+    code = finish(pid)
+    os.close(pipe)
+    if code:
+        raise AssertionError(f"{job.name}: exit code {code}: {tail(job)}")
+    marks = [(at, name) for at, name in seen if name != "+"]
+    first = {name: at for at, name in reversed(marks)}
+    order = sorted(first, key=lambda name: first[name])
+    lasted = {name: first[after] - first[name] for name, after in itertools.pairwise(order)}
+    pieces = sum(name == "+" for _, name in seen)
+    outcome = result(job.out)
+    shutil.rmtree(job.out)
+    return lasted, pieces, outcome
+
+
+def result(folder: Path) -> dict[str, bytes]:
+    """Name -> content of what a run leaves, less logs, checkpoints, how it was called and on what machine."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_file() or "checkpoints/" in name or path.name in ("log.txt", "run.json"):
+            continue
+        data = path.read_bytes()
+        if path.name in ("train.json", "summary.json"):
+            record = json.loads(data)
+            record["config"].pop("resume", None)
+            record.pop("run")
+            data = json.dumps(record).encode()
+        found[name] = data
+    return found
+
+
+def kill(job: Job, phase: str, seconds: float, generator: random.Random) -> bool:
+    """Kill a run after a random share of a phase; whether it was still running."""
+    pid, pipe = start(job, resume=False)
+    for _, name in events(pipe):
+        if name == phase:
+            break
+    time.sleep(generator.random() * seconds)
+    os.kill(pid, signal.SIGKILL)
+    code = finish(pid)
+    os.close(pipe)
+    return code == -signal.SIGKILL
+
+
+def tear(out: Path, generator: random.Random) -> bool:
+    """Cut an append-only log inside its last line, as a power cut can."""
+    logs = [path for pattern in ("**/rollouts.log", "**/.rollouts.log") for path in out.glob(pattern)]
+    for log in logs:
+        data = log.read_bytes()
+        if data.count(b"\n") > 1 and data.endswith(b"\n"):
+            last = len(data) - data[:-1].rindex(b"\n") - 1
+            log.write_bytes(data[: len(data) - generator.randint(1, last)])
+            return True
+    return False
+
+
+def check(job: Job, kills: int, seed: int, phases: Sequence[str] | None = None) -> list[Killed]:
+    """Kill, resume and compare; raises AssertionError naming phase, seed and file where the outcome differs."""
+    lasted, pieces, outcome = undisturbed(job)
+    found = []
+    for phase in phases or job.phases:
+        counted = Killed(phase)
+        generator = random.Random(f"{seed} {job.name} {phase}")
+        attempts = 0
+        while counted.survived < kills:
+            attempts += 1
+            if attempts > 4 * kills + 20:
+                raise AssertionError(f"{job.name}, {phase}: the run ends before the signal too often")
+            if not kill(job, phase, lasted[phase], generator):
+                shutil.rmtree(job.out, ignore_errors=True)
+                continue
+            counted.torn += generator.random() < 0.3 and tear(job.out, generator)
+            again = resume(job)
+            counted.pieces_straight += pieces
+            counted.pieces_saved += pieces - again
+            where = f"{job.name}, {phase}, seed {seed}, kill {counted.survived}"
+            now = result(job.out)
+            changed = sorted(name for name in {*now, *outcome} if now.get(name) != outcome.get(name))
+            if changed or again > pieces:
+                raise AssertionError(f"{where}: other bytes in {', '.join(changed)}; {again} of {pieces} pieces redone")
+            shutil.rmtree(job.out)
+            counted.survived += 1
+        found.append(counted)
+    return found
+
+
+def resume(job: Job) -> int:
+    """Resume to the end; returns the pieces of work it did."""
+    pid, pipe = start(job, resume=True)
+    pieces = sum(name == "+" for _, name in events(pipe))
+    code = finish(pid)
+    os.close(pipe)
+    if code:
+        raise AssertionError(f"{job.name}: the resumed run ends with exit code {code}: {tail(job)}")
+    return pieces
+
+
+def tail(job: Job) -> str:
+    return (job.out.parent / f"{job.name}.stderr").read_text(errors="replace")[-1500:]
+
+
+def jobs(folder: Path) -> dict[str, Job]:
+    """Export, training, evaluation and grid on a tiny model; the manifest that training reads is made here."""
+    import distill.evaluate
+    import distill.grid
+    import distill.train
+    import neurosig.export
+    import neurosig.signals
+    from distill.config import TrainConfig
+    from distill.evaluate import EvaluateConfig
+    from distill.grid import GridConfig
+
+    neurosig.signals.CHUNK = 4
+    model = save_tiny(folder / "model")
+    questions = write_questions(folder / "questions.jsonl")
+    quick = {"num_generations": 3, "max_new_tokens": 6, "temperature": 1.0}
+
+    def export(resume: bool, out: str = "export") -> None:
+        neurosig.export.main(export_config(folder, model, questions, out, batch_rows=6, resume=resume, **quick))
+
+    def train(resume: bool) -> None:
+        distill.train.main(
+            TrainConfig(
+                manifest=folder / "manifest", out=folder / "train", steps=5, save_steps=1, questions_per_step=3,
+                lora_r=4, keep_truncated=True, quiet=True, resume=resume,
+            )
+        )  # fmt: skip
+
+    def evaluate(resume: bool) -> None:
+        distill.evaluate.main(
+            EvaluateConfig(
+                model=str(model), questions=(str(questions),), out=folder / "evaluate", batch_rows=6, quiet=True,
+                resume=resume, **quick,
+            )
+        )  # fmt: skip
+
+    def grid(resume: bool) -> None:
+        import multiprocessing
+
+        @contextlib.contextmanager
+        def forked() -> Iterator[Any]:  # the imports are here already
+            yield multiprocessing.get_context("fork")
+
+        distill.grid._forkserver = forked
+        distill.grid.main(
+            GridConfig(
+                out=folder / "grid", model=str(model), methods=("nopsd",),
+                sources=(f"a={questions}",), targets=(f"a={questions}",), control_temperatures=(),
+                export={**quick, "set_size": 16, "clean_filter": "all"},
+                train={"steps": 2, "questions_per_step": 2, "lora_r": 2, "keep_truncated": True, "save_steps": 1},
+                evaluate=quick, quiet=True,
+            )
+        )  # fmt: skip
+
+    started, pipe = start(
+        Job("manifest", lambda resume: export(resume, "manifest"), folder / "manifest", {}), resume=False
+    )
+    code = finish(started)
+    os.close(pipe)
+    if code:
+        raise AssertionError((folder / "manifest.stderr").read_text())
+    exporting = {
+        "sampling": "neurosig.export:_rollouts",
+        "tracing": "neurosig.export:_trace",
+        "selection": "neurosig.export:_signals",
+    }
+    return {
+        "export": Job("export", export, folder / "export", exporting, "neurosig.rollouts:RolloutLog.append"),
+        "train": Job(
+            "train", train, folder / "train", {"training": "distill.train:_reopen_metrics"}, "distill.step:learn"
+        ),
+        "evaluate": Job(
+            "evaluate", evaluate, folder / "evaluate", {"evaluation": "distill.evaluate:_rollouts"},
+            "neurosig.rollouts:RolloutLog.append",
+        ),
+        "grid": Job("grid", grid, folder / "grid", {"grid": "distill.grid:_run"}, "distill.grid:_call"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50, help="kills of each phase")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", nargs="*", default=["export", "train", "evaluate", "grid"])
+    asked = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        made = jobs(Path(folder))
+        for job in (made[name] for name in asked.jobs):
+            for counted in check(job, asked.kills, asked.seed):
+                saved = counted.pieces_saved / max(1, counted.pieces_straight)
+                print(
+                    f"{counted.phase:<10} {counted.survived} of {asked.kills} kills survived, {counted.torn} with a "
+                    f"torn line, {saved:.0%} of the work kept",
+                    flush=True,
+                )
+                total += counted.survived
+    print(f"kills survived: {total} (seed {asked.seed})")
+
+
+if __name__ == "__main__":
+    main()
