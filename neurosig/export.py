@@ -257,7 +257,7 @@ def _rollouts(
 
         known = {question.id for question in questions}
         groups = read_external_rollouts(config.rollouts, encode, loaded.eos_token_ids, known)
-        vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+        vocabulary = loaded.model.get_input_embeddings().get_parameter("weight").shape[0]
         lengths = {name: len(prompt.token_ids) for name, prompt in prompts.items()}
         check_fit(config.rollouts, groups, lengths, loaded.max_length, vocabulary)
         return {name: groups[name] for name in prompts}
