@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,13 +59,16 @@ def test_the_notebook_is_thin_and_stripped(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The working directory of all notebooks, with one small run for those that look at one."""
-    from figures.notebook_runs import VARIABLE, small_run
+    """The working directory of all notebooks, with one small run for those that look at one.
 
+    A process of its own makes the run: what training and evaluation load is gone afterwards.
+    """
     folder = tmp_path_factory.mktemp("notebooks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, str(small_run(folder / "run", "evaluations")))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        make = "from pathlib import Path; from figures.notebook_runs import small_run; small_run(Path('run'), 'evaluations')"
+        subprocess.run([sys.executable, "-c", make], cwd=folder, check=True)
+        patch.setenv("NEUROSIG_RUN", str(folder / "run"))
         yield folder
 
 
