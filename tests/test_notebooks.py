@@ -66,7 +66,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("notebooks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        make = "from pathlib import Path; from figures.notebook_runs import small_run; small_run(Path('run'), 'evaluations')"
+        make = "import pathlib, figures.notebook_runs as runs; runs.small_run(pathlib.Path('run'), 'evaluations')"
         subprocess.run([sys.executable, "-c", make], cwd=folder, check=True)
         patch.setenv("NEUROSIG_RUN", str(folder / "run"))
         yield folder
