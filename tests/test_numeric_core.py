@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flow import make_manifest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from test_manifest import edit_row
 from distill.tasks import manifest_tasks
 from neurosig.answers import majority_vote
 from neurosig.manifest import read_manifest
+from neurosig.metrics import hierarchical_interval
 from neurosig.models import load_model
 
 sys.path.insert(0, str(Path(__file__).parent / "trust"))
@@ -34,6 +36,15 @@ def test_a_task_has_its_questions_weights_prompts_and_contexts(tmp_path: Path) -
     for task in tasks:
         assert task.teacher_prompt[-len(task.student_prompt) :] == task.student_prompt
         assert len(task.teacher_prompt) > 2 * len(task.student_prompt)
+
+
+def test_seeds_are_drawn_one_by_one() -> None:
+    """Two seeds that say 0 and 1: half of all draws hold one of each, so the middle 40% are at one half."""
+    delta = np.repeat([[0.0], [1.0]], 50, axis=1)
+    found = hierarchical_interval(lambda s, q: float(delta[np.ix_(s, q)].mean()), 2, 50, seed=0, level=0.4)
+    assert (found.low, found.estimate, found.high) == (0.5, 0.5, 0.5)
+    wide = hierarchical_interval(lambda s, q: float(delta[np.ix_(s, q)].mean()), 2, 50, seed=0, level=0.6)
+    assert (wide.low, wide.high) == (0.0, 1.0)
 
 
 def named(name: str) -> mutants.Mutant:

@@ -90,7 +90,7 @@ MUTANTS = (
     Mutant("Brier score of ties", METRICS, "(votes / k - accuracy) ** 2 + accuracy * (1 - accuracy)", "(votes / k - accuracy) ** 2", "test_metrics.py", "brier"),
     Mutant("gap of the wrong sign", METRICS, "return float(np.mean(votes / k - accuracy))", "return float(np.mean(accuracy - votes / k))", "test_metrics.py", ""),
     Mutant("interval of the wrong level", METRICS, "np.quantile(values, [(1 - level) / 2, (1 + level) / 2])", "np.quantile(values, [1 - level, level])", "test_metrics.py", "hierarchical or hierarchy"),
-    Mutant("pairs torn apart", METRICS, "rng.integers(seeds, size=seeds), rng.integers(n, size=n)", "rng.integers(seeds, size=1).repeat(seeds), rng.integers(n, size=n)", "test_metrics.py", "hierarchical or hierarchy"),
+    Mutant("one seed for all seeds of a draw", METRICS, "rng.integers(seeds, size=seeds), rng.integers(n, size=n)", "rng.integers(seeds, size=1).repeat(seeds), rng.integers(n, size=n)", "test_metrics.py test_numeric_core.py", "hierarchical or hierarchy or seeds_are_drawn"),
     Mutant("p-value of one side", STATISTICS, "return min(1.0, 2 * (1 + tail) / (1 + len(draws)))", "return min(1.0, (1 + tail) / (1 + len(draws)))", "test_statistics.py", "by_hand"),
     Mutant("p-value that can be zero", STATISTICS, "2 * (1 + tail) / (1 + len(draws))", "2 * tail / len(draws)", "test_statistics.py", "by_hand"),
     Mutant("Holm without its steps", STATISTICS, "(len(p_values) - rank) * p_values[index]", "p_values[index]", "test_statistics.py", "by_hand"),
