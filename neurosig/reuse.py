@@ -52,7 +52,8 @@ def reused(
     made = {**header.model, "tokenizer": header.tokenizer["sha256"], "dataset": header.dataset["sha256"]}
     here = {**loaded.info.as_dict(), "tokenizer": loaded.info.tokenizer_sha256, "dataset": dataset_sha256}
     changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if made.get(name) != here[name]]
-    changed += [name for name in DECIDES if name != "model" and header.options.get(name) != options[name]]
+    known = [name for name in DECIDES if name != "model" and name in header.options]  # an older export knew fewer
+    changed += [name for name in known if header.options[name] != options[name]]
     if changed:
         raise UserError(
             f"--reuse {folder}: its rollouts and traces are not those of this export, these differ: "
