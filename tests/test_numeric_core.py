@@ -20,6 +20,7 @@ from neurosig.answers import majority_vote
 from neurosig.manifest import read_manifest
 from neurosig.metrics import hierarchical_interval
 from neurosig.models import load_model
+from neurosig.rollouts import Rollout
 
 sys.path.insert(0, str(Path(__file__).parent / "trust"))
 
@@ -36,6 +37,13 @@ def test_a_task_has_its_questions_weights_prompts_and_contexts(tmp_path: Path) -
     for task in tasks:
         assert task.teacher_prompt[-len(task.student_prompt) :] == task.student_prompt
         assert len(task.teacher_prompt) > 2 * len(task.student_prompt)
+
+
+def test_the_end_token_carries_no_answer() -> None:
+    """It is left out of the trace, unless a rollout was cut off or holds nothing else."""
+    cases = (((5, 6, 2), "stop", (5, 6)), ((5, 6), "length", (5, 6)), ((2,), "stop", (2,)))
+    for ids, reason, body in cases:
+        assert Rollout("q", 0, "text", ids, reason).body_ids == body  # type: ignore[arg-type]
 
 
 def test_seeds_are_drawn_one_by_one() -> None:
@@ -73,7 +81,6 @@ def test_every_mutant_replaces_text_that_is_there_once() -> None:
     for mutant in mutants.MUTANTS:
         text = (mutants.ROOT / mutant.file).read_text(encoding="utf-8")
         assert text.count(mutant.old) == 1, mutant.name
-        assert mutant.new not in text or len(mutant.new) < 8, mutant.name
 
 
 ANSWERS = st.lists(st.one_of(st.none(), st.sampled_from(["a", "b", "c", "né", "0"])), min_size=1, max_size=16)

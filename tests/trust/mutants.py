@@ -108,7 +108,7 @@ MUTANTS = (
     Mutant("norms of the wrong layer", REDUCTION, "if norms is None else norms[layer]", "if norms is None else norms[layer - 1]", "test_tracing.py", "equals_forward_hooks and qwen3"),
     Mutant("positive neurons only, always", REDUCTION, "return (member & (mean > 0) if positive_only else member), mean", "return member & (mean > 0), mean", "test_tracing.py", "positive_only or smaller_sets or equals_forward_hooks"),
     Mutant("hidden states over the padding", REDUCTION, "return masked_mean(hidden.float(), mask.to(hidden.device))", "return hidden.float().mean(1)", "test_tracing.py", "hidden_states_are or padded"),
-    Mutant("the end token traced", ROLLOUTS, "return self.token_ids[:-1] if ended else self.token_ids", "return self.token_ids", "test_export.py", "signals_follow"),
+    Mutant("the end token traced", ROLLOUTS, "return self.token_ids[:-1] if ended else self.token_ids", "return self.token_ids", "test_numeric_core.py", "end_token"),
     # sampling
     Mutant("temperature multiplied", SAMPLING, "scores = scores / config.temperature", "scores = scores * config.temperature", "test_sampling.py", "softmax or first_tokens"),
     Mutant("one random number for all questions", SAMPLING, r'f"{config.seed}\x00{salt}\x00{question_id}"', r'f"{config.seed}\x00{salt}"', "test_sampling.py", "draws_its_own"),
