@@ -61,6 +61,7 @@ intervene: setup ## scale the demo's located neurons and their controls (half an
 
 test: setup ## all tests
 	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -m forks
 
 trust: setup ## faults, kills, mutants and fuzzing at full length (an hour); prints the counts
 	$(VENV)/bin/python tests/trust/cases.py

@@ -28,6 +28,7 @@ from neurosig.errors import UserError
 from neurosig.fsio import append_line, csv_cell, write_atomic
 from neurosig.rollouts import RolloutLog
 
+pytestmark = pytest.mark.forks
 MAIN = {"export": neurosig.export.main, "train": distill.train.main, "evaluate": distill.evaluate.main}
 
 

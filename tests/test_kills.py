@@ -17,6 +17,8 @@ import neurosig.export
 from distill.config import TrainConfig
 from neurosig.cli import run_command
 
+pytestmark = pytest.mark.forks
+
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, kills.Job]:
