@@ -52,7 +52,7 @@ def test_each_step_samples_from_the_weights_of_the_step_before(
     running: ServerProcess, served_folder: Path, manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Three steps, the server killed within the third, and the same once more without: the adapters are equal."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="neurosig")
     running.post("/control", kind="none")
     main(train_config(tmp_path / "run", manifest, running.base_url))
     assert [(line["policy_step"], line["staleness"]) for line in metrics(tmp_path / "run")] == [(0, 0), (1, 0), (2, 0)]
