@@ -7,13 +7,12 @@ student's hidden states.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from resident import resident_mb, restart_peak
 from torch import Tensor
 
 TOKENS, VOCAB, D_MODEL, CHUNK = 1024, 49_152, 576, 256
@@ -84,13 +83,6 @@ def seconds(call: Callable[[Tensor, Tensor, Tensor], None], tensors: tuple[Tenso
     return min(times)
 
 
-def peak_mb() -> float:
-    """Peak resident memory since the last call (Linux)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak
-
-
 def main(way: str) -> None:
     small = torch.randn(TOKENS, 8, requires_grad=True), torch.randn(TOKENS, 8), torch.randn(512, 8)
     WAYS[way](*small)  # imports are done
@@ -98,10 +90,10 @@ def main(way: str) -> None:
     student, teacher = (torch.randn(TOKENS, D_MODEL, generator=generator) for _ in range(2))
     head = torch.randn(VOCAB, D_MODEL, generator=generator) * D_MODEL**-0.5
     tensors = student.requires_grad_(), teacher, head
-    peak_mb()
-    before = peak_mb()
+    restart_peak()
+    before = resident_mb("VmRSS")
     WAYS[way](*tensors)
-    peak = peak_mb() - before
+    peak = resident_mb("VmHWM") - before
     result = {"peak_mb": peak, "seconds": seconds(WAYS[way], tensors), "floor": seconds(floor, tensors)}
     print(json.dumps(result))
 

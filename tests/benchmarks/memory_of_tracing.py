@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from resident import resident_mb
 
 from neurosig.models import load_model
 from neurosig.signals import trace_to_shards
@@ -20,7 +20,7 @@ def main(n: int) -> None:
     pairs = [(row[:16], row[16:]) for row in ids]
     with tempfile.TemporaryDirectory() as folder:
         trace_to_shards(NeuronTracer(loaded.model), pairs, Path(folder), str(loaded.info.weights))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(resident_mb("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from resident import resident_mb, restart_peak
 from scipy import sparse
 from torch import Tensor
 
@@ -28,14 +27,10 @@ M = 10
 def measured(call: Callable[[], object]) -> tuple[object, float, float]:
     """What ``call`` returns, its seconds, and by how many MB it raised the resident memory at its peak."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory freed earlier would be used again uncounted
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
-    before, start = _resident("VmRSS"), time.perf_counter()
+    restart_peak()
+    before, start = resident_mb("VmRSS"), time.perf_counter()
     result = call()
-    return result, time.perf_counter() - start, _resident("VmHWM") - before
-
-
-def _resident(name: str) -> float:
-    return int(re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
+    return result, time.perf_counter() - start, resident_mb("VmHWM") - before
 
 
 def scipy_products(sets: Tensor) -> None:

@@ -8,13 +8,13 @@ written anew here.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
 
 import nnsight
 import torch
+from resident import resident_mb
 from torch import Tensor
 
 from neurosig.models import load_model
@@ -129,17 +129,13 @@ WAYS: dict[str, Callable[..., None]] = {
 }
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def main(name: str, questions: int) -> None:
     model = load_model("smollm2-135m").model
     prompts, completions = rollouts(questions)
     plain(model, prompts, completions)
-    before = peak_mb()
+    before = resident_mb("VmHWM")
     WAYS[name](model, prompts, completions)
-    grown = peak_mb() - before
+    grown = resident_mb("VmHWM") - before
     start = time.perf_counter()
     WAYS[name](model, prompts, completions)
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": grown}))
