@@ -115,13 +115,16 @@ def sample(
         )
     ordered = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
     questions = max(1, batch_rows // config.num_generations)
+    size = WINDOW * questions
+    windows = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    todo = [window for window in windows if not all(prompt.question_id in done for prompt in window)]
+    if not todo:
+        return
     packed = PackedWeights(loaded.model.modules(), min(questions, len(ordered)) * config.num_generations)
-    for start in range(0, len(ordered), WINDOW * questions):
-        window = ordered[start : start + WINDOW * questions]
-        if not all(prompt.question_id in done for prompt in window):
-            for group in _decode_window(loaded, window, config, questions, salt, packed):
-                if group[0].question_id not in done:
-                    yield group
+    for window in todo:
+        for group in _decode_window(loaded, window, config, questions, salt, packed):
+            if group[0].question_id not in done:
+                yield group
 
 
 @torch.inference_mode()
