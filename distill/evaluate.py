@@ -3,7 +3,7 @@
     python -m distill.evaluate --model smollm2-135m --questions world-facts --out runs/demo/eval/base
     python -m distill.evaluate --model smollm2-135m --adapter runs/demo/nopsd/adapter --questions world-facts ...
 
-The only command that reads gold answers. Confidence is the majority's share of all K samples; a sample without an
+Gold answers are what it compares with. Confidence is the majority's share of all K samples; a sample without an
 answer is wrong, never wins and stays in the denominator. Per-question results go to ``results.parquet``, aggregates
 for each domain to ``summary.json``.
 """
