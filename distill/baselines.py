@@ -53,12 +53,12 @@ from distill.config import TrainConfig, resume_key, sampling_config
 from distill.output import write_final
 from distill.rewards import Rollouts, consistent_rollouts, rollout_metrics
 from distill.student import make_student
-from distill.tasks import check_model, prompt_builder, questions_of_step
+from distill.tasks import load_student, prompt_builder, questions_of_step
 from distill.trackers import Report, trackers
 from neurosig.cli import PhaseTimer, progress
 from neurosig.errors import UserError
 from neurosig.manifest import Manifest, read_manifest
-from neurosig.models import LoadedModel, load_model
+from neurosig.models import LoadedModel
 from neurosig.sampling import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -81,14 +81,7 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer) -> None:
     process = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
     with timer.phase("load"):
         manifest = read_manifest(config.manifest)
-        loaded = load_model(
-            config.model or manifest.header.model["id"],
-            dtype=config.dtype,
-            device=_device(config, process),
-            attn_implementation=config.attn_implementation,
-            template=manifest.header.options["template"],
-        )
-        check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
+        loaded = load_student(config, manifest, _device(config, process))
     sampling = sampling_config(config, manifest)
     prompts = question_prompts(manifest, loaded, config, sampling)
     torch.manual_seed(config.seed)

@@ -262,18 +262,11 @@ def _check_method(config: TrainConfig) -> None:
 
 def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
     """How the student samples: as the manifest's rollouts were, unless an option says otherwise."""
-    from neurosig.sampling import SamplingConfig
+    from distill.tasks import manifest_sampling
 
-    options = manifest.header.options
-    return SamplingConfig(
-        num_generations=config.num_generations,
-        temperature=options["temperature"] if config.temperature is None else config.temperature,
-        top_p=options["top_p"],
-        top_k=options["top_k"],
-        repetition_penalty=options["repetition_penalty"],
-        max_new_tokens=options["max_new_tokens"] if config.max_new_tokens is None else config.max_new_tokens,
-        seed=config.seed,
-    )
+    given = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return manifest_sampling(manifest.header, num_generations=config.num_generations, seed=config.seed, **changes)
 
 
 def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:

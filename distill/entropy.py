@@ -16,14 +16,14 @@ from jaxtyping import Float, Int
 
 from distill.hidden import completion_hidden
 from distill.losses import chunked_divergence
-from distill.tasks import manifest_tasks
+from distill.tasks import manifest_sampling, manifest_tasks
 from neurosig.answers import extract_answer, is_correct
 from neurosig.errors import UserError
 from neurosig.manifest import Manifest
 from neurosig.metrics import Interval, bootstrap_interval
 from neurosig.models import LoadedModel
 from neurosig.questions import Question
-from neurosig.sampling import Prompt, SamplingConfig, sample
+from neurosig.sampling import Prompt, sample
 
 ROWS = 32
 """Completions in one forward pass."""
@@ -146,10 +146,8 @@ def fresh_accuracy(
     tasks = [task for task in tasks if task.id in gold]
     if not tasks:
         raise UserError(f"manifest {manifest.folder}: no selected question has a gold answer to measure a gain by")
-    sampling = SamplingConfig(
-        num_generations=num_generations or options["num_generations"],
-        seed=seed,
-        **{name: options[name] for name in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")},
+    sampling = manifest_sampling(
+        manifest.header, num_generations=num_generations or options["num_generations"], seed=seed
     )
     prompts = [Prompt(task.id, task.teacher_prompt if teacher else task.student_prompt) for task in tasks]
     right = {}

@@ -14,7 +14,6 @@ splits, and context that is random within the question's kind (method ``nopsd-ki
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
@@ -25,14 +24,23 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Fixed
 
-from neurosig.cli import EXIT_DONE, EXIT_INTERRUPTED, CommonConfig, config_record, printable, progress, run_command
+from neurosig.cli import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    CommonConfig,
+    command_words,
+    config_record,
+    printable,
+    progress,
+    run_command,
+)
 from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
 
@@ -163,9 +171,9 @@ def main(config: GridConfig) -> None:
     _check(config)
     config.out.mkdir(parents=True, exist_ok=True)
     _keep_settings(config)
-    with _forkserver() as context:
-        failed = _run(untrained_cells(config, targets), config, context)
-        failed += _run(trained_cells(config, sources, targets), config, context)
+    context = _forkserver()
+    failed = _run(untrained_cells(config, targets), config, context)
+    failed += _run(trained_cells(config, sources, targets), config, context)
     print(collect(config.out, list(targets)))
     if failed:
         raise UserError(f"{len(failed)} cells failed ({', '.join(failed)}): see {LOG} in each; mend it and run again")
@@ -246,17 +254,16 @@ def _run(cells: Sequence[Cell], config: GridConfig, context: ForkServerContext) 
     return failed
 
 
-@contextlib.contextmanager
-def _forkserver() -> Iterator[ForkServerContext]:
+def _forkserver() -> ForkServerContext:
     """Processes that share the imports: a fresh interpreter would spend ten seconds on them for every command."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft", "accelerate", "distill.train", "distill.evaluate"])
-    yield context
+    return context
 
 
 def _call(command: Command, log: Path, context: ForkServerContext) -> int:
     """Run a command in a process of its own, its output appended to ``log``; returns its exit code."""
-    argv = [*_words({"out": command.out, **command.options}), "--resume"]
+    argv = [*command_words({"out": command.out, **command.options}), "--resume"]
     process = context.Process(target=_in_process, args=(command.module, argv, log))
     process.start()
     try:
@@ -285,18 +292,6 @@ def _end_with_the_grid() -> None:
     if grid is not None:
         grid.join()
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _words(options: Options) -> list[str]:
-    """Options as command-line words: ``{"lora_r": 8, "full": True}`` is ``--lora-r 8 --full``."""
-    words = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
-    return words
 
 
 def _named(given: Sequence[str], flag: str) -> dict[str, str]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from neurosig.errors import UserError
 from neurosig.manifest import Header, Manifest
-from neurosig.models import LoadedModel
+from neurosig.models import LoadedModel, load_model
 from neurosig.prompts import Demonstration, PromptBuilder, PromptConfig
 from neurosig.questions import load_questions
+from neurosig.sampling import SamplingConfig
+
+if TYPE_CHECKING:
+    from distill.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,23 @@ class Task:
     teacher_prompt: tuple[int, ...]
     weight: float = 1.0
     replay: bool = False
+
+
+def load_student(config: TrainConfig, manifest: Manifest, device: str | None) -> LoadedModel:
+    """The manifest's model, or the one that ``config`` names in its place, checked against the manifest.
+
+    Raises:
+        UserError: See `neurosig.models.load_model` and `check_model`.
+    """
+    loaded = load_model(
+        config.model or manifest.header.model["id"],
+        dtype=config.dtype,
+        device=device,
+        attn_implementation=config.attn_implementation,
+        template=manifest.header.options["template"],
+    )
+    check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
+    return loaded
 
 
 def check_model(header: Header, loaded: LoadedModel, *, allow_mismatch: bool) -> None:
@@ -99,6 +121,13 @@ def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: fl
         _check_length(task, loaded, max_new_tokens)
         tasks.append(task)
     return tasks
+
+
+def manifest_sampling(header: Header, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
+    """Sampling as the manifest's rollouts were drawn, with another K and seed; ``changes`` replaces its options."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    options = {name: header.options[name] for name in names} | changes
+    return SamplingConfig(num_generations=num_generations, seed=seed, **options)
 
 
 def prompt_builder(header: Header, loaded: LoadedModel) -> PromptBuilder:

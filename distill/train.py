@@ -88,25 +88,17 @@ def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from distill.served import ServedStudent
     from distill.step import learn
     from distill.student import TrainingForward, make_student, merged, sampling_attention
-    from distill.tasks import check_model, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
+    from distill.tasks import load_student, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
     from distill.teacher import Teacher
     from distill.trackers import trackers
     from neurosig.manifest import read_manifest
-    from neurosig.models import load_model
     from neurosig.sampling import Prompt, sample
 
     with ranks.together(), timer.phase("load"):
         manifest = read_manifest(config.manifest)
         if config.method == "u-opsd":
             check_majority_context(manifest)
-        loaded = load_model(
-            config.model or manifest.header.model["id"],
-            dtype=config.dtype,
-            device=ranks.device or config.device,
-            attn_implementation=config.attn_implementation,
-            template=manifest.header.options["template"],
-        )
-        check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
+        loaded = load_student(config, manifest, ranks.device or config.device)
         sampling = sampling_config(config, manifest)
         limit = sampling.max_new_tokens
         tasks = manifest_tasks(manifest, loaded, max_new_tokens=limit)

@@ -172,6 +172,18 @@ def parse_config(
     )
 
 
+def command_words(options: Mapping[str, Any]) -> list[str]:
+    """Options as command-line words: ``{"lora_r": 8, "full": True}`` is ``--lora-r 8 --full``."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    return words
+
+
 def config_record(config: CommonConfig) -> dict[str, Any]:
     """The options of a run as plain JSON values, less ``quiet`` and ``debug``, to lie beside its outputs."""
     record = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("quiet", "debug")}

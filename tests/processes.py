@@ -11,6 +11,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from neurosig.cli import command_words
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["accelerate", "distill.step", "distill.train", "distill.output", "peft", "tiny", "torch._dynamo"]
@@ -30,14 +32,7 @@ TRAIN: dict[str, Any] = {
 
 def train_arguments(manifest: Path, out: Path, **changes: Any) -> list[str]:
     """The command line of a quick training run."""
-    arguments = ["--manifest", str(manifest), "--out", str(out)]
-    for name, value in {**TRAIN, **changes}.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            arguments += [f"--{flag}", str(value)]
-    return arguments
+    return command_words({"manifest": manifest, "out": out, **TRAIN, **changes})
 
 
 def run_training(arguments: Sequence[str]) -> int:

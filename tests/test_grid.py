@@ -13,8 +13,8 @@ import pytest
 from flow import save_tiny, write_questions
 
 from distill.collect import control_temperature
-from distill.grid import PRESETS, GridConfig, _words, main
-from neurosig.cli import parse_config
+from distill.grid import PRESETS, GridConfig, main
+from neurosig.cli import command_words, parse_config
 from neurosig.errors import UserError
 
 TINY = {"num_generations": 3, "max_new_tokens": 4, "temperature": 1.0}
@@ -126,6 +126,6 @@ def test_tables_of_a_config_file_reach_the_commands(tmp_path: Path) -> None:
     config = parse_config(GridConfig, presets=PRESETS, prog="grid", argv=["--config", str(file), "--out", "x"])
     assert config.seeds == (0, 1) and config.train == {"steps": 3} and config.model == "smollm2-135m"
     assert config.methods_train == {"lmsi": {"learning_rate": 1e-4}}
-    assert _words({"lora_r": 8, "full": True, "tail": False, "questions": ["a", "b"]}) == [
+    assert command_words({"lora_r": 8, "full": True, "tail": False, "questions": ["a", "b"]}) == [
         *("--lora-r", "8", "--full", "--no-tail", "--questions", "a", "b")
     ]  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 from flow import make_manifest, save_tiny
 from peft import PeftModel
+from processes import TRAIN
 from safetensors.torch import load_file
 from tiny import ARCHS, Arch, tiny_model
 
@@ -40,18 +41,7 @@ FIELDS = {
 
 
 def train_config(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> TrainConfig:
-    defaults: dict[str, Any] = {
-        "steps": 4,
-        "questions_per_step": 3,
-        "num_generations": 2,
-        "lora_r": 4,
-        "learning_rate": 1e-2,
-        "warmup_steps": 1,
-        "keep_truncated": True,
-        "save_steps": 2,
-        "quiet": True,
-    }
-    return TrainConfig(manifest=manifest, out=tmp_path / out, **{**defaults, **changes})
+    return TrainConfig(manifest=manifest, out=tmp_path / out, **{**TRAIN, "quiet": True, **changes})
 
 
 def train(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> tuple[list[dict[str, float]], bytes]:

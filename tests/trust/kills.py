@@ -277,11 +277,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     def grid(resume: bool) -> None:
         import multiprocessing
 
-        @contextlib.contextmanager
-        def forked() -> Iterator[Any]:  # the imports are here already
-            yield multiprocessing.get_context("fork")
-
-        distill.grid._forkserver = forked
+        distill.grid._forkserver = lambda: multiprocessing.get_context("fork")  # the imports are here already
         distill.grid.main(
             GridConfig(
                 out=folder / "grid", model=str(model), methods=("nopsd",),
