@@ -24,7 +24,9 @@ import shlex
 import signal
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +48,7 @@ from neurosig.fsio import write_atomic
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
+    from multiprocessing.process import BaseProcess
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,8 @@ class GridConfig(CommonConfig):
     """Further training seeds of the methods in --more-seeds-for."""
     more_seeds_for: tuple[str, ...] = ("nopsd", "nopsd-random", "lmsi")
     """Methods that --more-seeds are run for."""
+    jobs: int = 1
+    """Cells at work at a time. They share the CPU's threads; as the last bits depend on those, keep it in a grid."""
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)
     """Candidates of the temperature control."""
     dev: tuple[str, ...] = ()
@@ -234,24 +239,70 @@ def _evaluations(
 
 def _run(cells: Sequence[Cell], config: GridConfig, context: ForkServerContext) -> list[str]:
     """Run the commands of every cell; returns the names of the cells that failed."""
+    works = _Works(config, context)
     failed = []
-    with progress(cells, desc="grid", quiet=config.quiet) as bar:
-        for cell in bar:
-            bar.set_postfix_str(cell.name)
-            for command in cell.commands:
+    with ThreadPoolExecutor(config.jobs) as pool, progress(total=len(cells), desc="grid", quiet=config.quiet) as bar:
+        running = {pool.submit(works.run, cell): cell for cell in cells}
+        try:
+            for done in as_completed(running):
+                if not done.result():
+                    failed.append(running[done].name)
+                bar.set_postfix_str(running[done].name)
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            works.stop()
+            raise
+    return failed
+
+
+class _Works:
+    """Runs cells, each command in a process of its own, never two commands on one output folder."""
+
+    def __init__(self, config: GridConfig, context: ForkServerContext):
+        self._config, self._context = config, context
+        self._folders: dict[Path, threading.Lock] = defaultdict(threading.Lock)
+        self._processes: set[BaseProcess] = set()
+        self._stopped = False
+
+    def run(self, cell: Cell) -> bool:
+        """Whether all commands of the cell are finished.
+
+        Raises:
+            KeyboardInterrupt: A command was interrupted.
+        """
+        for command in cell.commands:
+            with self._folders[command.out]:
                 if (command.out / command.done).is_file():
                     continue
-                log = config.out / "cells" / cell.name / LOG
+                log = self._config.out / "cells" / cell.name / LOG
                 log.parent.mkdir(parents=True, exist_ok=True)
-                code = _call(command, log, context)
-                if code == EXIT_INTERRUPTED:
-                    raise KeyboardInterrupt
-                if code != EXIT_DONE:
-                    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-                    logger.warning("%s: %s: %s", cell.name, command.module, printable(last))
-                    failed.append(cell.name)
-                    break
-    return failed
+                code = self._call(command, log)
+            if code == EXIT_INTERRUPTED:
+                raise KeyboardInterrupt
+            if code != EXIT_DONE:
+                last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+                logger.warning("%s: %s: %s", cell.name, command.module, printable(last))
+                return False
+        return True
+
+    def stop(self) -> None:
+        """End what is at work; it saves, as at Ctrl-C."""
+        self._stopped = True
+        for process in tuple(self._processes):
+            process.terminate()
+
+    def _call(self, command: Command, log: Path) -> int:
+        """Run a command in a process of its own, its output appended to ``log``; returns its exit code."""
+        argv = [*command_words({"out": command.out, **command.options}), "--resume"]
+        process = self._context.Process(target=_in_process, args=(command.module, argv, log, self._config.jobs))
+        process.start()
+        self._processes.add(process)
+        if self._stopped:
+            process.terminate()
+        process.join()
+        self._processes.discard(process)
+        return int(process.exitcode or 0)
 
 
 def _forkserver() -> ForkServerContext:
@@ -261,21 +312,10 @@ def _forkserver() -> ForkServerContext:
     return context
 
 
-def _call(command: Command, log: Path, context: ForkServerContext) -> int:
-    """Run a command in a process of its own, its output appended to ``log``; returns its exit code."""
-    argv = [*command_words({"out": command.out, **command.options}), "--resume"]
-    process = context.Process(target=_in_process, args=(command.module, argv, log))
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.terminate()  # it saves, as at Ctrl-C
-        process.join()
-        raise
-    return int(process.exitcode or 0)
+def _in_process(module: str, argv: Sequence[str], log: Path, jobs: int) -> None:
+    import torch
 
-
-def _in_process(module: str, argv: Sequence[str], log: Path) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     threading.Thread(target=_end_with_the_grid, daemon=True).start()
     with log.open("a", encoding="utf-8") as out:
         os.dup2(out.fileno(), 1)
@@ -308,6 +348,8 @@ def _named(given: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def _check(config: GridConfig) -> None:
+    if config.jobs < 1:
+        raise UserError(f"--jobs: expected at least 1, got {config.jobs}")
     unknown = [name for name in (*config.methods, *config.more_seeds_for, *config.methods_train) if name not in METHODS]
     if unknown:
         raise UserError(f"method {unknown[0]}: expected one of {', '.join(METHODS)}")
