@@ -77,7 +77,7 @@ lint: setup ## ruff, mypy and the import contracts
 	$(VENV)/bin/lint-imports --no-cache
 
 bench: setup ## time and memory of sampling, tracing and training
-	$(RUN) pytest -m bench tests
+	$(RUN) pytest -m bench -o addopts=--strict-markers tests # without the tests' run-time type checks
 
 bench-gpu: setup ## Qwen3's shapes with random weights on one GPU, beside TRL (says so where there is none)
 	PYTHONPATH=tests $(VENV)/bin/python tests/benchmarks/gpu.py --out figures/data/gpu.csv

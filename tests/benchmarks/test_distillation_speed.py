@@ -2,7 +2,7 @@
 
 SmolLM2, LoRA r16 on every linear layer, fp32, no gradient checkpointing, forward KL on rollouts of exactly 64 tokens,
 a teacher that is the model before training with a prompt of 362 tokens. Each trainer takes its first step: sampling,
-teacher, student and optimizer.
+teacher, student and optimizer. The trainers take turns, and the best of two turns counts.
 """
 
 from __future__ import annotations
@@ -59,15 +59,20 @@ def test_a_training_step_against_trl(
         return replace(smollm2, model=copy.deepcopy(smollm2.model))
 
     step = Step(make, texts[:questions], k, TOKENS, TEACHER_TOKENS)
-    parts = ours(step)
-    theirs = {
-        "SDFT topk": sdft(step, tmp_path / "topk", "topk_logits"),
-        "SDFT full logits": sdft(step, tmp_path / "full", "full_logits"),
-        "Distillation with a privileged prompt": distillation(step, tmp_path / "distillation"),
-    }
+    turns = [
+        {
+            "ours": ours(step),
+            "SDFT topk": {"step": sdft(step, tmp_path / f"topk{turn}", "topk_logits")},
+            "SDFT full logits": {"step": sdft(step, tmp_path / f"full{turn}", "full_logits")},
+            "Distillation with a privileged prompt": {"step": distillation(step, tmp_path / f"distillation{turn}")},
+        }
+        for turn in range(2)
+    ]
+    best = {name: min((turn[name] for turn in turns), key=lambda parts: sum(parts.values())) for name in turns[0]}
+    parts = best.pop("ours")
     mine = sum(parts.values())
     with capsys.disabled():
         print(f"\ntraining step, {questions} questions x {k} rollouts x {TOKENS} tokens: {mine:.1f} s")
         print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items()))
-        for name, seconds in theirs.items():
-            print(f"{mine / seconds:.2f} of TRL's {name} ({seconds:.1f} s)")
+        for name, other in best.items():
+            print(f"{mine / other['step']:.2f} of TRL's {name} ({other['step']:.1f} s)")
