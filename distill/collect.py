@@ -12,6 +12,7 @@ from typing import Any
 from distill.grid_rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from distill.table_text import markdown
 from distill.tables import BASE, METRICS, Layout, scope_table
+from distill.train import METRICS as METRICS_FILE
 from neurosig.fsio import csv_cell, write_atomic
 
 RESULTS = "results.csv"
@@ -90,7 +91,10 @@ def _training(record: Path) -> dict[str, Any]:
     if not record.is_file():
         return {}
     trained = json.loads(record.read_text(encoding="utf-8"))
-    return {"questions_selected": trained["questions_selected"], **trained.get("budget", {})}
+    row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {})}
+    with (record.parent / METRICS_FILE).open(encoding="utf-8") as lines:
+        first = json.loads(next(lines, "{}"))
+    return row | ({"first_entropy_gap": first["entropy_gap"]} if "entropy_gap" in first else {})
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

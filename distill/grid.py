@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 Options = Mapping[str, Any]
 SETTINGS, LOG = "grid.json", "log.txt"
+FIRST = "manifests/{source}/nopsd"
+"""The export of a source that all others take their rollouts from."""
 BASE, CONTROL = "base", "control"
 COMMANDS = {"neurosig.export": "ExportConfig", "distill.train": "TrainConfig", "distill.evaluate": "EvaluateConfig"}
 
@@ -204,7 +206,7 @@ def trained_cells(config: GridConfig, sources: Mapping[str, str], targets: Mappi
                 continue
             for source, questions in sources.items():
                 cell = f"{name}--{source}--seed{seed}"
-                first = config.out / "manifests" / source / "nopsd"
+                first = config.out / FIRST.format(source=source)
                 manifest = first.with_name(name) if method.export else first
                 reuse = {"reuse": first} if method.export else {}
                 asked = {"model": config.model, "questions": [questions], **config.export}
