@@ -17,7 +17,7 @@ LIMIT ?= --limit 70 20 20
 EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry $(LIMIT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo control report intervene test trust lint bench bench-gpu figures notebooks clean
+.PHONY: help setup demo control report intervene grid test trust lint bench bench-gpu figures notebooks clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
@@ -58,6 +58,12 @@ intervene: setup ## scale the demo's located neurons and their controls (half an
 	$(RUN) neurosig.intervene --manifest $(DEMO)/manifest --questions world-facts --limit 40 --num-generations 4 \
 		--controls 2 --out $(DEMO)/intervene --resume
 	$(RUN) figures dose_response --results $(DEMO)
+
+grid: setup ## every method on three domains, three seeds of some (three hours on 2 cores); results in runs/grid
+	$(RUN) distill.grid --preset cpu --jobs 2 --more-seeds 1 2 --out runs/grid --methods nopsd nopsd-random nopsd-kind \
+		vote-only vote-only-random u-opsd lmsi ttrl intuitor
+	$(RUN) figures.evidence --grid runs/grid --out runs/grid/evidence
+	$(RUN) figures findings methods paper_tables --results runs/grid/evidence --out runs/grid/figures
 
 test: setup ## all tests
 	$(RUN) pytest

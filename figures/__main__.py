@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 FIGURES = (
     "before_after",
     "dose_response",
+    "findings",
+    "methods",
     "organism",
     "paper_tables",
     "planted_neurons",

@@ -16,7 +16,7 @@ import pandas as pd
 
 from distill.collect import RESULTS
 from distill.grid import FIRST, SETTINGS
-from distill.grid_rows import FILES, LAYOUT
+from distill.grid_rows import FILES, LAYOUT, find_grid
 from neurosig.cli import CommonConfig, run_command
 from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
@@ -51,6 +51,11 @@ def main(config: EvidenceConfig) -> None:
     frames = [signals(config.grid / FIRST.format(source=source), source) for source in sources]
     write_atomic(config.out / SIGNALS, pd.concat(frames).to_csv(index=False, float_format="%.6g"))
     logger.info("%s", config.out)
+
+
+def grid_folder(results: Path) -> Path | None:
+    """Where the grid to draw is: the results folder, or what is kept here of one; none if there is neither."""
+    return next((folder for folder in (results, KEPT) if find_grid(folder) is not None), None)
 
 
 def signals(folder: Path, source: str) -> pd.DataFrame:

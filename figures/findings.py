@@ -1,8 +1,8 @@
 """The stated tests on a grid of runs: what holds, what is contradicted, what is open.
 
-The tests are those of ``figures/data/evidence_plan.toml``, written before the runs; the data is the results folder's
-``grid.parquet``, ``results.csv`` and ``signals.csv`` (`figures.evidence`). Writes ``findings.pdf``, ``.png``, ``.csv``
-and the same as a Markdown table.
+The tests are those of ``figures/data/evidence_plan.toml``, written before the runs. The data is ``grid.parquet``,
+``results.csv`` and ``signals.csv`` (`figures.evidence`) of the results folder, or what is kept here of a grid. Writes
+``findings.pdf``, ``.png``, ``.csv`` and the same as a Markdown table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from distill.collect import RESULTS
 from distill.grid_rows import FILES, grid_results, read_grid
 from distill.tables import Results
-from figures.evidence import SIGNALS
+from figures.evidence import SIGNALS, grid_folder
 from figures.style import save_figure, use_style
 from neurosig.analysis import auroc_draws
 from neurosig.errors import UserError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "findings"
-NEEDS = FILES[0]
+NEEDS = None
 PLAN = Path(__file__).parent / "data" / "evidence_plan.toml"
 RESAMPLES, SEED = 2000, 0
 VERDICTS = {"holds": ("#0072B2", "D"), "open": ("#7f7f7f", "o"), "contradicted": ("#D55E00", "X")}
@@ -62,7 +62,7 @@ def draw(results: Path, out: Path) -> list[Path]:
         UserError: A file is missing, or a method that a test names was not run.
     """
     plan = tomllib.loads(PLAN.read_text(encoding="utf-8"))
-    table = tests(plan, read_evidence(results))
+    table = tests(plan, read_evidence(grid_folder(results) or results))
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
     write_atomic(out / f"{NAME}.md", markdown(table, plan["findings"]))

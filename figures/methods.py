@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from distill.grid_rows import Grid, find_grid, grid_results, read_grid
+from distill.grid_rows import Grid, grid_results, read_grid
 from distill.tables import AVERAGE, METHODS, Results, scope_table
-from figures.evidence import KEPT
+from figures.evidence import grid_folder
 from figures.style import save_figure, use_style
 from neurosig.fsio import write_atomic
 
@@ -40,7 +40,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     use_style()
     import matplotlib.pyplot as plt
 
-    grid = read_grid(results if find_grid(results) is not None else KEPT)
+    grid = read_grid(grid_folder(results) or results)
     tables = grid_results(grid, resamples=RESAMPLES, seed=SEED)
     table = changes(tables)
     out.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 Writes ``paper_tables.md`` (the page), ``.tex`` (booktabs), ``.csv`` (every cell, unrounded, with its interval), and
 ``.pdf`` and ``.png`` of the changes in-domain. The published numbers are ``figures/data/paper_table3.csv`` and
 ``paper_table4.csv`` (arXiv 2607.02460, poster); our own come from the ``grid.parquet`` or ``grid.csv`` of the results
-folder, where there is one (`distill.grid_rows`).
+folder, or what is kept here of a grid (`figures.evidence`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from distill import table_text
-from distill.grid_rows import Grid, find_grid, grid_results, read_grid
+from distill.grid_rows import Grid, grid_results, read_grid
 from distill.tables import (
     AVERAGE,
     BASE,
@@ -32,6 +32,7 @@ from distill.tables import (
     matrix_table,
     scope_table,
 )
+from figures.evidence import grid_folder
 from figures.style import save_figure, use_style
 from neurosig.fsio import write_atomic
 from neurosig.statistics import planned_mde
@@ -70,7 +71,8 @@ def draw(results: Path, out: Path) -> list[Path]:
         UserError: The grid's file cannot be used (`distill.grid_rows.read_grid`).
     """
     paper = published()
-    grid = read_grid(results) if find_grid(results) is not None else None
+    folder = grid_folder(results)
+    grid = None if folder is None else read_grid(folder)
     ours = {} if grid is None else own_tables(grid_results(grid, resamples=RESAMPLES, seed=SEED))
     out.mkdir(parents=True, exist_ok=True)
     texts = {

@@ -7,7 +7,7 @@ twice the time of oneDNN's blocked one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class PackedWeights(TorchFunctionMode):
                 self._packed[id(weight)] = pack(weight.detach(), rows)
                 self._held.append(weight)
 
+    @no_type_check  # checked at run time, as in the tests, this would cost more than the operations it looks at
     def __torch_function__(
         self,
         func: Callable[..., Any],
