@@ -49,9 +49,10 @@ def draw(results: Path, out: Path) -> list[Path]:
     figure, axes = plt.subplots(1, len(tables), figsize=(11, 1.5 + 0.36 * len(names)), sharey=True)
     for axis, (name, result) in zip(axes, tables.items(), strict=True):
         _draw_panel(axis, table[table["metric"] == name], names)
-        axis.set_title(result.metric.title.replace(" (per cent)", "") + ", change against base")
-        axis.set_xlabel("points" if result.metric.scale == 100 else "lower is better")
-    axes[0].legend(fontsize=7.5, loc="lower right")
+        axis.set_title(result.metric.title.replace(" (per cent)", ""))
+        better = "" if result.metric.higher_is_better else ", lower is better"
+        axis.set_xlabel(f"change against base{', points' if result.metric.scale == 100 else better}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     figure.supxlabel(_caption(grid, table), fontsize=7.5)
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
@@ -84,13 +85,14 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, names: list[str]) -> None:
         axis.axvline(row["delta"], color="#E69F00", linewidth=1, linestyle="--")
     for y, name in enumerate(names):
         colour = FAMILY.get(name, VARIANT if "opsd" in name or "vote-only" in name else OTHER)
+        marker = "D" if name == "nopsd" else "o"
         for shift, scope in ((-0.15, "in"), (0.15, "cross")):
             for _, row in table[(table["method"] == name) & (table["scope"] == scope)].iterrows():
                 if name == CONTROL and scope == "cross":
                     continue
                 axis.hlines(y + shift, row["low"], row["high"], color=colour, linewidth=1.4)
                 face = colour if scope == "in" else "white"
-                axis.scatter(row["delta"], y + shift, color=face, edgecolors=colour, marker="o", s=26, zorder=3)
+                axis.scatter(row["delta"], y + shift, color=face, edgecolors=colour, marker=marker, s=26, zorder=3)
     axis.scatter([], [], color="black", s=26, label="in-domain")
     axis.scatter([], [], color="white", edgecolors="black", s=26, label="cross-domain")
     axis.plot([], [], color="#E69F00", linewidth=1, linestyle="--", label="control")
@@ -102,12 +104,12 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, names: list[str]) -> None:
 def _caption(grid: Grid, table: pd.DataFrame) -> str:
     n = ", ".join(f"{len(ids)} {domain}" for domain, ids in grid.ids.items())
     trained = table[table["seeds"] > 1].drop_duplicates("method")
-    several = ", ".join(
-        f"{int(row['seeds'])} for {LABELS[row['method']].partition(' (')[0]}" for _, row in trained.iterrows()
+    several = "".join(
+        f"{int(row['seeds'])} for {LABELS[row['method']].partition(' (')[0]}, " for _, row in trained.iterrows()
     )
     return (
         f"Means over {len(grid.ids)} source domains; n = {n} test questions, K={grid.k}; 95% paired bootstrap "
         f"intervals over questions and seeds ({RESAMPLES:,} draws, seed {SEED}).\n"
-        f"Training seeds: {several + ', ' if several else ''}1 for the others. "
+        f"Training seeds: {several}1 for {'the others' if several else 'all'}. "
         "Band: the untrained base at the temperature that development questions prefer."
     )
