@@ -251,7 +251,7 @@ def _run(cells: Sequence[Cell], config: GridConfig, context: ForkServerContext) 
                     failed.append(running[done].name)
                 bar.set_postfix_str(running[done].name)
                 bar.update()
-        except KeyboardInterrupt:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             works.stop()
             raise

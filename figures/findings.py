@@ -218,8 +218,8 @@ def _caption(evidence: Evidence) -> str:
     return (
         f"n = {sum(results.questions or ())} test questions in {len(results.layout.domains)} domains (2 to 4), "
         f"{len(evidence.signals)} training questions (1). Training seeds: {seeds + ', others 1' if seeds else '1'}.\n"
-        f"95% bootstrap intervals over questions and seeds ({RESAMPLES:,} draws, seed {SEED}), for 4 over cells; "
-        "verdicts at p < .05 after Holm's correction over findings 1 to 4. Dotted: the margin stated beforehand."
+        f"95% bootstrap intervals over questions and seeds ({RESAMPLES:,} draws, seed {SEED}), for 4 over cells.\n"
+        "Verdicts at p < .05 after Holm's correction over findings 1 to 4. Dotted: the margin stated beforehand."
     )
 
 
