@@ -45,6 +45,7 @@ from neurosig.cli import (
 )
 from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
+from neurosig.outdir import output_folder
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -171,17 +172,17 @@ class Cell:
 
 def main(config: GridConfig) -> None:
     """Run what is missing of the grid, then collect its results."""
-    from distill.collect import collect
+    from distill.collect import RESULTS, collect
 
     sources = _named(config.sources, "--sources")
     targets = _named(config.targets or config.sources, "--targets")
     _check(config)
-    config.out.mkdir(parents=True, exist_ok=True)
-    _keep_settings(config)
-    context = _forkserver()
-    failed = _run(untrained_cells(config, targets), config, context)
-    failed += _run(trained_cells(config, sources, targets), config, context)
-    print(collect(config.out, list(targets)))
+    with output_folder(config.out, finished=RESULTS, owned=(), resume=True, overwrite=False):
+        _keep_settings(config)
+        context = _forkserver()
+        failed = _run(untrained_cells(config, targets), config, context)
+        failed += _run(trained_cells(config, sources, targets), config, context)
+        print(collect(config.out, list(targets)))
     if failed:
         raise UserError(f"{len(failed)} cells failed ({', '.join(failed)}): see {LOG} in each; mend it and run again")
 
