@@ -45,7 +45,7 @@ def collect(out: Path, targets: Sequence[str]) -> str:
     if {row["target"] for row in rows if row["method"] == BASE} != set(targets):
         return ""
     tables = grid_results(read_grid(out))
-    return "\n".join(f"{METRICS[name].title}\n\n{markdown(scope_table(table))}" for name, table in tables.items())
+    return "\n".join(f"{table.metric.title}\n\n{markdown(scope_table(table))}" for table in tables.values())
 
 
 def control_temperature(cells: Sequence[Path]) -> str | None:
