@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
+from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
 
 if TYPE_CHECKING:
@@ -59,3 +60,14 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
         write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())
         paths.append(folder / f"{name}.{suffix}")
     return paths
+
+
+def finished_export(folder: Path) -> Path:
+    """``folder``, if an export was finished there.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder}: no finished export; run `python -m neurosig.export --out {folder}` first")
+    return folder
