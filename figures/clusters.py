@@ -16,16 +16,16 @@ import pandas as pd
 from jaxtyping import Float
 
 from figures.explore import KINDS, draw_similarity
-from figures.style import finished_export, save_figure, use_style
+from figures.style import caption, finished_export, save_figure, use_style
 from neurosig.errors import UserError
-from neurosig.fsio import write_atomic
+from neurosig.fsio import csv_cell, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "clusters"
 NEEDS = Path("manifest/manifest.json")
-RESAMPLES, SEED = 2000, 0
+RESAMPLES, SEED = 1000, 0
 
 
 def draw(results: Path, out: Path) -> list[Path]:
@@ -41,18 +41,17 @@ def draw(results: Path, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
     points = table[table["part"] == "question"].sort_values("place")
-    figure, (heat, plane, agreement) = plt.subplots(1, 3, figsize=(7, 3.15), width_ratios=[1.15, 1.15, 0.62])
+    figure, (heat, plane, agreement) = plt.subplots(1, 3, figsize=(7, 3.1), width_ratios=[1.2, 1.15, 0.75])
     _draw_heat(heat, points, table[table["part"] == "pair"])
     _draw_plane(plane, points)
     _draw_agreement(agreement, table[table["part"] == "clustering"])
     handles, labels = plane.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, handletextpad=0.2)
-    figure.supxlabel(
+    caption(
+        figure,
         f"{len(points)} selected questions, each by its representative rollout; {points['cluster'].nunique()} clusters "
         f"(best silhouette, seed {SEED}),\nframed on the left; lines: 95% bootstrap intervals over questions, clusters "
         "as they are; kinds were not used to cluster",
-        fontsize=7.5,
-        color="#333333",
     )
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
@@ -101,11 +100,12 @@ def numbers(folder: Path) -> pd.DataFrame:
         for place in range(len(order))
         for other in range(place)
     ]
+    codes = np.unique(kinds, return_inverse=True)[1]
     agreement = []
     for name, labels in found.found.labels.items():
         ari = bootstrap_interval(
-            lambda q, labels=labels: float(adjusted_rand_score(kinds[q], labels[q])),  # type: ignore[misc]
-            len(kinds),
+            lambda q, labels=labels: float(adjusted_rand_score(codes[q], labels[q])),  # type: ignore[misc]
+            len(codes),
             seed=SEED,
             resamples=RESAMPLES,
         )
@@ -113,7 +113,9 @@ def numbers(folder: Path) -> pd.DataFrame:
             {"part": "clustering", "name": name, "value": ari.estimate, "low": ari.low, "high": ari.high, "n": ari.n}
         )
     integers = {name: "Int64" for name in ("cluster", "place", "other", "n")}
-    return pd.DataFrame([*agreement, *questions, *pairs]).astype(integers)
+    found = pd.DataFrame([*agreement, *questions, *pairs]).astype(integers)
+    found[["name", "kind"]] = found[["name", "kind"]].map(csv_cell)
+    return found
 
 
 def principal_coordinates(similarity: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "2 n"]:
@@ -135,24 +137,25 @@ def _draw_heat(axis: Axes, points: pd.DataFrame, pairs: pd.DataFrame) -> None:
         mine = points[points["kind"] == kind]["place"].to_numpy(np.int64)
         axis.scatter(np.full(len(mine), -2.6), mine, s=7, color=colour, marker=marker, linewidths=0, clip_on=False)
     axis.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), xticks=[], yticks=[])
-    axis.set_xlabel("the same questions", fontsize=8)
-    axis.set_title("similarity by cluster")
+    axis.set_title("similarity")
     for spine in axis.spines.values():
         spine.set_visible(False)
-    bar = axis.figure.colorbar(image, ax=axis, location="bottom", shrink=0.9, aspect=28, pad=0.03)
-    bar.set_label("Jaccard similarity", fontsize=8)
+    bar = axis.figure.colorbar(image, cax=axis.inset_axes((0, -0.09, 1, 0.045)), orientation="horizontal")
+    bar.set_label("Jaccard similarity of two questions", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
 
 
 def _draw_plane(axis: Axes, points: pd.DataFrame) -> None:
     for kind, (colour, marker) in _styles(points).items():
         mine = points[points["kind"] == kind]
-        label = f"{kind.replace('_', ' of ')} ({len(mine)})"
+        label = f"{kind.replace('_', ' ')} ({len(mine)})"
         axis.scatter(mine["x"], mine["y"], s=22, color=colour, marker=marker, linewidths=0, alpha=0.85, label=label)
     for cluster, mine in points.groupby("cluster"):
         axis.annotate(
             str(cluster),
-            (float(mine["x"].mean()), float(mine["y"].mean())),
+            (float(mine["x"].mean()), float(mine["y"].max())),
+            xytext=(0, 12),
+            textcoords="offset points",
             ha="center",
             va="center",
             fontsize=9,
@@ -160,10 +163,12 @@ def _draw_plane(axis: Axes, points: pd.DataFrame) -> None:
             bbox={"boxstyle": "circle,pad=0.18", "facecolor": "white", "edgecolor": "black", "linewidth": 0.8},
         )
     axis.margins(0.08)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.16 * (high - low))  # room for the numbers
     axis.set_xlabel("1st principal coordinate", fontsize=8)
     axis.set_ylabel("2nd principal coordinate", fontsize=8)
     axis.tick_params(labelsize=7.5)
-    axis.set_title("map, numbers: clusters")
+    axis.set_title("map (numbers: clusters)")
 
 
 def _draw_agreement(axis: Axes, table: pd.DataFrame) -> None:

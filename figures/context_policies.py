@@ -93,7 +93,7 @@ def main(config: ContextsConfig) -> None:
     import pandas as pd
 
     from neurosig.errors import UserError
-    from neurosig.fsio import write_atomic
+    from neurosig.fsio import csv_cell, write_atomic
     from neurosig.manifest import read_manifest
     from neurosig.models import load_model
     from neurosig.report_data import join_gold
@@ -113,6 +113,7 @@ def main(config: ContextsConfig) -> None:
     student = points[points["policy"] == "none"].set_index("question")["teacher"]
     points["student"] = points["question"].map(student)
     points["gain"] = points["teacher"] - points["student"]
+    points[["question", "kind"]] = points[["question", "kind"]].map(csv_cell)
     table = summary(points, k=config.num_generations, seed=config.seed)
     write_atomic(config.out / f"{POINTS}.csv", points.to_csv(index=False, float_format="%.6f"))
     write_atomic(config.out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6f"))
@@ -211,7 +212,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure from ``results`` into ``out``."""
     import pandas as pd
 
-    from figures.style import save_figure, use_style
+    from figures.style import caption, save_figure, use_style
     from neurosig.fsio import write_atomic
 
     use_style()
@@ -229,11 +230,10 @@ def draw(results: Path, out: Path) -> list[Path]:
         axis.set_xlabel(label.format(k=k), fontsize=8)
     axes[0].set_yticks(range(len(table)), [_label(row) for row in table.itertuples()], fontsize=8)
     axes[0].set_ylim(len(table) - 0.5, -0.5)
-    figure.supxlabel(
+    caption(
+        figure,
         f"{n} selected questions, {k} fresh samples each, seed {seed}; lines: 95% bootstrap intervals over questions\n"
         "(paired in the middle); diamonds: neurons choose; in brackets: examples of the question's own kind",
-        fontsize=7.5,
-        color="#333333",
     )
     paths = save_figure(figure, out, NAME)
     plt.close(figure)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from figures.style import save_figure, use_style
+from figures.style import caption, save_figure, use_style
 from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
 
@@ -62,12 +62,11 @@ def draw(results: Path, out: Path) -> list[Path]:
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
     sizes = {entry["neurons"] for entry in record["sets"].values()}
     draws = int(table["draws"].max())
-    figure.supxlabel(
+    caption(
+        figure,
         f"factor on the values of {sizes.pop()} neurons; {int(table['n'].iloc[0])} questions, {record['k']} samples "
-        f"each, random controls of {draws} draws, seed {record['config']['seed']};\nbars: 95% bootstrap interval of the "
-        "change against x1, paired over questions",
-        fontsize=7.5,
-        color="#333333",
+        f"each, random controls of {draws} draws, seed {record['config']['seed']};\nbars: 95% bootstrap interval of "
+        "the change against x1, paired over questions, cut at 0",
     )
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
@@ -92,7 +91,7 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, *, log: bool) -> None:
         label, colour, marker, line = GROUPS[group]
         mine = table[table["group"] == group].set_index("factor").loc[factors]
         x = np.arange(len(factors)) + 0.13 * (place - (len(groups) - 1) / 2)
-        error = [mine["value"] - mine["low"], mine["high"] - mine["value"]]
+        error = [mine["value"] - mine["low"].clip(lower=0), mine["high"] - mine["value"]]
         axis.errorbar(
             x, mine["value"], yerr=error, fmt=marker, linestyle=line, color=colour, label=label, capsize=2,
             markersize=4.5, linewidth=1.1,

@@ -270,7 +270,7 @@ def calibration_summary(questions: pd.DataFrame, *, seed: int = 0, resamples: in
 def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """Accuracy of the majority at each confidence, a row a scope and a column a method; area: how many questions."""
     scopes, methods = list(dict.fromkeys(summary["scope"])), list(dict.fromkeys(summary["method"]))
-    figure = Figure(figsize=(2.6 * len(methods) + 0.4, 2.75 * len(scopes)))
+    figure = Figure(figsize=(2.2 * len(methods) + 0.4, 2.5 * len(scopes)))
     axes = figure.subplots(len(scopes), len(methods), squeeze=False, sharex=True, sharey=True)
     most = questions.groupby(["scope", "method", "votes"]).size().max()
     for row, scope in enumerate(scopes):
@@ -297,7 +297,7 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
             )
             axis.set(xlim=(-0.05, 1.08), ylim=(-0.05, 1.4), yticks=[0, 0.5, 1], xticks=[0, 0.5, 1])
     for axis in axes[-1]:
-        axis.set_xlabel("confidence: majority's share of votes")
+        axis.set_xlabel("majority's share of votes")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy of the majority")
     return figure

@@ -17,7 +17,7 @@ import pandas as pd
 from distill.entropy import GapFit, gap_fit
 from figures.context_policies import LABELS, POLICIES
 from figures.explore import KINDS, draw_gap
-from figures.style import save_figure, use_style
+from figures.style import caption, save_figure, use_style
 from neurosig.fsio import write_atomic
 from neurosig.metrics import Interval, paired_mean_interval
 
@@ -53,12 +53,11 @@ def draw(results: Path, out: Path) -> list[Path]:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, handletextpad=0.2)
     n = shown["question"].nunique()
-    figure.supxlabel(
+    caption(
+        figure,
         f"line: slope {_spoken(pooled.slope)} a nat, r {_spoken(pooled.r)}{_verdict(pooled)}; within contexts: slope "
         f"{_spoken(within.slope)}{_verdict(within)}\n{n} questions x {len(SHOWN)} contexts; 95% bootstrap intervals "
         f"over questions, seed {SEED}; n.s.: the interval of the slope holds zero",
-        fontsize=7.5,
-        color="#333333",
     )
     paths = save_figure(figure, out, NAME)
     plt.close(figure)

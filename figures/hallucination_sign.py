@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from figures.explore import BLUE, draw_forest
-from figures.style import finished_export, save_figure, use_style
-from neurosig.fsio import write_atomic
+from figures.style import caption, finished_export, save_figure, use_style
+from neurosig.fsio import csv_cell, write_atomic
 from neurosig.metrics import Interval
 
 if TYPE_CHECKING:
@@ -47,15 +47,14 @@ def draw(results: Path, out: Path) -> list[Path]:
         for row in areas.itertuples(index=False)
     ]
     draw_forest(right, intervals)
-    right.set(xlabel="AUROC for a right majority")
+    right.set(xlabel="AUROC for a right majority", xlim=(None, 1.02))
     right.set_title("beside other signals")
     right.tick_params(axis="y", labelsize=8)
     right.legend(fontsize=7.5, loc="lower right", handletextpad=0.3)
-    figure.supxlabel(
+    caption(
+        figure,
         f"{len(scores)} questions; lines: 95% bootstrap intervals over questions ({RESAMPLES:,} draws, seed {SEED}); "
         "dashed: chance",
-        fontsize=7.5,
-        color="#333333",
     )
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
@@ -93,7 +92,9 @@ def numbers(folder: Path) -> pd.DataFrame:
             {"part": "auroc", "name": signal.name, "kind": signal.kind, "value": found.estimate}
             | {"low": found.low, "high": found.high, "n": found.n}
         )
-    return pd.DataFrame([*scores, *areas]).astype({"right": "Int64", "n": "Int64"})
+    found = pd.DataFrame([*scores, *areas]).astype({"right": "Int64", "n": "Int64"})
+    found[["name", "kind"]] = found[["name", "kind"]].map(csv_cell)
+    return found
 
 
 def _draw_scores(axis: Axes, scores: pd.DataFrame) -> None:
@@ -107,10 +108,13 @@ def _draw_scores(axis: Axes, scores: pd.DataFrame) -> None:
         axis.hist(
             values, edges, weights=np.full(len(values), 1 / len(values)), label=f"{label} (n={len(values)})", **style
         )
-    top = 1.12 * axis.get_ylim()[1]
-    axis.plot(np.median(right), top, "v", color=BLUE, markersize=6, clip_on=False)
-    axis.plot(np.median(wrong), top, "v", color="white", markeredgecolor="black", markersize=6, clip_on=False)
-    axis.set(xlim=(0, 1), ylim=(0, top), xlabel="probe's score (higher: less trusted)", ylabel="share of its questions")
+    top = axis.get_ylim()[1]
+    axis.plot(np.median(right), 1.06 * top, "v", color=BLUE, markersize=6)
+    axis.plot(np.median(wrong), 1.06 * top, "v", color="white", markeredgecolor="black", markersize=6)
+    axis.set(
+        xlim=(0, 1), ylim=(0, 1.5 * top), xlabel="probe's score (higher: less trusted)", ylabel="share of its questions"
+    )
     axis.set_title("majorities by the probe's score")
+    axis.locator_params(axis="y", nbins=5)
     axis.grid(axis="x", visible=False)
-    axis.legend(fontsize=7.5, loc="upper right", title="majority is (triangle: median)", title_fontsize=7.5)
+    axis.legend(fontsize=7.5, loc="upper left", title="majority is (triangle: median)", title_fontsize=7.5)

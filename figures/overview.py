@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from figures.style import save_figure, use_style
-from neurosig.fsio import write_atomic
+from neurosig.fsio import csv_cell, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,9 @@ COMMITTED = Path(__file__).parent / "data" / f"{NAME}.csv"
 BLUE, ORANGE, GREY, DARK = "#0072B2", "#E69F00", "#b0b0b0", "#333333"
 NEURON_BINS = 48
 SMALL, TITLE = 7.5, 8.5
-TOP, BOTTOM = (0.585, 0.29), (0.06, 0.33)
+ANSWER, LEFT = 12, -0.62
+"""Characters of an answer that fit, and where the first panel begins, in widths of its axes."""
+TOP, BOTTOM = (0.615, 0.275), (0.085, 0.345)
 """Lower edge and height of the two rows of panels, as shares of the figure."""
 
 
@@ -46,15 +48,17 @@ def draw(results: Path, out: Path) -> list[Path]:
     table = pd.read_csv(out / f"{NAME}.csv", keep_default_na=False, na_values={"x": "", "y": "", "value": ""})
     parts = {str(name): mine for name, mine in table.groupby("part", sort=False)}
     facts = {str(row.label): int(row.value) for row in parts["fact"].itertuples()}
-    figure = plt.figure(figsize=(7, 4.5), layout="none")
-    _draw_votes(_panel(figure, 0.075, TOP, 0.165, "1  Sample, vote"), parts, facts)
-    _draw_trace(_panel(figure, 0.315, TOP, 0.165, "2  Trace"), parts, facts)
+    figure = plt.figure(figsize=(7, 4.8))
+    figure.set_layout_engine("none")
+    _draw_votes(_panel(figure, 0.1, TOP, 0.14, "1  Sample, vote", LEFT), parts, facts)
+    _draw_trace(_panel(figure, 0.335, TOP, 0.16, "2  Trace"), parts, facts)
     _draw_sign(_panel(figure, 0.56, TOP, 0.165, "3  Hallucination sign"), parts, facts)
-    _draw_pattern(_panel(figure, 0.805, TOP, 0.17, "4  Reasoning pattern"), parts)
-    _draw_manifest(_panel(figure, 0.02, BOTTOM, 0.2, "5  Manifest"), parts, facts)
-    _draw_prompts(_panel(figure, 0.265, BOTTOM, 0.43, "6  Teacher with context, student without"), parts)
-    _draw_distillation(_panel(figure, 0.80, BOTTOM, 0.175, "7  Distil"), parts)
+    _draw_pattern(_panel(figure, 0.79, TOP, 0.19, "4  Reasoning pattern"), parts)
+    _draw_manifest(_panel(figure, 0.015, BOTTOM, 0.21, "5  Manifest"), parts, facts)
+    _draw_prompts(_panel(figure, 0.28, BOTTOM, 0.405, "6  Teacher with context, student without"), parts)
+    _draw_distillation(_panel(figure, 0.805, BOTTOM, 0.175, "7  Distil"), parts)
     _draw_arrows(figure)
+    figure.text(0.015, 0.02, parts["run"]["label"].iloc[0], fontsize=SMALL, color=DARK)
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
     return [*paths, out / f"{NAME}.csv"]
@@ -89,6 +93,10 @@ def numbers(results: Path) -> pd.DataFrame:
     }
     table: list[dict[str, Any]] = [{"part": "fact", "label": name, "value": value} for name, value in facts.items()]
     table.append({"part": "question", "label": example.question})
+    header = manifest.header
+    run = f"{header.model['id']}, {', '.join(header.dataset['sources'])}, K={facts['samples']}"
+    run += f", seed {header.options['seed']}; every number, text and point is this run's"
+    table.append({"part": "run", "label": run})
     counts = Counter(answer or "(no answer)" for answer in example.answers)
     table += [{"part": "answer", "label": name, "value": count} for name, count in counts.most_common()]
     layer, neuron = np.divmod(ids[ids >= 0], traced.d_mlp)
@@ -105,9 +113,8 @@ def numbers(results: Path) -> pd.DataFrame:
     by_id = {row.id: row for row in rows}
     for item in example.context:
         said = manifest.rollouts[item.question_id, item.rollout_id].text.strip()
-        table.append(
-            {"part": "context", "label": f"{by_id[item.question_id].question} {said}", "value": item.similarity}
-        )
+        table.append({"part": "context", "label": by_id[item.question_id].question, "value": item.similarity})
+        table.append({"part": "solution", "label": said})
     log = results / "nopsd" / "metrics.jsonl"
     if log.is_file():
         steps = pd.read_json(log, lines=True)
@@ -115,25 +122,32 @@ def numbers(results: Path) -> pd.DataFrame:
             {"part": "divergence", "x": step, "value": value}
             for step, value in zip(steps["step"], steps["divergence"], strict=True)
         ]
-    return pd.DataFrame(table, columns=["part", "label", "x", "y", "value"])
+    found = pd.DataFrame(table, columns=["part", "label", "x", "y", "value"])
+    found["label"] = found["label"].map(_plain, na_action="ignore")
+    return found
+
+
+def _plain(text: str) -> object:
+    """Model text in one line of what can be printed, safe in a spreadsheet."""
+    return csv_cell(" ".join("".join(c for c in text if c.isprintable() or c.isspace()).split()))
 
 
 def _example(manifest: Manifest) -> QuestionRow:
-    """The selected question to follow: most different answers, then the shortest text, then the first."""
+    """The selected question to follow: answers short enough to show, then most different ones, then the first."""
     return min(
         manifest.selected,
-        key=lambda row: (-len(set(row.answers)), len(row.question), row.line),
+        key=lambda row: (max(ANSWER, *(len(answer or "") for answer in row.answers)), -len(set(row.answers)), row.line),
     )
 
 
 # Panels
 
 
-def _panel(figure: Figure, left: float, row: tuple[float, float], width: float, title: str) -> Axes:
+def _panel(figure: Figure, left: float, row: tuple[float, float], width: float, title: str, start: float = 0) -> Axes:
     axis = figure.add_axes((left, row[0], width, row[1]))
     axis.grid(visible=False)
     axis.tick_params(labelsize=SMALL, length=2, pad=1.5)
-    axis.set_title(title, fontsize=TITLE, pad=19 if row is TOP else 7)
+    axis.set_title(title, fontsize=TITLE, pad=17 if row is TOP else 7, x=start)
     return axis
 
 
@@ -152,10 +166,8 @@ def _draw_votes(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int
     axis.set(ylim=(len(votes) - 0.4, -0.6), xlim=(0, 1.2 * float(votes["value"].max())), xticks=[])
     axis.spines["bottom"].set_visible(False)
     axis.set_xlabel(f"votes of {facts['samples']} samples", fontsize=SMALL, labelpad=3)
-    left = axis.figure.text(
-        0.01, TOP[0] + TOP[1] + 0.012, parts["question"]["label"].iloc[0], fontsize=SMALL, color=DARK
-    )
-    left.set_in_layout(False)
+    question = textwrap.shorten(str(parts["question"]["label"].iloc[0]), 38, placeholder=" …")
+    axis.text(LEFT, 1.03, question, fontsize=SMALL, color=DARK, transform=axis.transAxes, va="bottom")
 
 
 def _draw_trace(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int]) -> None:
@@ -222,10 +234,12 @@ def _draw_prompts(axis: Axes, parts: dict[str, pd.DataFrame]) -> None:
     axis.set(xlim=(0, 1), ylim=(0, 1))
     axis.set_axis_off()
     question = str(parts["question"]["label"].iloc[0])
-    shown = [(textwrap.shorten(text, 62, placeholder=" …"), ORANGE, "s") for text in parts["context"]["label"]]
+    shown = []
+    for asked, said in zip(parts["context"]["label"], parts["solution"]["label"], strict=True):
+        shown += [(asked, ORANGE, "s"), (said, ORANGE, "")]
     for who, low, high, lines in (
-        ("teacher", 0.4, 1.0, [*shown, (question, BLUE, "D")]),
-        ("student", 0.0, 0.27, [(question, BLUE, "D")]),
+        ("teacher", 0.36, 1.0, [*shown, (question, BLUE, "D")]),
+        ("student", 0.0, 0.23, [(question, BLUE, "D")]),
     ):
         axis.add_patch(
             FancyBboxPatch(
@@ -235,10 +249,11 @@ def _draw_prompts(axis: Axes, parts: dict[str, pd.DataFrame]) -> None:
         )  # fmt: skip
         axis.text(0.035, high - 0.035, who, fontsize=SMALL, fontweight="bold", va="top")
         for place, (text, colour, marker) in enumerate(reversed(lines)):
-            y = low + 0.085 + 0.13 * place
-            axis.plot(0.055, y, marker, color=colour, markersize=4.5, markeredgecolor="black", markeredgewidth=0.5)
-            axis.text(0.09, y, text, fontsize=SMALL, va="center")
-    axis.text(0.5, 0.335, "the same model; the teacher is frozen", fontsize=SMALL, color=DARK, ha="center", va="center")
+            y = low + 0.07 + 0.095 * place
+            if marker:
+                axis.plot(0.055, y, marker, color=colour, markersize=4.5, markeredgecolor="black", markeredgewidth=0.5)
+            axis.text(0.09, y, textwrap.shorten(text, 46, placeholder=" …"), fontsize=SMALL, va="center")
+    axis.text(0.5, 0.295, "the same model; the teacher is frozen", fontsize=SMALL, color=DARK, ha="center", va="center")
 
 
 def _draw_distillation(axis: Axes, parts: dict[str, pd.DataFrame]) -> None:
@@ -263,24 +278,18 @@ def _sheet(axis: Axes) -> None:
 
 
 def _draw_arrows(figure: Figure) -> None:
+    from matplotlib.lines import Line2D
     from matplotlib.patches import FancyArrowPatch
 
     middle, row = TOP[0] + 0.5 * TOP[1], BOTTOM[0] + 0.5 * BOTTOM[1]
-    turn = BOTTOM[0] + BOTTOM[1] + 0.095
+    turn = BOTTOM[0] + BOTTOM[1] + 0.085
     for start, end in (
-        ((0.245, middle), (0.28, middle)),
-        ((0.485, middle), (0.545, middle)),
-        ((0.23, row), (0.262, row)),
-        ((0.70, row), (0.742, row)),
-        ((0.12, turn), (0.12, BOTTOM[0] + BOTTOM[1] + 0.055)),
+        ((0.252, middle), (0.292, middle)),
+        ((0.505, middle), (0.55, middle)),
+        ((0.735, middle), (0.78, middle)),
+        ((0.235, row), (0.275, row)),
+        ((0.69, row), (0.735, row)),
+        ((0.12, turn), (0.12, BOTTOM[0] + BOTTOM[1] + 0.05)),
     ):
         figure.add_artist(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color="black", linewidth=1.1))
-    figure.add_artist(_line([0.12, 0.89], [turn, turn]))
-    for x in (0.645, 0.89):
-        figure.add_artist(_line([x, x], [turn, turn + 0.02]))
-
-
-def _line(x: list[float], y: list[float]) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(x, y, color="black", linewidth=1.1)
+    figure.add_artist(Line2D([0.12, 0.885, 0.885], [turn, turn, turn + 0.03], color="black", linewidth=1.1))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from figures.explore import calibration_summary, calibration_table, reliability_diagrams
-from figures.style import finished_export, save_figure, use_style
+from figures.style import caption, finished_export, save_figure, use_style
 from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
 
@@ -46,12 +46,11 @@ def draw(results: Path, out: Path) -> list[Path]:
 
     figure = reliability_diagrams(questions, summary)
     seeds = {json.loads(path.read_text())["config"]["seed"] for path in results.glob("eval/*/summary.json")}
-    figure.supxlabel(
+    caption(
+        figure,
         f"a point: the questions with one number of votes of K={questions['k'].iloc[0]}, its area how many; line: gap "
         "to perfect calibration (dashed);\nin brackets: 95% bootstrap interval over questions; sampling seed "
         f"{', '.join(map(str, sorted(seeds)))}; control: the base at its best temperature",
-        fontsize=7.5,
-        color="#333333",
     )
     paths = save_figure(figure, out, NAME)
     return [*paths, out / f"{NAME}.csv"]

@@ -47,6 +47,11 @@ def use_style() -> None:
     )
 
 
+def caption(figure: Figure, text: str) -> None:
+    """A figure's small print below its panels: how many, which seeds, which interval."""
+    figure.supxlabel(text, fontsize=7.5, color="#333333")
+
+
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``name.pdf`` and ``name.png`` whole, without dates; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)

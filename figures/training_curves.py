@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from figures.style import save_figure, use_style
+from figures.style import caption, save_figure, use_style
 from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
 
@@ -61,19 +61,19 @@ def draw(results: Path, out: Path) -> list[Path]:
     for axis, (title, label, series) in zip(axes.flat, PANELS, strict=True):
         for column, style in series.items():
             _draw_series(axis, table["step"], table[column], *style)
-        axis.set(ylabel=label, ylim=(0, None))
+        lowest, highest = table[list(series)].min().min(), table[list(series)].max().max()
+        axis.set(ylabel=label, ylim=(1.6 * min(0.0, lowest), (1.25 if len(series) > 1 else 1.06) * highest))
         axis.set_title(title)
         if len(series) > 1:
             axis.legend(fontsize=8, ncols=len(series), loc="upper right")
     for axis in axes[-1]:
         axis.set_xlabel("step")
     config = json.loads((path.parent / "train.json").read_text())["config"]
-    figure.supxlabel(
+    caption(
+        figure,
         f"one run of {len(table)} steps, {config['questions_per_step']} questions x {config['num_generations']} "
-        f"samples a step, seed {config['seed']}; points: steps, each on other questions, so no interval;\nlines: centred means "
-        f"of {WINDOW} steps; at the ends fewer",
-        fontsize=7.5,
-        color="#333333",
+        f"samples a step, seed {config['seed']}; points: steps, each on other questions, so no interval;\n"
+        f"lines: centred means of {WINDOW} steps; at the ends fewer",
     )
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
