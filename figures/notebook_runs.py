@@ -105,6 +105,8 @@ def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
     known = {name: value for name, value in header.options.items() if name in ExportConfig.__dataclass_fields__}
     settings: dict[str, Any] = {**known, "questions": tuple(known["questions"]), **options}
     settings |= {"quiet": True, "resume": True, "out": out, "reuse": manifest}
+    if settings["rollouts"] is not None:
+        settings["rollouts"] = Path(settings["rollouts"])
     out.parent.mkdir(parents=True, exist_ok=True)
     export(ExportConfig(**settings))
     return read_manifest(out)

@@ -20,7 +20,7 @@ NAME = "reliability"
 NEEDS = Path("eval/base/summary.json")
 TITLES = {"base": "base", "control": "control", "nopsd": "N-OPSD"}
 """Folder of an evaluation -> its title, in the order of the columns; others follow under their own names."""
-SEED = 0
+RESAMPLES, SEED = 2000, 0
 
 
 def draw(results: Path, out: Path) -> list[Path]:
@@ -40,7 +40,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     order = [*(name for name in TITLES if name in set(questions["method"])), *found]
     questions = pd.concat([questions[questions["method"] == name] for name in order])
     questions["method"] = questions["method"].map(lambda name: TITLES.get(name, name))
-    summary = calibration_summary(questions, seed=SEED)
+    summary = calibration_summary(questions, seed=SEED, resamples=RESAMPLES)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{NAME}.csv", _plotted(questions, summary).to_csv(index=False, float_format="%.6g"))
 
