@@ -65,7 +65,7 @@ BLUE, GREY = "#0072B2", "#7f7f7f"
 PANELS = (
     ("teacher", "Avg@{k} of the teacher", None),
     ("over_kind", "difference in Avg@{k} to\nrandom of the same kind", 0.0),
-    ("gap", "entropy gap, student minus\nteacher (nats a token)", 0.0),
+    ("gap", "entropy gap, student less\nteacher (nats a token)", 0.0),
 )
 """Column, axis label, and where nothing lies."""
 
@@ -223,7 +223,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     table = pd.read_csv(source)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{NAME}.csv", source.read_text())
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(7, 3.1), sharey=True)
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(7, 3.1), sharey=True, width_ratios=[1, 1, 1.08])
     n, k, seed = (int(table[column].iloc[0]) for column in ("n", "k", "seed"))
     for axis, (column, label, nothing) in zip(axes, PANELS, strict=True):
         _draw_panel(axis, table, column, nothing)

@@ -158,10 +158,10 @@ def _note(axis: Axes, text: str) -> None:
 
 def _draw_votes(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int]) -> None:
     votes = parts["answer"].head(5)
-    for place, row in enumerate(votes.itertuples(index=False)):
+    for place, value in enumerate(votes["value"].astype(float)):
         style = {"color": BLUE} if place == 0 else {"color": "white", "edgecolor": "black", "linewidth": 0.7}
-        axis.barh(place, row.value, height=0.7, **style)
-        axis.text(row.value + 0.15, place, f"{row.value:.0f}", fontsize=SMALL, va="center")
+        axis.barh(place, value, height=0.7, **style)
+        axis.text(value + 0.15, place, f"{value:.0f}", fontsize=SMALL, va="center")
     axis.set_yticks(range(len(votes)), [textwrap.shorten(name, 12, placeholder="…") for name in votes["label"]])
     axis.set(ylim=(len(votes) - 0.4, -0.6), xlim=(0, 1.2 * float(votes["value"].max())), xticks=[])
     axis.spines["bottom"].set_visible(False)
