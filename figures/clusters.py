@@ -113,9 +113,9 @@ def numbers(folder: Path) -> pd.DataFrame:
             {"part": "clustering", "name": name, "value": ari.estimate, "low": ari.low, "high": ari.high, "n": ari.n}
         )
     integers = {name: "Int64" for name in ("cluster", "place", "other", "n")}
-    found = pd.DataFrame([*agreement, *questions, *pairs]).astype(integers)
-    found[["name", "kind"]] = found[["name", "kind"]].map(csv_cell)
-    return found
+    table = pd.DataFrame([*agreement, *questions, *pairs]).astype(integers)
+    table[["name", "kind"]] = table[["name", "kind"]].map(csv_cell)
+    return table
 
 
 def principal_coordinates(similarity: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "2 n"]:
@@ -172,10 +172,10 @@ def _draw_plane(axis: Axes, points: pd.DataFrame) -> None:
 
 
 def _draw_agreement(axis: Axes, table: pd.DataFrame) -> None:
-    for place, row in enumerate(table.itertuples(index=False)):
-        colour, marker = ("#0072B2", "D") if row.name == "neurons" else ("#7f7f7f", "o")
-        axis.vlines(place, row.low, row.high, color=colour, linewidth=1.4)
-        axis.plot(place, row.value, marker, color=colour, markersize=5.5)
+    for place, row in enumerate(table.to_dict("records")):
+        colour, marker = ("#0072B2", "D") if row["name"] == "neurons" else ("#7f7f7f", "o")
+        axis.vlines(place, row["low"], row["high"], color=colour, linewidth=1.4)
+        axis.plot(place, row["value"], marker, color=colour, markersize=5.5)
     axis.axhline(0, color="black", linewidth=0.8, linestyle="--")
     axis.set_xticks(range(len(table)), [name.replace(" ", "\n") for name in table["name"]], fontsize=7.5)
     axis.set_xlim(-0.6, len(table) - 0.4)

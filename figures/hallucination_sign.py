@@ -8,7 +8,7 @@ and cross-fitted: no question is scored by a probe that has seen it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -43,8 +43,8 @@ def draw(results: Path, out: Path) -> list[Path]:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.3), width_ratios=[1, 1.05])
     _draw_scores(left, scores)
     intervals = [
-        (row.name, row.kind, Interval(row.value, row.low, row.high, int(row.n), RESAMPLES, SEED))
-        for row in areas.itertuples(index=False)
+        (row["name"], row["kind"], Interval(row["value"], row["low"], row["high"], int(row["n"]), RESAMPLES, SEED))
+        for row in areas.to_dict("records")
     ]
     draw_forest(right, intervals)
     right.set(xlabel="AUROC for a right majority", xlim=(None, 1.02))
@@ -92,22 +92,22 @@ def numbers(folder: Path) -> pd.DataFrame:
             {"part": "auroc", "name": signal.name, "kind": signal.kind, "value": found.estimate}
             | {"low": found.low, "high": found.high, "n": found.n}
         )
-    found = pd.DataFrame([*scores, *areas]).astype({"right": "Int64", "n": "Int64"})
-    found[["name", "kind"]] = found[["name", "kind"]].map(csv_cell)
-    return found
+    table = pd.DataFrame([*scores, *areas]).astype({"right": "Int64", "n": "Int64"})
+    table[["name", "kind"]] = table[["name", "kind"]].map(csv_cell)
+    return table
 
 
 def _draw_scores(axis: Axes, scores: pd.DataFrame) -> None:
     """Both classes' shares of their questions by score, and their medians."""
     edges = np.linspace(0, 1, BINS + 1)
     right, wrong = (scores[scores["right"] == value]["value"].to_numpy(np.float64) for value in (1, 0))
-    for values, label, style in (
-        (right, "right", {"histtype": "stepfilled", "color": BLUE, "alpha": 0.55}),
-        (wrong, "wrong", {"histtype": "step", "color": "black", "linewidth": 1.3}),
-    ):
-        axis.hist(
-            values, edges, weights=np.full(len(values), 1 / len(values)), label=f"{label} (n={len(values)})", **style
-        )
+    styles: tuple[dict[str, Any], ...] = (
+        {"histtype": "stepfilled", "color": BLUE, "alpha": 0.55},
+        {"histtype": "step", "color": "black", "linewidth": 1.3},
+    )
+    for values, label, style in zip((right, wrong), ("right", "wrong"), styles, strict=True):
+        shares = np.full(len(values), 1 / len(values))
+        axis.hist(values, edges.tolist(), weights=shares, label=f"{label} (n={len(values)})", **style)
     top = axis.get_ylim()[1]
     axis.plot(np.median(right), 1.06 * top, "v", color=BLUE, markersize=6)
     axis.plot(np.median(wrong), 1.06 * top, "v", color="white", markeredgecolor="black", markersize=6)

@@ -47,7 +47,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     write_atomic(out / f"{NAME}.csv", text)
     table = pd.read_csv(out / f"{NAME}.csv", keep_default_na=False, na_values={"x": "", "y": "", "value": ""})
     parts = {str(name): mine for name, mine in table.groupby("part", sort=False)}
-    facts = {str(row.label): int(row.value) for row in parts["fact"].itertuples()}
+    facts = dict(zip(parts["fact"]["label"], parts["fact"]["value"].astype(int).tolist(), strict=True))
     figure = plt.figure(figsize=(7, 4.8))
     figure.set_layout_engine("none")
     _draw_votes(_panel(figure, 0.1, TOP, 0.14, "1  Sample, vote", LEFT), parts, facts)

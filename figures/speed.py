@@ -8,7 +8,7 @@ plain forward pass for tracing, against neurosig for a step.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -61,11 +61,13 @@ def _draw_bars(axis: Axes, table: pd.DataFrame, by: str) -> None:
         if name:
             axis.text(0.3, place, str(name), fontsize=8, fontweight="bold", va="center")
             place += 0.9
-        for row in mine.itertuples(index=False):
-            style = {"color": BLUE} if row.ours else {"color": GREY, "hatch": "///", "edgecolor": "white"}
-            axis.barh(place, row.seconds, height=0.72, linewidth=0, **style)
-            axis.text(row.seconds, place, f" {row.ratio:.2f}x", va="center", fontsize=8)
-            ticks.append((place, row.name))
+        for row in mine.to_dict("records"):
+            style: dict[str, Any] = (
+                {"color": BLUE} if row["ours"] else {"color": GREY, "hatch": "///", "edgecolor": "white"}
+            )
+            axis.barh(place, row["seconds"], height=0.72, linewidth=0, **style)
+            axis.text(row["seconds"], place, f" {row['ratio']:.2f}x", va="center", fontsize=8)
+            ticks.append((place, row["name"]))
             place += 1
         place += 0.4
     axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks], fontsize=8)
@@ -77,18 +79,18 @@ def _draw_bars(axis: Axes, table: pd.DataFrame, by: str) -> None:
 
 def _draw_neighbours(axis: Axes, table: pd.DataFrame) -> None:
     for (name, mine), (colour, marker, line) in zip(table.groupby("name", sort=False), LINES, strict=True):
-        sizes = mine["setting"].astype(int)
+        sizes = mine["setting"].astype(int).tolist()
         axis.plot(sizes, mine["seconds"], line, marker=marker, color=colour, markersize=5)
         axis.annotate(
             str(name),
-            (sizes.iloc[-1], mine["seconds"].iloc[-1]),
+            (sizes[-1], mine["seconds"].iloc[-1]),
             xytext=(6, 0),
             textcoords="offset points",
             fontsize=8,
             va="center",
         )
     axis.set(xscale="log", yscale="log", xlabel="sets of 1,020 neurons", ylabel="seconds")
-    sizes = sorted(set(table["setting"].astype(int)))
+    sizes = sorted(set(table["setting"].astype(int).tolist()))
     axis.set_xticks(sizes, [f"{size // 1000}k" for size in sizes])
     axis.set_xticks([], minor=True)
     axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
