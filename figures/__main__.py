@@ -18,13 +18,21 @@ logger = logging.getLogger(__name__)
 
 FIGURES = (
     "before_after",
+    "clusters",
+    "context_policies",
     "dose_response",
     "findings",
+    "gap_gain",
+    "hallucination_sign",
     "methods",
     "organism",
+    "overview",
     "paper_tables",
     "planted_neurons",
+    "reliability",
     "signal_search",
+    "speed",
+    "training_curves",
 )
 
 

@@ -37,7 +37,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     if not report.is_file():
         raise UserError(f"{report}: no such file; run `python -m distill.report --out {report.parent}` first")
     record = json.loads(report.read_text())
-    table, reliability = _accuracy_table(record), _reliability_table(record)
+    table, reliability = _accuracy_table(record), _reliability_table(record, results)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{NAME}.csv", pd.concat([table, reliability]).to_csv(index=False))
 
@@ -77,11 +77,11 @@ def _accuracy_table(record: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _reliability_table(record: dict[str, Any]) -> pd.DataFrame:
+def _reliability_table(record: dict[str, Any], results: Path) -> pd.DataFrame:
     """Majority accuracy at each possible confidence, in-domain: one bin for each number of votes."""
     frames = []
     for run, folder in record["folders"].items():
-        rows = pd.read_parquet(Path(folder) / "results.parquet")
+        rows = pd.read_parquet(_evaluation(Path(folder), results))
         rows = rows[rows["domain"].isin(record["domains"]["in-domain"])]
         rows = rows.assign(
             confidence=rows["votes"] / rows["k"], right=rows["right_winners"] / rows["winners"].clip(lower=1)
@@ -89,6 +89,18 @@ def _reliability_table(record: dict[str, Any]) -> pd.DataFrame:
         binned = rows.groupby("confidence")["right"].agg(value="mean", n="size").reset_index()
         frames.append(binned.assign(panel="reliability", scope="in-domain", run=run, metric="maj_accuracy"))
     return pd.concat(frames)
+
+
+def _evaluation(folder: Path, results: Path) -> Path:
+    """The evaluation that the report names, or the one of its name here if the results have moved.
+
+    Raises:
+        UserError: It is in neither place.
+    """
+    for place in (folder, results / "eval" / folder.name):
+        if (place / "results.parquet").is_file():
+            return place / "results.parquet"
+    raise UserError(f"{folder}: no finished evaluation; run `python -m distill.evaluate --out {folder}` first")
 
 
 def _draw_metrics(axis: Axes, table: pd.DataFrame, k: int) -> None:

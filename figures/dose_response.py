@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from figures.style import save_figure, use_style
+from figures.style import caption, save_figure, use_style
 from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
 
@@ -54,20 +54,19 @@ def draw(results: Path, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
 
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(2.9 * len(PANELS), 3.3))
-    for axis, (measure, title) in zip(axes, PANELS.items(), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(7, 5.4))
+    for axis, (measure, title) in zip(axes.flat, PANELS.items(), strict=True):
         _draw_panel(axis, table[table["measure"] == measure], log=measure == "nll")
         axis.set_title(title.format(k=record["k"]))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8)
     sizes = {entry["neurons"] for entry in record["sets"].values()}
     draws = int(table["draws"].max())
-    figure.supxlabel(
+    caption(
+        figure,
         f"factor on the values of {sizes.pop()} neurons; {int(table['n'].iloc[0])} questions, {record['k']} samples "
-        f"each, random controls of {draws} draws, seed {record['config']['seed']}; bars: 95% bootstrap interval of the "
-        "change against x1, paired over questions",
-        fontsize=7.5,
-        color="#333333",
+        f"each, random controls of {draws} draws, seed {record['config']['seed']};\nbars: 95% bootstrap interval of "
+        "the change against x1, paired over questions, cut at 0",
     )
     paths = save_figure(figure, out, NAME)
     plt.close(figure)
@@ -92,7 +91,7 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, *, log: bool) -> None:
         label, colour, marker, line = GROUPS[group]
         mine = table[table["group"] == group].set_index("factor").loc[factors]
         x = np.arange(len(factors)) + 0.13 * (place - (len(groups) - 1) / 2)
-        error = [mine["value"] - mine["low"], mine["high"] - mine["value"]]
+        error = [mine["value"] - mine["low"].clip(lower=0), mine["high"] - mine["value"]]
         axis.errorbar(
             x, mine["value"], yerr=error, fmt=marker, linestyle=line, color=colour, label=label, capsize=2,
             markersize=4.5, linewidth=1.1,
@@ -106,6 +105,7 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, *, log: bool) -> None:
         axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axis.set_ylim(bottom=0)
+        top = axis.get_ylim()[1]
+        axis.set_ylim(-0.03 * top, 1.03 * top)  # markers at 0 and at the top stay whole
     axis.set_xticks(range(len(factors)), [f"x{factor:g}" for factor in factors])
     axis.grid(axis="x", visible=False)

@@ -24,8 +24,10 @@ from neurosig.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
     from distill.entropy import GapFit, TokenEntropies
+    from neurosig.metrics import Interval
     from neurosig.report_probe import Located
     from neurosig.signal_table import SignalRow
 
@@ -60,17 +62,8 @@ def similarity_map(
     n = len(similarity)
     figure = Figure(figsize=(6.2, 5.2))
     axis = figure.subplots()
-    shown = similarity.copy()
-    np.fill_diagonal(shown, np.nan)
-    image = axis.imshow(shown, cmap="cividis", interpolation="nearest")
-    edges = [0, *(i for i in range(1, n) if labels[i] != labels[i - 1]), n]
-    for low, high in itertools.pairwise(edges):
-        axis.plot(
-            [low - 0.5, high - 0.5, high - 0.5, low - 0.5, low - 0.5],
-            [low - 0.5, low - 0.5, high - 0.5, high - 0.5, low - 0.5],
-            color="white",
-            linewidth=1.2,
-        )
+    image = draw_similarity(axis, similarity, labels)
+    edges = _edges(labels)
     if names is None:
         axis.set_yticks([(low + high - 1) / 2 for low, high in itertools.pairwise(edges)])
         axis.set_yticklabels([labels[low].replace("_", " ") for low in edges[:-1]])
@@ -78,7 +71,6 @@ def similarity_map(
         axis.set_yticks(range(n), names, fontsize=7)
     axis.set_xticks([])
     axis.set_xlabel(f"the same {n} questions")
-    axis.grid(visible=False)
     axis.set_title(title)
     figure.colorbar(image, ax=axis, label="Jaccard similarity of active sets", shrink=0.85)
     return figure
@@ -91,7 +83,7 @@ def agreement_scatter(
     figure = Figure(figsize=(5.4, 3.4))
     axis = figure.subplots()
     jitter = np.random.default_rng(seed).uniform(-0.012, 0.012, len(share))
-    _series(axis, np.asarray(share) + jitter, np.asarray(agreement), kinds)
+    draw_series(axis, np.asarray(share) + jitter, np.asarray(agreement), kinds)
     axis.set(xlabel="majority's share of the answers", ylabel="mean Jaccard of active sets")
     axis.set_title(f"Agreement of neurons and of answers (n={len(share)} questions)")
     axis.legend(fontsize=8)
@@ -136,21 +128,10 @@ def probe_path(located: Located) -> Figure:
 
 def auroc_forest(rows: Sequence[SignalRow], *, event: str, n: int) -> Figure:
     """AUROC of every signal with its 95% interval over questions, best on top."""
-    known = sorted((row for row in rows if row.auroc is not None), key=lambda row: row.auroc.estimate)  # type: ignore[union-attr]
+    known = [(row.signal.name, row.signal.kind, row.auroc) for row in rows if row.auroc is not None]
     figure = Figure(figsize=(5.8, 0.9 + 0.27 * len(known)))
     axis = figure.subplots()
-    for place, row in enumerate(known):
-        colour, marker = TRUST[row.signal.kind]
-        assert row.auroc is not None
-        axis.hlines(place, row.auroc.low, row.auroc.high, color=colour, linewidth=1.4)
-        axis.plot(row.auroc.estimate, place, marker, color=colour, markersize=5.5)
-    for kind, (colour, marker) in TRUST.items():
-        axis.plot(
-            [], [], marker, color=colour, label={"neuron": "reads neurons", "output": "reads outputs"}.get(kind, kind)
-        )
-    axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
-    axis.set_yticks(range(len(known)), [row.signal.name.replace("_", " ") for row in known])
-    axis.grid(axis="y", visible=False)
+    draw_forest(axis, known)
     axis.set(xlabel=f"AUROC for '{event}' (95% interval, n={n} questions)")
     figure.legend(fontsize=8, loc="outside upper center", ncols=3)
     return figure
@@ -199,11 +180,7 @@ def gap_scatter(table: pd.DataFrame, fit: GapFit) -> Figure:
     """
     figure = Figure(figsize=(5.8, 3.8))
     axis = figure.subplots()
-    _series(axis, table["gap"].to_numpy(), table["gain"].to_numpy(), list(table["policy"]), alpha=0.75)
-    ends = np.array([table["gap"].min(), table["gap"].max()])
-    axis.plot(ends, fit.intercept + fit.slope.estimate * ends, color="black", linewidth=1.4)
-    axis.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axis.set(xlabel="entropy gap (nats a token)", ylabel="teacher's minus student's accuracy")
+    draw_gap(axis, table, fit)
     slope, r = fit.slope, fit.r
     axis.set_title(
         f"slope {slope.estimate:+.2f} [{slope.low:+.2f}, {slope.high:+.2f}] a nat, "
@@ -293,7 +270,7 @@ def calibration_summary(questions: pd.DataFrame, *, seed: int = 0, resamples: in
 def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """Accuracy of the majority at each confidence, a row a scope and a column a method; area: how many questions."""
     scopes, methods = list(dict.fromkeys(summary["scope"])), list(dict.fromkeys(summary["method"]))
-    figure = Figure(figsize=(2.6 * len(methods) + 0.4, 2.75 * len(scopes)))
+    figure = Figure(figsize=(2.2 * len(methods) + 0.4, 2.5 * len(scopes)))
     axes = figure.subplots(len(scopes), len(methods), squeeze=False, sharex=True, sharey=True)
     most = questions.groupby(["scope", "method", "votes"]).size().max()
     for row, scope in enumerate(scopes):
@@ -320,7 +297,7 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
             )
             axis.set(xlim=(-0.05, 1.08), ylim=(-0.05, 1.4), yticks=[0, 0.5, 1], xticks=[0, 0.5, 1])
     for axis in axes[-1]:
-        axis.set_xlabel("confidence: majority's share of votes")
+        axis.set_xlabel("majority's share of votes")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy of the majority")
     return figure
@@ -329,9 +306,53 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
 # Parts
 
 
-def _series(
+def draw_similarity(axis: Axes, similarity: Float[np.ndarray, "n n"], labels: Sequence[str]) -> AxesImage:
+    """Similarities without the diagonal; blocks of equal labels are framed."""
+    shown = similarity.copy()
+    np.fill_diagonal(shown, np.nan)
+    image = axis.imshow(shown, cmap="cividis", interpolation="nearest")
+    for low, high in itertools.pairwise(_edges(labels)):
+        corners = [low - 0.5, high - 0.5]
+        axis.plot(
+            [corners[i] for i in (0, 1, 1, 0, 0)], [corners[i] for i in (0, 0, 1, 1, 0)], color="white", linewidth=1.2
+        )
+    axis.grid(visible=False)
+    return image
+
+
+def draw_forest(axis: Axes, signals: Sequence[tuple[str, str, Interval]]) -> None:
+    """AUROC with its interval of every (name, kind, AUROC), best on top; the kinds get handles for a legend."""
+    ranked = sorted(signals, key=lambda signal: signal[2].estimate)
+    for place, (_, kind, auroc) in enumerate(ranked):
+        colour, marker = TRUST[kind]
+        axis.hlines(place, auroc.low, auroc.high, color=colour, linewidth=1.4)
+        axis.plot(auroc.estimate, place, marker, color=colour, markersize=5.5)
+    for kind, (colour, marker) in TRUST.items():
+        spoken = {"neuron": "reads neurons", "output": "reads outputs"}.get(kind, kind)
+        axis.plot([], [], marker, color=colour, label=spoken)
+    axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(ranked)), [name.replace("_", " ") for name, _, _ in ranked])
+    axis.grid(axis="y", visible=False)
+
+
+def draw_gap(axis: Axes, table: pd.DataFrame, fit: GapFit) -> None:
+    """Points of ``gap`` and ``gain``, a series a ``policy``, and the fitted line."""
+    draw_series(axis, table["gap"].to_numpy(), table["gain"].to_numpy(), list(table["policy"]), alpha=0.75)
+    ends = np.array([table["gap"].min(), table["gap"].max()])
+    axis.plot(ends, fit.intercept + fit.slope.estimate * ends, color="black", linewidth=1.4)
+    axis.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axis.set(xlabel="entropy gap (nats a token)", ylabel="teacher's minus student's accuracy")
+
+
+def _edges(labels: Sequence[str]) -> list[int]:
+    """Where runs of equal labels begin, and the end."""
+    return [0, *(i for i in range(1, len(labels)) if labels[i] != labels[i - 1]), len(labels)]
+
+
+def draw_series(
     axis: Axes, x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], labels: Sequence[str], alpha: float = 0.9
 ) -> None:
+    """A scatter of one colour and marker a label."""
     for place, label in enumerate(dict.fromkeys(labels)):
         colour, marker = KINDS[place % len(KINDS)]
         mine = np.array([other == label for other in labels])

@@ -85,15 +85,28 @@ def organism_folder() -> Path:
 
 def another_selection(run: Path, **options: Any) -> Manifest:
     """The run's rollouts and traces under other options of selection, such as ``context_policy="random"``."""
+    return select_again(run / "manifest", run / "notebooks", **options)
+
+
+def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
+    """Another selection on a finished export's rollouts and traces.
+
+    Args:
+        manifest: Folder of the finished export.
+        into: Folder that keeps the other selection, under a name of its own.
+        options: The options that differ.
+    """
     from neurosig.export import ExportConfig
     from neurosig.export import main as export
 
-    header = read_manifest(run / "manifest").header
+    header = read_manifest(manifest).header
     label = "-".join(f"{name}-{value}" for name, value in sorted(options.items()))
-    out = run / "notebooks" / f"{label}-{header.content_sha256[:8]}"
+    out = into / f"{label}-{header.content_sha256[:8]}"
     known = {name: value for name, value in header.options.items() if name in ExportConfig.__dataclass_fields__}
     settings: dict[str, Any] = {**known, "questions": tuple(known["questions"]), **options}
-    settings |= {"quiet": True, "resume": True, "out": out, "reuse": run / "manifest"}
+    settings |= {"quiet": True, "resume": True, "out": out, "reuse": manifest}
+    if settings["rollouts"] is not None:
+        settings["rollouts"] = Path(settings["rollouts"])
     out.parent.mkdir(parents=True, exist_ok=True)
     export(ExportConfig(**settings))
     return read_manifest(out)

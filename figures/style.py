@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
+from neurosig.errors import UserError
 from neurosig.fsio import write_atomic
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ def use_style() -> None:
     )
 
 
+def caption(figure: Figure, text: str) -> None:
+    """A figure's small print below its panels: how many, which seeds, which interval."""
+    figure.supxlabel(text, fontsize=7.5, color="#333333")
+
+
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``name.pdf`` and ``name.png`` whole, without dates; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,3 +65,14 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
         write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())
         paths.append(folder / f"{name}.{suffix}")
     return paths
+
+
+def finished_export(folder: Path) -> Path:
+    """``folder``, if an export was finished there.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder}: no finished export; run `python -m neurosig.export --out {folder}` first")
+    return folder

@@ -83,6 +83,7 @@ class PatternClusters:
         markers: `marking_neurons` of every cluster.
         typical: For each cluster its medoid and the questions nearest to it, nearest first.
         comparison: `compare_clusterings` with the other distances and the kinds.
+        labels: Name -> labels of every clustering compared; ``neurons`` first.
     """
 
     clustering: Medoids
@@ -90,6 +91,7 @@ class PatternClusters:
     markers: pd.DataFrame
     typical: list[list[int]]
     comparison: pd.DataFrame
+    labels: Mapping[str, Int[np.ndarray, " n"]]
 
 
 def pattern_clusters(
@@ -126,6 +128,7 @@ def pattern_clusters(
         marking_neurons(sets, clustering.labels, d_mlp, config),
         typical_points(distances, clustering, config.typical),
         compare_clusterings(labels, kinds, seed=config.seed),
+        labels,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,25 @@ class Cluster:
     markers: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Patterns:
-    """Clusters of the questions' representative rollouts."""
+    """Clusters of the questions' representative rollouts.
+
+    Attributes:
+        found: The clusters.
+        clusters: What the page shows of them.
+        rows: The questions.
+        places: Row of each question's representative in the traced signals.
+    """
 
     found: PatternClusters
     clusters: tuple[Cluster, ...]
-    n: int
+    rows: tuple[QuestionRow, ...]
+    places: Int[np.ndarray, " n"]
+
+    @property
+    def n(self) -> int:
+        return len(self.rows)
 
     @property
     def comparison(self) -> list[dict[Hashable, Any]]:
@@ -63,8 +75,7 @@ def patterns(manifest: Manifest, traced: Traced, *, seed: int) -> Patterns | str
     rows = [row for row in voted(manifest) if row.pseudo_label is not None]
     if len(rows) < 3:
         return f"{len(rows)} questions have a majority answer; patterns need three."
-    place = {key: index for index, key in enumerate(manifest.rollouts)}
-    chosen = np.array([_representative(row, traced, place) for row in rows])
+    chosen = representatives(manifest, rows, traced)
     keys = list(manifest.rollouts)
     kinds = [row.kind or row.domain for row in rows]
     found = pattern_clusters(
@@ -90,13 +101,23 @@ def patterns(manifest: Manifest, traced: Traced, *, seed: int) -> Patterns | str
                 ", ".join(f"{m.layer}.{m.index} (lift {m.lift:.1f})" for m in markers.itertuples()) or "none",
             )
         )
-    return Patterns(found, tuple(clusters), len(rows))
+    return Patterns(found, tuple(clusters), tuple(rows), chosen)
 
 
-def _representative(row: QuestionRow, traced: Traced, place: dict[tuple[str, int], int]) -> int:
-    """Place of the majority rollout with the lowest probe score, as in `neurosig.selection.representative`."""
-    majority = [place[row.id, index] for index, answer in enumerate(row.answers) if answer == row.pseudo_label]
-    return min(majority, key=lambda index: traced.probe[index])
+def representatives(manifest: Manifest, rows: Sequence[QuestionRow], traced: Traced) -> Int[np.ndarray, " n"]:
+    """Row in the traced signals of each question's representative, as in `neurosig.selection.representative`.
+
+    Args:
+        manifest: The manifest.
+        rows: Questions with a majority answer.
+        traced: The manifest's signals.
+    """
+    place = {key: index for index, key in enumerate(manifest.rollouts)}
+    chosen = []
+    for row in rows:
+        majority = [place[row.id, index] for index, answer in enumerate(row.answers) if answer == row.pseudo_label]
+        chosen.append(min(majority, key=lambda index: traced.probe[index]))
+    return np.array(chosen)
 
 
 def _token_sets(rollouts: list[tuple[int, ...]]) -> Int[torch.Tensor, "n size"]:
