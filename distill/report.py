@@ -101,17 +101,9 @@ def main(config: ReportConfig) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    import pyarrow.parquet
+    from distill.evaluate import read_sampled
 
-    from distill.evaluate import RESULTS, SUMMARY
-
-    if not (folder / SUMMARY).is_file():
-        raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
+    summary, rows = read_sampled(folder)
     return {
         "k": rows[0]["k"],
         "rows": {row["id"]: row for row in rows},
