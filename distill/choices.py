@@ -22,6 +22,7 @@ from distill.hidden import completion_hidden
 from neurosig import metrics
 from neurosig.answers import is_correct, normalise
 from neurosig.errors import UserError
+from neurosig.finite import first_not_finite
 from neurosig.rollouts import Rollout
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ def score_choices(
                 for place, (text, ids) in enumerate(zip(texts, encoded, strict=True))
             ]
             if not all(np.isfinite(rollout.mean_logprob or 0.0) for rollout in group):
+                bad = next(rollout for rollout in group if not np.isfinite(rollout.mean_logprob or 0.0))
+                where = first_not_finite(loaded.model, (*prompt.token_ids, *bad.token_ids))
                 raise UserError(
                     f"model {loaded.info.id}: log-probabilities are not finite for the choices of question "
-                    f'"{prompt.question_id}"; its weights hold NaN, or --dtype {loaded.info.dtype} is too small for it'
+                    f'"{prompt.question_id}"{where}; get intact weights or another --dtype'
                 )
             if prompt.question_id not in done:
                 yield group

@@ -191,7 +191,7 @@ def test_weights_that_hold_nan_score_nothing(tmp_path: Path) -> None:
         model.get_output_embeddings().weight[7] = torch.nan
     asked = [Prompt("short", (5, 6, 7))]
     loaded = LoadedModel(model, tiny_tokenizer(), INFO)
-    with pytest.raises(UserError, match='not finite for the choices of question "short"'):
+    with pytest.raises(UserError, match='choices of question "short"; the first layer is lm_head '):
         list(score_choices(loaded, asked, {"short": QUESTIONS[0]}, "letter"))
 
 

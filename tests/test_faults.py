@@ -110,7 +110,7 @@ EVIDENCE: Mapping[int, tuple[str, ...]] = {
         "test_train.py::test_a_loss_that_is_not_finite_stops_the_run",
         "test_train.py::test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite",
     ),
-    55: ("test_sampling.py::test_logits_that_are_not_finite_name_the_question",),
+    55: ("test_sampling.py::test_logits_that_are_not_finite_name_the_question_and_the_layer",),
     56: ("test_faults_disk.py::test_out_of_memory_is_one_sentence_and_keeps_the_state",),
     57: ("test_faults_disk.py::test_a_closed_pipe_and_a_terminal_without_unicode",),
     58: ("test_signal_report.py::test_hostile_text_is_shown_and_does_nothing",),

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
 from test_evaluate import evaluate_config
 from test_train import train_config
 
+import distill.checkpoints
 import distill.evaluate
 import distill.train
 import neurosig.export
 import neurosig.models
+from distill.checkpoints import save_checkpoint
 from neurosig.cli import run_command
 from neurosig.errors import UserError
 from neurosig.fsio import append_line, csv_cell, write_atomic
@@ -123,10 +127,59 @@ def test_a_full_disk_costs_nothing_that_was_done(world: Path, tmp_path: Path, na
         assert code == 2, shown
         line = error_line(shown)
         assert "No space left on device" in line, line
-        assert not list((room / "out").glob(".*.tmp"))
+        assert re.search(r"\([\d,]+ bytes to write, [\d,]+ free\)", line) and "make room, then run again" in line, line
+        assert not [path for pattern in ("**/.*.tmp", "**/.step-*", ".final") for path in (room / "out").glob(pattern)]
         ballast.unlink()
         MAIN[name](configured(name, world, room / "out", resume=True))
         assert same_results(room / "out", tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"), [("step-000002", "step-000001 is kept"), ("adapter", "the checkpoints are kept")]
+)
+def test_weights_that_do_not_fit_leave_the_last_good_ones(world: Path, tmp_path: Path, written: str, kept: str) -> None:
+    """Room runs out at a checkpoint, or at the final adapter."""
+    straight, room = tmp_path / "straight", tmp_path / "room"
+    options = {"steps": 3, "keep_checkpoints": 9}
+    distill.train.main(configured("train", world, straight, **options))
+    with mounted(room, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        ballast = room / "ballast"
+
+        def fill_in_time() -> None:
+            place, name = (distill.train, "write_final") if written == "adapter" else (distill.checkpoints, "_write")
+            write = getattr(place, name)
+
+            def filled(*args: Any) -> None:
+                if written == "adapter" or f"step-{args[1]:06d}" == written:
+                    fill(ballast, room, leaving=8192)
+                write(*args)
+
+            setattr(place, name, filled)  # in the fork only
+
+        code, shown = code_of("train", configured("train", world, room / "out", **options), fill_in_time)
+        assert code == 2, shown
+        line = error_line(shown)
+        found = re.search(r"([\w-]+): No space left on device \(([\d,]+) bytes to write, ([\d,]+) free\); (.*);", line)
+        assert found is not None and (found[1], found[4]) == (written, kept), line
+        needed, free = (int(number.replace(",", "")) for number in found.groups()[1:3])
+        assert needed > free > 0
+        left = sorted(path.name for path in (room / "out" / "checkpoints").iterdir())
+        assert left == [f"step-{step:06d}" for step in range(1, 4 if written == "adapter" else 2)]
+        assert not list((room / "out").glob(".final"))
+        ballast.unlink()
+        distill.train.main(configured("train", world, room / "out", resume=True, **options))
+        assert same_results(room / "out", straight)
+
+
+def test_a_first_checkpoint_that_does_not_fit_is_removed(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(100_000))
+    optimizer = torch.optim.AdamW([weight])
+    with mounted(tmp_path / "room", "-t", "tmpfs", "-o", "size=64k", "tmpfs"):
+        with pytest.raises(
+            UserError, match=r"step-000001: No space .* \(400,000 bytes .* free\); no checkpoint yet; make"
+        ):
+            save_checkpoint(tmp_path / "room" / "run", 1, {"weight": weight}, optimizer, {}, keep=1)
+        assert not list((tmp_path / "room" / "run").iterdir())
 
 
 def fill(ballast: Path, room: Path, leaving: int) -> None:
