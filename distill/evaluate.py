@@ -105,7 +105,7 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
     with timer.phase("score"):
         rows = [_row(question, groups[question.id], config) for question in questions]
         summary = summarise(rows, seed=config.seed)
-    _write(config, loaded, adapter_sha256, groups, rows, summary)
+    _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, metrics in summary.items():
         logger.info(
             "%s: Avg@%d %.3f, maj@%d %.3f, ECE %.3f (n=%d)",
@@ -127,7 +127,7 @@ def _evaluate_choices(
         groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
         rows = [choice_row(question, groups[question.id], config.choice_form) for question in questions]
         summary = summarise_choices(rows, seed=config.seed)
-    _write(config, loaded, adapter_sha256, groups, rows, summary)
+    _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, metrics in summary.items():
         logger.info(
             "%s: accuracy %.3f (chance %.3f), ECE %.3f (n=%d)",
@@ -334,6 +334,7 @@ def _write(
     config: EvaluateConfig,
     loaded: LoadedModel,
     adapter_sha256: str | None,
+    questions: Sequence[Question],
     groups: Mapping[str, Sequence[Rollout]],
     rows: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
@@ -343,7 +344,7 @@ def _write(
     import pyarrow
     import pyarrow.parquet
 
-    from neurosig.fsio import write_atomic
+    from neurosig.fsio import sha256_text, write_atomic
     from neurosig.provenance import run_record
 
     buffer = io.BytesIO()
@@ -351,8 +352,10 @@ def _write(
     write_atomic(config.out / RESULTS, buffer.getvalue())
     lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["id"]]]
     write_atomic(config.out / ROLLOUTS, "".join(lines))
+    asked = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
     record = {
         "domains": summary,
+        "questions_sha256": sha256_text(json.dumps(asked)),
         "model": loaded.info.as_dict(),
         "adapter_sha256": adapter_sha256,
         "config": config_record(config),

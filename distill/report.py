@@ -65,6 +65,11 @@ def main(config: ReportConfig) -> None:
             raise UserError(
                 f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
             )
+        if None not in (one := {runs[name]["questions"], runs["base"]["questions"]}) and len(one) > 1:
+            raise UserError(
+                f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
+                "not; evaluate both on the same --questions"
+            )
         if runs[name]["k"] != runs["base"]["k"]:
             raise UserError(
                 f"{folders[name]}: K={runs[name]['k']} samples a question, {config.base} has {runs['base']['k']}; ECEs "
@@ -109,6 +114,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "rows": {row["id"]: row for row in rows},
         "domains": list(summary["domains"]),
         "config": summary["config"],
+        "questions": summary.get("questions_sha256"),  # an older evaluation did not say
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
 from test_evaluate import evaluate_config
 from test_train import train_config
@@ -230,11 +230,31 @@ def test_a_read_only_folder_is_named_before_the_model_loads(
     assert not loads
 
 
-def test_a_read_only_cache_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_named_before_the_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that a read-only cache holds loads from it; one that it lacks is not dequantised in vain."""
+    loads: list[Any] = []
+    monkeypatch.setattr(neurosig.models, "_dequantise", lambda gguf: loads.append(gguf))
     monkeypatch.setenv("NEUROSIG_CACHE", str(tmp_path / "fixed" / "cache"))
-    with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro", "tmpfs"), pytest.raises(OSError) as caught:
-        (neurosig.models.cache_dir() / "gguf").mkdir(parents=True)
-    assert caught.value.errno == errno.EROFS
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(100))
+    with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro", "tmpfs"):
+        config = configured("evaluate", tmp_path, tmp_path / "out")
+        config.model = str(gguf)
+        code, shown = code_of("evaluate", config)
+    assert code == 2
+    cache = tmp_path / "fixed" / "cache" / "gguf"
+    assert error_line(shown) == (
+        f"error: cache {cache}: cannot write there (Read-only file system); set NEUROSIG_CACHE to a folder of yours"
+    )
+    assert not loads and not (tmp_path / "out").exists()
+    kept = tmp_path / "kept" / "gguf" / f"{'0' * 16}-transformers-{transformers.__version__}"
+    kept.mkdir(parents=True)
+    monkeypatch.setenv("NEUROSIG_CACHE", str(tmp_path / "kept"))
+    subprocess.run(["mount", "--bind", "-o", "ro", str(tmp_path / "kept"), str(tmp_path / "kept")], check=True)
+    try:
+        assert neurosig.models._dequantised(gguf, "0" * 64) == kept
+    finally:
+        subprocess.run(["umount", str(tmp_path / "kept")], check=True)
 
 
 def test_out_of_memory_is_one_sentence_and_keeps_the_state(world: Path, tmp_path: Path) -> None:
