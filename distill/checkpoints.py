@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distill.distributed import ALONE, Ranks, part_like
 from neurosig.errors import UserError
-from neurosig.fsio import sha256_file, write_atomic
+from neurosig.fsio import disk_space, sha256_file, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ def save_checkpoint(
         averages: `distill.teacher.Teacher.average`.
         keep: Checkpoints kept.
         ranks: The processes, all of which must call this.
+
+    Raises:
+        UserError: The disk is full; the checkpoints before this one are kept.
     """
     files = {
         WEIGHTS: ranks.whole_tensors(parameters.items()),
@@ -67,20 +70,30 @@ def save_checkpoint(
 
 def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key: Mapping[str, Any], keep: int) -> None:
     folder.mkdir(exist_ok=True)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
-    aside = folder / f".step-{step:06d}"
-    aside.mkdir()
-    for name, tensors in files.items():
-        save_file({label: tensor.cpu().contiguous() for label, tensor in tensors.items()}, aside / name)
-    hashes = {name: sha256_file(aside / name) for name in files}
-    write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
-    target = folder / f"step-{step:06d}"
+    _remove_half_written(folder)
+    kept, target = _existing(folder), folder / f"step-{step:06d}"
+    aside = folder / f".{target.name}"
+    needed = sum(tensor.numel() * tensor.element_size() for tensors in files.values() for tensor in tensors.values())
+    try:
+        with disk_space(target, needed, kept=f"{kept[-1].name} is kept" if kept else "no checkpoint yet"):
+            aside.mkdir()
+            for name, tensors in files.items():
+                save_file({label: tensor.cpu().contiguous() for label, tensor in tensors.items()}, aside / name)
+            hashes = {name: sha256_file(aside / name) for name in files}
+            write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     if target.exists():
         shutil.rmtree(target)
     os.replace(aside, target)
     for old in _existing(folder)[:-keep]:
         shutil.rmtree(old)
+
+
+def _remove_half_written(folder: Path) -> None:
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
 
 
 def load_newest(
@@ -94,7 +107,8 @@ def load_newest(
 ) -> int:
     """Restore the newest intact checkpoint in place; returns its step, 0 when there is none.
 
-    A damaged checkpoint is moved aside as ``.corrupt`` and the one before it is used.
+    A damaged checkpoint is moved aside as ``.corrupt`` and the one before it is used. One that a killed run was still
+    writing is removed.
 
     Raises:
         UserError: The checkpoint comes from a run with other options; each differing one is named.
@@ -109,6 +123,7 @@ def load_newest(
 
 
 def _newest_intact(folder: Path, key: Mapping[str, Any]) -> Path | None:
+    _remove_half_written(folder)
     for candidate in reversed(_existing(folder)):
         try:
             found = _read_key(candidate)

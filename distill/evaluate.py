@@ -6,6 +6,9 @@
 Gold answers are what it compares with. Confidence is the majority's share of all K samples; a sample without an
 answer is wrong, never wins and stays in the denominator. Per-question results go to ``results.parquet``, aggregates
 for each domain to ``summary.json``.
+
+Greedy decoding is ``--temperature 0 --num-generations 1``. ``--scoring loglikelihood`` samples nothing: it compares the
+log-probabilities of the choices of multiple-choice questions (`distill.choices`).
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ RESULTS, SUMMARY, ROLLOUTS, LOG = "results.parquet", "summary.json", "rollouts.j
 class EvaluateConfig(SamplerOptions, GenerationOptions):
     """Sample K answers a question and compare them with the gold answers.
 
-    Writes results.parquet (a row a question), rollouts.jsonl and summary.json (a block a domain).
+    Writes results.parquet (a row a question), rollouts.jsonl and summary.json (a block a domain). Greedy decoding:
+    --temperature 0 --num-generations 1 (all K would be alike).
     """
 
     model: str
@@ -49,6 +53,12 @@ class EvaluateConfig(SamplerOptions, GenerationOptions):
     """Split of bundled sets whose name gives none."""
     limit: tuple[int, ...] = ()
     """Use the first N questions only: one number for every source, or one a source."""
+    scoring: Literal["sampling", "loglikelihood"] = "sampling"
+    """sampling: K answers and their vote; loglikelihood: the likeliest choice of each multiple-choice question, its
+    confidence the softmax over the choices. Options of sampling then have no effect."""
+    choice_form: Literal["letter", "text"] = "letter"
+    """What loglikelihood scores: letter: the reply "Answer: A", summed over its tokens (`acc` of lm-evaluation-harness
+    on lettered tasks); text: the choice's text, its mean a token (where `acc_norm` divides by characters)."""
     out: Path
     """Folder of the results."""
     resume: bool = False
@@ -82,20 +92,46 @@ def main(config: EvaluateConfig) -> None:
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
     config.server_config(config.model)  # options out of range are refused before the model loads
+    if config.scoring == "loglikelihood" and config.sampler != "transformers":
+        raise UserError("--scoring loglikelihood: the model here scores the choices; leave out --sampler openai")
     questions = _questions(config)
     with timer.phase("load"):
         loaded, adapter_sha256 = _load(config)
+    if config.scoring == "loglikelihood":
+        _evaluate_choices(config, loaded, questions, adapter_sha256, timer)
+        return
     with timer.phase("sample"):
         groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
     with timer.phase("score"):
         rows = [_row(question, groups[question.id], config) for question in questions]
         summary = summarise(rows, seed=config.seed)
-    _write(config, loaded, adapter_sha256, groups, rows, summary)
+    _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, metrics in summary.items():
         logger.info(
             "%s: Avg@%d %.3f, maj@%d %.3f, ECE %.3f (n=%d)",
             domain, metrics["k"], metrics["avg_at_k"]["estimate"], metrics["k"], metrics["maj_at_k"]["estimate"],
             metrics["ece"]["estimate"], metrics["n"],
+        )  # fmt: skip
+
+
+def _evaluate_choices(
+    config: EvaluateConfig,
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    adapter_sha256: str | None,
+    timer: PhaseTimer,
+) -> None:
+    from distill.choices import choice_row, summarise_choices
+
+    with timer.phase("score"):
+        groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
+        rows = [choice_row(question, groups[question.id], config.choice_form) for question in questions]
+        summary = summarise_choices(rows, seed=config.seed)
+    _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
+    for domain, metrics in summary.items():
+        logger.info(
+            "%s: accuracy %.3f (chance %.3f), ECE %.3f (n=%d)",
+            domain, metrics["accuracy"]["estimate"], metrics["chance"], metrics["ece"]["estimate"], metrics["n"],
         )  # fmt: skip
 
 
@@ -122,6 +158,11 @@ def _questions(config: EvaluateConfig) -> list[Question]:
         if question.answer is None:
             raise UserError(
                 f'question "{question.id}" (line {question.line}) has no answer; evaluation needs gold answers'
+            )
+        if config.scoring == "loglikelihood" and question.choices is None:
+            raise UserError(
+                f'question "{question.id}" (line {question.line}) has no choices, which --scoring loglikelihood '
+                "compares; use --scoring sampling for free-form questions"
             )
     return questions
 
@@ -158,34 +199,40 @@ def _rollouts(
     adapter_sha256: str | None,
     timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
+    """The K answers of each question, or its scored choices."""
+    from distill.choices import score_choices
     from neurosig.prompts import PromptBuilder
     from neurosig.rollouts import RolloutLog
     from neurosig.sampling import Prompt, sample
 
     builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
     server = config.server(loaded, enable_thinking=config.enable_thinking)
+    sampling, choices = config.sampling_config(), {"scoring": config.scoring, "choice_form": config.choice_form}
     key = {
         "model": loaded.info.as_dict(),
         "adapter": adapter_sha256,
         **config.prompt_config().as_dict(),
-        **config.sampling_config().as_dict(),
+        **(sampling.as_dict() if config.scoring == "sampling" else choices),
         "questions": [question.text_sha256 for question in questions],
         **({} if server is None else server.config.record()),
     }
     log = RolloutLog(config.out / LOG, key)
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
-    sampling = config.sampling_config()
     done = set(log.groups)
-    if server is None:
+    if config.scoring == "loglikelihood":
+        by_id = {question.id: question for question in questions}
+        todo = score_choices(loaded, prompts, by_id, config.choice_form, batch_rows=config.batch_rows, done=done)
+    elif server is None:
         todo = sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt="evaluate", done=done)
     else:
         messages = {question.id: builder.messages(question) for question in questions}
         todo = server.sample(prompts, sampling, salt="evaluate", done=done, messages=messages)
-    with progress(total=len(prompts), desc="sample", quiet=config.quiet) as bar:
+    with progress(total=len(prompts), desc="evaluate", quiet=config.quiet) as bar:
         bar.update(len(log.groups))
         for group in todo:
             log.append(group)
-            timer.add_tokens("sample", sum(len(rollout.token_ids) for rollout in group))
+            if config.scoring == "sampling":
+                timer.add_tokens("sample", sum(len(rollout.token_ids) for rollout in group))
             bar.update(len(log.groups) - bar.n)
     return log.groups
 
@@ -287,6 +334,7 @@ def _write(
     config: EvaluateConfig,
     loaded: LoadedModel,
     adapter_sha256: str | None,
+    questions: Sequence[Question],
     groups: Mapping[str, Sequence[Rollout]],
     rows: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
@@ -296,7 +344,7 @@ def _write(
     import pyarrow
     import pyarrow.parquet
 
-    from neurosig.fsio import write_atomic
+    from neurosig.fsio import sha256_text, write_atomic
     from neurosig.provenance import run_record
 
     buffer = io.BytesIO()
@@ -304,8 +352,10 @@ def _write(
     write_atomic(config.out / RESULTS, buffer.getvalue())
     lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["id"]]]
     write_atomic(config.out / ROLLOUTS, "".join(lines))
+    asked = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
     record = {
         "domains": summary,
+        "questions_sha256": sha256_text(json.dumps(asked)),
         "model": loaded.info.as_dict(),
         "adapter_sha256": adapter_sha256,
         "config": config_record(config),
@@ -313,6 +363,26 @@ def _write(
     }
     write_atomic(config.out / SUMMARY, json.dumps(record, indent=1) + "\n")
     (config.out / LOG).unlink()
+
+
+def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary and rows of a finished evaluation that has votes.
+
+    Raises:
+        UserError: There is none, it cannot be read, or it scored choices by log-likelihood.
+    """
+    import pyarrow.parquet
+
+    if not (folder / SUMMARY).is_file():
+        raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
+    if summary["config"].get("scoring", "sampling") != "sampling":
+        raise UserError(f"{folder}: scored by log-likelihood, without votes; evaluate with --scoring sampling")
+    return summary, rows
 
 
 if __name__ == "__main__":

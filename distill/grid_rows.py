@@ -119,18 +119,14 @@ def evaluation_rows(run: Run, folder: Path) -> list[dict[str, Any]]:
     """Rows of `write_grid` from a finished evaluation of ``run``, the folder of a `distill.evaluate`.
 
     Raises:
-        UserError: There is no finished evaluation.
+        UserError: There is no finished evaluation by sampling.
     """
-    import pyarrow.parquet
+    from distill.evaluate import read_sampled
 
-    from distill.evaluate import RESULTS, SUMMARY
-
-    if not (folder / SUMMARY).is_file():
-        raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
     known = {"method": run.method, "source": run.source, "seed": run.seed}
     return [
         known | {"target": row["domain"]} | {name: row[name] for name in ("id", *WHOLE[1:])}
-        for row in pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
+        for row in read_sampled(folder)[1]
     ]
 
 

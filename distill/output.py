@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from neurosig.cli import config_record
 from neurosig.errors import UserError
-from neurosig.fsio import sha256_file, write_atomic
+from neurosig.fsio import disk_space, sha256_file, write_atomic
 from neurosig.provenance import run_record
 
 if TYPE_CHECKING:
@@ -79,18 +79,25 @@ def write_final(
     """Write ``adapter/`` (or ``model/``), and then the run record, whose presence means that the run is complete.
 
     Raises:
-        UserError: The upload asked for did not succeed; the run is complete all the same.
+        UserError: The disk is full; or the upload asked for did not succeed, and the run is complete all the same.
     """
     name = "model" if adapter is None else "adapter"
     aside, target = config.out / ".final", config.out / name
     shutil.rmtree(aside, ignore_errors=True)
-    if adapter is None:
-        model.save_pretrained(aside, state_dict=weights)
-    else:
-        adapter.peft_config["default"].base_model_name_or_path = _base(loaded)
-        adapter.peft_config["default"].revision = loaded.info.revision
-        adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
-    loaded.tokenizer.save_pretrained(aside)
+    held = [p for p in (adapter or model).parameters() if p.requires_grad or adapter is None]
+    needed = sum(p.numel() * p.element_size() for p in held) + len(loaded.tokenizer.backend_tokenizer.to_str())
+    try:
+        with disk_space(target, needed, kept="the checkpoints are kept"):
+            if adapter is None:
+                model.save_pretrained(aside, state_dict=weights)
+            else:
+                adapter.peft_config["default"].base_model_name_or_path = _base(loaded)
+                adapter.peft_config["default"].revision = loaded.info.revision
+                adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
+            loaded.tokenizer.save_pretrained(aside)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     record: dict[str, Any] = {
         "config": config_record(config),
         "manifest_sha256": manifest.header.content_sha256,

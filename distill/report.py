@@ -65,6 +65,11 @@ def main(config: ReportConfig) -> None:
             raise UserError(
                 f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
             )
+        if None not in (one := {runs[name]["questions"], runs["base"]["questions"]}) and len(one) > 1:
+            raise UserError(
+                f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
+                "not; evaluate both on the same --questions"
+            )
         if runs[name]["k"] != runs["base"]["k"]:
             raise UserError(
                 f"{folders[name]}: K={runs[name]['k']} samples a question, {config.base} has {runs['base']['k']}; ECEs "
@@ -101,22 +106,15 @@ def main(config: ReportConfig) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    import pyarrow.parquet
+    from distill.evaluate import read_sampled
 
-    from distill.evaluate import RESULTS, SUMMARY
-
-    if not (folder / SUMMARY).is_file():
-        raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
+    summary, rows = read_sampled(folder)
     return {
         "k": rows[0]["k"],
         "rows": {row["id"]: row for row in rows},
         "domains": list(summary["domains"]),
         "config": summary["config"],
+        "questions": summary.get("questions_sha256"),  # an older evaluation did not say
     }
 
 

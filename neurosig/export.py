@@ -168,7 +168,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     work = config.out / WORK
     work.mkdir(exist_ok=True)
     if config.reuse is not None:
-        groups, sets = reused(config.reuse, config_record(config), loaded, _dataset_sha256(questions))
+        groups, sets = reused(config.reuse, config_record(config), loaded, questions, _dataset_sha256(questions))
     else:
         with timer.phase("sample"):
             groups = _rollouts(config, loaded, questions, prompts, work, timer)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     payload = data.encode() if isinstance(data, str) else data
     aside = path.with_name(f".{path.name}.tmp")
     try:
-        with _disk_space(path, len(payload)), aside.open("wb") as handle:
+        with disk_space(path, len(payload)), aside.open("wb") as handle:
             handle.write(payload)
             handle.flush()
             os.fsync(handle.fileno())
@@ -43,7 +44,7 @@ def append_line(path: str | Path, line: str) -> None:
     with path.open("ab", buffering=0) as handle:
         end = handle.tell()
         try:
-            with _disk_space(path, len(payload)):
+            with disk_space(path, len(payload)):
                 written = handle.write(payload)
                 if written < len(payload):  # the next write says why
                     handle.write(payload[written:])
@@ -54,16 +55,36 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 @contextlib.contextmanager
-def _disk_space(path: Path, needed: int) -> Iterator[None]:
+def disk_space(path: Path, needed: int, *, kept: str = "") -> Iterator[None]:
+    """Write ``path`` in the block; a full disk is one sentence.
+
+    Args:
+        path: What is written, by whatever library.
+        needed: Its bytes.
+        kept: What is safe all the same, for the message.
+
+    Raises:
+        UserError: The disk is full; how much was to be written and how much room there was.
+    """
     free = shutil.disk_usage(path.parent).free
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        number = _full_disk(error.__cause__ if isinstance(error, UserError) else error)
+        if number is None:
             raise
+        safe = f"; {kept}" if kept else ""
         raise UserError(
-            f"{path}: {error.strerror} ({needed:,} bytes to write, {free:,} free); make room, then run again"
+            f"{path}: {os.strerror(number)} ({needed:,} bytes to write, {free:,} free){safe}; make room, then run again"
         ) from error
+
+
+def _full_disk(error: BaseException | None) -> int | None:
+    """The error number if it says that the disk is full; safetensors and others put it into their text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    return number if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 def csv_cell(value: object) -> object:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurosig.errors import UserError
-from neurosig.fsio import sha256_file, sha256_text
+from neurosig.fsio import disk_space, sha256_file, sha256_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -318,17 +318,41 @@ def _one_line(error: Exception) -> str:
 
 def _dequantised(gguf: Path, digest: str) -> Path:
     """Folder with the float32 safetensors of a GGUF file, made once and cached under its hash."""
-    import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = cache_dir() / "gguf" / f"{digest[:16]}-transformers-{transformers.__version__}"
     if folder.is_dir():
         return folder
-    logger.info("dequantising %s once into %s", gguf.name, folder)
     with gguf.open("rb") as handle:
         if handle.read(4) != b"GGUF":
             raise UserError(f"model {gguf}: not a GGUF file")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+    except OSError as error:
+        raise UserError(
+            f"cache {folder.parent}: cannot write there ({error.strerror}); set NEUROSIG_CACHE to a folder of yours"
+        ) from error
+    try:
+        logger.info("dequantising %s once into %s", gguf.name, folder)
+        model, tokenizer = _dequantise(gguf)
+        with disk_space(folder, sum(p.numel() * p.element_size() for p in model.parameters())):
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        aside.chmod(0o755)
+        os.replace(aside, folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was quicker
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _dequantise(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     where: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
     try:
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
@@ -340,19 +364,7 @@ def _dequantised(gguf: Path, digest: str) -> Path:
     model = type(quantised)(config).float()
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-    try:
-        model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(aside)
-        aside.chmod(0o755)
-        os.replace(aside, folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was quicker
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
+    return model, AutoTokenizer.from_pretrained(gguf.parent, **where)
 
 
 def _read_template(path: str) -> str:

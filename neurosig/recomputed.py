@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from neurosig import metrics
-from neurosig.answers import extract_answer, is_correct, majority_vote
+from neurosig.answers import extract_answer, is_correct, majority_vote, normalise
 from neurosig.questions import Question
 
 Row = Mapping[str, Any]
@@ -111,6 +113,49 @@ def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
         for kind in kinds
         for index in [[place for place, row in enumerate(mine) if row["kind"] == kind]]
     }
+    return block
+
+
+def choice_row_problem(
+    row: Row, rollouts: Sequence[Mapping[str, Any]], question: Question | None, choice_form: str
+) -> str:
+    """`row_problem` of an evaluation that scored the choices, each a line of ``rollouts.jsonl``, by log-likelihood."""
+    sums = choice_form == "letter"
+    scores = [rollout["mean_logprob"] * (len(rollout["token_ids"]) if sums else 1) for rollout in rollouts]
+    if not scores:
+        return "no scored choices"
+    best = scores.index(max(scores))
+    expected: dict[str, Any] = {
+        "choices": len(scores),
+        "winner": normalise(ascii_uppercase[best]),
+        "confidence": float(special.softmax(scores)[best]),
+    }
+    if question is not None:
+        expected["choices"] = len(question.choices or ())
+        expected["correct"] = int(is_correct(expected["winner"], question))
+    pairs = {str(place): value for place, value in enumerate(scores)}
+    found = {str(place): value for place, value in enumerate(row["scores"])}
+    return difference({**expected, "scores": pairs}, {**{name: row.get(name) for name in expected}, "scores": found})
+
+
+def choice_aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
+    """`aggregates` of an evaluation that scored choices; its calibration metrics count confidence in thousandths."""
+    mine = sorted(rows, key=lambda row: str(row["id"]))
+    n, k = len(mine), 1000
+    correct = np.array([float(row["correct"]) for row in mine])
+    parts = np.array([round(row["confidence"] * k) for row in mine])
+    block: dict[str, Any] = {
+        "n": n,
+        "accuracy": {"estimate": float(correct.mean())},
+        "ece": {"estimate": metrics.ece(parts, k, correct)},
+        "smooth_ece": metrics.smooth_ece(parts, k, correct),
+        "brier": metrics.brier(parts, k, correct),
+        "mean_confidence": sum(row["confidence"] for row in mine) / n,
+        "signed_gap": sum(row["confidence"] - row["correct"] for row in mine) / n,
+        "chance": sum(1 / row["choices"] for row in mine) / n,
+    }
+    if n > 1:
+        block["accuracy"] = asdict(metrics.paired_mean_interval(correct, np.zeros(n), seed=seed))
     return block
 
 

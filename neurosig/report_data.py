@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,20 +149,21 @@ def join_gold(
             raise
         return {}, f"{error}; name the question files with --questions"
     rows = voted(manifest)
-    gold, lacking = {}, Counter[str]()
+    gold = {}
+    lacking: defaultdict[str, list[str]] = defaultdict(list)
     for row in rows:
         match = found.get(row.id)
         if match is None:
-            lacking["not in the question files"] += 1
+            lacking["not in the question files"].append(f'"{row.id}"')
         elif match.text_sha256 != row.text_sha256:
-            lacking["there with another text"] += 1
+            lacking["there with another text"].append(f'"{row.id}" on line {match.line}')
         elif match.answer is None:
-            lacking["there without an answer"] += 1
+            lacking["there without an answer"].append(f'"{row.id}" on line {match.line}')
         else:
             gold[row.id] = match
     if not lacking:
         return gold, None
-    parts = ", ".join(f"{count} {what}" for what, count in lacking.items())
+    parts = ", ".join(f"{len(which)} {what} (the first is {which[0]})" for what, which in lacking.items())
     return gold, f"of {len(rows)} questions {parts} ({', '.join(sources)})"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neurosig.errors import UserError
 from neurosig.manifest import SIGNALS, read_manifest
 from neurosig.models import LoadedModel
+from neurosig.questions import Question
 from neurosig.rollouts import Rollout
 from neurosig.signals import read_signals
 from neurosig.tracing import ActiveSets
@@ -34,7 +35,7 @@ DECIDES = (
 
 
 def reused(
-    folder: Path, options: Mapping[str, Any], loaded: LoadedModel, dataset_sha256: str
+    folder: Path, options: Mapping[str, Any], loaded: LoadedModel, questions: Sequence[Question], dataset_sha256: str
 ) -> tuple[dict[str, list[Rollout]], ActiveSets]:
     """Rollouts by question and their active sets, as sampling and tracing again would give them.
 
@@ -42,7 +43,8 @@ def reused(
         folder: The finished export.
         options: Those of the export at hand.
         loaded: Its model.
-        dataset_sha256: Hash of its questions.
+        questions: Its questions.
+        dataset_sha256: Their hash.
 
     Raises:
         UserError: The finished export was made otherwise; what differs is named.
@@ -55,9 +57,16 @@ def reused(
     known = [name for name in DECIDES if name != "model" and name in header.options]  # an older export knew fewer
     changed += [name for name in known if header.options[name] != options[name]]
     if changed:
+        asked = {question.id: question for question in questions}
+        other = [
+            f'"{row.id}" on line {asked[row.id].line}'
+            for row in manifest.rows
+            if row.id in asked and asked[row.id].text_sha256 != row.text_sha256
+        ]
+        texts = f" ({len(other)} questions have another text, the first is {other[0]})" if other else ""
         raise UserError(
             f"--reuse {folder}: its rollouts and traces are not those of this export, these differ: "
-            f"{', '.join(changed)}; give the same options or leave --reuse out"
+            f"{', '.join(changed)}{texts}; give the same options or leave --reuse out"
         )
     groups: dict[str, list[Rollout]] = {}
     for rollout in manifest.rollouts.values():

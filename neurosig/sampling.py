@@ -20,6 +20,7 @@ from torch import Tensor
 
 from neurosig.batching import pad
 from neurosig.errors import UserError
+from neurosig.finite import first_not_finite
 from neurosig.packing import PackedWeights
 from neurosig.rollouts import Rollout
 
@@ -270,8 +271,13 @@ class _Batch:
         seen = None if self._seen is None else self._seen[slots]
         chosen, measures = _next_tokens(logits, self._uniforms[rows, step], seen, self._config)
         if not torch.isfinite(measures).all():
-            bad = self._prompts[int(rows[~torch.isfinite(measures).all(-1)][0]) // k].question_id
-            raise UserError(f'model {self._loaded.info.id}: logits are not finite while sampling question "{bad}"')
+            row = int(rows[~torch.isfinite(measures).all(-1)][0])
+            bad = self._prompts[row // k]
+            where = first_not_finite(self._loaded.model, (*bad.token_ids, *self._tokens[row, : self._lengths[row]]))
+            raise UserError(
+                f"model {self._loaded.info.id}: logits are not finite while sampling question "
+                f'"{bad.question_id}"{where}; get intact weights or another --dtype'
+            )
         self._tokens[rows, step], self._measures[rows, step] = chosen, measures
         self._lengths[rows] += 1
         self._last[slots] = chosen

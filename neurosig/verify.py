@@ -240,12 +240,14 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     import pyarrow.parquet
 
     from neurosig.questions import load_questions
-    from neurosig.recomputed import aggregates, difference, row_problem
+    from neurosig.recomputed import aggregates, choice_aggregates, choice_row_problem, difference, row_problem
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = summary["config"]
     rows = pyarrow.parquet.read_table(folder / "results.parquet").to_pylist()
-    found.evaluations[folder.resolve()] = rows
+    sampled = config.get("scoring", "sampling") == "sampling"
+    if sampled:
+        found.evaluations[folder.resolve()] = rows
     said: dict[str, list[dict[str, Any]]] = {}
     for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines():
         rollout = json.loads(line)
@@ -255,15 +257,15 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     except UserError:
         gold = {}
     known = all(row["id"] in gold for row in rows)
-    problems = (
-        (row["id"], row_problem(row, said.get(row["id"], []), gold.get(row["id"]), config["answer_format"]))
-        for row in rows
-    )
+    problem_of: Callable[..., str] = row_problem if sampled else choice_row_problem
+    form = config["answer_format" if sampled else "choice_form"]
+    problems = ((row["id"], problem_of(row, said.get(row["id"], []), gold.get(row["id"]), form)) for row in rows)
     wrong = next((f'question "{name}": {problem}' for name, problem in problems if problem), "")
     missing = "" if set(said) == {row["id"] for row in rows} else "rollouts and rows are of different questions"
     yield f"{len(rows)} rows follow from the rollouts" + (" and the gold answers" if known else ""), wrong or missing
     for domain in dict.fromkeys(row["domain"] for row in rows):
-        expected = aggregates([row for row in rows if row["domain"] == domain], seed=config["seed"])
+        asked = [row for row in rows if row["domain"] == domain]
+        expected = (aggregates if sampled else choice_aggregates)(asked, seed=config["seed"])
         stated = summary["domains"].get(domain)
         yield f"aggregates of {printable(domain)} follow from the rows", difference(expected, stated)
     digest = summary["adapter_sha256"]

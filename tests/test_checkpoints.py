@@ -174,7 +174,7 @@ def test_when_all_are_damaged_training_starts_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("killed_in", ["save_file", "write_atomic", "replace"])
 def test_killed_inside_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str) -> None:
-    """The half-written folder is never taken for a checkpoint, and the next save clears it."""
+    """The half-written folder is never taken for a checkpoint, and the resumed run clears it."""
     run = saved(tmp_path, 2)
     two = values(run)
     advance(run, 1)
@@ -190,6 +190,7 @@ def test_killed_inside_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / ".step-000003").is_dir()
     resumed = fresh(seed=1)
     assert load_newest(tmp_path, *resumed, KEY) == 2
+    assert not (tmp_path / ".step-000003").exists()
     assert all(torch.equal(tensor, two[name]) for name, tensor in values(resumed).items())
     advance(resumed, 1)
     save_checkpoint(tmp_path, 3, *resumed, KEY, keep=9)

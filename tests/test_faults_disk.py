@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
 from test_evaluate import evaluate_config
 from test_train import train_config
 
+import distill.checkpoints
 import distill.evaluate
 import distill.train
 import neurosig.export
 import neurosig.models
+from distill.checkpoints import save_checkpoint
 from neurosig.cli import run_command
 from neurosig.errors import UserError
 from neurosig.fsio import append_line, csv_cell, write_atomic
@@ -123,10 +127,59 @@ def test_a_full_disk_costs_nothing_that_was_done(world: Path, tmp_path: Path, na
         assert code == 2, shown
         line = error_line(shown)
         assert "No space left on device" in line, line
-        assert not list((room / "out").glob(".*.tmp"))
+        assert re.search(r"\([\d,]+ bytes to write, [\d,]+ free\)", line) and "make room, then run again" in line, line
+        assert not [path for pattern in ("**/.*.tmp", "**/.step-*", ".final") for path in (room / "out").glob(pattern)]
         ballast.unlink()
         MAIN[name](configured(name, world, room / "out", resume=True))
         assert same_results(room / "out", tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"), [("step-000002", "step-000001 is kept"), ("adapter", "the checkpoints are kept")]
+)
+def test_weights_that_do_not_fit_leave_the_last_good_ones(world: Path, tmp_path: Path, written: str, kept: str) -> None:
+    """Room runs out at a checkpoint, or at the final adapter."""
+    straight, room = tmp_path / "straight", tmp_path / "room"
+    options = {"steps": 3, "keep_checkpoints": 9}
+    distill.train.main(configured("train", world, straight, **options))
+    with mounted(room, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        ballast = room / "ballast"
+
+        def fill_in_time() -> None:
+            place, name = (distill.train, "write_final") if written == "adapter" else (distill.checkpoints, "_write")
+            write = getattr(place, name)
+
+            def filled(*args: Any) -> None:
+                if written == "adapter" or f"step-{args[1]:06d}" == written:
+                    fill(ballast, room, leaving=8192)
+                write(*args)
+
+            setattr(place, name, filled)  # in the fork only
+
+        code, shown = code_of("train", configured("train", world, room / "out", **options), fill_in_time)
+        assert code == 2, shown
+        line = error_line(shown)
+        found = re.search(r"([\w-]+): No space left on device \(([\d,]+) bytes to write, ([\d,]+) free\); (.*);", line)
+        assert found is not None and (found[1], found[4]) == (written, kept), line
+        needed, free = (int(number.replace(",", "")) for number in found.groups()[1:3])
+        assert needed > free > 0
+        left = sorted(path.name for path in (room / "out" / "checkpoints").iterdir())
+        assert left == [f"step-{step:06d}" for step in range(1, 4 if written == "adapter" else 2)]
+        assert not list((room / "out").glob(".final"))
+        ballast.unlink()
+        distill.train.main(configured("train", world, room / "out", resume=True, **options))
+        assert same_results(room / "out", straight)
+
+
+def test_a_first_checkpoint_that_does_not_fit_is_removed(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(100_000))
+    optimizer = torch.optim.AdamW([weight])
+    with mounted(tmp_path / "room", "-t", "tmpfs", "-o", "size=64k", "tmpfs"):
+        with pytest.raises(
+            UserError, match=r"step-000001: No space .* \(400,000 bytes .* free\); no checkpoint yet; make"
+        ):
+            save_checkpoint(tmp_path / "room" / "run", 1, {"weight": weight}, optimizer, {}, keep=1)
+        assert not list((tmp_path / "room" / "run").iterdir())
 
 
 def fill(ballast: Path, room: Path, leaving: int) -> None:
@@ -177,11 +230,31 @@ def test_a_read_only_folder_is_named_before_the_model_loads(
     assert not loads
 
 
-def test_a_read_only_cache_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_named_before_the_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that a read-only cache holds loads from it; one that it lacks is not dequantised in vain."""
+    loads: list[Any] = []
+    monkeypatch.setattr(neurosig.models, "_dequantise", lambda gguf: loads.append(gguf))
     monkeypatch.setenv("NEUROSIG_CACHE", str(tmp_path / "fixed" / "cache"))
-    with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro", "tmpfs"), pytest.raises(OSError) as caught:
-        (neurosig.models.cache_dir() / "gguf").mkdir(parents=True)
-    assert caught.value.errno == errno.EROFS
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(100))
+    with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro", "tmpfs"):
+        config = configured("evaluate", tmp_path, tmp_path / "out")
+        config.model = str(gguf)
+        code, shown = code_of("evaluate", config)
+    assert code == 2
+    cache = tmp_path / "fixed" / "cache" / "gguf"
+    assert error_line(shown) == (
+        f"error: cache {cache}: cannot write there (Read-only file system); set NEUROSIG_CACHE to a folder of yours"
+    )
+    assert not loads and not (tmp_path / "out").exists()
+    kept = tmp_path / "kept" / "gguf" / f"{'0' * 16}-transformers-{transformers.__version__}"
+    kept.mkdir(parents=True)
+    monkeypatch.setenv("NEUROSIG_CACHE", str(tmp_path / "kept"))
+    subprocess.run(["mount", "--bind", "-o", "ro", str(tmp_path / "kept"), str(tmp_path / "kept")], check=True)
+    try:
+        assert neurosig.models._dequantised(gguf, "0" * 64) == kept
+    finally:
+        subprocess.run(["umount", str(tmp_path / "kept")], check=True)
 
 
 def test_out_of_memory_is_one_sentence_and_keeps_the_state(world: Path, tmp_path: Path) -> None:

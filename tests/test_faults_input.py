@@ -313,6 +313,13 @@ CASES = [
     ),
     Case(
         "train",
+        "a reuse of other texts under the same ids",
+        r'these differ: dataset, questions \(1 questions have another text, the first is "q1" on line 2\)',
+        lambda w: (w / "other.jsonl").write_text((w / QUESTIONS).read_text().replace("Is blue", "Is bleu")),
+        {"--reuse": "{w}/manifest", "--questions": "{w}/other.jsonl"},
+    ),
+    Case(
+        "train",
         "a reuse of other questions",
         "its rollouts and traces are not those of this export, these differ: dataset, questions",
         lambda w: write_questions(w / "fewer.jsonl", 5),
@@ -530,6 +537,12 @@ CASES = [
     ),
     Case(
         "compare",
+        "other texts under the same ids",
+        r"trained: the ids are those of .*, but texts or gold answers of its questions are not",
+        again("trained/summary.json", lambda data: data.replace(b'"questions_sha256": "', b'"questions_sha256": "0')),
+    ),
+    Case(
+        "compare",
         "another K",
         r"K=3 samples a question",
         table("trained/results.parquet", lambda rows: [row.update(k=3) for row in rows]),
@@ -562,7 +575,7 @@ CASES = [
     ),
     Case("grid", "a grid of unknown methods", r"method x: expected one of nopsd", options={"--methods": "x"}),
 ]
-REUSE = {"a reuse of other questions"}
+REUSE = {"a reuse of other questions", "a reuse of other texts under the same ids"}
 
 
 def flat() -> list[Any]:

@@ -68,6 +68,22 @@ def test_tables_as_csv_start_no_formula() -> None:
     assert "'=method" in line and "'@domain" in line and ",-0.5," in line
 
 
+def test_dollar_signs_in_figures_are_no_formula(tmp_path: Path) -> None:
+    """A label is as wide as its characters, and one that is no formula at all is drawn."""
+    from matplotlib import pyplot
+
+    from figures.style import save_figure, use_style
+
+    with pyplot.rc_context():
+        use_style()
+        figure, axis = pyplot.subplots()
+        literal, formula = axis.text(0, 0.2, r"$\alpha$"), axis.text(0, 0.4, r"$\alpha$", parse_math=True)
+        axis.set_title(r"$\frac{1}{ costs $5")
+        assert literal.get_window_extent().width > 3 * formula.get_window_extent().width
+        assert all(path.stat().st_size > 1000 for path in save_figure(figure, tmp_path, "odd"))
+        pyplot.close(figure)
+
+
 def said(path: Path, text: Any, k: int = 3) -> Path:
     """Rollouts made elsewhere that all say ``text(question, rollout)``."""
     lines = [{"question_id": f"q{q}", "text": text(q, r)} for q in range(8) for r in range(k)]

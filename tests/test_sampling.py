@@ -293,12 +293,21 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
         draw(loaded(), prompts(), max_new_tokens=505)
 
 
-def test_logits_that_are_not_finite_name_the_question() -> None:
-    model = loaded()
-    with torch.no_grad():
-        model.model.lm_head.weight[5] = torch.nan
-    with pytest.raises(UserError, match='logits are not finite while sampling question "q'):
-        draw(model, prompts())
+def test_logits_that_are_not_finite_name_the_question_and_the_layer() -> None:
+    """NaN in the head, NaN in a layer before it, and weights too large for their arithmetic."""
+    for name, value, why in (
+        ("lm_head", torch.nan, "its weight holds NaN or infinity"),
+        ("model.layers.1.mlp.down_proj", torch.nan, "its weight holds NaN or infinity"),
+        ("model.layers.0.mlp.up_proj", 3e38, "in float32"),
+    ):
+        model = loaded()
+        with torch.no_grad():
+            model.model.get_submodule(name).weight[5] = value
+        with pytest.raises(UserError) as caught:
+            draw(model, prompts())
+        assert 'logits are not finite while sampling question "q' in str(caught.value)
+        assert f"; the first layer is {name} ({why}); get intact weights" in str(caught.value)
+        assert not any(module._forward_hooks for module in model.model.modules())
 
 
 @pytest.mark.parametrize(

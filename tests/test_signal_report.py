@@ -204,7 +204,10 @@ def test_gold_is_joined_by_id_and_text(world: Path, tmp_path: Path) -> None:
     manifest = read_manifest(world)
     gold, reason = join_gold(manifest, [str(path)])
     assert set(gold) == {f"q{index:02d}" for index in range(30) if index != 3}
-    assert reason == f"of {N} questions 1 there with another text, 10 not in the question files ({path})"
+    assert reason == (
+        f'of {N} questions 1 there with another text (the first is "q03" on line 4), 10 not in the question files '
+        f'(the first is "q30") ({path})'
+    )
     level = rollout_level(manifest, read_traced(manifest), gold)
     assert len(level.owners) == 29 * K and level.owners.max() == 28
     trust = {signal.name: signal.trust for signal in level.signals}
