@@ -105,7 +105,7 @@ def _caption(grid: Grid, table: pd.DataFrame) -> str:
     n = ", ".join(f"{len(ids)} {domain}" for domain, ids in grid.ids.items())
     trained = table[table["seeds"] > 1].drop_duplicates("method")
     several = "".join(
-        f"{int(row['seeds'])} for {LABELS[row['method']].partition(' (')[0]}, " for _, row in trained.iterrows()
+        f"{int(row['seeds'])} for {LABELS[row['method']].partition(' (')[0]}; " for _, row in trained.iterrows()
     )
     return (
         f"Means over {len(grid.ids)} source domains; n = {n} test questions, K={grid.k}; 95% paired bootstrap "

@@ -54,7 +54,7 @@ MARKS = {
     "U-OPSD": ("#CC79A7", "v"),
     "N-OPSD": ("#0072B2", "D"),
 }
-"""Colour (Okabe & Ito 2008) and marker of each method."""
+"""Colour (Okabe & Ito 2008) and marker of each method drawn; for variants of N-OPSD see `figures.methods`."""
 LEGEND = (
     "A cell reads *value (change / smallest change that this comparison would find with 80% power at the 5% level)*. "
     "**Bold**: best of its column among the rows of its kind (the base competes with `in`). `~` (grey in LaTeX): the "
@@ -304,11 +304,11 @@ def _draw_changes(paper: dict[str, Table], ours: dict[str, Table], out: Path) ->
 
 
 def _draw_panel(axis: Axes, table: Table) -> None:
-    rows = [row for row in table.rows if row.scope == "in"]
+    rows = [row for row in table.rows if row.scope == "in" and METHODS.get(row.method, row.method) in MARKS]
     axis.axhline(0, color="black", linewidth=0.8)
     for offset, row in enumerate(rows):
         label = METHODS.get(row.method, row.method)
-        colour, marker = MARKS.get(label, ("#56B4E9", "P"))
+        colour, marker = MARKS[label]
         shift = 0.14 * (offset - (len(rows) - 1) / 2)
         for x, cell in enumerate(row.cells):
             if cell.delta is None:
