@@ -107,7 +107,7 @@ def test_the_slope_is_that_of_the_least_squares_line(folder: Path) -> None:
 
 def test_a_method_that_was_not_run_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no grid\.parquet; run python -m figures.evidence"):
-        findings.draw(tmp_path, tmp_path)
+        findings.read_evidence(tmp_path)
     evidence = findings.read_evidence(folder)
     test = {"id": "x", "kind": "difference", "metric": "ece", "scope": "in", "a": ["ttrl2"], "b": ["base"]}
     with pytest.raises(UserError, match="test x: no runs of method ttrl2"):

@@ -41,14 +41,16 @@ def config(out: Path, **changes: Any) -> EvaluateConfig:
 def evaluation(out: Path, right_of: dict[str, list[int]], k: int = 4, **changes: Any) -> Path:
     """An evaluation in which question i of a domain gets ``right_of[domain][i]`` right answers out of ``k``."""
     out.mkdir(parents=True)
-    rows, groups = [], {}
+    rows, groups, questions = [], {}, []
     for domain, counts in right_of.items():
         for index, right in enumerate(counts):
             asked = question(index, domain)
+            questions.append(asked)
             groups[asked.id] = group(asked, ["Paris."] * right + ["Rome."] * (k - right))
             rows.append(_row(asked, groups[asked.id], config(out)))
     (out / ".rollouts.log").touch()
-    _write(config(out, **changes), Loaded(), None, groups, rows, summarise(rows, seed=0))  # type: ignore[arg-type]
+    loaded: Any = Loaded()
+    _write(config(out, **changes), loaded, None, questions, groups, rows, summarise(rows, seed=0))
     return out
 
 
