@@ -49,6 +49,8 @@ class Options:
     """Tokens of the bare prompt."""
     teacher_prompt: int = 1024
     """Tokens of the prompt with context."""
+    micro: int = 16
+    """Rollouts in one forward and backward pass, ours and TRL's."""
     trl: bool = True
     """Take the same step with TRL's trainers."""
     out: Path | None = None
@@ -85,19 +87,20 @@ def measure(shape: str, options: Options) -> dict[str, float]:
         for n in range(options.questions)
     ]
     texts = [(chr(99 + n) + prompt[1:], context) for n, (prompt, context) in enumerate(texts)]
-    step = Step(make, texts, options.k, options.tokens, options.teacher_prompt, rank=64)
+    step = Step(make, texts, options.k, options.tokens, options.teacher_prompt, 64, options.micro)
     found = {**_tracing(make(), options), **_sampling(make(), options)}
-    parts: dict[str, float] = {}
+    taken: list[dict[str, float]] = []
 
     def mine() -> float:
-        parts.update(ours(step))
-        return sum(parts.values())
+        taken.append(ours(step))
+        return sum(taken[-1].values())
 
     found |= _run("step: ours", mine)
+    parts = min(taken, key=lambda parts: sum(parts.values()))
     found |= {f"step: ours, {name} (s)": seconds for name, seconds in parts.items()}
     arithmetic = Arithmetic(
         shape=shape, prompt=options.prompt, teacher_prompt=options.teacher_prompt, new_tokens=options.tokens,
-        rows=options.questions * options.k, micro=16, rank=64,
+        rows=options.questions * options.k, micro=options.micro, rank=64,
     )  # fmt: skip
     found["step: ours, peak by the README's arithmetic (GB)"] = peak(gigabytes(arithmetic))
     if options.trl:
@@ -113,7 +116,7 @@ def _run(name: str, call: Callable[[], float]) -> dict[str, float]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        seconds = call()
+        seconds = min(call(), call())  # the first also warms up
     except torch.OutOfMemoryError:
         seconds = float("nan")
     peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else float("nan")

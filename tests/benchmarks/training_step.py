@@ -42,6 +42,12 @@ class Step:
     tokens: int
     teacher_tokens: int
     rank: int = 16
+    micro: int = 16
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of ``micro`` rollouts in a step."""
+        return -(-len(self.texts) * self.k // self.micro)
 
 
 class StepTimer:
@@ -72,7 +78,7 @@ def ours(step: Step) -> dict[str, float]:
         lora_r=step.rank,
         lora_alpha=2 * step.rank,
         keep_truncated=True,
-        micro_batch_size=16,
+        micro_batch_size=step.micro,
     )
     torch.manual_seed(0)
     student, adapter = make_student(config, loaded)
@@ -100,7 +106,8 @@ def common(step: Step, folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "max_steps": 1,
-        "per_device_train_batch_size": len(step.texts) * step.k,
+        "per_device_train_batch_size": len(step.texts) * step.k // step.micro_batches,
+        "gradient_accumulation_steps": step.micro_batches,
         "max_completion_length": step.tokens,
         "generation_kwargs": {"min_new_tokens": step.tokens},  # no end-of-sequence token before
         "learning_rate": 1e-4,
@@ -160,7 +167,8 @@ def sdft(step: Step, folder: Path, mode: str) -> float:
 
     trainer.teacher_context_builder.build = recorded
     trainer.train()
-    assert widths == [(len(step.texts) * step.k, step.teacher_tokens + step.tokens)]
+    assert sum(rows for rows, _ in widths) == len(step.texts) * step.k
+    assert {width for _, width in widths} == {step.teacher_tokens + step.tokens}
     return timer.seconds
 
 
@@ -210,7 +218,8 @@ def distillation(step: Step, folder: Path) -> float:
         callbacks=[timer],
     )
     trainer.train()
-    assert [tuple(shape) for shape in widths] == [(len(rows), step.teacher_tokens + step.tokens)]
+    assert sum(count for count, _ in widths) == len(rows)
+    assert {width for _, width in widths} == {step.teacher_tokens + step.tokens}
     return timer.seconds
 
 
