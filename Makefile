@@ -85,7 +85,8 @@ lint: setup ## ruff, mypy and the import contracts
 bench: setup ## time and memory of sampling, tracing and training
 	$(RUN) pytest -m bench -o addopts=--strict-markers tests # without the tests' run-time type checks
 
-bench-gpu: setup ## Qwen3's shapes with random weights on one GPU, beside TRL (says so where there is none)
+bench-gpu: setup ## one GPU: its numbers against the CPU's, Qwen3's shapes beside TRL (says so where there is none)
+	$(RUN) pytest -m gpu -o addopts=--strict-markers -q -rs tests/test_gpu.py
 	PYTHONPATH=tests $(VENV)/bin/python tests/benchmarks/gpu.py --out figures/data/gpu.csv
 
 figures: setup ## every figure and table

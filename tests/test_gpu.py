@@ -34,7 +34,10 @@ from neurosig.sites import ffn_sites
 from neurosig.tracing import NeuronTracer, TraceConfig
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU here"),
+]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

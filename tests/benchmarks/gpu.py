@@ -13,8 +13,8 @@ import gc
 import io
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Options:
     """Questions of a step."""
     k: int = 8
     """Rollouts of a question."""
-    tokens: int = 256
+    tokens: int = 128
     """Tokens of a rollout."""
     prompt: int = 128
     """Tokens of the bare prompt."""
@@ -64,23 +64,30 @@ def main(options: Options) -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else options.device
     rows: list[dict[str, Any]] = []
     for shape in options.shapes:
-        for what, value in measure(shape, options).items():
+        for what, value in measure(shape, options):
             rows.append({"device": name, "shape": shape, "what": what, "value": f"{value:.4g}"})
             print(f"{shape:<12} {what:<52} {rows[-1]['value']}", flush=True)
-    if options.out is not None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(options.out, text.getvalue())
+            if options.out is not None:
+                _write(options.out, rows)
 
 
-def measure(shape: str, options: Options) -> dict[str, float]:
-    """Name, with its unit, -> value; what runs out of memory is not a number."""
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
+
+
+def measure(shape: str, options: Options) -> Iterator[tuple[str, float]]:
+    """Each name, with its unit, and value as it is known; what runs out of memory is not a number."""
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    tokenizer = tiny_tokenizer()
+    info = load_model((random_model("tiny", "cpu", dtype), tokenizer)).info
 
     def make() -> LoadedModel:
-        return load_model((random_model(shape, options.device, dtype), tiny_tokenizer()))
+        # load_model would hash 8 GB of weights each time
+        return LoadedModel(random_model(shape, options.device, dtype), tokenizer, replace(info, id=shape))
 
     texts = [
         ("b" * options.prompt, chr(99 + n) * (options.teacher_prompt - options.prompt))
@@ -88,29 +95,31 @@ def measure(shape: str, options: Options) -> dict[str, float]:
     ]
     texts = [(chr(99 + n) + prompt[1:], context) for n, (prompt, context) in enumerate(texts)]
     step = Step(make, texts, options.k, options.tokens, options.teacher_prompt, 64, options.micro)
-    found = {**_tracing(make(), options), **_sampling(make(), options)}
+    loaded = make()
+    yield from _tracing(loaded, options)
+    yield from _sampling(loaded, options)
+    del loaded
     taken: list[dict[str, float]] = []
 
     def mine() -> float:
         taken.append(ours(step))
         return sum(taken[-1].values())
 
-    found |= _run("step: ours", mine)
-    parts = min(taken, key=lambda parts: sum(parts.values()))
-    found |= {f"step: ours, {name} (s)": seconds for name, seconds in parts.items()}
+    yield from _run("step: ours", mine)
+    parts = min(taken, key=lambda parts: sum(parts.values()), default={})
+    yield from ((f"step: ours, {name} (s)", seconds) for name, seconds in parts.items())
     arithmetic = Arithmetic(
         shape=shape, prompt=options.prompt, teacher_prompt=options.teacher_prompt, new_tokens=options.tokens,
         rows=options.questions * options.k, micro=options.micro, rank=64,
     )  # fmt: skip
-    found["step: ours, peak by the README's arithmetic (GB)"] = peak(gigabytes(arithmetic))
+    yield "step: ours, peak by the README's arithmetic (GB)", peak(gigabytes(arithmetic))
     if options.trl:
         with tempfile.TemporaryDirectory() as folder:
-            found |= _run("step: TRL SDFT topk", lambda: sdft(step, Path(folder) / "topk", "topk_logits"))
-            found |= _run("step: TRL Distillation", lambda: distillation(step, Path(folder) / "chunked"))
-    return found
+            yield from _run("step: TRL SDFT topk", lambda: sdft(step, Path(folder) / "topk", "topk_logits"))
+            yield from _run("step: TRL Distillation", lambda: distillation(step, Path(folder) / "chunked"))
 
 
-def _run(name: str, call: Callable[[], float]) -> dict[str, float]:
+def _run(name: str, call: Callable[[], float]) -> Iterator[tuple[str, float]]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -120,14 +129,15 @@ def _run(name: str, call: Callable[[], float]) -> dict[str, float]:
     except torch.OutOfMemoryError:
         seconds = float("nan")
     peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else float("nan")
-    return {f"{name} (s)": seconds, f"{name}, peak (GB)": peak_bytes / 1e9}
+    yield f"{name} (s)", seconds
+    yield f"{name}, peak (GB)", peak_bytes / 1e9
 
 
 def _prompts(options: Options) -> list[tuple[int, ...]]:
     return [tuple([3 + n] + [5] * (options.prompt - 1)) for n in range(options.questions)]
 
 
-def _tracing(loaded: LoadedModel, options: Options) -> dict[str, float]:
+def _tracing(loaded: LoadedModel, options: Options) -> Iterator[tuple[str, float]]:
     """Tracing K rollouts a prompt against a plain forward over the same tokens."""
     prompts = [prompt for prompt in _prompts(options) for _ in range(options.k)]
     completions = [[7] * options.tokens for _ in prompts]
@@ -143,10 +153,12 @@ def _tracing(loaded: LoadedModel, options: Options) -> dict[str, float]:
         tracer.trace(prompts, completions)
 
     plain_seconds, traced = _best(plain), _best(trace)
-    return {"tracing / plain forward": traced / plain_seconds, "tracing (s)": traced}
+    yield "tracing / plain forward", traced / plain_seconds
+    yield "tracing (s)", traced
 
 
-def _sampling(loaded: LoadedModel, options: Options) -> dict[str, float]:
+def _sampling(loaded: LoadedModel, options: Options) -> Iterator[tuple[str, float]]:
+    """Our sampler and transformers' `generate`, which gets all rows at once."""
     endless = Endless(loaded.model, loaded.tokenizer, loaded.info)
     prompts = [Prompt(str(n), ids) for n, ids in enumerate(_prompts(options) * 4)]
     config = SamplingConfig(num_generations=options.k, max_new_tokens=options.tokens)
@@ -156,7 +168,17 @@ def _sampling(loaded: LoadedModel, options: Options) -> dict[str, float]:
         counted[:] = [len(r.token_ids) for group in sample(endless, prompts, config) for r in group]
 
     seconds = _best(run)
-    return {f"sampling, {len(prompts) * options.k} rows (tokens/s)": sum(counted) / seconds}
+    rows = len(prompts) * options.k
+    yield f"sampling, {rows} rows (tokens/s)", sum(counted) / seconds
+    ids = torch.tensor([prompt.token_ids for prompt in prompts], device=loaded.model.device)
+
+    def generate() -> None:
+        loaded.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.8, num_return_sequences=options.k,
+            min_new_tokens=options.tokens, max_new_tokens=options.tokens, pad_token_id=0,
+        )  # fmt: skip
+
+    yield f"generate, {rows} rows (tokens/s)", rows * options.tokens / _best(generate)
 
 
 def _best(call: Callable[[], None], runs: int = 2) -> float:
