@@ -252,9 +252,11 @@ def _run(cells: Sequence[Cell], config: GridConfig, context: ForkServerContext) 
                     failed.append(running[done].name)
                 bar.set_postfix_str(running[done].name)
                 bar.update()
-        except BaseException:
+        except BaseException as stopped:
             pool.shutdown(wait=False, cancel_futures=True)
             works.stop()
+            if isinstance(stopped, KeyboardInterrupt):
+                raise KeyboardInterrupt("the same command goes on from here") from None
             raise
     return failed
 

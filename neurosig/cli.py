@@ -307,7 +307,8 @@ def _explain(fault: BaseException, *, can_resume: bool) -> tuple[int, str]:
     """Exit code and the one line for what ended the command."""
     text = printable(" ".join(str(fault).split()))
     if isinstance(fault, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, "interrupted; rerun with --resume" if can_resume else "interrupted"
+        how = "rerun with --resume" if can_resume else text
+        return EXIT_INTERRUPTED, f"interrupted; {how}" if how else "interrupted"
     if isinstance(fault, UserError):
         return EXIT_USER, f"error: {text}"
     if _is_out_of_memory(fault):

@@ -15,6 +15,7 @@ import kills
 
 import neurosig.export
 from distill.config import TrainConfig
+from distill.grid import GridConfig
 from neurosig.cli import run_command
 
 pytestmark = pytest.mark.forks
@@ -30,20 +31,26 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, kills.Job]:
         yield made
 
 
-@pytest.mark.parametrize("name", ["export", "train", "evaluate"])
+@pytest.mark.parametrize("name", ["export", "train", "evaluate", "grid"])
 def test_killed_runs_resume_to_the_same_bytes(jobs: dict[str, kills.Job], name: str) -> None:
-    """One kill in each phase; the grid, whose cells are these commands, is killed by `make trust` only."""
+    """One kill in each phase."""
     for counted in kills.check(jobs[name], 1, seed=1):
         assert counted.survived == 1
         assert counted.pieces_saved >= 0
 
 
-@pytest.mark.parametrize(("name", "number"), [("export", signal.SIGINT), ("train", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("name", "number"), [("export", signal.SIGINT), ("train", signal.SIGTERM), ("grid", signal.SIGINT)]
+)
 def test_ctrl_c_saves_and_says_how_to_go_on(jobs: dict[str, kills.Job], name: str, number: int) -> None:
     job = jobs[name]
     _, pieces, outcome = kills.undisturbed(job)
-    words = {"export": ["--model", "m", "--questions", "q"], "train": ["--manifest", "m"]}[name]
-    config = {"export": neurosig.export.ExportConfig, "train": TrainConfig}[name]
+    words = {
+        "export": ["--model", "m", "--questions", "q"],
+        "train": ["--manifest", "m"],
+        "grid": ["--model", "m", "--sources", "s"],
+    }[name]
+    config = {"export": neurosig.export.ExportConfig, "train": TrainConfig, "grid": GridConfig}[name]
 
     def command(resume: bool) -> None:
         code = run_command(
@@ -59,9 +66,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(jobs: dict[str, kills.Job], name: st
         if done == 3:  # the third piece begins: two are done
             os.kill(pid, number)
             break
-    assert kills.finish(pid) == 130
+    code = kills.finish(pid)
+    assert code == 130, kills.tail(interrupted)
     os.close(pipe)
-    assert kills.tail(interrupted).splitlines()[-1] == "interrupted; rerun with --resume"
+    how = "the same command goes on from here" if name == "grid" else "rerun with --resume"
+    assert kills.tail(interrupted).splitlines()[-1] == f"interrupted; {how}"
     again = kills.resume(job)
     assert again < pieces
     assert kills.result(job.out) == outcome

@@ -275,12 +275,15 @@ def jobs(folder: Path) -> dict[str, Job]:
         )  # fmt: skip
 
     def grid(resume: bool) -> None:
+        import concurrent.futures.thread
         import multiprocessing
 
+        # a fork made by a thread of the grid's pool would wait for that thread, which it is, before it ends
+        os.register_at_fork(after_in_child=concurrent.futures.thread._threads_queues.clear)
         distill.grid._forkserver = lambda: multiprocessing.get_context("fork")  # the imports are here already
         distill.grid.main(
             GridConfig(
-                out=folder / "grid", model=str(model), methods=("nopsd",),
+                out=folder / "grid", model=str(model), methods=("nopsd", "nopsd-random"), jobs=2,
                 sources=(f"a={questions}",), targets=(f"a={questions}",), control_temperatures=(),
                 export={**quick, "set_size": 16, "clean_filter": "all"},
                 train={"steps": 2, "questions_per_step": 2, "lora_r": 2, "keep_truncated": True, "save_steps": 1},
@@ -309,7 +312,7 @@ def jobs(folder: Path) -> dict[str, Job]:
             "evaluate", evaluate, folder / "evaluate", {"evaluation": "distill.evaluate:_rollouts"},
             "neurosig.rollouts:RolloutLog.append",
         ),
-        "grid": Job("grid", grid, folder / "grid", {"grid": "distill.grid:_run"}, "distill.grid:_call"),
+        "grid": Job("grid", grid, folder / "grid", {"grid": "distill.grid:_run"}, "distill.grid:_Works._call"),
     }  # fmt: skip
 
 
