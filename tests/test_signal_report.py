@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -84,6 +86,15 @@ def report(run: Path, out: Path, **changes: Any) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def told(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The report of `world` and what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        out = report(world, tmp_path_factory.mktemp("told") / "report", examples=N)
+    return out, printed.getvalue()
+
+
 def table(out: Path) -> dict[tuple[str, str], dict[str, str]]:
     with (out / "signals.csv").open(newline="") as handle:
         return {(row["level"], row["signal"]): row for row in csv.DictReader(handle)}
@@ -123,10 +134,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_report_says_what_the_signals_are_worth(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = report(world, tmp_path / "report")
+def test_the_report_says_what_the_signals_are_worth(world: Path, told: tuple[Path, str]) -> None:
+    out, printed = told
     written = ["layers.csv", "neurons.csv", "path.csv", "probe.safetensors", "report.html", "signals.csv"]
     assert sorted(path.name for path in out.iterdir()) == written
     rows, manifest = table(out), read_manifest(world)
@@ -156,12 +165,11 @@ def test_the_report_says_what_the_signals_are_worth(
         assert row["verdict"] in page.text
     assert f"{N} questions, {sum(right)} majorities right." in page.text
     assert "ECE 0." in page.text
-    printed = capsys.readouterr().out
     assert "Whether the majority is right is best told by" in printed and "report.html" in printed
 
 
-def test_hostile_text_is_shown_and_does_nothing(world: Path, tmp_path: Path) -> None:
-    raw = (report(world, tmp_path, examples=N) / "report.html").read_text()
+def test_hostile_text_is_shown_and_does_nothing(told: tuple[Path, str]) -> None:
+    raw = (told[0] / "report.html").read_text()
     page = Page(raw)
     assert page.tags.isdisjoint({"script", "img", "iframe", "object", "embed", "link", "base", "form", "a"})
     assert page.links == [] and "url(" not in raw and "@import" not in raw
@@ -178,10 +186,22 @@ def test_visible_keeps_text_and_shows_what_hides() -> None:
     assert visible("a\u200fb\u061cc\r\t\x7f\ufeff\ue000") == r"a\u200fb\u061cc\r\t\x7f\ufeff\ue000"
 
 
-def test_the_same_manifest_gives_the_same_report(world: Path, tmp_path: Path) -> None:
-    first, second = (file_bytes(report(world, tmp_path / name)) for name in ("a", "b"))
-    assert first == second
-    other = file_bytes(report(world, tmp_path / "c", seed=1))
+def test_the_same_manifest_gives_the_same_report(world: Path, told: tuple[Path, str], tmp_path: Path) -> None:
+    """In a process of its own too, which needs neither transformers nor nnsight."""
+    first = file_bytes(told[0])
+    code = f"""
+import sys
+from pathlib import Path
+from neurosig.report import ReportConfig, main
+early = [name for name in ("numpy", "jinja2", "sklearn") if name in sys.modules]
+run, out = Path({str(world)!r}), Path({str(tmp_path / "again")!r})
+main(ReportConfig(run=run, out=out, resamples=300, examples={N}, quiet=True))
+print(early, [name for name in ("transformers", "nnsight", "matplotlib") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[] []"
+    assert file_bytes(tmp_path / "again") == first
+    other = file_bytes(report(world, tmp_path / "other", seed=1))
     assert other["signals.csv"] != first["signals.csv"]
 
 
@@ -278,9 +298,9 @@ def test_a_wrong_folder_is_one_sentence(
     assert expected[place] in error
 
 
-def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, tmp_path: Path) -> None:
+def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, told: tuple[Path, str]) -> None:
     """The page's sentence, the CSV and the saved probe agree, and the probe scores the run's own rollouts as fitted."""
-    out = report(world, tmp_path / "report")
+    out, _ = told
     probe, neurons = FittedProbe.load(out / "probe.safetensors"), locate_neurons(out / "neurons.csv")
     pd.testing.assert_frame_equal(neurons, probe.neurons, check_exact=True)
     traced = read_traced(read_manifest(world))
@@ -295,7 +315,7 @@ def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, tmp_path:
     assert f"{known} questions whose rollouts agree, {guessed} whose rollouts split" in text
 
 
-def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, tmp_path: Path) -> None:
+def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, told: tuple[Path, str]) -> None:
     manifest = read_manifest(world)
     traced = read_traced(manifest)
     found = patterns(manifest, traced, seed=0)
@@ -315,19 +335,6 @@ def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, tmp
     expected = pattern_clusters(sets, traced.d_mlp, ClusterConfig(seed=0))
     assert np.array_equal(found.found.clustering.labels, expected.clustering.labels)
     assert {row["clustering"] for row in found.comparison} == {"neurons", "hidden states", "tokens"}
-    text = Page((report(world, tmp_path / "report") / "report.html").read_text()).text
+    text = Page((told[0] / "report.html").read_text()).text
     assert found.sentence in text
     assert found.clusters[0].typical[0] in {row.question for row in answered}
-
-
-def test_the_report_needs_neither_transformers_nor_nnsight(world: Path, tmp_path: Path) -> None:
-    code = f"""
-import sys
-from pathlib import Path
-from neurosig.report import ReportConfig, main
-early = [name for name in ("numpy", "jinja2", "sklearn") if name in sys.modules]
-main(ReportConfig(run=Path({str(world)!r}), out=Path({str(tmp_path)!r}), resamples=100, quiet=True))
-print(early, [name for name in ("transformers", "nnsight", "matplotlib") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "[] []"
