@@ -6,7 +6,6 @@ its majority answer is right (gold answers are read here, nowhere before), and w
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ def main(config: EvidenceConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     for name in (FILES[0], LAYOUT, RESULTS):
         write_atomic(config.out / name, (config.grid / name).read_bytes())
-    sources = json.loads((config.grid / LAYOUT).read_text(encoding="utf-8"))["domains"]
+    sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()
     frames = [signals(config.grid / FIRST.format(source=source), source) for source in sources]
     write_atomic(config.out / SIGNALS, pd.concat(frames).to_csv(index=False, float_format="%.6g"))
     logger.info("%s", config.out)

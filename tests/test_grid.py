@@ -5,17 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow.parquet
 import pytest
 from flow import save_tiny, write_questions
 
 from distill.collect import control_temperature
 from distill.grid import PRESETS, GridConfig, main
+from figures.evidence import EvidenceConfig
+from figures.evidence import main as keep
 from neurosig.cli import command_words, parse_config
 from neurosig.errors import UserError
+from neurosig.outdir import output_folder
 
 TINY = {"num_generations": 3, "max_new_tokens": 4, "temperature": 1.0}
 
@@ -79,8 +85,25 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
     files = [policy["files"]["rollouts.jsonl"]["sha256"] for policy in policies.values()]
     assert files[0] == files[1]
 
+    for row in rows(folder):
+        steps = cells / f"{row['method']}--red--seed0" / "train" / "metrics.jsonl"
+        first = json.loads(steps.read_text().splitlines()[0]) if row["source"] else {"entropy_gap": math.nan}
+        assert float(row["first_entropy_gap"] or "nan") == pytest.approx(first["entropy_gap"], rel=1e-5, nan_ok=True)
+
+    keep(EvidenceConfig(grid=folder / "grid", out=folder / "kept"))
+    signals = pandas.read_csv(folder / "kept" / "signals.csv")
+    assert len(signals) == 8 and set(signals.source) == {"red"} and not signals.right.any()
+    assert {"vote_share", "probe"} <= set(signals)
+    for name in ("grid.parquet", "layout.json", "results.csv"):
+        assert (folder / "kept" / name).read_bytes() == (folder / "grid" / name).read_bytes()
+
     before = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
-    main(grid(folder, more_seeds=(1,), more_seeds_for=("nopsd",)))
+    with (
+        output_folder(folder / "grid", finished="results.csv", owned=(), resume=True, overwrite=False),
+        pytest.raises(UserError, match=f"in use by pid {os.getpid()} "),
+    ):
+        main(grid(folder))
+    main(grid(folder, more_seeds=(1,), more_seeds_for=("nopsd",), jobs=2))
     after = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
     assert {path.relative_to(cells).parts[0] for path in after.keys() - before.keys()} == {"nopsd--red--seed1"}
