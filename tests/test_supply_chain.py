@@ -83,3 +83,19 @@ def test_the_notice_names_what_comes_along() -> None:
     assert named and all((ROOT / path).exists() for path in named)
     bundled = {path.parent for path in ROOT.glob("neurosig/**/*") if path.suffix in (".safetensors", ".jsonl", ".tsv")}
     assert all(any(str(folder.relative_to(ROOT)).startswith(path) for path in named) for folder in bundled)
+
+
+def test_every_pinned_version_has_the_hash_of_its_file() -> None:
+    pinned = {
+        re.sub(r"[-_.]+", "-", name).lower(): version
+        for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    }
+    hashed = dict(
+        re.findall(
+            r"^([\w.-]+)==(\S+) --hash=sha256:[0-9a-f]{64}$", (ROOT / ".ci" / "hashes.txt").read_text(), re.MULTILINE
+        )
+    )
+    assert pinned.keys() - hashed.keys() == {"torch"}
+    assert {name: hashed[name] for name in pinned if name != "torch"} == {
+        n: v for n, v in pinned.items() if n != "torch"
+    }
