@@ -36,7 +36,8 @@ def run_record() -> dict[str, Any]:
     Returns:
         ``tool``, ``version``, ``git_commit`` and ``git_dirty`` (null unless git tracks the package), ``python``,
         ``libraries`` (name -> version, null when not installed), ``platform``, ``machine``, ``cpus``, ``threads``
-        (torch's intra-op threads, null when torch is not loaded), ``omp_num_threads`` and ``command``.
+        (torch's intra-op threads, null when torch is not loaded), ``omp_num_threads``, ``processes`` (of a
+        distributed launch) and ``command``.
     """
     commit, dirty = _git_state(Path(neurosig.__file__).resolve().parent)
     torch = sys.modules.get("torch")
@@ -52,6 +53,7 @@ def run_record() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads() if torch is not None else None,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 

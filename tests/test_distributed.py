@@ -253,15 +253,25 @@ def test_all_ranks_fail_together_with_one_message(
     assert not (tmp_path / "run" / "train.json").exists()
 
 
-def test_torchrun(tmp_path: Path, manifest: Path, single: Path) -> None:
-    """accelerate's own launcher starts several CPU processes by MPI only; on GPUs it sets these variables."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torch.distributed.run --standalone --nproc-per-node 2",
+        "accelerate.commands.launch --multi_gpu --num_processes 2 --mixed_precision no",
+        "accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --mixed_precision no",
+    ],
+    ids=["torchrun", "accelerate", "accelerate fsdp2"],
+)
+def test_the_launchers_of_the_readme(tmp_path: Path, manifest: Path, single: Path, launcher: str) -> None:
+    """As on GPUs; where there is none, accelerate starts the processes all the same."""
+    arguments = train_arguments(manifest, tmp_path / "run", quiet=True)
     done = subprocess.run(
-        [*command, "-m", "distill.train", *train_arguments(manifest, tmp_path / "run", quiet=True)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        [sys.executable, "-m", *launcher.split(), "-m", "distill.train", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "train.json").read_text())["run"]["processes"] == 2
     assert_near(tmp_path / "run", single / "straight", 1e-5)
