@@ -71,6 +71,17 @@ def got(value: object) -> str:
     return f"got {ascii(value)[:60]} ({type(value).__name__})"
 
 
+def shown(text: str) -> str:
+    """At most 60 characters of a record's own text, on one line."""
+    return repr(text[:60])[1:-1]
+
+
+def columns_of(record: Record) -> str:
+    """The names of a record's fields for a message, at most 20 of them."""
+    named = ", ".join(shown(name) for name in list(record)[:20])
+    return named + (f" and {len(record) - 20} more" if len(record) > 20 else "")
+
+
 def read_jsonl(path: Path) -> Rows:
     """Records of a UTF-8 JSON-lines file; blank lines, CRLF and a leading byte order mark are accepted."""
     try:
@@ -296,7 +307,7 @@ def adapt_mapped(record: Record, line: int, stem: str, names: FieldMap) -> Field
     columns += [names.choices] if isinstance(names.choices, str) else list(names.choices or ())
     for column in columns:
         if column is not None and column not in record:
-            raise UserError(f'field "{column}": in the field map but not in the record ({", ".join(record)})')
+            raise UserError(f'field "{column}": in the field map but not in the record ({columns_of(record)})')
     if isinstance(names.choices, tuple):
         choices: tuple[str, ...] = tuple(required_text(record, name) for name in names.choices)
         labels: tuple[str, ...] = ()
@@ -376,7 +387,7 @@ def optional_text(record: Record, name: str) -> str | None:
 def required_text(record: Record, name: str) -> str:
     """The text of a field that must be there."""
     if record.get(name) is None:
-        state = "null" if name in record else f"missing; the record has {', '.join(record) or 'no field'}"
+        state = "null" if name in record else f"missing; the record has {columns_of(record) or 'no field'}"
         raise UserError(f'field "{name}": expected text, got {state}')
     return optional_text(record, name) or ""
 

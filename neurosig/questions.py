@@ -29,6 +29,7 @@ from neurosig.question_formats import (
     read_jsonl,
     read_parquet,
     read_saved_dataset,
+    shown,
 )
 
 __all__ = ["FieldMap", "Question", "Split", "load_questions", "split_of", "without_answers"]
@@ -220,7 +221,7 @@ def checked(
         if question.id in places:
             file, earlier = places[question.id]
             place = f"on line {earlier}" if file == where else f"in {file}:{earlier}"
-            raise UserError(f'{where}:{line}: id "{question.id}" already {place}; ids must be unique')
+            raise UserError(f'{where}:{line}: id "{shown(question.id)}" already {place}; ids must be unique')
         places[question.id] = (where, line)
         yield question
     if skipped:

@@ -504,3 +504,17 @@ def test_real_sets_load_as_they_are() -> None:
         assert question.question.endswith(record["question"].strip())
         assert question.answer == record["answer"]
         assert list(question.choices or ()) == (record["choices"] or [])
+
+
+def test_a_records_own_words_stay_on_the_line(tmp_path: Path) -> None:
+    strange = {f"line\nbreak\x1b[31m{index}": index for index in range(25)}
+    path = tmp_path / "strange.jsonl"
+    path.write_text(json.dumps(strange) + "\n")
+    with pytest.raises(UserError) as raised:
+        load_questions(path)
+    text = str(raised.value)
+    assert r"the record has line\nbreak\x1b[31m0, " in text and text.endswith(" and 5 more")
+    assert "\n" not in text and "\x1b" not in text
+    path.write_text(json.dumps({"id": "a\nb", "question": "q?"}) + "\n" + json.dumps({"id": "a\nb", "question": "p?"}))
+    with pytest.raises(UserError, match=r'strange.jsonl:2: id "a\\nb" already on line 1'):
+        load_questions(path)
