@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -25,8 +23,9 @@ import neurosig.sampling
 import neurosig.tracing
 from distill.config import TrainConfig
 from distill.train import main as train
+from neurosig.cli import run_command
 from neurosig.errors import UserError
-from neurosig.export import PRESETS
+from neurosig.export import PRESETS, ExportConfig
 from neurosig.export import main as export
 from neurosig.hallucination import HallucinationScore
 from neurosig.manifest import read_manifest
@@ -342,7 +341,12 @@ def test_every_option_reaches_the_manifest(tmp_path: Path, options: dict[str, An
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    tmp_path: Path, model: Path, arguments: list[str], message: str
+    tmp_path: Path,
+    model: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     good = json.dumps({"id": "a", "domain": "d", "question": "Why?"}) + "\n"
     (tmp_path / "good.jsonl").write_text(good)
@@ -356,14 +360,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
         if file.name != "chat_template.jinja":
             (bare / file.name).write_bytes(file.read_bytes())
     model_argument = [] if "--model" in arguments else ["--model", str(model)]
-    done = subprocess.run(
-        [sys.executable, "-m", "neurosig.export", *arguments, *model_argument, "--out", "out", "--quiet"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    argv = [*arguments, *model_argument, "--out", "out", "--quiet"]
+    assert run_command(ExportConfig, export, presets=PRESETS, prog="python -m neurosig.export", argv=argv) == 2
+    shown = capsys.readouterr().err
+    (error,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert message in error and error == shown.splitlines()[-1] and "Traceback" not in shown
     assert not (tmp_path / "out").exists()
 
 
