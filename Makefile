@@ -6,6 +6,7 @@ VENV ?= .venv
 # For another torch version, change its line in constraints.txt.
 TORCH ?= torch
 DEMO ?= runs/demo
+TEST_JOBS ?= 2
 # the temperature at which the untrained base has its best Avg@8 on the development split (make control)
 CONTROL_T := 0.1
 
@@ -65,8 +66,8 @@ grid: setup ## every method on three domains, three seeds of some (three hours o
 	$(RUN) figures.evidence --grid runs/grid --out runs/grid/evidence
 	$(RUN) figures findings methods paper_tables --results runs/grid/evidence --out runs/grid/figures
 
-test: setup ## all tests
-	$(RUN) pytest
+test: setup ## all tests, on two cores (TEST_JOBS=4 for more)
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) --dist loadfile
 	OMP_NUM_THREADS=1 $(RUN) pytest -m forks
 
 trust: setup ## faults, kills, mutants and fuzzing at full length (an hour); prints the counts
