@@ -94,3 +94,22 @@ def decoded_windows() -> Iterator[list[Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neurosig.sampling, "_decode_window", counted)
         yield windows
+
+
+@contextlib.contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Ctrl-C in the middle of this training step: the student has moved, the teacher has not."""
+    from distill.teacher import Teacher
+
+    update = Teacher.update
+    calls: list[int] = []
+
+    def interrupted(self: Teacher) -> None:
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        update(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "update", interrupted)
+        yield

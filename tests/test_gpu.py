@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from flow import make_manifest
+from flow import interrupted_at, make_manifest
 from test_choices import write_choices
 from test_evaluate import evaluate_config
 from test_sampling import draw, prompts, tokens
@@ -130,23 +130,11 @@ def test_the_commands_run_whole(tmp_path: Path, dtype: str) -> None:
     [{"full": True, "teacher": "ema"}, {"teacher": "live"}, {"gradient_checkpointing": True}],
     ids=["full-ema", "live", "gradient_checkpointing"],
 )
-def test_an_interrupted_run_goes_on_as_one_that_was_not(
-    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on_as_one_that_was_not(tmp_path: Path, options: dict[str, Any]) -> None:
     manifest = make_manifest(tmp_path, device=DEVICE, dtype="float32")
     train(_config(tmp_path, manifest, "float32", "straight", **options))
-    update, calls = Teacher.update, []
-
-    def killed(self: Teacher) -> None:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        update(self)
-
-    monkeypatch.setattr(Teacher, "update", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(4), pytest.raises(KeyboardInterrupt):
         train(_config(tmp_path, manifest, "float32", "broken", **options))
-    monkeypatch.undo()
     train(_config(tmp_path, manifest, "float32", "broken", resume=True, **options))
     straight, broken = (
         [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]

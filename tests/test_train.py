@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from flow import make_manifest, save_tiny
+from flow import interrupted_at, make_manifest, save_tiny
 from peft import PeftModel
 from processes import TRAIN
 from safetensors.torch import load_file
@@ -404,22 +404,12 @@ def test_the_ema_teacher_averages_the_weights_as_they_act(full: bool) -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_an_interrupted_run_with_an_ema_teacher_resumes_to_the_same_bytes(
-    tmp_path: Path, manifest: Path, full: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, manifest: Path, full: bool
 ) -> None:
     options: dict[str, Any] = {"teacher": "ema", "ema_decay": 0.5, "full": full, "learning_rate": 1e-3}
     main(train_config(tmp_path, manifest, "straight", **options))
-    update, calls = Teacher.update, []
-
-    def killed(self: Teacher) -> None:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        update(self)
-
-    monkeypatch.setattr(Teacher, "update", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(4), pytest.raises(KeyboardInterrupt):
         main(train_config(tmp_path, manifest, "broken", **options))
-    monkeypatch.undo()
     main(train_config(tmp_path, manifest, "broken", **options, resume=True))
     weights = "model/model.safetensors" if full else "adapter/adapter_model.safetensors"
     for name in ("metrics.jsonl", weights, "checkpoints/step-000004/averages.safetensors"):
