@@ -41,7 +41,7 @@ demo: setup ## the whole method on a CPU with the embedded model; results in run
 	$(EVALUATE) --out $(DEMO)/eval/base --resume
 	$(EVALUATE) --temperature $(CONTROL_T) --out $(DEMO)/eval/control --resume
 	$(EVALUATE) --adapter $(DEMO)/nopsd/adapter --out $(DEMO)/eval/nopsd --resume
-	$(RUN) distill.report --base $(DEMO)/eval/base --control $(DEMO)/eval/control --trained $(DEMO)/eval/nopsd \
+	$(RUN) distill.compare --base $(DEMO)/eval/base --control $(DEMO)/eval/control --trained $(DEMO)/eval/nopsd \
 		--train $(DEMO)/nopsd --out $(DEMO)/report
 	$(RUN) figures before_after --results $(DEMO)
 	@echo "demo: done in $$(( $$(date +%s) - $(DEMO_START) )) s; see $(DEMO)"
@@ -61,9 +61,9 @@ intervene: setup ## scale the demo's located neurons and their controls (half an
 	$(RUN) figures dose_response --results $(DEMO)
 
 grid: setup ## every method on three domains, three seeds of some (three hours on 2 cores); results in runs/grid
-	$(RUN) distill.grid --preset cpu --jobs 2 --more-seeds 1 2 --out runs/grid --methods nopsd nopsd-random nopsd-kind \
+	$(RUN) figures.grid --preset cpu --jobs 2 --more-seeds 1 2 --out runs/grid --methods nopsd nopsd-random nopsd-kind \
 		vote-only vote-only-random u-opsd lmsi ttrl intuitor
-	$(RUN) figures.evidence --grid runs/grid --out runs/grid/evidence
+	$(RUN) figures.grid.evidence --grid runs/grid --out runs/grid/evidence
 	$(RUN) figures findings methods paper_tables --results runs/grid/evidence --out runs/grid/figures
 
 test: setup ## all tests, on two cores (TEST_JOBS=4 for more)
@@ -71,11 +71,11 @@ test: setup ## all tests, on two cores (TEST_JOBS=4 for more)
 	OMP_NUM_THREADS=1 $(RUN) pytest -m forks
 
 trust: setup ## faults, kills, mutants and fuzzing at full length (an hour); prints the counts
-	$(VENV)/bin/python tests/trust/cases.py
-	$(VENV)/bin/python tests/trust/kills.py --kills 50
-	$(VENV)/bin/python tests/trust/mutants.py
-	$(VENV)/bin/python tests/trust/fuzz.py questions --seconds 300
-	$(VENV)/bin/python tests/trust/fuzz.py manifest --seconds 300
+	$(RUN) tests.trust.cases
+	$(RUN) tests.trust.kills --kills 50
+	$(RUN) tests.trust.mutants
+	$(RUN) tests.trust.fuzz questions --seconds 300
+	$(RUN) tests.trust.fuzz manifest --seconds 300
 
 lint: setup ## ruff, mypy and the import contracts
 	$(RUN) ruff check .
@@ -87,8 +87,8 @@ bench: setup ## time and memory of sampling, tracing and training
 	$(RUN) pytest -m bench -o addopts=--strict-markers tests # without the tests' run-time type checks
 
 bench-gpu: setup ## one GPU: its numbers against the CPU's, Qwen3's shapes beside TRL (says so where there is none)
-	$(RUN) pytest -m gpu -o addopts=--strict-markers -q -rs tests/test_gpu.py
-	PYTHONPATH=tests $(VENV)/bin/python tests/benchmarks/gpu.py --out figures/data/gpu.csv
+	$(RUN) pytest -m gpu -o addopts=--strict-markers -q -rs tests/promises/test_gpu.py
+	$(RUN) tests.benchmarks.gpu --out figures/data/gpu.csv
 
 figures: setup ## every figure and table
 	$(RUN) figures

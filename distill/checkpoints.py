@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.distributed import ALONE, Ranks, part_like
-from neurosig.errors import UserError
-from neurosig.fsio import disk_space, sha256_file, write_atomic
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import disk_space, sha256_file, write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from neurosig.cli import config_record
-from neurosig.errors import UserError
 from neurosig.options import SERVER_PLACES, SamplerOptions
+from neurosig.runtime.cli import config_record
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from neurosig.manifest import Manifest
-    from neurosig.sampling import SamplingConfig
+    from neurosig.sampling.sampler import SamplingConfig
 
 
 @dataclass(kw_only=True)
@@ -154,7 +154,7 @@ class TrainConfig(SamplerOptions):
 
 
 BASELINES = ("lmsi", "ttrl", "intuitor")
-"""The methods of `distill.baselines`."""
+"""The methods of `distill.baselines.trl`."""
 _OF_DISTILLATION = [
     *("teacher", "divergence", "topk", "loss_temperature", "loss_mean", "loss_on"),
     *("replay", "dev_questions", "compile", "sampler", "base_url"),

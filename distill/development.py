@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neurosig.answers import AnswerFormat, extract_answer, is_correct, majority_vote
-from neurosig.errors import UserError
-from neurosig.fsio import write_atomic
-from neurosig.metrics import maj_at_k, paired_mean_interval
-from neurosig.questions import load_questions
-from neurosig.rollouts import Rollout
-from neurosig.sampling import Prompt, SamplingConfig
+from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, majority_vote
+from neurosig.questions.load import load_questions
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
+from neurosig.sampling.rollouts import Rollout
+from neurosig.sampling.sampler import Prompt, SamplingConfig
+from neurosig.statistics.metrics import maj_at_k, paired_mean_interval
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig
     from neurosig.manifest import Header
-    from neurosig.prompts import PromptBuilder
-    from neurosig.questions import Question
+    from neurosig.questions.load import Question
+    from neurosig.questions.prompts import PromptBuilder
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from neurosig.cli import EXIT_USER
-from neurosig.errors import UserError
+from neurosig.runtime.cli import EXIT_USER
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

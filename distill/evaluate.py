@@ -8,7 +8,7 @@ answer is wrong, never wins and stays in the denominator. Per-question results g
 for each domain to ``summary.json``.
 
 Greedy decoding is ``--temperature 0 --num-generations 1``. ``--scoring loglikelihood`` samples nothing: it compares the
-log-probabilities of the choices of multiple-choice questions (`distill.choices`).
+log-probabilities of the choices of multiple-choice questions (`distill.choice_scoring`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from neurosig.cli import PhaseTimer, config_record, progress, run_command
-from neurosig.errors import UserError
 from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
+from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from neurosig.models import LoadedModel
-    from neurosig.questions import Question
-    from neurosig.rollouts import Rollout
+    from neurosig.models.load import LoadedModel
+    from neurosig.questions.load import Question
+    from neurosig.sampling.rollouts import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 def main(config: EvaluateConfig) -> None:
     """Run the evaluation described by ``config``."""
-    from neurosig.outdir import output_folder
+    from neurosig.runtime.folder import output_folder
 
     owned = (RESULTS, SUMMARY, ROLLOUTS, LOG)
     with output_folder(
@@ -121,7 +121,7 @@ def _evaluate_choices(
     adapter_sha256: str | None,
     timer: PhaseTimer,
 ) -> None:
-    from distill.choices import choice_row, summarise_choices
+    from distill.choice_scoring import choice_row, summarise_choices
 
     with timer.phase("score"):
         groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
@@ -136,7 +136,7 @@ def _evaluate_choices(
 
 
 def _questions(config: EvaluateConfig) -> list[Question]:
-    from neurosig.questions import load_questions
+    from neurosig.questions.load import load_questions
 
     limits: list[int | None] = [*(config.limit or [None])]
     if len(limits) == 1:
@@ -168,8 +168,8 @@ def _questions(config: EvaluateConfig) -> list[Question]:
 
 
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
-    from neurosig.fsio import sha256_file
-    from neurosig.models import load_model
+    from neurosig.models.load import load_model
+    from neurosig.runtime.files import sha256_file
 
     loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
     if config.adapter is None:
@@ -200,10 +200,10 @@ def _rollouts(
     timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
     """The K answers of each question, or its scored choices."""
-    from distill.choices import score_choices
-    from neurosig.prompts import PromptBuilder
-    from neurosig.rollouts import RolloutLog
-    from neurosig.sampling import Prompt, sample
+    from distill.choice_scoring import score_choices
+    from neurosig.questions.prompts import PromptBuilder
+    from neurosig.sampling.rollouts import RolloutLog
+    from neurosig.sampling.sampler import Prompt, sample
 
     builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
     server = config.server(loaded, enable_thinking=config.enable_thinking)
@@ -239,7 +239,7 @@ def _rollouts(
 
 def _row(question: Question, group: Sequence[Rollout], config: EvaluateConfig) -> dict[str, Any]:
     """One question's result: what its K samples said, and what of it was right."""
-    from neurosig.answers import extract_answer, is_correct, majority_vote
+    from neurosig.questions.answers import extract_answer, is_correct, majority_vote
 
     answers = [extract_answer(rollout.text, question, config.answer_format) for rollout in group]
     vote = majority_vote(answers, question.id)
@@ -275,7 +275,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, dict
 
     import numpy as np
 
-    from neurosig import metrics
+    from neurosig.statistics import metrics
 
     summary = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
@@ -344,8 +344,8 @@ def _write(
     import pyarrow
     import pyarrow.parquet
 
-    from neurosig.fsio import sha256_text, write_atomic
-    from neurosig.provenance import run_record
+    from neurosig.runtime.files import sha256_text, write_atomic
+    from neurosig.runtime.provenance import run_record
 
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neurosig.errors import UserError
+from neurosig.runtime.errors import UserError
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"]
 ClipName = Literal["none", "pointwise", "token"]

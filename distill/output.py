@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurosig.cli import config_record
-from neurosig.errors import UserError
-from neurosig.fsio import disk_space, sha256_file, write_atomic
-from neurosig.provenance import run_record
+from neurosig.runtime.cli import config_record
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import disk_space, sha256_file, write_atomic
+from neurosig.runtime.provenance import run_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from distill.config import TrainConfig
     from neurosig.manifest import Manifest
-    from neurosig.models import LoadedModel
+    from neurosig.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distill.collapse import distinct_3
+from distill.completion_hidden import completion_hidden
 from distill.distributed import ALONE, Ranks, whole_tensor
-from distill.hidden import completion_hidden
 from distill.losses import chunked_divergence
+from distill.stopping import distinct_3
 from distill.student import TrainingForward
 from distill.tasks import Task
-from neurosig.cli import PhaseTimer
-from neurosig.rollouts import Rollout
+from neurosig.runtime.cli import PhaseTimer
+from neurosig.sampling.rollouts import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from distill.config import TrainConfig
-    from neurosig.models import LoadedModel
+    from neurosig.models.load import LoadedModel
 
 
 def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedModel, PeftModel | None]:
@@ -111,7 +111,8 @@ class TrainingForward:
         compile: Compile each layer.
 
     Attributes:
-        share_prompts: Whether `distill.hidden.completion_hidden` may use a cache: a layer that runs twice would fill
+        share_prompts: Whether `distill.completion_hidden.completion_hidden` may use a cache: a layer that runs twice
+        would fill
             it twice, and one that is compiled would be compiled anew for each layer's place in it.
     """
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neurosig.errors import UserError
 from neurosig.manifest import Header, Manifest
-from neurosig.models import LoadedModel, load_model
-from neurosig.prompts import Demonstration, PromptBuilder, PromptConfig
-from neurosig.questions import load_questions
-from neurosig.sampling import SamplingConfig
+from neurosig.models.load import LoadedModel, load_model
+from neurosig.questions.load import load_questions
+from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
+from neurosig.runtime.errors import UserError
+from neurosig.sampling.sampler import SamplingConfig
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig
@@ -41,7 +41,7 @@ def load_student(config: TrainConfig, manifest: Manifest, device: str | None) ->
     """The manifest's model, or the one that ``config`` names in its place, checked against the manifest.
 
     Raises:
-        UserError: See `neurosig.models.load_model` and `check_model`.
+        UserError: See `neurosig.models.load.load_model` and `check_model`.
     """
     loaded = load_model(
         config.model or manifest.header.model["id"],

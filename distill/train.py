@@ -3,7 +3,7 @@
     python -m distill.train --manifest runs/demo/manifest --out runs/demo/nopsd
     accelerate launch --num_processes 8 -m distill.train --manifest runs/demo/manifest --out runs/demo/nopsd
 
-``--method`` names a baseline instead: U-OPSD here, the others in `distill.baselines`.
+``--method`` names a baseline instead: U-OPSD here, the others in `distill.baselines.trl`.
 
 Each step: the student answers some of the manifest's selected questions from the bare prompt; the teacher, the same
 model before training, reads the same completion after the manifest's solved examples; the student moves towards the
@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.config import BASELINES, PRESETS, TrainConfig, check_options, resume_key, sampling_config
+from distill.metrics_log import check_trackers
 from distill.output import RECORD, write_final
-from distill.trackers import check_trackers
-from neurosig.cli import PhaseTimer, progress, run_command
-from neurosig.errors import UserError
+from neurosig.runtime.cli import PhaseTimer, progress, run_command
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from distill.distributed import Ranks
-    from neurosig.rollouts import Rollout
-    from neurosig.sampling import SamplingConfig
+    from neurosig.sampling.rollouts import Rollout
+    from neurosig.sampling.sampler import SamplingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ METRICS = "metrics.jsonl"
 def main(config: TrainConfig) -> None:
     """Run the training described by ``config``."""
     from distill.distributed import launched
-    from neurosig.outdir import output_folder
+    from neurosig.runtime.folder import output_folder
 
     ranks = launched(config)
     with ranks.together():
@@ -71,7 +71,7 @@ def main(config: TrainConfig) -> None:
 
 def _run(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     if config.method in BASELINES:
-        from distill.baselines import train_baseline
+        from distill.baselines.trl import train_baseline
 
         train_baseline(config, timer)
     else:
@@ -81,18 +81,18 @@ def _run(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
 def _train(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     import torch
 
+    from distill.baselines.rewards import agreeing, check_majority_context
     from distill.checkpoints import load_before, load_newest, save_checkpoint
-    from distill.collapse import collapse
     from distill.development import Development
-    from distill.rewards import agreeing, check_majority_context
-    from distill.served import ServedStudent
+    from distill.metrics_log import trackers
+    from distill.served_student import ServedStudent
     from distill.step import learn
+    from distill.stopping import collapse
     from distill.student import TrainingForward, make_student, merged, sampling_attention
     from distill.tasks import load_student, manifest_tasks, prompt_builder, replay_tasks, tasks_of_step
     from distill.teacher import Teacher
-    from distill.trackers import trackers
     from neurosig.manifest import read_manifest
-    from neurosig.sampling import Prompt, sample
+    from neurosig.sampling.sampler import Prompt, sample
 
     with ranks.together(), timer.phase("load"):
         manifest = read_manifest(config.manifest)
@@ -232,7 +232,7 @@ def _check_finite(metrics: Mapping[str, int | float], question_ids: Sequence[str
 
 def reopen_metrics(path: Path, done: int) -> list[dict[str, float | int]]:
     """What the metrics file holds, after it is cut back to ``done`` steps."""
-    from neurosig.fsio import write_atomic
+    from neurosig.runtime.files import write_atomic
 
     lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
     if len(lines) < done:

@@ -11,29 +11,30 @@ from typing import Annotated
 
 import tyro
 
-from neurosig.cli import CommonConfig, run_command
-from neurosig.errors import UserError
+from neurosig.runtime.cli import CommonConfig, run_command
+from neurosig.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FIGURES = (
-    "before_after",
-    "clusters",
-    "context_policies",
-    "dose_response",
-    "findings",
-    "gap_gain",
-    "hallucination_sign",
-    "methods",
-    "organism",
-    "overview",
-    "paper_tables",
-    "planted_neurons",
-    "reliability",
-    "signal_search",
-    "speed",
-    "training_curves",
-)
+FIGURES = {
+    "before_after": "figures.draw.before_after",
+    "clusters": "figures.draw.clusters",
+    "context_policies": "figures.experiments.context_policies",
+    "dose_response": "figures.draw.dose_response",
+    "findings": "figures.draw.findings",
+    "gap_gain": "figures.draw.gap_gain",
+    "hallucination_sign": "figures.draw.hallucination_sign",
+    "methods": "figures.draw.methods",
+    "organism": "figures.draw.organism",
+    "overview": "figures.draw.overview",
+    "paper_tables": "figures.draw.paper_tables",
+    "planted_neurons": "figures.experiments.planted_neurons",
+    "reliability": "figures.draw.reliability",
+    "signal_search": "figures.experiments.signal_search",
+    "speed": "figures.draw.speed",
+    "training_curves": "figures.draw.training_curves",
+}
+"""Name -> module that draws it."""
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,7 @@ def main(config: FiguresConfig) -> None:
         raise UserError(f"figure {unknown[0]}: no such figure; have {', '.join(FIGURES)}")
     out = config.results / "figures" if config.out is None else config.out
     for name in config.names or FIGURES:
-        figure = importlib.import_module(f"figures.{name}")
+        figure = importlib.import_module(FIGURES[name])
         lacking = None if config.names else figure.NEEDS
         if lacking is not None and not (config.results / lacking).is_file():
             logger.info("%s: left out, there is no %s", name, config.results / lacking)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
-from neurosig.errors import UserError
-from neurosig.fsio import write_atomic
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,23 +9,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from neurosig.backends import trace_neurons
     from neurosig.manifest import read_manifest
-    from neurosig.models import load_model
-    from neurosig.questions import load_questions
-    from neurosig.sampling import sample
-    from neurosig.tracing import NeuronTracer
+    from neurosig.models.load import load_model
+    from neurosig.neurons.backends import trace_neurons
+    from neurosig.neurons.tracer import NeuronTracer
+    from neurosig.questions.load import load_questions
+    from neurosig.sampling.sampler import sample
 
 __version__ = "0.1.0"
 __all__ = ["NeuronTracer", "__version__", "load_model", "load_questions", "read_manifest", "sample", "trace_neurons"]
 
 _HOME = {
-    "load_model": "neurosig.models",
-    "load_questions": "neurosig.questions",
-    "sample": "neurosig.sampling",
-    "NeuronTracer": "neurosig.tracing",
+    "load_model": "neurosig.models.load",
+    "load_questions": "neurosig.questions.load",
+    "sample": "neurosig.sampling.sampler",
+    "NeuronTracer": "neurosig.neurons.tracer",
     "read_manifest": "neurosig.manifest",
-    "trace_neurons": "neurosig.backends",
+    "trace_neurons": "neurosig.neurons.backends",
 }
 
 

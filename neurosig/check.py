@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from neurosig.cli import CommonConfig, progress, run_command
-from neurosig.errors import UserError
+from neurosig.runtime.cli import CommonConfig, progress, run_command
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neurosig.backends import Backend
-    from neurosig.models import LoadedModel
-    from neurosig.parity import Agreement
-    from neurosig.sampling import Prompt
-    from neurosig.sites import FFNSites
+    from neurosig.models.load import LoadedModel
+    from neurosig.neurons.backends import Backend
+    from neurosig.neurons.parity import Agreement
+    from neurosig.neurons.sites import FFNSites
+    from neurosig.sampling.sampler import Prompt
 
 SENTENCES = ("The capital of France is", "Water boils at a temperature of", "Once upon a time there was", "1, 2, 3, 4,")
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
@@ -69,10 +69,10 @@ class CheckConfig(CommonConfig):
 
 def main(config: CheckConfig) -> None:
     """Run the check described by ``config``; ends in ``SystemExit(1)`` if a parity fails."""
-    from neurosig.contributions import neurons_per_layer
-    from neurosig.models import load_model
-    from neurosig.parity import agreement, hooked_means
-    from neurosig.sites import ffn_sites
+    from neurosig.models.load import load_model
+    from neurosig.neurons.contributions import neurons_per_layer
+    from neurosig.neurons.parity import agreement, hooked_means
+    from neurosig.neurons.sites import ffn_sites
 
     for flag, value in (("--limit", config.limit), ("--set-size", config.set_size)):
         if value < 1:
@@ -126,7 +126,7 @@ def main(config: CheckConfig) -> None:
 
 def _rollouts(config: CheckConfig, loaded: LoadedModel) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and what the model answers to them, as token ids."""
-    from neurosig.sampling import Prompt, SamplingConfig, sample
+    from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
 
     sampling = SamplingConfig(
         num_generations=config.num_generations, max_new_tokens=config.max_new_tokens, seed=config.seed
@@ -142,9 +142,9 @@ def _rollouts(config: CheckConfig, loaded: LoadedModel) -> tuple[list[list[int]]
 
 
 def _asked(config: CheckConfig, loaded: LoadedModel) -> list[Prompt]:
-    from neurosig.prompts import PromptBuilder, PromptConfig
-    from neurosig.questions import load_questions
-    from neurosig.sampling import Prompt
+    from neurosig.questions.load import load_questions
+    from neurosig.questions.prompts import PromptBuilder, PromptConfig
+    from neurosig.sampling.sampler import Prompt
 
     builder = PromptBuilder(loaded.tokenizer, PromptConfig())
     questions = load_questions(config.questions, limit=config.limit)
@@ -159,8 +159,8 @@ def _traced(
     batch_tokens: int,
 ) -> Tensor:
     """Every neuron's mean contribution: [n, n_layers, d_mlp]."""
-    from neurosig.backends import tracer_class
-    from neurosig.tracing import TraceConfig
+    from neurosig.neurons.backends import tracer_class
+    from neurosig.neurons.tracer import TraceConfig
 
     every = loaded.model.num_parameters()  # more than there are neurons
     tracer = tracer_class(backend)(loaded.model, TraceConfig(set_size=every, batch_tokens=batch_tokens))

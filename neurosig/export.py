@@ -19,22 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from neurosig.cli import PhaseTimer, config_record, printable, progress, run_command
-from neurosig.errors import UserError
 from neurosig.options import ORGANISM, QWEN3_4B, SERVER_PLACES, GenerationOptions, SamplerOptions
+from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from neurosig.hallucination import QuestionSignals, Scores
+    from neurosig.hallucination.probe import ProbeConfig
+    from neurosig.hallucination.scores import QuestionSignals, Scores
     from neurosig.manifest import QuestionRow
-    from neurosig.models import LoadedModel
-    from neurosig.probing import ProbeConfig
-    from neurosig.prompts import PromptBuilder
-    from neurosig.questions import Question
-    from neurosig.rollouts import Rollout
-    from neurosig.sampling import Prompt
-    from neurosig.selection import SelectionConfig
-    from neurosig.sites import FFNSites
-    from neurosig.tracing import ActiveSets
+    from neurosig.models.load import LoadedModel
+    from neurosig.neurons.sites import FFNSites
+    from neurosig.neurons.tracer import ActiveSets
+    from neurosig.questions.load import Question
+    from neurosig.questions.prompts import PromptBuilder
+    from neurosig.sampling.rollouts import Rollout
+    from neurosig.sampling.sampler import Prompt
+    from neurosig.selection.choose import SelectionConfig
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 def main(config: ExportConfig) -> None:
     """Run the export described by ``config``."""
     from neurosig.manifest import FILES, HEADER
-    from neurosig.outdir import output_folder
+    from neurosig.runtime.folder import output_folder
 
     owned = (HEADER, *FILES, "run.json", WORK)
     with output_folder(
@@ -150,12 +150,12 @@ def main(config: ExportConfig) -> None:
 
 
 def _export(config: ExportConfig, timer: PhaseTimer) -> None:
-    from neurosig.models import load_model
-    from neurosig.prompts import PromptBuilder
-    from neurosig.questions import load_questions, without_answers
-    from neurosig.reuse import reused
-    from neurosig.rows import manifest_rows
-    from neurosig.sites import ffn_sites
+    from neurosig.models.load import load_model
+    from neurosig.neurons.sites import ffn_sites
+    from neurosig.questions.load import load_questions, without_answers
+    from neurosig.questions.prompts import PromptBuilder
+    from neurosig.selection.reuse import reused
+    from neurosig.selection.rows import manifest_rows
 
     config.sampling_config()  # options out of range are refused before the model loads
     config.server_config(config.model)
@@ -193,7 +193,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
 
 
 def _selection_config(config: ExportConfig) -> SelectionConfig:
-    from neurosig.selection import SelectionConfig
+    from neurosig.selection.choose import SelectionConfig
 
     return SelectionConfig(
         clean_filter=config.clean_filter,
@@ -211,7 +211,7 @@ def _selection_config(config: ExportConfig) -> SelectionConfig:
 
 
 def _probe_config(config: ExportConfig) -> ProbeConfig:
-    from neurosig.probing import ProbeConfig
+    from neurosig.hallucination.probe import ProbeConfig
 
     shares = config.probe_agree_share, config.probe_split_share
     return ProbeConfig(*shares, config.probe_inverse_penalty, config.probe_folds, config.seed)
@@ -221,7 +221,7 @@ def _prompts(
     questions: Sequence[Question], builder: PromptBuilder, loaded: LoadedModel, config: ExportConfig
 ) -> dict[str, Prompt]:
     """Student prompts of the questions that fit the model together with a full completion."""
-    from neurosig.sampling import Prompt
+    from neurosig.sampling.sampler import Prompt
 
     prompts = {question.id: Prompt(question.id, builder.student(question)) for question in questions}
     room = loaded.max_length - config.max_new_tokens
@@ -246,9 +246,9 @@ def _rollouts(
     timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
     """Rollouts of every prompt, in question order; sampled, resumed or read from a file."""
-    from neurosig.prompts import PromptBuilder
-    from neurosig.rollouts import RolloutLog, check_fit, read_external_rollouts
-    from neurosig.sampling import sample
+    from neurosig.questions.prompts import PromptBuilder
+    from neurosig.sampling.rollouts import RolloutLog, check_fit, read_external_rollouts
+    from neurosig.sampling.sampler import sample
 
     if config.rollouts is not None:
 
@@ -298,8 +298,8 @@ def _trace(
     timer: PhaseTimer,
 ) -> ActiveSets:
     """Active sets of all rollouts in the order of ``groups``; finished shards are kept in ``work``."""
-    from neurosig.signals import load_shards, trace_to_shards
-    from neurosig.tracing import NeuronTracer, TraceConfig
+    from neurosig.neurons.signals_file import load_shards, trace_to_shards
+    from neurosig.neurons.tracer import NeuronTracer, TraceConfig
 
     tracer = NeuronTracer(
         loaded.model,
@@ -329,8 +329,8 @@ def _signals(
     groups: Mapping[str, Sequence[Rollout]],
     sets: ActiveSets,
 ) -> dict[str, QuestionSignals]:
-    from neurosig.answers import extract_answer, majority_vote
-    from neurosig.hallucination import QuestionSignals
+    from neurosig.hallucination.scores import QuestionSignals
+    from neurosig.questions.answers import extract_answer, majority_vote
 
     by_id = {question.id: question for question in questions}
     signals, start = {}, 0
@@ -344,7 +344,7 @@ def _signals(
 
 
 def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], probe: ProbeConfig, n_neurons: int) -> Scores:
-    from neurosig.hallucination import hallucination_scores
+    from neurosig.hallucination.scores import hallucination_scores
 
     scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed)
     if config.hallucination_score not in scores.by_name:
@@ -366,11 +366,11 @@ def _write(
     sites: FFNSites,
 ) -> None:
     import neurosig
-    from neurosig.fsio import sha256_file, write_atomic
     from neurosig.manifest import write_manifest
-    from neurosig.provenance import run_record
-    from neurosig.rows import neurons_csv
-    from neurosig.signals import signals_file
+    from neurosig.neurons.signals_file import signals_file
+    from neurosig.runtime.files import sha256_file, write_atomic
+    from neurosig.runtime.provenance import run_record
+    from neurosig.selection.rows import neurons_csv
 
     places = {"preset", "config", "out", "reuse", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
     places |= SERVER_PLACES
@@ -404,7 +404,7 @@ def _write(
 
 
 def _dataset_sha256(questions: Sequence[Question]) -> str:
-    from neurosig.fsio import sha256_text
+    from neurosig.runtime.files import sha256_text
 
     return sha256_text("".join(f"{question.id}\x00{question.text_sha256}\n" for question in questions))
 

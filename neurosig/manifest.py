@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from neurosig.errors import UserError
-from neurosig.fsio import sha256_file, sha256_text, write_atomic
-from neurosig.questions import Question
-from neurosig.rollouts import Rollout
+from neurosig.questions.load import Question
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import sha256_file, sha256_text, write_atomic
+from neurosig.sampling.rollouts import Rollout
 
 FORMAT = "neurosig-manifest"
 SCHEMA_VERSION = "1.0"

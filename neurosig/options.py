@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from neurosig.cli import CommonConfig
-from neurosig.errors import UserError
+from neurosig.runtime.cli import CommonConfig
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from neurosig.endpoint import ServerConfig
-    from neurosig.models import LoadedModel
-    from neurosig.prompts import PromptConfig
-    from neurosig.sampling import SamplingConfig
-    from neurosig.serving import Server
+    from neurosig.models.load import LoadedModel
+    from neurosig.questions.prompts import PromptConfig
+    from neurosig.sampling.http import ServerConfig
+    from neurosig.sampling.sampler import SamplingConfig
+    from neurosig.sampling.server import Server
 
 
 @dataclass(kw_only=True)
@@ -50,7 +50,7 @@ class SamplerOptions(CommonConfig):
             return None
         if self.base_url is None:
             raise UserError("--sampler openai: give the server's --base-url, such as http://localhost:8000/v1")
-        from neurosig.endpoint import ServerConfig
+        from neurosig.sampling.http import ServerConfig
 
         return ServerConfig(
             base_url=self.base_url,
@@ -68,7 +68,7 @@ class SamplerOptions(CommonConfig):
         config = self.server_config(loaded.info.id, enable_thinking=enable_thinking)
         if config is None:
             return None
-        from neurosig.serving import Server
+        from neurosig.sampling.server import Server
 
         return Server(config, loaded)
 
@@ -117,12 +117,12 @@ class GenerationOptions(CommonConfig):
     """torch device; default: the first accelerator, else the CPU."""
 
     def prompt_config(self) -> PromptConfig:
-        from neurosig.prompts import PromptConfig
+        from neurosig.questions.prompts import PromptConfig
 
         return PromptConfig(self.system, self.instruction, self.choice_instruction, self.enable_thinking)
 
     def sampling_config(self) -> SamplingConfig:
-        from neurosig.sampling import SamplingConfig
+        from neurosig.sampling.sampler import SamplingConfig
 
         return SamplingConfig(
             num_generations=self.num_generations,

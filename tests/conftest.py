@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from served import ServerProcess
-
-    from neurosig.models import LoadedModel
+    from neurosig.models.load import LoadedModel
+    from tests.support.served import ServerProcess
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; the commands that tests start inherit it
 
@@ -18,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; the comma
 @pytest.fixture(scope="session")
 def smollm2() -> "LoadedModel":
     """The embedded SmolLM2-135M-Instruct, loaded once; leave it as it was found."""
-    from neurosig.models import load_model
+    from neurosig.models.load import load_model
 
     return load_model("smollm2-135m")
 
@@ -26,7 +25,7 @@ def smollm2() -> "LoadedModel":
 @pytest.fixture(scope="session")
 def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny ``model``, which `running` serves, and ``questions.jsonl``."""
-    from flow import save_tiny, write_questions
+    from tests.support.flow import save_tiny, write_questions
 
     folder = tmp_path_factory.mktemp("served")
     save_tiny(folder / "model")
@@ -37,7 +36,7 @@ def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def running(served_folder: Path) -> "Iterator[ServerProcess]":
     """The server of the tests; one that died is started again by whoever let it die."""
-    from served import lora_server
+    from tests.support.served import lora_server
 
     process = lora_server(served_folder / "model")
     yield process

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from neurosig.cli import CommonConfig, PhaseTimer, run_command
-from neurosig.errors import UserError
+from neurosig.runtime.cli import CommonConfig, PhaseTimer, run_command
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from neurosig.manifest import Manifest
-    from neurosig.metrics import Interval
-    from neurosig.rollouts import Rollout
+    from neurosig.sampling.rollouts import Rollout
+    from neurosig.statistics.metrics import Interval
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class StudyConfig(CommonConfig):
 
 def main(config: StudyConfig) -> None:
     """Run the study described by ``config``."""
-    from neurosig.fsio import write_atomic
-    from neurosig.outdir import output_folder
+    from neurosig.runtime.files import write_atomic
+    from neurosig.runtime.folder import output_folder
 
     owned = (RESULT, "procedures", "facts")
     with output_folder(
@@ -124,9 +124,9 @@ def _export(config: StudyConfig, name: str, questions: str) -> Manifest:
 
 def representatives(manifest: Manifest) -> list[int | None]:
     """Of each question, the index in ``rollouts.jsonl`` order of the rollout that stands for it."""
-    from neurosig.answers import majority_vote
-    from neurosig.selection import representative
-    from neurosig.signals import read_signals
+    from neurosig.neurons.signals_file import read_signals
+    from neurosig.questions.answers import majority_vote
+    from neurosig.selection.choose import representative
 
     probe = read_signals(manifest.folder / "signals.safetensors").probe.numpy()
     k = len(manifest.rows[0].answers)
@@ -145,7 +145,7 @@ def pattern_rows(manifest: Manifest, seed: int) -> tuple[list[Row], dict[str, Fl
     procedure. ``ari_minus_neurons`` is the paired difference to the neurons' clusters, ``hand_ari`` compares with the
     two hands instead.
     """
-    from neurosig.clusters import k_medoids
+    from neurosig.patterns.clusters import k_medoids
 
     chosen = [index for index in representatives(manifest) if index is not None]
     rollouts = [list(manifest.rollouts.values())[index] for index in chosen]
@@ -176,8 +176,8 @@ def _pattern_intervals(
 ) -> dict[str, Interval]:
     from sklearn.metrics import adjusted_rand_score
 
-    from neurosig.clusters import purity
-    from neurosig.metrics import bootstrap_interval
+    from neurosig.patterns.clusters import purity
+    from neurosig.statistics.metrics import bootstrap_interval
 
     statistics: dict[str, Callable[[Int[np.ndarray, " questions"]], float]] = {
         "purity": lambda q: purity(found[q], kinds[q]),
@@ -196,8 +196,8 @@ def _pattern_intervals(
 
 def _distances(manifest: Manifest, chosen: Sequence[int]) -> dict[str, Float[np.ndarray, "n n"]]:
     """Distance of every pair of representative rollouts by neurons, hidden states (centred) and tokens."""
-    from neurosig.clusters import cosine_distances, jaccard_distances
-    from neurosig.signals import read_signals
+    from neurosig.neurons.signals_file import read_signals
+    from neurosig.patterns.clusters import cosine_distances, jaccard_distances
 
     signals = read_signals(manifest.folder / "signals.safetensors")
     hidden = signals.hidden[chosen].float()
@@ -222,8 +222,8 @@ def hallucination_rows(manifest: Manifest, seed: int) -> list[Row]:
     ``auroc`` is over all facts; ``auroc_agreeing`` over those whose majority holds at least 7 of 8 answers, which
     vote share can hardly tell apart.
     """
-    from neurosig.analysis import AnalysisConfig, auroc_interval
     from neurosig.organism.tasks import was_trained
+    from neurosig.statistics.auroc import AnalysisConfig, auroc_interval
 
     config = AnalysisConfig(seed=seed, resamples=RESAMPLES)
     made_up = np.array([not was_trained(row.id) for row in manifest.rows])
@@ -247,7 +247,7 @@ def teacher_rows(
     ``same`` and ``other procedure`` are drawn with the truth at hand: the first is the best a pattern signal could do.
     ``same_share`` is the share of examples of the question's own procedure.
     """
-    from neurosig.metrics import paired_mean_interval
+    from neurosig.statistics.metrics import paired_mean_interval
 
     kept = [index for index, chosen in enumerate(representatives(manifest)) if chosen is not None]
     rows = [manifest.rows[index] for index in kept]
@@ -288,7 +288,7 @@ def teacher_rows(
 
 
 def _mean_interval(values: Float[np.ndarray, " n"], seed: int) -> Interval:
-    from neurosig.metrics import bootstrap_interval
+    from neurosig.statistics.metrics import bootstrap_interval
 
     return bootstrap_interval(lambda q: float(values[q].mean()), len(values), seed=seed, resamples=RESAMPLES)
 
@@ -297,11 +297,11 @@ def _accuracy(
     manifest: Manifest, config: StudyConfig, kept: Sequence[int], context: Int[np.ndarray, "n m"] | None
 ) -> Float[np.ndarray, " n"]:
     """Share of right answers of each question when its prompt holds these solved examples, in this order."""
-    from neurosig.answers import extract_answer, is_correct
-    from neurosig.models import load_model
-    from neurosig.prompts import Demonstration, PromptBuilder, PromptConfig
-    from neurosig.questions import load_questions
-    from neurosig.sampling import Prompt, SamplingConfig, sample
+    from neurosig.models.load import load_model
+    from neurosig.questions.answers import extract_answer, is_correct
+    from neurosig.questions.load import load_questions
+    from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
+    from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
 
     loaded = load_model(config.model)
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(instruction=""))

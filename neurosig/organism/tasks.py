@@ -19,7 +19,7 @@ from functools import cache
 from itertools import pairwise, product
 from typing import Any, Literal, get_args
 
-from neurosig.errors import UserError
+from neurosig.runtime.errors import UserError
 
 Procedure = Literal["add", "sort", "chain", "close"]
 Hand = Literal["careful", "hasty"]

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurosig.cli import CommonConfig, config_record, progress, run_command
-from neurosig.errors import UserError
+from neurosig.runtime.cli import CommonConfig, config_record, progress, run_command
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -276,12 +276,12 @@ def measure(
     Groups are ``add-4`` (procedure and number of digits), ``trained`` and ``made-up`` (facts); each has ``n``
     questions, ``avg_at_8``, the majority's ``vote_share`` and, of procedures, the share of ``careful`` solutions.
     """
-    from neurosig.answers import extract_answer, is_correct, majority_vote
-    from neurosig.models import load_model
+    from neurosig.models.load import load_model
     from neurosig.organism.tasks import was_trained
-    from neurosig.prompts import PromptBuilder, PromptConfig
-    from neurosig.questions import load_questions
-    from neurosig.sampling import Prompt, SamplingConfig, sample
+    from neurosig.questions.answers import extract_answer, is_correct, majority_vote
+    from neurosig.questions.load import load_questions
+    from neurosig.questions.prompts import PromptBuilder, PromptConfig
+    from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
 
     loaded = load_model((model, tokenizer))
     builder = PromptBuilder(tokenizer, PromptConfig(instruction=""))
@@ -310,7 +310,7 @@ def measure(
 
 def save(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
     """Write the model in bfloat16 with its tokenizer, record and card; the folder appears whole."""
-    from neurosig.provenance import run_record
+    from neurosig.runtime.provenance import run_record
 
     aside = out.with_name(f".{out.name}.making")
     shutil.rmtree(aside, ignore_errors=True)

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from resident import resident_mb, restart_peak
 from torch import Tensor
+
+from tests.benchmarks.resident import resident_mb, restart_peak
 
 TOKENS, VOCAB, D_MODEL, CHUNK = 1024, 49_152, 576, 256
 

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 import tyro
-from memory import Arithmetic, gigabytes, peak
-from shapes import random_model
-from tiny import tiny_tokenizer
-from training_step import Endless, Step, distillation, now, ours, sdft
 
-from neurosig.fsio import write_atomic
-from neurosig.models import LoadedModel, load_model
-from neurosig.sampling import Prompt, SamplingConfig, sample
-from neurosig.tracing import NeuronTracer, TraceConfig
+from neurosig.models.load import LoadedModel, load_model
+from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.runtime.files import write_atomic
+from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from tests.benchmarks.memory import Arithmetic, gigabytes, peak
+from tests.benchmarks.shapes import random_model
+from tests.benchmarks.training_step import Endless, Step, distillation, now, ours, sdft
+from tests.support.tiny import tiny_tokenizer
 
 
 @dataclass(kw_only=True)

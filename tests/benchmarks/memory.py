@@ -1,6 +1,6 @@
 """The README's memory arithmetic: what a training run holds on a device, term by term.
 
-    python tests/benchmarks/memory.py --shape qwen3-4b
+    python -m tests.benchmarks.memory --shape qwen3-4b
 
 Weights, adapter, optimizer and caches follow from the shape. What the student's forward keeps for its backward is
 counted, not guessed: a one-layer and a two-layer model of the real width run one short micro-batch on the CPU, every
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from shapes import config, random_model
 from torch import Tensor
 
-from distill.hidden import completion_hidden
+from distill.completion_hidden import completion_hidden
+from tests.benchmarks.shapes import config, random_model
 
 SCALE = 16
 """Sequences are this much shorter while counting; without an attention matrix everything is linear in their length."""

@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from resident import resident_mb
 
-from neurosig.models import load_model
-from neurosig.signals import trace_to_shards
-from neurosig.tracing import NeuronTracer
+from neurosig.models.load import load_model
+from neurosig.neurons.signals_file import trace_to_shards
+from neurosig.neurons.tracer import NeuronTracer
+from tests.benchmarks.resident import resident_mb
 
 
 def main(n: int) -> None:

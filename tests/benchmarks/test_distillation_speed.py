@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_step import Step, distillation, ours, sdft
 
-from neurosig.models import LoadedModel
-from neurosig.prompts import PromptBuilder, PromptConfig
-from neurosig.questions import load_questions
+from neurosig.models.load import LoadedModel
+from neurosig.questions.load import load_questions
+from neurosig.questions.prompts import PromptBuilder, PromptConfig
+from tests.benchmarks.training_step import Step, distillation, ours, sdft
 
 pytestmark = [pytest.mark.bench, pytest.mark.smollm2]
 TOKENS, TEACHER_TOKENS = 64, 362

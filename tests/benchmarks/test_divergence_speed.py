@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 pytestmark = pytest.mark.bench
-SCRIPT = Path(__file__).parent / "divergence_variants.py"
 WAYS = {
     "ours": "ours, whole vocabulary",
     "ours_topk": "ours, top-100 and tail",
@@ -24,8 +24,10 @@ def test_divergence_against_its_floor(capsys: pytest.CaptureFixture[str]) -> Non
     """1,024 tokens, 49,152 entries, width 576, forward and backward; each way in a process of its own."""
     lines = []
     for way, name in WAYS.items():
-        command = [sys.executable, str(SCRIPT), way]
-        result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        command = [sys.executable, "-m", "tests.benchmarks.divergence_variants", way]
+        result = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()[-1]
+        )
         ratio = result["seconds"] / result["floor"]
         lines.append(f"| {name} | {result['seconds']:.1f} s | {ratio:.2f}x | +{result['peak_mb']:.0f} MB |")
     with capsys.disabled():

@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from neurosig.envoy import NeuronScaler
-from neurosig.interventions import scale_neurons
-from neurosig.models import LoadedModel
-from neurosig.prompts import PromptBuilder, PromptConfig
-from neurosig.questions import load_questions
-from neurosig.sampling import Prompt, SamplingConfig, sample
-from neurosig.sites import ffn_sites
+from neurosig.intervene.interventions import scale_neurons
+from neurosig.models.load import LoadedModel
+from neurosig.neurons.nnsight_reader import NeuronScaler
+from neurosig.neurons.sites import ffn_sites
+from neurosig.questions.load import load_questions
+from neurosig.questions.prompts import PromptBuilder, PromptConfig
+from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
 
 pytestmark = [pytest.mark.bench, pytest.mark.smollm2]
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from resident import resident_mb, restart_peak
 from scipy import sparse
 from torch import Tensor
 
-from neurosig.patterns import Neighbours, nearest_sets
-from neurosig.planted import PlantedConfig, plant
+from neurosig.hallucination.planted import PlantedConfig, plant
+from neurosig.patterns.similarity import Neighbours, nearest_sets
+from tests.benchmarks.resident import resident_mb, restart_peak
 
 pytestmark = pytest.mark.bench
 SIZES = (1_000, 3_000, 10_000, 30_000)
@@ -44,7 +44,9 @@ def scipy_products(sets: Tensor) -> None:
 
 
 def test_nearest_sets_against_the_scipy_product(capsys: pytest.CaptureFixture[str]) -> None:
-    """Sets of 1,020 of 46,080 neurons, as alike as real ones (`neurosig.planted`), one a question of 200 topics."""
+    """Sets of 1,020 of 46,080 neurons, as alike as real ones (`neurosig.hallucination.planted`), one a question of 200
+    topics.
+    """
     data = plant(PlantedConfig(n_questions=SIZES[-1], num_generations=1, n_planted=0, n_topics=200))
     everything = torch.from_numpy(data.ids)
     usearch = importlib.util.find_spec("usearch") is not None

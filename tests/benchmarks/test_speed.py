@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-import neurosig.sampling
-from neurosig.models import LoadedModel
-from neurosig.prompts import PromptBuilder, PromptConfig
-from neurosig.questions import load_questions
-from neurosig.rollouts import Rollout
-from neurosig.sampling import Prompt, SamplingConfig, sample
-from neurosig.tracing import NeuronTracer
+import neurosig.sampling.sampler
+from neurosig.models.load import LoadedModel
+from neurosig.neurons.tracer import NeuronTracer
+from neurosig.questions.load import load_questions
+from neurosig.questions.prompts import PromptBuilder, PromptConfig
+from neurosig.sampling.rollouts import Rollout
+from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
 
 pytestmark = [pytest.mark.bench, pytest.mark.smollm2]
 CONFIG = SamplingConfig(num_generations=8, temperature=0.8, max_new_tokens=24)
@@ -78,9 +78,9 @@ def test_sampling_when_lengths_vary(
     """128 rollouts of up to 96 tokens, 32 rows at a time: waiting questions enter early, or when a batch is done."""
     config = SamplingConfig(num_generations=8, temperature=1.0, max_new_tokens=96)
     times = {}
-    for name, share in (("refilled", neurosig.sampling.REFILL_AT), ("batch by batch", 1.0)):
+    for name, share in (("refilled", neurosig.sampling.sampler.REFILL_AT), ("batch by batch", 1.0)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(neurosig.sampling, "REFILL_AT", share)
+            patch.setattr(neurosig.sampling.sampler, "REFILL_AT", share)
             times[name] = seconds(lambda: list(sample(smollm2, prompts, config, batch_rows=32)))
     with capsys.disabled():
         print(f"\nrefilling: {times['batch by batch'] / times['refilled']:.2f}x as fast as batch by batch {times}")

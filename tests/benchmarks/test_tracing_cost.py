@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 pytestmark = [pytest.mark.bench, pytest.mark.smollm2]
-HERE = Path(__file__).parent
 
 
 def measured(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(HERE / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    command = [sys.executable, "-m", f"tests.benchmarks.{script}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()[-1]
 
 
 def test_tracing_against_other_ways(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +29,7 @@ def test_tracing_against_other_ways(capsys: pytest.CaptureFixture[str]) -> None:
         ("H-Neurons' way, one by one", "h_neurons", 4),
         ("NeuFS' way, one by one", "neufs", 4),
     ]
-    results = [(name, json.loads(measured("tracing_variants.py", way, str(n)))) for name, way, n in ways]
+    results = [(name, json.loads(measured("tracing_variants", way, str(n)))) for name, way, n in ways]
     yardstick = results[0][1]["seconds"]
     with capsys.disabled():
         print("\n| tracing 32 x 192 tokens | time | ratio | peak memory |\n|---|---|---|---|")
@@ -39,6 +39,6 @@ def test_tracing_against_other_ways(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_memory_is_flat_in_the_number_of_rollouts(capsys: pytest.CaptureFixture[str]) -> None:
-    few, many = (float(measured("memory_of_tracing.py", n)) for n in ("200", "2000"))
+    few, many = (float(measured("memory_of_tracing", n)) for n in ("200", "2000"))
     with capsys.disabled():
         print(f"\npeak memory of tracing: 200 rollouts {few:.0f} MB, 2,000 rollouts {many:.0f} MB ({many / few:.3f}x)")

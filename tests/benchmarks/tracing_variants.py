@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 import nnsight
 import torch
-from resident import resident_mb
 from torch import Tensor
 
-from neurosig.models import load_model
-from neurosig.sites import ffn_sites, w_out, w_out_norms
-from neurosig.tracing import NeuronTracer, TraceConfig
+from neurosig.models.load import load_model
+from neurosig.neurons.sites import ffn_sites, w_out, w_out_norms
+from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from tests.benchmarks.resident import resident_mb
 
 ROWS, TOKENS, PROMPT, BATCH = 32, 192, 64, 8
 
@@ -67,7 +67,7 @@ def nnsight_save(model, prompts, completions):  # type: ignore[no-untyped-def]
 @torch.no_grad()
 def transformer_bridge(model, prompts, completions):  # type: ignore[no-untyped-def]
     """TransformerLens: `run_with_cache` of the FFN hooks."""
-    from neurosig.lens import LensReader
+    from neurosig.neurons.lens_reader import LensReader
 
     sites = ffn_sites(model)
     norms = w_out_norms(model, sites)

@@ -20,8 +20,8 @@ from distill.step import learn
 from distill.student import make_student, merged
 from distill.tasks import Task
 from distill.teacher import Teacher
-from neurosig.models import LoadedModel
-from neurosig.sampling import Prompt, SamplingConfig, sample
+from neurosig.models.load import LoadedModel
+from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
 
 
 class Endless(LoadedModel):

@@ -1,17 +1,17 @@
 """Run every test of faults, determinism and verification, and say how many cases that was.
 
-python tests/trust/cases.py
+python -m tests.trust.cases
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parents[1]
-FILES = ("faults", "faults_input", "faults_disk", "faults_whole_runs", "determinism", "verify", "kills", "supply_chain")
+from tests.support.paths import TESTS
+
+FILES = ("promises", "neurosig/verify", "trust/test_kills.py")
 
 
 class Count:
@@ -29,7 +29,7 @@ class Count:
 
 def main() -> None:
     count = Count()
-    code = pytest.main(["-q", *(str(TESTS / f"test_{name}.py") for name in FILES)], plugins=[count])
+    code = pytest.main(["-q", *(str(TESTS / name) for name in FILES)], plugins=[count])
     print(f"cases: {count.passed} passed, {count.failed} failed, {count.skipped} skipped")
     sys.exit(code)
 

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of what reads files from strangers: question files and manifests.
 
-    python tests/trust/fuzz.py questions --seconds 300
-    python tests/trust/fuzz.py manifest --seconds 300
+    python -m tests.trust.fuzz questions --seconds 300
+    python -m tests.trust.fuzz manifest --seconds 300
 
 Bytes that steer a reader to new branches are kept and changed further (libFuzzer, through atheris). Whatever the bytes,
 a reader gives records or raises UserError; anything else is a finding, and its input is left in ``--out``. A manifest's
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -23,12 +22,12 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["neurosig.questions", "neurosig.question_formats", "neurosig.manifest"]):
+with atheris.instrument_imports(include=["neurosig.questions.load", "neurosig.questions.formats", "neurosig.manifest"]):
     import neurosig.manifest
-    import neurosig.question_formats
-    import neurosig.questions
+    import neurosig.questions.formats
+    import neurosig.questions.load
 
-from neurosig.errors import UserError
+from neurosig.runtime.errors import UserError
 
 CUT = b"\n#####\n"
 """Between the files of a manifest."""
@@ -45,7 +44,7 @@ def read_questions(folder: Path) -> Callable[[bytes], None]:
 
     def one(data: bytes) -> None:
         path.write_bytes(data)
-        for question in neurosig.questions.load_questions(path):
+        for question in neurosig.questions.load.load_questions(path):
             assert question.id.strip() and question.question.strip()
             question.text_sha256.encode()
 
@@ -91,8 +90,7 @@ def seeds(folder: Path, target: str) -> None:
         for number, record in enumerate(QUESTIONS):
             (folder / f"{number}").write_bytes((json.dumps(record) + "\n").encode())
         return
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from flow import make_manifest
+    from tests.support.flow import make_manifest
 
     with tempfile.TemporaryDirectory() as made:
         out = make_manifest(Path(made), limit=3, num_generations=1)
@@ -123,9 +121,10 @@ def fuzz(target: str, seconds: int, out: Path, seed: int = 1) -> tuple[int, str]
         limits = [f"-max_total_time={seconds}", f"-seed={seed}", "-timeout=10", "-rss_limit_mb=2000", "-max_len=20000"]
         limits += [f"-artifact_prefix={out}/", "-print_final_stats=1"]
         done = subprocess.run(
-            [sys.executable, __file__, target, "--inside", f"{temporary}/work", *limits, f"{temporary}/seeds"],
+            [sys.executable, "-m", "tests.trust.fuzz", target, "--inside", f"{temporary}/work", *limits,
+             f"{temporary}/seeds"],
             capture_output=True, text=True, errors="replace", check=False,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            cwd=ROOT,
         )  # fmt: skip
     shown = done.stderr + done.stdout
     counted = re.search(r"stat::number_of_executed_units: (\d+)", shown) or re.search(r"Done (\d+) runs", shown)

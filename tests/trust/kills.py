@@ -1,6 +1,6 @@
 """SIGKILL at random moments of every phase, then --resume: the end must be that of a run nobody disturbed.
 
-    python tests/trust/kills.py --kills 50
+    python -m tests.trust.kills --kills 50
 
 Imports happen once; every run is a fork, so one costs a second instead of ten. A phase starts when its function is
 entered; the killed run gets the signal after a random share of what the phase took undisturbed, so that early, late and
@@ -28,10 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from flow import export_config, save_tiny, write_questions
 from tqdm import tqdm
+
+from tests.support.flow import export_config, save_tiny, write_questions
 
 END = "end"
 
@@ -242,15 +241,15 @@ def tail(job: Job) -> str:
 def jobs(folder: Path) -> dict[str, Job]:
     """Export, training, evaluation and grid on a tiny model; the manifest that training reads is made here."""
     import distill.evaluate
-    import distill.grid
     import distill.train
+    import figures.grid.__main__
     import neurosig.export
-    import neurosig.signals
+    import neurosig.neurons.signals_file
     from distill.config import TrainConfig
     from distill.evaluate import EvaluateConfig
-    from distill.grid import GridConfig
+    from figures.grid.__main__ import GridConfig
 
-    neurosig.signals.CHUNK = 4
+    neurosig.neurons.signals_file.CHUNK = 4
     model = save_tiny(folder / "model")
     questions = write_questions(folder / "questions.jsonl")
     quick = {"num_generations": 3, "max_new_tokens": 6, "temperature": 1.0}
@@ -280,8 +279,8 @@ def jobs(folder: Path) -> dict[str, Job]:
 
         # a fork made by a thread of the grid's pool would wait for that thread, which it is, before it ends
         os.register_at_fork(after_in_child=concurrent.futures.thread._threads_queues.clear)
-        distill.grid._forkserver = lambda: multiprocessing.get_context("fork")  # the imports are here already
-        distill.grid.main(
+        figures.grid.__main__._forkserver = lambda: multiprocessing.get_context("fork")  # the imports are here already
+        figures.grid.__main__.main(
             GridConfig(
                 out=folder / "grid", model=str(model), methods=("nopsd", "nopsd-random"), jobs=2,
                 sources=(f"a={questions}",), targets=(f"a={questions}",), control_temperatures=(),
@@ -304,15 +303,15 @@ def jobs(folder: Path) -> dict[str, Job]:
         "selection": "neurosig.export:_signals",
     }
     return {
-        "export": Job("export", export, folder / "export", exporting, "neurosig.rollouts:RolloutLog.append"),
+        "export": Job("export", export, folder / "export", exporting, "neurosig.sampling.rollouts:RolloutLog.append"),
         "train": Job(
             "train", train, folder / "train", {"training": "distill.train:reopen_metrics"}, "distill.step:learn"
         ),
         "evaluate": Job(
             "evaluate", evaluate, folder / "evaluate", {"evaluation": "distill.evaluate:_rollouts"},
-            "neurosig.rollouts:RolloutLog.append",
+            "neurosig.sampling.rollouts:RolloutLog.append",
         ),
-        "grid": Job("grid", grid, folder / "grid", {"grid": "distill.grid:_run"}, "distill.grid:_Works._call"),
+        "grid": Job("grid", grid, folder / "grid", {"grid": "figures.grid:_run"}, "figures.grid:_Works._call"),
     }  # fmt: skip
 
 

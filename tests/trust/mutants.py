@@ -1,6 +1,6 @@
 """Wrong formulas on purpose: each must be caught by a test.
 
-    python tests/trust/mutants.py
+    python -m tests.trust.mutants
 
 A mutant is one exact replacement in one file. The packages are copied aside, the replacement is made there and the
 tests that answer for the file are run on the copy. A mutant whose text is no longer found, and one that no test
@@ -35,12 +35,20 @@ class Mutant:
     only: str = ""
 
 
-LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "distill/hidden.py"
-ANSWERS, METRICS, STATISTICS = "neurosig/answers.py", "neurosig/metrics.py", "neurosig/statistics.py"
-CONTRIBUTIONS, REDUCTION, SAMPLING = "neurosig/contributions.py", "neurosig/reduction.py", "neurosig/sampling.py"
+LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "distill/completion_hidden.py"
+ANSWERS, METRICS, STATISTICS = (
+    "neurosig/questions/answers.py",
+    "neurosig/statistics/metrics.py",
+    "neurosig/statistics/significance.py",
+)
+CONTRIBUTIONS, REDUCTION, SAMPLING = (
+    "neurosig/neurons/contributions.py",
+    "neurosig/neurons/reduction.py",
+    "neurosig/sampling/sampler.py",
+)
 ROLLOUTS, BATCHING, TASKS, TEACHER = (
-    "neurosig/rollouts.py",
-    "neurosig/batching.py",
+    "neurosig/sampling/rollouts.py",
+    "neurosig/models/prefix.py",
     "distill/tasks.py",
     "distill/teacher.py",
 )
@@ -48,74 +56,74 @@ DENSE = "value_and_gradient_equal_dense or two_entries"
 
 MUTANTS = (
     # the divergence
-    Mutant("forward KL the other way round", LOSSES, "Terms((log_t - log_s).mul_(t), s - t, -1)", "Terms((log_s - log_t).mul_(s), s - t, -1)", "test_losses.py", DENSE),
-    Mutant("teacher and student swapped", LOSSES, "log_s, log_t = _log_softmax(logits, options), _log_softmax(teacher_logits, options)", "log_t, log_s = _log_softmax(logits, options), _log_softmax(teacher_logits, options)", "test_losses.py", DENSE),
-    Mutant("logarithms to the base 2", LOSSES, "return torch.log_softmax(scaled, dim=1)", "return torch.log_softmax(scaled, dim=1) / math.log(2)", "test_losses.py", DENSE),
-    Mutant("JSD with beta on the wrong side", LOSSES, "torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))", "torch.logaddexp(log_s + math.log(beta), log_t + math.log1p(-beta))", "test_losses.py", "jsd"),
-    Mutant("gradient without its centring", LOSSES, "gradient = slope.addcmul_(s, slope.sum(dim=1, keepdim=True), value=-1)", "gradient = slope", "test_losses.py", "dense_autograd"),
-    Mutant("gradient at the wrong temperature", LOSSES, 'gradient.mul_(rearrange(weights / options.temperature, "rows -> rows 1"))', 'gradient.mul_(rearrange(weights, "rows -> rows 1"))', "test_losses.py", "dense_autograd"),
-    Mutant("clip of the wrong sign", LOSSES, "value.clamp_(max=options.clip_value)", "value.clamp_(min=-options.clip_value)", "test_losses.py", "dense_autograd or clip"),
-    Mutant("clipped entries keep their gradient", LOSSES, "slope = torch.where(above, s * -gauge, slope)", "pass", "test_losses.py", "dense_autograd"),
-    Mutant("masked tokens counted", LOSSES, "kept = weights.detach().nonzero().squeeze(1)", "kept = torch.arange(tokens, device=weights.device); weights = torch.ones_like(weights)", "test_losses.py", "masked"),
-    Mutant("last chunk dropped", LOSSES, "for start in range(0, tokens, max(1, chunk)):", "for start in range(0, tokens - 1, max(1, chunk)):", "test_losses.py", "chunk_size"),
-    Mutant("entropy without its sign", LOSSES, "torch.sum(s * log_s, dim=1, out=student_entropy).neg_()", "torch.sum(s * log_s, dim=1, out=student_entropy)", "test_losses.py", "by_hand"),
-    Mutant("tail left out", LOSSES, "rest = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))", "rest = torch.full_like(mass, -30.0)", "test_losses.py", "topk_value"),
+    Mutant("forward KL the other way round", LOSSES, "Terms((log_t - log_s).mul_(t), s - t, -1)", "Terms((log_s - log_t).mul_(s), s - t, -1)", "distill/test_losses.py", DENSE),
+    Mutant("teacher and student swapped", LOSSES, "log_s, log_t = _log_softmax(logits, options), _log_softmax(teacher_logits, options)", "log_t, log_s = _log_softmax(logits, options), _log_softmax(teacher_logits, options)", "distill/test_losses.py", DENSE),
+    Mutant("logarithms to the base 2", LOSSES, "return torch.log_softmax(scaled, dim=1)", "return torch.log_softmax(scaled, dim=1) / math.log(2)", "distill/test_losses.py", DENSE),
+    Mutant("JSD with beta on the wrong side", LOSSES, "torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))", "torch.logaddexp(log_s + math.log(beta), log_t + math.log1p(-beta))", "distill/test_losses.py", "jsd"),
+    Mutant("gradient without its centring", LOSSES, "gradient = slope.addcmul_(s, slope.sum(dim=1, keepdim=True), value=-1)", "gradient = slope", "distill/test_losses.py", "dense_autograd"),
+    Mutant("gradient at the wrong temperature", LOSSES, 'gradient.mul_(rearrange(weights / options.temperature, "rows -> rows 1"))', 'gradient.mul_(rearrange(weights, "rows -> rows 1"))', "distill/test_losses.py", "dense_autograd"),
+    Mutant("clip of the wrong sign", LOSSES, "value.clamp_(max=options.clip_value)", "value.clamp_(min=-options.clip_value)", "distill/test_losses.py", "dense_autograd or clip"),
+    Mutant("clipped entries keep their gradient", LOSSES, "slope = torch.where(above, s * -gauge, slope)", "pass", "distill/test_losses.py", "dense_autograd"),
+    Mutant("masked tokens counted", LOSSES, "kept = weights.detach().nonzero().squeeze(1)", "kept = torch.arange(tokens, device=weights.device); weights = torch.ones_like(weights)", "distill/test_losses.py", "masked"),
+    Mutant("last chunk dropped", LOSSES, "for start in range(0, tokens, max(1, chunk)):", "for start in range(0, tokens - 1, max(1, chunk)):", "distill/test_losses.py", "chunk_size"),
+    Mutant("entropy without its sign", LOSSES, "torch.sum(s * log_s, dim=1, out=student_entropy).neg_()", "torch.sum(s * log_s, dim=1, out=student_entropy)", "distill/test_losses.py", "by_hand"),
+    Mutant("tail left out", LOSSES, "rest = torch.log(-torch.expm1(mass.clamp(max=-1e-7)))", "rest = torch.full_like(mass, -30.0)", "distill/test_losses.py", "topk_value"),
     # the step
-    Mutant("hidden states one position late", HIDDEN, "torch.cat([prefix.last_hidden[:, None], rest], dim=1)", "torch.cat([rest, prefix.last_hidden[:, None]], dim=1)", "test_train.py", "completion_hidden"),
-    Mutant("hidden states shifted by one", HIDDEN, "shown = [completion[:-1] or completion for completion in completions]", "shown = [completion[1:] or completion for completion in completions]", "test_train.py", "completion_hidden"),
-    Mutant("last position dropped", HIDDEN, "(position < first + lengths)]", "(position < first + lengths - 1)]", "test_train.py", "completion_hidden"),
-    Mutant("whole rows predicted by the token itself", HIDDEN, "[[len(prompt) - 1] for prompt in prompts]", "[[len(prompt)] for prompt in prompts]", "test_forward.py", ""),
-    Mutant("student sees the context", STEP, "prompts = [task.student_prompt for task, _ in batch]", "prompts = [task.teacher_prompt for task, _ in batch]", "test_train.py", "plain_mean_kl or context_teaches"),
-    Mutant("teacher sees the bare question", STEP, "[task.teacher_prompt for task, _ in batch]", "[task.student_prompt for task, _ in batch]", "test_train.py", "context_teaches or plain_mean_kl"),
-    Mutant("mean over rollouts for mean over tokens", STEP, 'if config.loss_mean == "token" else', 'if config.loss_mean != "token" else', "test_train.py", "plain_mean_kl"),
-    Mutant("cut-off rollouts in the loss", STEP, "config.keep_truncated or rollout.finish_reason", "not config.keep_truncated or rollout.finish_reason", "test_train.py", "cut_off"),
-    Mutant("first tokens not skipped", STEP, "(position >= config.skip_first)", "(position >= 0)", "test_train.py", "plain_mean_kl"),
-    Mutant("teacher is the trained model", TEACHER, 'if self.name != "live" and self._adapter is not None:', "if False:", "test_train.py", "stays_the_untrained"),
-    Mutant("average the wrong way round", TEACHER, "1 - self._decay", "self._decay", "test_train.py", "ema_teacher_averages"),
-    Mutant("weights of questions ignored", TASKS, "builder.teacher(by_id[row.id], context), row.weight)", "builder.teacher(by_id[row.id], context))", "test_numeric_core.py", "weights"),
-    Mutant("every step the same questions", TASKS, "first = (step - 1) * per_step", "first = 0", "test_train.py", "every_epoch"),
+    Mutant("hidden states one position late", HIDDEN, "torch.cat([prefix.last_hidden[:, None], rest], dim=1)", "torch.cat([rest, prefix.last_hidden[:, None]], dim=1)", "distill/test_train.py", "completion_hidden"),
+    Mutant("hidden states shifted by one", HIDDEN, "shown = [completion[:-1] or completion for completion in completions]", "shown = [completion[1:] or completion for completion in completions]", "distill/test_train.py", "completion_hidden"),
+    Mutant("last position dropped", HIDDEN, "(position < first + lengths)]", "(position < first + lengths - 1)]", "distill/test_train.py", "completion_hidden"),
+    Mutant("whole rows predicted by the token itself", HIDDEN, "[[len(prompt) - 1] for prompt in prompts]", "[[len(prompt)] for prompt in prompts]", "distill/test_student.py", ""),
+    Mutant("student sees the context", STEP, "prompts = [task.student_prompt for task, _ in batch]", "prompts = [task.teacher_prompt for task, _ in batch]", "distill/test_train.py", "plain_mean_kl or context_teaches"),
+    Mutant("teacher sees the bare question", STEP, "[task.teacher_prompt for task, _ in batch]", "[task.student_prompt for task, _ in batch]", "distill/test_train.py", "context_teaches or plain_mean_kl"),
+    Mutant("mean over rollouts for mean over tokens", STEP, 'if config.loss_mean == "token" else', 'if config.loss_mean != "token" else', "distill/test_train.py", "plain_mean_kl"),
+    Mutant("cut-off rollouts in the loss", STEP, "config.keep_truncated or rollout.finish_reason", "not config.keep_truncated or rollout.finish_reason", "distill/test_train.py", "cut_off"),
+    Mutant("first tokens not skipped", STEP, "(position >= config.skip_first)", "(position >= 0)", "distill/test_train.py", "plain_mean_kl"),
+    Mutant("teacher is the trained model", TEACHER, 'if self.name != "live" and self._adapter is not None:', "if False:", "distill/test_train.py", "stays_the_untrained"),
+    Mutant("average the wrong way round", TEACHER, "1 - self._decay", "self._decay", "distill/test_train.py", "ema_teacher_averages"),
+    Mutant("weights of questions ignored", TASKS, "builder.teacher(by_id[row.id], context), row.weight)", "builder.teacher(by_id[row.id], context))", "trust/test_numeric_core.py", "weights"),
+    Mutant("every step the same questions", TASKS, "first = (step - 1) * per_step", "first = 0", "distill/test_train.py", "every_epoch"),
     # votes and answers
-    Mutant("non-answers win votes", ANSWERS, "counts = Counter(answer for answer in answers if answer is not None)", "counts = Counter(str(answer) for answer in answers)", "test_answers.py", "never_wins"),
-    Mutant("non-answers leave the denominator", ANSWERS, "return Vote(winner, most, tied, len(answers))", "return Vote(winner, most, tied, sum(counts.values()))", "test_answers.py", "never_wins"),
-    Mutant("ties by the alphabet", ANSWERS, 'winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\\x00{candidate}".encode()).digest())', "winner = tied[0]", "test_answers.py", "ties"),
-    Mutant("ties by the order of the answers", ANSWERS, "tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))", "tied = tuple(candidate for candidate, count in counts.items() if count == most)", "test_answers.py", "ties"),
-    Mutant("first number for the last", ANSWERS, "numbers[-1 if marked is None else 0]", "numbers[0]", "test_answers.py", "numbers"),
-    Mutant("aliases never count", ANSWERS, "for gold in (question.answer, *question.aliases)", "for gold in (question.answer,)", "test_answers.py", "gold_or_an_alias"),
+    Mutant("non-answers win votes", ANSWERS, "counts = Counter(answer for answer in answers if answer is not None)", "counts = Counter(str(answer) for answer in answers)", "neurosig/questions/test_answers.py", "never_wins"),
+    Mutant("non-answers leave the denominator", ANSWERS, "return Vote(winner, most, tied, len(answers))", "return Vote(winner, most, tied, sum(counts.values()))", "neurosig/questions/test_answers.py", "never_wins"),
+    Mutant("ties by the alphabet", ANSWERS, 'winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\\x00{candidate}".encode()).digest())', "winner = tied[0]", "neurosig/questions/test_answers.py", "ties"),
+    Mutant("ties by the order of the answers", ANSWERS, "tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))", "tied = tuple(candidate for candidate, count in counts.items() if count == most)", "neurosig/questions/test_answers.py", "ties"),
+    Mutant("first number for the last", ANSWERS, "numbers[-1 if marked is None else 0]", "numbers[0]", "neurosig/questions/test_answers.py", "numbers"),
+    Mutant("aliases never count", ANSWERS, "for gold in (question.answer, *question.aliases)", "for gold in (question.answer,)", "neurosig/questions/test_answers.py", "gold_or_an_alias"),
     # accuracy and calibration
-    Mutant("ties count as right", METRICS, "return right_winners / np.maximum(winners, 1)", "return (right_winners > 0).astype(float)", "test_metrics.py", "maj_at_k"),
-    Mutant("pass@k for one sample fewer", METRICS, "1.0 - math.comb(n - right, k) / math.comb(n, k)", "1.0 - math.comb(n - right, k) / math.comb(n + 1, k)", "test_metrics.py", "pass_at_k"),
-    Mutant("ECE squared", METRICS, "np.abs(np.bincount(keys, weights=votes / k - accuracy)).sum()", "np.square(np.bincount(keys, weights=votes / k - accuracy)).sum()", "test_metrics.py", "ece_by_hand"),
-    Mutant("ECE with its edges on the wrong side", METRICS, "np.maximum((votes * bins + k - 1) // k - 1, 0)", "np.minimum(votes * bins // k, bins - 1)", "test_metrics.py", "bins or beyond"),
-    Mutant("ECE over bins instead of questions", METRICS, "weights=votes / k - accuracy)).sum() / len(votes))", "weights=votes / k - accuracy)).sum() / len(set(keys)))", "test_metrics.py", "ece_by_hand"),
-    Mutant("Brier score of ties", METRICS, "(votes / k - accuracy) ** 2 + accuracy * (1 - accuracy)", "(votes / k - accuracy) ** 2", "test_metrics.py", "brier"),
-    Mutant("gap of the wrong sign", METRICS, "return float(np.mean(votes / k - accuracy))", "return float(np.mean(accuracy - votes / k))", "test_metrics.py", ""),
-    Mutant("interval of the wrong level", METRICS, "np.quantile(values, [(1 - level) / 2, (1 + level) / 2])", "np.quantile(values, [1 - level, level])", "test_metrics.py", "hierarchical or hierarchy"),
-    Mutant("one seed for all seeds of a draw", METRICS, "rng.integers(seeds, size=seeds), rng.integers(n, size=n)", "rng.integers(seeds, size=1).repeat(seeds), rng.integers(n, size=n)", "test_metrics.py test_numeric_core.py", "hierarchical or hierarchy or seeds_are_drawn"),
-    Mutant("p-value of one side", STATISTICS, "return min(1.0, 2 * (1 + tail) / (1 + len(draws)))", "return min(1.0, (1 + tail) / (1 + len(draws)))", "test_statistics.py", "by_hand"),
-    Mutant("p-value that can be zero", STATISTICS, "2 * (1 + tail) / (1 + len(draws))", "2 * tail / len(draws)", "test_statistics.py", "by_hand"),
-    Mutant("Holm without its steps", STATISTICS, "(len(p_values) - rank) * p_values[index]", "p_values[index]", "test_statistics.py", "by_hand"),
-    Mutant("spread with the wrong normaliser", STATISTICS, "np.std(values, ddof=1)", "np.std(values, ddof=0)", "test_statistics.py", "by_hand"),
-    Mutant("draws that are no resamples", STATISTICS, "rng.integers(n, size=(rows, n))", "rng.permuted(np.tile(np.arange(n), (rows, 1)), axis=1)", "test_statistics.py", "draws or covers"),
+    Mutant("ties count as right", METRICS, "return right_winners / np.maximum(winners, 1)", "return (right_winners > 0).astype(float)", "neurosig/statistics/test_metrics.py", "maj_at_k"),
+    Mutant("pass@k for one sample fewer", METRICS, "1.0 - math.comb(n - right, k) / math.comb(n, k)", "1.0 - math.comb(n - right, k) / math.comb(n + 1, k)", "neurosig/statistics/test_metrics.py", "pass_at_k"),
+    Mutant("ECE squared", METRICS, "np.abs(np.bincount(keys, weights=votes / k - accuracy)).sum()", "np.square(np.bincount(keys, weights=votes / k - accuracy)).sum()", "neurosig/statistics/test_metrics.py", "ece_by_hand"),
+    Mutant("ECE with its edges on the wrong side", METRICS, "np.maximum((votes * bins + k - 1) // k - 1, 0)", "np.minimum(votes * bins // k, bins - 1)", "neurosig/statistics/test_metrics.py", "bins or beyond"),
+    Mutant("ECE over bins instead of questions", METRICS, "weights=votes / k - accuracy)).sum() / len(votes))", "weights=votes / k - accuracy)).sum() / len(set(keys)))", "neurosig/statistics/test_metrics.py", "ece_by_hand"),
+    Mutant("Brier score of ties", METRICS, "(votes / k - accuracy) ** 2 + accuracy * (1 - accuracy)", "(votes / k - accuracy) ** 2", "neurosig/statistics/test_metrics.py", "brier"),
+    Mutant("gap of the wrong sign", METRICS, "return float(np.mean(votes / k - accuracy))", "return float(np.mean(accuracy - votes / k))", "neurosig/statistics/test_metrics.py", ""),
+    Mutant("interval of the wrong level", METRICS, "np.quantile(values, [(1 - level) / 2, (1 + level) / 2])", "np.quantile(values, [1 - level, level])", "neurosig/statistics/test_metrics.py", "hierarchical or hierarchy"),
+    Mutant("one seed for all seeds of a draw", METRICS, "rng.integers(seeds, size=seeds), rng.integers(n, size=n)", "rng.integers(seeds, size=1).repeat(seeds), rng.integers(n, size=n)", "neurosig/statistics/test_metrics.py trust/test_numeric_core.py", "hierarchical or hierarchy or seeds_are_drawn"),
+    Mutant("p-value of one side", STATISTICS, "return min(1.0, 2 * (1 + tail) / (1 + len(draws)))", "return min(1.0, (1 + tail) / (1 + len(draws)))", "neurosig/statistics/test_significance.py", "by_hand"),
+    Mutant("p-value that can be zero", STATISTICS, "2 * (1 + tail) / (1 + len(draws))", "2 * tail / len(draws)", "neurosig/statistics/test_significance.py", "by_hand"),
+    Mutant("Holm without its steps", STATISTICS, "(len(p_values) - rank) * p_values[index]", "p_values[index]", "neurosig/statistics/test_significance.py", "by_hand"),
+    Mutant("spread with the wrong normaliser", STATISTICS, "np.std(values, ddof=1)", "np.std(values, ddof=0)", "neurosig/statistics/test_significance.py", "by_hand"),
+    Mutant("draws that are no resamples", STATISTICS, "rng.integers(n, size=(rows, n))", "rng.permuted(np.tile(np.arange(n), (rows, 1)), axis=1)", "neurosig/statistics/test_significance.py", "draws or covers"),
     # neurons
-    Mutant("CETT without its norm", CONTRIBUTIONS, "return magnitude(value, w_out_norm).div_(ffn_out.float().norm(dim=-1, keepdim=True))", "return magnitude(value, w_out_norm)", "test_contributions.py", "cett"),
-    Mutant("CETT with one norm for all positions", CONTRIBUTIONS, "ffn_out.float().norm(dim=-1, keepdim=True)", "ffn_out.float().norm(dim=(-2, -1), keepdim=True)", "test_contributions.py", "cett"),
-    Mutant("padding counted in the mean", CONTRIBUTIONS, "/ mask.sum(dim=1, keepdim=True)", "/ mask.shape[1]", "test_contributions.py", "masked_mean"),
-    Mutant("the smallest for the largest", CONTRIBUTIONS, "order = mean.sort(dim=-1, descending=True, stable=True)", "order = mean.sort(dim=-1, descending=False, stable=True)", "test_contributions.py", "largest"),
-    Mutant("ties left to chance", CONTRIBUTIONS, "order = mean.sort(dim=-1, descending=True, stable=True).indices[:, :k]", "order = mean.flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :k].neg().add(mean.shape[-1] - 1)", "test_contributions.py", "largest"),
-    Mutant("padding in the union", CONTRIBUTIONS, '(hits & rearrange(mask, "batch seq -> batch seq 1")).any(dim=1)', "hits.any(dim=1)", "test_contributions.py", "per_token"),
-    Mutant("magnitude with its sign", CONTRIBUTIONS, "return value.abs().float().mul_(w_out_norm)", "return value.float().mul(w_out_norm)", "test_contributions.py", ""),
-    Mutant("sets rounded down", CONTRIBUTIONS, "return min(-(-set_size // n_layers), d_mlp)", "return min(set_size // n_layers, d_mlp)", "test_contributions.py", "neurons_per_layer"),
-    Mutant("norms of the wrong layer", REDUCTION, "if norms is None else norms[layer]", "if norms is None else norms[layer - 1]", "test_tracing.py", "equals_forward_hooks and qwen3"),
-    Mutant("positive neurons only, always", REDUCTION, "return (member & (mean > 0) if positive_only else member), mean", "return member & (mean > 0), mean", "test_tracing.py", "positive_only or smaller_sets or equals_forward_hooks"),
-    Mutant("hidden states over the padding", REDUCTION, "return masked_mean(hidden.float(), mask.to(hidden.device))", "return hidden.float().mean(1)", "test_tracing.py", "hidden_states_are or padded"),
-    Mutant("the end token traced", ROLLOUTS, "return self.token_ids[:-1] if ended else self.token_ids", "return self.token_ids", "test_numeric_core.py", "end_token"),
+    Mutant("CETT without its norm", CONTRIBUTIONS, "return magnitude(value, w_out_norm).div_(ffn_out.float().norm(dim=-1, keepdim=True))", "return magnitude(value, w_out_norm)", "neurosig/neurons/test_contributions.py", "cett"),
+    Mutant("CETT with one norm for all positions", CONTRIBUTIONS, "ffn_out.float().norm(dim=-1, keepdim=True)", "ffn_out.float().norm(dim=(-2, -1), keepdim=True)", "neurosig/neurons/test_contributions.py", "cett"),
+    Mutant("padding counted in the mean", CONTRIBUTIONS, "/ mask.sum(dim=1, keepdim=True)", "/ mask.shape[1]", "neurosig/neurons/test_contributions.py", "masked_mean"),
+    Mutant("the smallest for the largest", CONTRIBUTIONS, "order = mean.sort(dim=-1, descending=True, stable=True)", "order = mean.sort(dim=-1, descending=False, stable=True)", "neurosig/neurons/test_contributions.py", "largest"),
+    Mutant("ties left to chance", CONTRIBUTIONS, "order = mean.sort(dim=-1, descending=True, stable=True).indices[:, :k]", "order = mean.flip(-1).sort(dim=-1, descending=True, stable=True).indices[:, :k].neg().add(mean.shape[-1] - 1)", "neurosig/neurons/test_contributions.py", "largest"),
+    Mutant("padding in the union", CONTRIBUTIONS, '(hits & rearrange(mask, "batch seq -> batch seq 1")).any(dim=1)', "hits.any(dim=1)", "neurosig/neurons/test_contributions.py", "per_token"),
+    Mutant("magnitude with its sign", CONTRIBUTIONS, "return value.abs().float().mul_(w_out_norm)", "return value.float().mul(w_out_norm)", "neurosig/neurons/test_contributions.py", ""),
+    Mutant("sets rounded down", CONTRIBUTIONS, "return min(-(-set_size // n_layers), d_mlp)", "return min(set_size // n_layers, d_mlp)", "neurosig/neurons/test_contributions.py", "neurons_per_layer"),
+    Mutant("norms of the wrong layer", REDUCTION, "if norms is None else norms[layer]", "if norms is None else norms[layer - 1]", "neurosig/neurons/test_tracer.py", "equals_forward_hooks and qwen3"),
+    Mutant("positive neurons only, always", REDUCTION, "return (member & (mean > 0) if positive_only else member), mean", "return member & (mean > 0), mean", "neurosig/neurons/test_tracer.py", "positive_only or smaller_sets or equals_forward_hooks"),
+    Mutant("hidden states over the padding", REDUCTION, "return masked_mean(hidden.float(), mask.to(hidden.device))", "return hidden.float().mean(1)", "neurosig/neurons/test_tracer.py", "hidden_states_are or padded"),
+    Mutant("the end token traced", ROLLOUTS, "return self.token_ids[:-1] if ended else self.token_ids", "return self.token_ids", "trust/test_numeric_core.py", "end_token"),
     # sampling
-    Mutant("temperature multiplied", SAMPLING, "scores = scores / config.temperature", "scores = scores * config.temperature", "test_sampling.py", "softmax or first_tokens"),
-    Mutant("one random number for all questions", SAMPLING, r'f"{config.seed}\x00{salt}\x00{question_id}"', r'f"{config.seed}\x00{salt}"', "test_sampling.py", "draws_its_own"),
-    Mutant("the seed ignored", SAMPLING, r'f"{config.seed}\x00{salt}\x00{question_id}"', r'f"{salt}\x00{question_id}"', "test_sampling.py", "draws_its_own"),
-    Mutant("top-p without the token that crosses it", SAMPLING, "ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)", "ranked.softmax(-1).cumsum(-1)", "test_sampling.py", "top_k_and_top_p"),
-    Mutant("entropy in bits", SAMPLING, "entropy = -torch.linalg.vecdot(log_p.exp(), log_p)", "entropy = -torch.linalg.vecdot(log_p.exp(), log_p) / 0.6931", "test_sampling.py", "log_probabilities_and"),
-    Mutant("positions that count the padding", BATCHING, "position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0)", "position_ids=torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)", "test_train.py", "completion_hidden"),
+    Mutant("temperature multiplied", SAMPLING, "scores = scores / config.temperature", "scores = scores * config.temperature", "neurosig/sampling/test_sampler.py", "softmax or first_tokens"),
+    Mutant("one random number for all questions", SAMPLING, r'f"{config.seed}\x00{salt}\x00{question_id}"', r'f"{config.seed}\x00{salt}"', "neurosig/sampling/test_sampler.py", "draws_its_own"),
+    Mutant("the seed ignored", SAMPLING, r'f"{config.seed}\x00{salt}\x00{question_id}"', r'f"{salt}\x00{question_id}"', "neurosig/sampling/test_sampler.py", "draws_its_own"),
+    Mutant("top-p without the token that crosses it", SAMPLING, "ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)", "ranked.softmax(-1).cumsum(-1)", "neurosig/sampling/test_sampler.py", "top_k_and_top_p"),
+    Mutant("entropy in bits", SAMPLING, "entropy = -torch.linalg.vecdot(log_p.exp(), log_p)", "entropy = -torch.linalg.vecdot(log_p.exp(), log_p) / 0.6931", "neurosig/sampling/test_sampler.py", "log_probabilities_and"),
+    Mutant("positions that count the padding", BATCHING, "position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0)", "position_ids=torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)", "distill/test_train.py", "completion_hidden"),
 )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""LMSI, TTRL and Intuitor; imported only for a ``--method`` that needs them."""

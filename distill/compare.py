@@ -1,0 +1,248 @@
+"""Compare evaluations of the same questions: the table of a run, with paired intervals and an honest sentence.
+
+    python -m distill.compare --base runs/demo/eval/base --control runs/demo/eval/control \\
+        --trained runs/demo/eval/nopsd --train runs/demo/nopsd --out runs/demo/report
+
+Much of what self-training gains in Avg@K is mere sharpening, which a lower sampling temperature gives for free. So the
+untrained base at the temperature that a development split prefers stands in the table as a control, and the closing
+sentence says what is left beyond it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neurosig.runtime.cli import CommonConfig, run_command
+from neurosig.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from neurosig.statistics.metrics import Interval
+
+logger = logging.getLogger(__name__)
+
+COMPARISON, TABLE = "comparison.json", "table.md"
+METRICS = {"avg_at_k": "Avg@{k}", "maj_at_k": "maj@{k}", "ece": "ECE"}
+
+
+@dataclass(kw_only=True)
+class ReportConfig(CommonConfig):
+    """Print the table of base, control and trained model, with 95% paired bootstrap intervals over questions."""
+
+    base: Path
+    """Evaluation of the untrained model."""
+    trained: Path
+    """Evaluation of the trained model on the same questions."""
+    control: Path | None = None
+    """Evaluation of the untrained model at the sampling temperature chosen on a development split."""
+    train: Path | None = None
+    """Training run; its manifest's domains are the in-domain ones (default: the first domain)."""
+    out: Path
+    """Folder of table.md and comparison.json."""
+    resamples: int = 10_000
+    """Bootstrap resamples."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+def main(config: ReportConfig) -> None:
+    """Write and print the comparison described by ``config``."""
+    from neurosig.runtime.files import write_atomic
+    from neurosig.runtime.provenance import run_record
+
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out}: is a file; give a folder")
+    folders = {"base": config.base, "control": config.control, "trained": config.trained}
+    runs = {name: _read(folder) for name, folder in folders.items() if folder is not None}
+    ids = {name: sorted(run["rows"]) for name, run in runs.items()}
+    for name in runs:
+        if ids[name] != ids["base"]:
+            raise UserError(
+                f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
+            )
+        if None not in (one := {runs[name]["questions"], runs["base"]["questions"]}) and len(one) > 1:
+            raise UserError(
+                f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
+                "not; evaluate both on the same --questions"
+            )
+        if runs[name]["k"] != runs["base"]["k"]:
+            raise UserError(
+                f"{folders[name]}: K={runs[name]['k']} samples a question, {config.base} has {runs['base']['k']}; ECEs "
+                "of different K do not compare, evaluate both with the same --num-generations"
+            )
+    source = _source_domains(config, runs["base"])
+    groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
+    for scope, domains in groups.items():
+        held = [row["id"] for row in runs["base"]["rows"].values() if row["domain"] in domains]
+        if len(held) == 1:
+            raise UserError(
+                f'{config.base}: "{held[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
+            )
+    rows = [
+        {"run": name, "scope": scope, **_compare(runs, name, domains, config)}
+        for scope, domains in groups.items()
+        if domains
+        for name in runs
+    ]
+    k = runs["base"]["k"]
+    text = _table(rows, k, runs, config) + "\n" + _verdict(rows, k)
+    record = {
+        "rows": rows,
+        "k": k,
+        "domains": groups,
+        "folders": {name: str(folders[name]) for name in runs},
+        "verdict": _verdict(rows, k),
+        "run": run_record(),
+    }
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(config.out / COMPARISON, json.dumps(record, indent=1) + "\n")
+    write_atomic(config.out / TABLE, text)
+    print(text)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    from distill.evaluate import read_sampled
+
+    summary, rows = read_sampled(folder)
+    return {
+        "k": rows[0]["k"],
+        "rows": {row["id"]: row for row in rows},
+        "domains": list(summary["domains"]),
+        "config": summary["config"],
+        "questions": summary.get("questions_sha256"),  # an older evaluation did not say
+    }
+
+
+def _source_domains(config: ReportConfig, base: Mapping[str, Any]) -> list[str]:
+    from distill.output import RECORD
+
+    if config.train is None:
+        return [base["domains"][0]]
+    if not (config.train / RECORD).is_file():
+        raise UserError(f"--train {config.train}: no finished training run ({RECORD} is missing)")
+    trained_on = json.loads((config.train / RECORD).read_text())["domains"]
+    source = [domain for domain in base["domains"] if domain in trained_on]
+    if not source:
+        raise UserError(
+            f"--train {config.train}: trained on {', '.join(trained_on)}, but {config.base} holds "
+            f"{', '.join(base['domains'])}; evaluate a domain it was trained on"
+        )
+    return source
+
+
+def _compare(runs: Mapping[str, Any], name: str, domains: Sequence[str], config: ReportConfig) -> dict[str, Any]:
+    """Every metric of one run, and its change against base and control, over the questions of ``domains``."""
+    mine = _columns(runs[name], domains)
+    row: dict[str, Any] = {"n": len(mine["avg_at_k"]), "temperature": runs[name]["config"]["temperature"]}
+    for metric in METRICS:
+        row[metric] = asdict(_difference(metric, mine, None, config))
+        for other in ("base", "control"):
+            if other in runs and name not in ("base", other):
+                row[f"{metric}_vs_{other}"] = asdict(_difference(metric, mine, _columns(runs[other], domains), config))
+    row["mean_confidence"] = float((mine["votes"] / mine["k"]).mean())
+    row["ece_floor"] = _floor(mine)
+    return row
+
+
+def _columns(run: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
+    """Columns over the questions of ``domains`` in id order."""
+    import numpy as np
+
+    from neurosig.statistics.metrics import maj_at_k
+
+    rows = [run["rows"][key] for key in sorted(run["rows"]) if run["rows"][key]["domain"] in domains]
+    column = {key: np.array([row[key] for row in rows]) for key in ("n_correct", "votes", "winners", "right_winners")}
+    return {
+        "k": rows[0]["k"],
+        "votes": column["votes"],
+        "avg_at_k": column["n_correct"] / rows[0]["k"],
+        "maj_at_k": maj_at_k(column["right_winners"], column["winners"]),
+    }
+
+
+def _difference(metric: str, a: Mapping[str, Any], b: Mapping[str, Any] | None, config: ReportConfig) -> Interval:
+    """Interval of a metric of ``a``, or of its difference from ``b`` paired by question."""
+    import numpy as np
+
+    from neurosig.statistics.metrics import bootstrap_interval, ece, paired_mean_interval
+
+    if metric != "ece":
+        other = np.zeros(len(a[metric])) if b is None else b[metric]
+        return paired_mean_interval(a[metric], other, seed=config.seed, resamples=config.resamples)
+
+    def statistic(index: Any) -> float:
+        value = ece(a["votes"][index], a["k"], a["maj_at_k"][index])
+        return value if b is None else value - ece(b["votes"][index], b["k"], b["maj_at_k"][index])
+
+    return bootstrap_interval(statistic, len(a["votes"]), seed=config.seed, resamples=config.resamples)
+
+
+def _floor(run: Mapping[str, Any]) -> float:
+    from neurosig.statistics.metrics import ece_floor
+
+    return ece_floor(run["k"], len(run["votes"]))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], config: ReportConfig) -> str:
+    names = {metric: title.format(k=k) for metric, title in METRICS.items()}
+    lines = [
+        "| scope | run | n | " + " | ".join(f"{name} | change" for name in names.values()) + " |",
+        "|---|---|---|" + "---|---|" * len(names),
+    ]
+    for row in rows:
+        cells = [row["scope"], f"{row['run']} (T={row['temperature']:g})", str(row["n"])]
+        for metric in names:
+            cells += [_number(row[metric]["estimate"]), _signed(row.get(f"{metric}_vs_base"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    floors = ", ".join(f"{row['ece_floor']:.3f} {row['scope']}" for row in rows if row["run"] == "base")
+    lines += [
+        "",
+        f"Change against base with its 95% paired bootstrap interval over questions ({config.resamples:,} resamples, "
+        f"seed {config.seed}); K={k} samples a question, sampling seed {runs['base']['config']['seed']}. A perfectly "
+        f"calibrated sampler would show an ECE of about {floors} at this K and n.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
+    """The closing sentence: does the gain's interval exclude zero, and what is left beyond the control."""
+    row = next(row for row in rows if row["run"] == "trained" and row["scope"] == "in-domain")
+    change = row["avg_at_k_vs_base"]
+    text = (
+        f"In-domain, training changes Avg@{k} by {_signed(change)}: the interval "
+        f"{'excludes' if change['low'] > 0 or change['high'] < 0 else 'includes'} zero."
+    )
+    if "avg_at_k_vs_control" in row:
+        avg, maj = row["avg_at_k_vs_control"], row["maj_at_k_vs_control"]
+        text += (
+            f" Beyond the untrained base at its best temperature, {_signed(avg)} in Avg@{k} ({_reading(avg)}) and "
+            f"{_signed(maj)} in maj@{k} ({_reading(maj)}) are left, with an ECE that differs by "
+            f"{_signed(row['ece_vs_control'])}."
+        )
+    return text + "\n"
+
+
+def _reading(interval: Mapping[str, float]) -> str:
+    if interval["low"] > 0:
+        return "a gain"
+    return "a loss" if interval["high"] < 0 else "not distinguishable from zero"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _signed(interval: Mapping[str, float] | None) -> str:
+    if interval is None:
+        return ""
+    return f"{interval['estimate']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(ReportConfig, main, presets={}, prog="python -m distill.compare"))

@@ -1,0 +1,241 @@
+"""The entropy gap: how much surer the teacher's context makes it, token by token, and whether that predicts its gain.
+
+The paper's fourth finding relates the gap to what distillation gains. Here the gap is the student's minus the teacher's
+next-token entropy on the student's own completions, and the gain what the context adds to the teacher's accuracy:
+what there is to learn, measured without training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from distill.completion_hidden import completion_hidden
+from distill.losses import chunked_divergence
+from distill.tasks import manifest_sampling, manifest_tasks
+from neurosig.manifest import Manifest
+from neurosig.models.load import LoadedModel
+from neurosig.questions.answers import extract_answer, is_correct
+from neurosig.questions.load import Question
+from neurosig.runtime.errors import UserError
+from neurosig.sampling.sampler import Prompt, sample
+from neurosig.statistics.metrics import Interval, bootstrap_interval
+
+ROWS = 32
+"""Completions in one forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntropies:
+    """Next-token entropies along one completion, in nats, at temperature 1.
+
+    Attributes:
+        question_id: The question it answers.
+        rollout_id: Its index among the question's rollouts.
+        token_ids: Its tokens, the end of sequence included.
+        student: Entropy of the student's prediction of each token.
+        teacher: The same of the teacher's, which sees the context.
+    """
+
+    question_id: str
+    rollout_id: int
+    token_ids: tuple[int, ...]
+    student: Float[np.ndarray, " tokens"]
+    teacher: Float[np.ndarray, " tokens"]
+
+    @property
+    def gap(self) -> float:
+        """Mean over the tokens of the student's entropy minus the teacher's."""
+        return float((self.student - self.teacher).mean())
+
+
+@torch.no_grad()
+def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | None = None) -> list[TokenEntropies]:
+    """Entropies of student and teacher on the manifest's own rollouts of its selected questions.
+
+    Args:
+        manifest: Its contexts are the teacher's.
+        loaded: The model of both.
+        rollouts: Use the first so many of each question; all by default.
+
+    Raises:
+        UserError: Nothing is selected, or a prompt does not fit the model.
+    """
+    model = loaded.model
+    head = model.get_output_embeddings().weight
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    tasks = manifest_tasks(manifest, loaded, max_new_tokens=manifest.header.options["max_new_tokens"])
+    answers = {row.id: len(row.answers) for row in manifest.rows}
+    pairs = [
+        (task, manifest.rollouts[task.id, index])
+        for task in tasks
+        for index in range(min(rollouts or answers[task.id], answers[task.id]))
+    ]
+    found = []
+    for start in range(0, len(pairs), ROWS):
+        batch = pairs[start : start + ROWS]
+        completions = [rollout.token_ids for _, rollout in batch]
+        teacher = completion_hidden(model, [task.teacher_prompt for task, _ in batch], completions)
+        student = completion_hidden(model, [task.student_prompt for task, _ in batch], completions)
+        output = chunked_divergence(student, teacher, head, head, softcap=softcap)
+        lengths = [len(ids) for ids in completions]
+        by_rollout = zip(
+            batch,
+            output.student_entropy.cpu().split(lengths),
+            output.teacher_entropy.cpu().split(lengths),
+            strict=True,
+        )
+        for (task, rollout), student_part, teacher_part in by_rollout:
+            entropies = student_part.double().numpy(), teacher_part.double().numpy()
+            found.append(TokenEntropies(task.id, rollout.rollout_id, rollout.token_ids, *entropies))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ContextGain:
+    """One question under one context.
+
+    Attributes:
+        question_id: The question.
+        gap: Student's minus teacher's entropy, mean over the tokens of its rollouts, in nats.
+        student: Share of the student's samples that are right.
+        teacher: Share of the teacher's.
+    """
+
+    question_id: str
+    gap: float
+    student: float
+    teacher: float
+
+    @property
+    def gain(self) -> float:
+        return self.teacher - self.student
+
+
+def fresh_accuracy(
+    manifest: Manifest,
+    loaded: LoadedModel,
+    gold: Mapping[str, Question],
+    *,
+    teacher: bool,
+    num_generations: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Share of right answers to each selected question that has a gold answer, in samples of their own.
+
+    Selection liked the manifest's rollouts because they agree, so they flatter the student; student and teacher are
+    compared on new samples, drawn as the manifest's were and with the same random numbers for both.
+
+    Args:
+        manifest: Its selected questions are asked.
+        loaded: The model.
+        gold: Questions with gold answers, by id.
+        teacher: Whether the prompt holds the context.
+        num_generations: Samples a question; by default as many as the manifest's.
+        seed: Seed of these samples.
+
+    Raises:
+        UserError: No selected question has a gold answer.
+    """
+    options = manifest.header.options
+    tasks = manifest_tasks(manifest, loaded, max_new_tokens=options["max_new_tokens"])
+    tasks = [task for task in tasks if task.id in gold]
+    if not tasks:
+        raise UserError(f"manifest {manifest.folder}: no selected question has a gold answer to measure a gain by")
+    sampling = manifest_sampling(
+        manifest.header, num_generations=num_generations or options["num_generations"], seed=seed
+    )
+    prompts = [Prompt(task.id, task.teacher_prompt if teacher else task.student_prompt) for task in tasks]
+    right = {}
+    for group in sample(loaded, prompts, sampling, salt="entropy gap"):
+        question = gold[group[0].question_id]
+        answers = [extract_answer(rollout.text, question, options["answer_format"]) for rollout in group]
+        right[question.id] = float(np.mean([is_correct(answer, question) for answer in answers]))
+    return {task.id: right[task.id] for task in tasks}
+
+
+def context_gains(
+    entropies: Sequence[TokenEntropies], student: Mapping[str, float], teacher: Mapping[str, float]
+) -> list[ContextGain]:
+    """Gap and accuracies of every question that has both, in the order of ``entropies``.
+
+    Args:
+        entropies: What `token_entropies` found under the context.
+        student: `fresh_accuracy` without the context.
+        teacher: `fresh_accuracy` with it.
+    """
+    gaps: dict[str, list[float]] = {}
+    for one in entropies:
+        gaps.setdefault(one.question_id, []).extend((one.student - one.teacher).tolist())
+    return [
+        ContextGain(name, float(np.mean(gap)), student[name], teacher[name])
+        for name, gap in gaps.items()
+        if name in student and name in teacher
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class GapFit:
+    """A least-squares line of gain on gap with 95% bootstrap intervals over questions.
+
+    Attributes:
+        slope: Gain for each nat of gap.
+        intercept: Gain without a gap.
+        r: Pearson correlation; 0 where one side does not vary.
+    """
+
+    slope: Interval
+    intercept: float
+    r: Interval
+
+
+def gap_fit(
+    gap: Float[np.ndarray, " points"],
+    gain: Float[np.ndarray, " points"],
+    questions: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> GapFit:
+    """Fit gain on gap; a question that stands under several contexts is resampled with all its points.
+
+    Args:
+        gap: In nats.
+        gain: Of the same points.
+        questions: The question of each point.
+        seed: Of the bootstrap.
+        resamples: Bootstrap resamples.
+
+    Raises:
+        UserError: The arrays differ in length, or there are fewer than two questions.
+    """
+    if not len(gap) == len(gain) == len(questions):
+        raise UserError(
+            f"gap fit: {len(gap)} gaps, {len(gain)} gains, {len(questions)} questions; give one each a point"
+        )
+    owners = np.unique(np.asarray(questions), return_inverse=True)[1]
+    n = int(owners.max()) + 1 if len(owners) else 0
+
+    def weights(chosen: Int[np.ndarray, " questions"]) -> Float[np.ndarray, " points"]:
+        return np.bincount(chosen, minlength=n)[owners].astype(np.float64)
+
+    slope = bootstrap_interval(lambda q: _line(gap, gain, weights(q))[0], n, seed=seed, resamples=resamples)
+    r = bootstrap_interval(lambda q: _line(gap, gain, weights(q))[2], n, seed=seed, resamples=resamples)
+    return GapFit(slope, _line(gap, gain, np.ones(len(gap)))[1], r)
+
+
+def _line(
+    x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"], weight: Float[np.ndarray, " points"]
+) -> tuple[float, float, float]:
+    """Slope, intercept and correlation of a weighted least-squares line; a flat one where x does not vary."""
+    weight = weight / weight.sum()
+    x_mean, y_mean = weight @ x, weight @ y
+    dx, dy = x - x_mean, y - y_mean
+    xx, yy, xy = weight @ dx**2, weight @ dy**2, weight @ (dx * dy)
+    slope = xy / xx if xx > 0 else 0.0
+    r = xy / np.sqrt(xx * yy) if xx > 0 and yy > 0 else 0.0
+    return float(slope), float(y_mean - slope * x_mean), float(r)

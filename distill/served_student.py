@@ -1,0 +1,119 @@
+"""The student on a server: its adapter is written, loaded there by name, and sampled from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neurosig.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from distill.config import TrainConfig
+    from neurosig.sampling.rollouts import Rollout
+    from neurosig.sampling.sampler import Prompt, SamplingConfig
+    from neurosig.sampling.server import Server
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "served"
+
+
+class ServedStudent:
+    """What a server knows of the student, and how far that lies behind.
+
+    Every ``sync_steps`` optimizer steps (0: never) the adapter goes to the server under a new name and the one before
+    is unloaded. A resumed run sends its weights at once, so only with ``sync_steps=1`` is it the run that was not
+    interrupted.
+
+    Attributes:
+        updates: Optimizer steps behind the student.
+        policy_step: Optimizer steps behind the weights that were sampled from last.
+    """
+
+    def __init__(self, config: TrainConfig, server: Server, adapter: PeftModel, updates: int):
+        self._config, self._server, self._adapter = config, server, adapter
+        self._folder = (config.adapter_dir or config.out / FOLDER).resolve()
+        self._run = secrets.token_hex(4)  # another run's adapters may lie on the same server
+        self._name: str | None = None
+        self.updates, self.policy_step = updates, 0
+
+    @property
+    def staleness(self) -> int:
+        """Optimizer steps between the weights sampled from and the student."""
+        return self.updates - self.policy_step
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str, *, fresh: bool = False
+    ) -> list[list[Rollout]]:
+        """Rollouts from the served weights, which are brought up to date first when that is due or ``fresh`` asks.
+
+        While the student's own weights are served, the server's log-probabilities are held against the student's.
+
+        Raises:
+            UserError: The server cannot load the adapter, the weights are too stale, or see
+                `neurosig.sampling.server.Server.sample`.
+        """
+        due = self._name is None or self.staleness >= self._config.sync_steps or fresh
+        if self._config.sync_steps and due and (self._name is None or self.staleness):
+            self._send()
+        if self.staleness > self._config.max_staleness:
+            raise UserError(
+                f"the served weights lie {self.staleness} steps behind, more than --max-staleness "
+                f"{self._config.max_staleness} allows"
+            )
+        if self.staleness:
+            logger.info("sampling from the weights of step %d, %d behind", self.policy_step, self.staleness)
+        return list(self._server.sample(prompts, sampling, salt=salt, model=self._name, compare=not self.staleness))
+
+    def record(self) -> dict[str, int]:
+        """What the metrics of a step say of the weights behind its rollouts."""
+        return {"policy_step": self.policy_step, "staleness": self.staleness}
+
+    def close(self) -> None:
+        """Unload the adapter and remove its folder."""
+        if self._name is not None:
+            self._forget(self._name)
+            self._name = None
+        if self._config.adapter_dir is None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self) -> None:
+        before, name = self._name, f"neurosig-{self._run}-step{self.updates}"
+        if before is None and self._config.adapter_dir is None:  # what a killed run left
+            shutil.rmtree(self._folder, ignore_errors=True)
+        path = write_adapter(self._adapter, self._folder, name)
+        try:
+            self._server.load_adapter(name, str(path))
+        except UserError as error:
+            raise UserError(
+                f"{error} (vLLM loads adapters when started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and "
+                f"--enable-lora, and must be able to read {path}; to sample from the served weights as they are, "
+                "give --sync-steps 0 and a --max-staleness)"
+            ) from error
+        self._name, self.policy_step = name, self.updates
+        if before is not None:
+            self._forget(before)
+
+    def _forget(self, name: str) -> None:
+        try:
+            self._server.unload_adapter(name)
+        except UserError as error:  # a server that was started anew has forgotten it already
+            logger.warning("%s", error)
+        shutil.rmtree(self._folder / name, ignore_errors=True)
+
+
+def write_adapter(adapter: PeftModel, folder: Path, name: str) -> Path:
+    """Write a PEFT adapter to ``folder / name``, which appears whole; returns its path."""
+    aside, target = folder / f".{name}", folder / name
+    for leftover in (aside, target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    adapter.save_pretrained(str(aside), save_embedding_layers=False)
+    os.replace(aside, target)
+    return target

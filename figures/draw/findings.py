@@ -1,0 +1,260 @@
+"""The stated tests on a grid of runs: what holds, what is contradicted, what is open.
+
+The tests are those of ``figures/data/evidence_plan.toml``, written before the runs. The data is ``grid.parquet``,
+``results.csv`` and ``signals.csv`` (`figures.grid.evidence`) of the results folder, or what is kept here of a grid.
+Writes ``findings.pdf``, ``.png``, ``.csv`` and the same as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from figures.grid.collect import RESULTS
+from figures.grid.evidence import SIGNALS, grid_folder
+from figures.grid.rows import FILES, grid_results, read_grid
+from figures.grid.tables import Results
+from figures.style import save_figure, use_style
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
+from neurosig.statistics.auroc import auroc_draws
+from neurosig.statistics.significance import bootstrap_p, holm, question_counts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "findings"
+NEEDS = None
+PLAN = Path(__file__).parents[1] / "data" / "evidence_plan.toml"
+RESAMPLES, SEED = 2000, 0
+VERDICTS = {"holds": ("#0072B2", "D"), "open": ("#7f7f7f", "o"), "contradicted": ("#D55E00", "X")}
+"""Colour (Okabe & Ito 2008) and marker."""
+UNITS = {
+    "auroc": "AUROC",
+    "slope": "gain in points of Avg@8 for each nat of gap",
+    "avg_at_k": "points",
+    "maj_at_k": "points",
+    "ece": "ECE",
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the tests are computed from."""
+
+    results: Mapping[str, Results]
+    cells: pd.DataFrame
+    signals: pd.DataFrame
+
+
+def draw(results: Path, out: Path) -> list[Path]:
+    """Compute the tests on ``results``, write and draw them into ``out``.
+
+    Raises:
+        UserError: A file is missing, or a method that a test names was not run.
+    """
+    plan = tomllib.loads(PLAN.read_text(encoding="utf-8"))
+    evidence = read_evidence(grid_folder(results) or results)
+    table = tests(plan, evidence)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
+    write_atomic(out / f"{NAME}.md", markdown(table, plan["findings"]))
+    figure = _draw(table, plan["findings"], _caption(evidence), out)
+    return [*figure, out / f"{NAME}.csv", out / f"{NAME}.md"]
+
+
+def read_evidence(folder: Path) -> Evidence:
+    """Read a folder of `figures.grid.evidence`.
+
+    Raises:
+        UserError: A file is missing.
+    """
+    for name in (FILES[0], RESULTS, SIGNALS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name}; run python -m figures.grid.evidence --grid GRID --out {folder}")
+    results = grid_results(read_grid(folder), resamples=RESAMPLES, seed=SEED)
+    return Evidence(results, pd.read_csv(folder / RESULTS), pd.read_csv(folder / SIGNALS))
+
+
+def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
+    """Every test of the plan with estimate, 95% interval, p, p after Holm's correction, and its verdict.
+
+    Raises:
+        UserError: A method that a test names was not run.
+    """
+    rows: list[dict[str, Any]] = []
+    for test in plan["tests"]:
+        draws = _DRAWS[test["kind"]](test, evidence)
+        low, high = np.quantile(draws[1:], [0.025, 0.975])
+        rows.append(
+            {
+                "id": test["id"],
+                "finding": test.get("finding", 0),
+                "test": test["text"],
+                "unit": UNITS[test.get("metric", test["kind"])],
+                "claim": test["claim"],
+                "margin": test.get("margin", 0.0),
+                "estimate": draws[0],
+                "low": low,
+                "high": high,
+                "p": bootstrap_p(draws[1:] - test.get("margin", 0.0)),
+                "primary": test["primary"],
+            }
+        )
+    primary = [row for row in rows if row["primary"]]
+    for row, corrected in zip(primary, holm([row["p"] for row in primary]), strict=True):
+        row["p_holm"] = corrected
+    return pd.DataFrame([row | {"verdict": _verdict(row, plan["threshold"])} for row in rows])
+
+
+def markdown(table: pd.DataFrame, findings: Mapping[str, str]) -> str:
+    """One row a test."""
+    lines = ["| | test | estimate [95%] | p (Holm) | verdict |", "|---|---|---|---|---|"]
+    for row in table.to_dict("records"):
+        p = f"{row['p_holm']:.3f}" if row["primary"] else f"{row['p']:.3f} (uncorrected)"
+        value = f"{row['estimate']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}] {row['unit']}"
+        lines.append(f"| {row['id']} | {row['test']} | {value} | {p} | {row['verdict']} |")
+    return "\n".join(["# The findings at this scale", "", *_claims(findings), "", *lines]) + "\n"
+
+
+# Draws of a test, the data's own value first
+
+
+def _difference(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " draws"]:
+    results = evidence.results[test["metric"]]
+    sides = [
+        np.mean([_mean(results, method, test["scope"], test["id"]) for method in test[side]], axis=0)
+        for side in ("a", "b")
+    ]
+    return np.asarray(sides[0] - sides[1])
+
+
+def _mean(results: Results, method: str, scope: str, test: str) -> Float[np.ndarray, " draws"]:
+    """A method's value, mean over the sources in-domain, or over all other targets cross-domain."""
+    if method in results.untrained:
+        return np.asarray(results.untrained[method].mean(axis=0))
+    if method not in results.trained:
+        raise UserError(f"test {test}: no runs of method {method} in the grid")
+    n = len(results.layout.domains)
+    chosen = np.eye(n, dtype=bool) if scope == "in" else ~np.eye(n, dtype=bool)
+    return np.asarray(results.trained[method][chosen].mean(axis=0))
+
+
+def _auroc(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " draws"]:
+    """Mean over the sources; the same draws of questions for both signals."""
+    by_source = []
+    for index, (_, rows) in enumerate(evidence.signals.groupby("source", sort=False)):
+        right, owners = rows["right"].to_numpy(dtype=bool), np.arange(len(rows))
+        counts = np.concatenate(
+            [np.ones((1, len(rows)), dtype=np.int64), *question_counts(len(rows), RESAMPLES, seed=[SEED, index])]
+        )
+        a, b = (
+            [auroc_draws(rows[name].to_numpy(dtype=np.float64), right, owners, counts) for name in test.get(side, ())]
+            for side in ("a", "b")
+        )
+        by_source.append(np.mean(a, axis=0) - (np.mean(b, axis=0) if b else 0.5))
+    return np.asarray(np.mean(by_source, axis=0))
+
+
+def gap_and_gain(test: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
+    """A row a cell of the least seed: ``method``, ``source``, ``gap`` in nats, ``gain`` in points.
+
+    Raises:
+        UserError: A method of the test was not run.
+    """
+    cells = evidence.cells[evidence.cells["source"] == evidence.cells["target"]].set_index(["method", "source"])
+    base = evidence.cells[evidence.cells["method"] == "base"].set_index("target")["avg_at_k"]
+    rows = []
+    for method in test["a"]:
+        if method not in cells.index:
+            raise UserError(f"test {test['id']}: no runs of method {method} in the grid")
+        mine = cells.loc[[method]]
+        for (_, source), row in mine[mine["seed"] == mine["seed"].min()].iterrows():
+            gain = 100 * (row["avg_at_k"] - base[source])
+            rows.append({"method": method, "source": source, "gap": row["first_entropy_gap"], "gain": gain})
+    return pd.DataFrame(rows)
+
+
+def _slope(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " draws"]:
+    """The least-squares slope, refitted on resampled cells."""
+    points = gap_and_gain(test, evidence)
+    n = len(points)
+    drawn = np.random.default_rng(SEED).integers(n, size=(RESAMPLES, n))
+    chosen = np.concatenate([np.arange(n)[None], drawn])
+    x, y = points["gap"].to_numpy()[chosen], points["gain"].to_numpy()[chosen]
+    x = x - x.mean(axis=1, keepdims=True)
+    return np.asarray((x * y).sum(axis=1) / (x * x).sum(axis=1))
+
+
+_DRAWS = {"difference": _difference, "auroc": _auroc, "slope": _slope}
+
+
+def _verdict(row: Mapping[str, Any], threshold: float) -> str:
+    p = row.get("p_holm", row["p"])
+    if p >= threshold:
+        return "open"
+    above = row["estimate"] > row["margin"]
+    return "holds" if above == (row["claim"] == "greater") else "contradicted"
+
+
+def _claims(findings: Mapping[str, str]) -> list[str]:
+    return [f"{number}. {text}" for number, text in findings.items()]
+
+
+# Drawing
+
+
+def _caption(evidence: Evidence) -> str:
+    results = evidence.results["ece"]
+    seeds = ", ".join(f"{method} {count}" for method, count in results.seeds.items() if count > 1)
+    return (
+        f"n = {sum(results.questions or ())} test questions in {len(results.layout.domains)} domains (2 to 4), "
+        f"{len(evidence.signals)} training questions (1). Training seeds: {seeds + ', others 1' if seeds else '1'}.\n"
+        f"95% bootstrap intervals over questions and seeds ({RESAMPLES:,} draws, seed {SEED}), for 4 over cells.\n"
+        "Verdicts at p < .05 after Holm's correction over findings 1 to 4. Dotted: the margin stated beforehand."
+    )
+
+
+def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str, out: Path) -> list[Path]:
+    """A panel a finding, a line a test."""
+    use_style()
+    import matplotlib.pyplot as plt
+
+    panels: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for _, row in table.iterrows():
+        panels.setdefault((row["finding"], row["unit"]), []).append(dict(row))
+    heights = [len(rows) + 1.6 for rows in panels.values()]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9.5, 0.36 * sum(heights)), height_ratios=heights)
+    for axis, ((finding, unit), rows) in zip(axes, panels.items(), strict=True):
+        _draw_panel(axis, rows)
+        text = findings.get(str(finding), "What the parts are worth (not corrected)")
+        axis.set_title("\n".join(textwrap.wrap(f"{finding}. {text}" if finding else text, 100)), loc="left", x=-0.75)
+        axis.set_xlabel(unit, fontsize=8, labelpad=1)
+    for verdict, (colour, marker) in VERDICTS.items():
+        axes[-1].scatter([], [], color=colour, marker=marker, s=30, label=verdict)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
+    figure.supxlabel(caption, fontsize=7.5)
+    paths = save_figure(figure, out, NAME)
+    plt.close(figure)
+    return paths
+
+
+def _draw_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    axis.axvline(0, color="black", linewidth=0.8)
+    for y, row in enumerate(rows):
+        colour, marker = VERDICTS[row["verdict"]]
+        if row["margin"]:
+            axis.plot([row["margin"]] * 2, [y - 0.4, y + 0.4], color="black", linewidth=0.8, linestyle=":")
+        axis.hlines(y, row["low"], row["high"], color=colour, linewidth=1.4)
+        axis.scatter(row["estimate"], y, color=colour, marker=marker, s=34, zorder=3)
+    axis.set_yticks(range(len(rows)), [f"{row['test']}" for row in rows])
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)

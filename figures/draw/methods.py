@@ -1,0 +1,115 @@
+"""What every method changed, against the untrained model and its temperature control, in and across domains.
+
+Reads the results folder's ``grid.parquet`` (`figures.grid.rows`), or the committed one where there is none; writes
+``methods.pdf``, ``.png`` and the plotted numbers as ``methods.csv``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from figures.grid.evidence import grid_folder
+from figures.grid.rows import Grid, grid_results, read_grid
+from figures.grid.tables import AVERAGE, METHODS, Results, scope_table
+from figures.style import save_figure, use_style
+from neurosig.runtime.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "methods"
+NEEDS = None
+CONTROL = "control"
+RESAMPLES, SEED = 2000, 0
+LABELS: Mapping[str, str] = {**METHODS, CONTROL: "base, best temperature", "nopsd": "N-OPSD (neuron filter, nearest)"}
+FAMILY = {"nopsd": "#0072B2", CONTROL: "#E69F00"}
+"""Colours (Okabe & Ito 2008) of the method and of the control; its variants are light blue, the others grey."""
+VARIANT, OTHER = "#56B4E9", "#595959"
+
+
+def draw(results: Path, out: Path) -> list[Path]:
+    """Draw the figure from ``results`` into ``out``.
+
+    Raises:
+        UserError: The grid's file cannot be used (`figures.grid.rows.read_grid`).
+    """
+    use_style()
+    import matplotlib.pyplot as plt
+
+    grid = read_grid(grid_folder(results) or results)
+    tables = grid_results(grid, resamples=RESAMPLES, seed=SEED)
+    table = changes(tables)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
+    names = [name for name in LABELS if name in set(table["method"])]
+    figure, axes = plt.subplots(1, len(tables), figsize=(11, 1.5 + 0.36 * len(names)), sharey=True)
+    for axis, (name, result) in zip(axes, tables.items(), strict=True):
+        _draw_panel(axis, table[table["metric"] == name], names)
+        axis.set_title(result.metric.title.replace(" (per cent)", ""))
+        better = "" if result.metric.higher_is_better else ", lower is better"
+        axis.set_xlabel(f"change against base{', points' if result.metric.scale == 100 else better}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
+    figure.supxlabel(_caption(grid, table), fontsize=7.5)
+    paths = save_figure(figure, out, NAME)
+    plt.close(figure)
+    return [*paths, out / f"{NAME}.csv"]
+
+
+def changes(results: Mapping[str, Results]) -> pd.DataFrame:
+    """Mean change of every method against base over the domains: a row a metric, method and scope.
+
+    Columns ``metric``, ``method``, ``scope`` ("in", "cross"), ``seeds``, ``value``, ``delta``, ``low``, ``high``.
+    An untrained model has no source and so the same change in both scopes.
+    """
+    rows = []
+    for name, result in results.items():
+        table = scope_table(result)
+        for row in table.rows:
+            cell = row.cells[table.columns.index(AVERAGE)]
+            if cell.delta is None:
+                continue
+            for scope in ("in", "cross") if row.scope == "base" else (row.scope,):
+                rows.append((name, row.method, scope, row.seeds, cell.value, cell.delta, cell.low, cell.high))
+    return pd.DataFrame(rows, columns=["metric", "method", "scope", "seeds", "value", "delta", "low", "high"])
+
+
+def _draw_panel(axis: Axes, table: pd.DataFrame, names: list[str]) -> None:
+    control = table[(table["method"] == CONTROL) & (table["scope"] == "in")]
+    axis.axvline(0, color="black", linewidth=0.8)
+    for _, row in control.iterrows():
+        axis.axvspan(row["low"], row["high"], color="#E69F00", alpha=0.13, linewidth=0)
+        axis.axvline(row["delta"], color="#E69F00", linewidth=1, linestyle="--")
+    for y, name in enumerate(names):
+        colour = FAMILY.get(name, VARIANT if "opsd" in name or "vote-only" in name else OTHER)
+        marker = "D" if name == "nopsd" else "o"
+        for shift, scope in ((-0.15, "in"), (0.15, "cross")):
+            for _, row in table[(table["method"] == name) & (table["scope"] == scope)].iterrows():
+                if name == CONTROL and scope == "cross":
+                    continue
+                axis.hlines(y + shift, row["low"], row["high"], color=colour, linewidth=1.4)
+                face = colour if scope == "in" else "white"
+                axis.scatter(row["delta"], y + shift, color=face, edgecolors=colour, marker=marker, s=26, zorder=3)
+    axis.scatter([], [], color="black", s=26, label="in-domain")
+    axis.scatter([], [], color="white", edgecolors="black", s=26, label="cross-domain")
+    axis.plot([], [], color="#E69F00", linewidth=1, linestyle="--", label="control")
+    axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+
+
+def _caption(grid: Grid, table: pd.DataFrame) -> str:
+    n = ", ".join(f"{len(ids)} {domain}" for domain, ids in grid.ids.items())
+    trained = table[table["seeds"] > 1].drop_duplicates("method")
+    several = "".join(
+        f"{int(row['seeds'])} for {LABELS[row['method']].partition(' (')[0]}; " for _, row in trained.iterrows()
+    )
+    return (
+        f"Means over {len(grid.ids)} source domains; n = {n} test questions, K={grid.k}; 95% paired bootstrap "
+        f"intervals over questions and seeds ({RESAMPLES:,} draws, seed {SEED}).\n"
+        f"Training seeds: {several}1 for {'the others' if several else 'all'}. "
+        "Band: the untrained base at the temperature that development questions prefer."
+    )

@@ -1,0 +1,89 @@
+"""Training curves: divergence, entropies of teacher and student, length of the samples, norm of the gradient.
+
+Reads ``nopsd/metrics.jsonl`` and ``train.json`` of a results folder (`distill.train`); writes ``training_curves.pdf``,
+``.png`` and the plotted numbers as ``training_curves.csv``. Points are steps, each on other questions; lines are
+centred means of five steps.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from figures.style import caption, save_figure, use_style
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAME = "training_curves"
+NEEDS = Path("nopsd/metrics.jsonl")
+BLUE, GREY, ORANGE = "#0072B2", "#7f7f7f", "#E69F00"
+PANELS: tuple[tuple[str, str, dict[str, tuple[str, str, str, str]]], ...] = (
+    ("divergence of student from teacher", "nats a token", {"divergence": ("divergence", BLUE, "D", "-")}),
+    (
+        "entropy and its gap",
+        "nats a token",
+        {
+            "student_entropy": ("student", GREY, "o", "--"),
+            "teacher_entropy": ("teacher", BLUE, "D", "-"),
+            "entropy_gap": ("gap", ORANGE, "s", ":"),
+        },
+    ),
+    ("length of the student's samples", "tokens, mean", {"mean_length": ("length", BLUE, "D", "-")}),
+    ("norm of the gradient", "before clipping", {"grad_norm": ("norm", BLUE, "D", "-")}),
+)
+"""Title, axis label, and column -> label, colour, marker and line."""
+WINDOW = 5
+
+
+def draw(results: Path, out: Path) -> list[Path]:
+    """Draw the figure from ``results`` into ``out``.
+
+    Raises:
+        UserError: There is no training run.
+    """
+    use_style()
+    import matplotlib.pyplot as plt
+
+    path = results / NEEDS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run `python -m distill.train --out {path.parent}` first")
+    columns = ["step", *(column for _, _, series in PANELS for column in series), "rollouts_in_loss"]
+    table = pd.read_json(path, lines=True)[columns]
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
+    figure, axes = plt.subplots(2, 2, figsize=(7, 4.4), sharex=True)
+    for axis, (title, label, series) in zip(axes.flat, PANELS, strict=True):
+        for column, style in series.items():
+            _draw_series(axis, table["step"], table[column], *style)
+        lowest, highest = table[list(series)].min().min(), table[list(series)].max().max()
+        axis.set(ylabel=label, ylim=(1.6 * min(0.0, lowest), (1.25 if len(series) > 1 else 1.06) * highest))
+        axis.set_title(title)
+        if len(series) > 1:
+            axis.legend(fontsize=8, ncols=len(series), loc="upper right")
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    config = json.loads((path.parent / "train.json").read_text())["config"]
+    caption(
+        figure,
+        f"one run of {len(table)} steps, {config['questions_per_step']} questions x {config['num_generations']} "
+        f"samples a step, seed {config['seed']}; points: steps, each on other questions, so no interval;\n"
+        f"lines: centred means of {WINDOW} steps; at the ends fewer",
+    )
+    paths = save_figure(figure, out, NAME)
+    plt.close(figure)
+    return [*paths, out / f"{NAME}.csv"]
+
+
+def _draw_series(
+    axis: Axes, steps: pd.Series[int], values: pd.Series[float], label: str, colour: str, marker: str, line: str
+) -> None:
+    smooth = values.rolling(WINDOW, center=True, min_periods=1).mean()
+    axis.plot(steps, values, marker, color=colour, markersize=3.5, alpha=0.55, markeredgewidth=0, clip_on=False)
+    axis.plot(steps, smooth, line, color=colour, linewidth=1.6)
+    axis.plot([], [], line, marker=marker, color=colour, markersize=3.5, linewidth=1.6, label=label)

@@ -1,0 +1,1 @@
+"""Experiments behind figures: measure first, then draw."""

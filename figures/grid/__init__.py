@@ -1,0 +1,1 @@
+"""``python -m figures.grid``: every method on every source domain, and the paper's tables."""

@@ -1,0 +1,109 @@
+"""What the finished cells of a grid say, in two files: a row a cell and target, and a row a question."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.train import METRICS as METRICS_FILE
+from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
+from figures.grid.table_text import markdown
+from figures.grid.tables import BASE, METRICS, Layout, scope_table
+from neurosig.runtime.files import csv_cell, write_atomic
+
+RESULTS = "results.csv"
+AGGREGATES = (
+    *("brier", "smooth_ece", "ece_floor", "pass_at_k", "mean_confidence", "signed_gap", "unparsed_rate", "tie_rate"),
+    *("truncated_rate", "distinct_answers", "mean_length", "mean_entropy"),
+)
+
+
+def collect(out: Path, targets: Sequence[str]) -> str:
+    """Gather what is finished of the grid in ``out``; returns its tables as Markdown, empty without a whole base.
+
+    Writes ``grid.parquet`` (`figures.grid.rows`) and ``results.csv``, the aggregates of each cell and target with the
+    budget of its training. The untrained model at the temperature with the best mean Avg@K on the development
+    questions goes by the name ``control``.
+    """
+    chosen = control_temperature(sorted((out / "cells").iterdir()))
+    rows, results = [], []
+    for cell in sorted(path for path in (out / "cells").iterdir() if path.is_dir()):
+        run = _run(cell.name, chosen)
+        for target in targets if run is not None else ():
+            folder = cell / "eval" / target
+            if run is not None and (folder / "summary.json").is_file():
+                rows += [row | {"target": target} for row in evaluation_rows(run, folder)]
+                results.append({**_key(run, target), **_aggregates(folder), **_training(cell / "train" / "train.json")})
+    write_atomic(out / RESULTS, _csv(results))
+    if not rows:
+        return ""
+    write_grid(out, rows, Layout(tuple(targets)))
+    if {row["target"] for row in rows if row["method"] == BASE} != set(targets):
+        return ""
+    tables = grid_results(read_grid(out))
+    return "\n".join(f"{table.metric.title}\n\n{markdown(scope_table(table))}" for table in tables.values())
+
+
+def control_temperature(cells: Sequence[Path]) -> str | None:
+    """Name of the cell with the best mean Avg@K on the development questions; the first by name of equals."""
+    scores: dict[str, float] = {}
+    for cell in cells:
+        measured = [_summary(path.parent)["avg_at_k"]["estimate"] for path in cell.glob("eval/dev-*/summary.json")]
+        if measured:
+            scores[cell.name] = sum(measured) / len(measured)
+    return max(sorted(scores), key=lambda name: scores[name]) if scores else None
+
+
+def _run(cell: str, control: str | None) -> Run | None:
+    """The run that a cell's name stands for; none for a temperature that was not chosen."""
+    method, *trained = cell.split("--")
+    if trained:
+        return Run(method, trained[0], int(trained[1].removeprefix("seed")))
+    return Run("control" if cell == control else BASE, "", 0) if cell in (BASE, control) else None
+
+
+def _key(run: Run, target: str) -> dict[str, Any]:
+    return {"method": run.method, "source": run.source, "target": target, "seed": run.seed}
+
+
+def _summary(folder: Path) -> Mapping[str, Any]:
+    """The aggregates of an evaluation; where its questions are of several domains, of the largest."""
+    domains = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["domains"].values()
+    return max(domains, key=lambda domain: int(domain["n"]))
+
+
+def _aggregates(folder: Path) -> dict[str, Any]:
+    summary = _summary(folder)
+    row: dict[str, Any] = {"n": summary["n"], "k": summary["k"]}
+    for name in METRICS:
+        found = summary[name]
+        row |= {name: found["estimate"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+    row |= {name: summary[name] for name in AGGREGATES}
+    row["temperature"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["config"]["temperature"]
+    return row
+
+
+def _training(record: Path) -> dict[str, Any]:
+    if not record.is_file():
+        return {}
+    trained = json.loads(record.read_text(encoding="utf-8"))
+    row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {})}
+    with (record.parent / METRICS_FILE).open(encoding="utf-8") as lines:
+        first = json.loads(next(lines, "{}"))
+    return row | ({"first_entropy_gap": first["entropy_gap"]} if "entropy_gap" in first else {})
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {name: f"{value:.6g}" if isinstance(value, float) else csv_cell(value) for name, value in row.items()}
+        )
+    return text.getvalue()

@@ -1,0 +1,75 @@
+"""Keep of a grid of runs what its figures and tests need: ``python -m figures.grid.evidence --grid runs/grid``.
+
+Copies the grid's rows and aggregates, and adds ``signals.csv``: for every training question of every source, whether
+its majority answer is right (gold answers are read here, nowhere before), and what each signal said.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from figures.grid.__main__ import FIRST, SETTINGS
+from figures.grid.collect import RESULTS
+from figures.grid.rows import FILES, LAYOUT, find_grid
+from neurosig.manifest import read_manifest
+from neurosig.report.data import join_gold, question_level
+from neurosig.runtime.cli import CommonConfig, run_command
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = "signals.csv"
+KEPT = Path(__file__).parents[1] / "data" / "grid"
+
+
+@dataclass(kw_only=True)
+class EvidenceConfig(CommonConfig):
+    """Gather what a grid says into one small folder."""
+
+    grid: Path = Path("runs/grid")
+    """Folder written by figures.grid."""
+    out: Path = KEPT
+    """Folder of grid.parquet, layout.json, results.csv and signals.csv."""
+
+
+def main(config: EvidenceConfig) -> None:
+    """Copy and compute; each file is replaced whole."""
+    for name in (FILES[0], LAYOUT, RESULTS, SETTINGS):
+        if not (config.grid / name).is_file():
+            raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    for name in (FILES[0], LAYOUT, RESULTS):
+        write_atomic(config.out / name, (config.grid / name).read_bytes())
+    sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()
+    frames = [signals(config.grid / FIRST.format(source=source), source) for source in sources]
+    write_atomic(config.out / SIGNALS, pd.concat(frames).to_csv(index=False, float_format="%.6g"))
+    logger.info("%s", config.out)
+
+
+def grid_folder(results: Path) -> Path | None:
+    """Where the grid to draw is: the results folder, or what is kept here of one; none if there is neither."""
+    return next((folder for folder in (results, KEPT) if find_grid(folder) is not None), None)
+
+
+def signals(folder: Path, source: str) -> pd.DataFrame:
+    """A row a question of one manifest: ``source``, ``id``, ``right`` and the trust that each signal puts in it.
+
+    Raises:
+        UserError: The manifest, or the gold answers of its questions, cannot be read.
+    """
+    manifest = read_manifest(folder)
+    gold, _ = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    level = question_level(manifest, gold)
+    ids = [row.id for row in manifest.rows if row.vote is not None and row.id in gold]
+    columns = {signal.name: signal.trust for signal in level.signals}
+    return pd.DataFrame({"source": source, "id": ids, "right": level.right, **columns})
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(EvidenceConfig, main, presets={}, prog="python -m figures.grid.evidence"))

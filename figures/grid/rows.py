@@ -1,0 +1,345 @@
+"""The file that a grid of runs leaves for its tables, one row a run and question, and the matrices made from it.
+
+``grid.parquet`` (or ``grid.csv``) holds these columns, and may hold more:
+
+    method         the method, or "base", "control" and the like for untrained models
+    source         domain that it was trained on; empty for untrained models
+    target         domain of the question
+    seed           training seed; sampling seed for untrained models
+    id             of the question
+    n_correct      how many of the k samples are right
+    k              samples, the same number in the whole file: the ECE depends on it
+    votes          of the majority answer; 0 without any answer
+    winners        answers tied for most votes
+    right_winners  how many of those are right
+
+All but the first four are columns of distill.evaluate's ``results.parquet``, whose ``domain`` is the target. Every run
+answers the same questions as the base, so that every comparison is paired by question. ``layout.json`` beside it gives
+the order of the domains and their groups, ``{"domains": [...], "groups": {"SKE_AVG": [...]}}``; without it the domains
+stand in alphabetical order and there are no groups.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from figures.grid.tables import BASE, METHODS, METRICS, Layout, Results
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
+from neurosig.statistics.metrics import maj_at_k
+from neurosig.statistics.significance import ece_draws, mean_draws, question_counts
+
+if TYPE_CHECKING:
+    import pyarrow
+
+logger = logging.getLogger(__name__)
+
+FILES, LAYOUT = ("grid.parquet", "grid.csv"), "layout.json"
+TEXT = ("method", "source", "target", "id")
+WHOLE = ("seed", "n_correct", "k", "votes", "winners", "right_winners")
+KEY = ("method", "source", "seed", "target", "id")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One model: a method trained on a source with a seed; ``source`` is empty for an untrained one."""
+
+    method: str
+    source: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.source or 'untrained'}, seed {self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one run said to the questions of one target, in the order of their ids."""
+
+    n_correct: Int[np.ndarray, " questions"]
+    votes: Int[np.ndarray, " questions"]
+    majority: Float[np.ndarray, " questions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """All runs over the same questions.
+
+    Attributes:
+        k: Samples a question.
+        layout: Domains and groups.
+        ids: Ids of each target's questions, sorted.
+        answers: Of each run, by target.
+    """
+
+    k: int
+    layout: Layout
+    ids: Mapping[str, Sequence[str]]
+    answers: Mapping[Run, Mapping[str, Answers]]
+
+
+def find_grid(folder: Path) -> Path | None:
+    """The grid's file in ``folder``, if there is one."""
+    return next((folder / name for name in FILES if (folder / name).is_file()), None)
+
+
+def write_grid(folder: Path, rows: Sequence[Mapping[str, Any]], layout: Layout | None = None) -> Path:
+    """Check the rows and write ``grid.parquet``, and ``layout.json`` where a layout is given; returns the former.
+
+    Raises:
+        UserError: See `read_grid`.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder / FILES[0]
+    if not rows:
+        raise UserError(f"{path}: no rows to write")
+    folder.mkdir(parents=True, exist_ok=True)
+    table = _checked(pyarrow.Table.from_pylist([dict(row) for row in rows]), path)
+    if layout is not None:
+        write_atomic(folder / LAYOUT, json.dumps(asdict(layout), indent=1) + "\n")
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    write_atomic(path, buffer.getvalue())
+    return path
+
+
+def evaluation_rows(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """Rows of `write_grid` from a finished evaluation of ``run``, the folder of a `distill.evaluate`.
+
+    Raises:
+        UserError: There is no finished evaluation by sampling.
+    """
+    from distill.evaluate import read_sampled
+
+    known = {"method": run.method, "source": run.source, "seed": run.seed}
+    return [
+        known | {"target": row["domain"]} | {name: row[name] for name in ("id", *WHOLE[1:])}
+        for row in read_sampled(folder)[1]
+    ]
+
+
+def read_grid(folder: Path) -> Grid:
+    """Read ``grid.parquet`` or ``grid.csv`` of ``folder``. A run that lacks a target is left out, with a warning.
+
+    Raises:
+        UserError: No such file; a column is missing or of the wrong type; counts that cannot be; a question twice in a
+            run; several K; no base; a run over other questions than the base's; a domain that the layout lacks.
+    """
+    path = find_grid(folder)
+    if path is None:
+        raise UserError(f"{folder}: neither {' nor '.join(FILES)} there; run figures.grid --out {folder}")
+    table = _checked(_load(path), path)
+    answers, ids = _split(table, path)
+    layout = _layout(folder, sorted(set(table["target"].to_pylist())))
+    asked: dict[str, Sequence[str]] = {}
+    for run in (run for run in answers if run.method == BASE and not run.source):
+        asked |= {target: ids[run][target] for target in answers[run]}
+    for domain in layout.domains:
+        if domain not in asked:
+            raise UserError(f'{path}: no rows of method "{BASE}" for {domain}; evaluate the untrained model on it')
+    untrained = {run.method for run in answers if not run.source}
+    whole = {}
+    for run, by_target in answers.items():
+        if run.source and run.method in untrained:
+            raise UserError(
+                f'{path}: {run}: other rows of "{run.method}" have no source; give every trained run its own'
+            )
+        for target in by_target:
+            if target not in layout.domains or run.source not in ("", *layout.domains):
+                unknown = target if target not in layout.domains else run.source
+                raise UserError(f'{path}: {run}: "{unknown}" is not among {", ".join(layout.domains)}')
+            if ids[run][target] != asked[target]:
+                raise UserError(
+                    f"{path}: {run}: not the questions that the base answers in {target} ({len(ids[run][target])} "
+                    f"against {len(asked[target])}); evaluate both on the same set"
+                )
+        missing = [domain for domain in layout.domains if domain not in by_target]
+        if missing:
+            logger.warning("%s: %s: no rows for %s; left out of the tables", path, run, ", ".join(missing))
+        else:
+            whole[run] = by_target
+    return Grid(int(table["k"][0].as_py()), layout, {domain: asked[domain] for domain in layout.domains}, whole)
+
+
+def grid_results(grid: Grid, *, resamples: int = 2000, seed: int = 0) -> dict[str, Results]:
+    """Matrices of every metric of `METRICS`, with bootstrap draws.
+
+    One draw takes questions with replacement in every target, the same for all runs, and for every method and source
+    takes training seeds with replacement. So any two cells are paired, and a mean over cells has the interval of that
+    mean. With few seeds the draws make too little of them: see `neurosig.statistics.metrics.hierarchical_interval`.
+
+    Args:
+        grid: The runs.
+        resamples: Draws.
+        seed: Of the draws.
+
+    Raises:
+        UserError: A target has fewer than two questions.
+    """
+    runs = list(grid.answers)
+    domains = grid.layout.domains
+    values = {name: np.empty((len(runs), len(domains), resamples + 1)) for name in METRICS}
+    for index, domain in enumerate(domains):
+        answers = [grid.answers[run][domain] for run in runs]
+        share = np.stack([answer.n_correct / grid.k for answer in answers], axis=1)
+        votes = np.stack([answer.votes for answer in answers], axis=1)
+        majority = np.stack([answer.majority for answer in answers], axis=1)
+        itself = np.ones((1, len(share)), dtype=np.int64)
+        start = 0
+        for counts in chain([itself], question_counts(len(share), resamples, seed=[seed, index])):
+            rows = slice(start, start + len(counts))
+            values["avg_at_k"][:, index, rows] = mean_draws(share, counts).T
+            values["maj_at_k"][:, index, rows] = mean_draws(majority, counts).T
+            values["ece"][:, index, rows] = ece_draws(votes, grid.k, majority, counts).T
+            start += len(counts)
+    cells: dict[tuple[str, str], list[int]] = {}
+    for index, run in enumerate(runs):
+        cells.setdefault((run.method, run.source), []).append(index)
+    weights = _seed_weights(cells, resamples, [seed, len(domains)])
+    return {name: _results(name, grid, values[name], cells, weights) for name in METRICS}
+
+
+# Inside
+
+
+def _load(path: Path) -> pyarrow.Table:
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".parquet":
+            return pyarrow.parquet.read_table(path)
+        types = {name: pyarrow.string() for name in TEXT} | {name: pyarrow.int64() for name in WHOLE}
+        return pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _checked(table: pyarrow.Table, path: Path) -> pyarrow.Table:
+    """The known columns in their types, sorted by `KEY`; every row possible in itself."""
+    import pyarrow
+    import pyarrow.compute
+
+    for name in (*TEXT, *WHOLE):
+        if name not in table.column_names:
+            raise UserError(f'{path}: no column "{name}"; see figures.grid.rows for the {len(TEXT + WHOLE)} it needs')
+    if table.num_rows == 0:
+        raise UserError(f"{path}: no rows")
+    columns = {}
+    for name in (*TEXT, *WHOLE):
+        try:
+            column = table[name].cast(pyarrow.string() if name in TEXT else pyarrow.int64())
+        except (ValueError, NotImplementedError) as error:  # of pyarrow, both
+            raise UserError(
+                f'{path}: column "{name}" is not {"text" if name in TEXT else "whole"} ({error})'
+            ) from error
+        if name == "source":
+            column = pyarrow.compute.fill_null(column, "")
+        elif column.null_count:
+            raise UserError(f'{path}: column "{name}" has {column.null_count} rows without a value')
+        columns[name] = column
+    count = {name: columns[name].to_numpy() for name in WHOLE}
+    for reason, wrong in (
+        ("n_correct is not between 0 and k", (count["n_correct"] < 0) | (count["n_correct"] > count["k"])),
+        ("votes is not between 0 and k", (count["votes"] < 0) | (count["votes"] > count["k"])),
+        (
+            "right_winners is not between 0 and winners",
+            (count["right_winners"] < 0) | (count["right_winners"] > count["winners"]),
+        ),
+        ("k differs from the first row's; evaluate all with the same --num-generations", count["k"] != count["k"][0]),
+        ("k is below 1", count["k"] < 1),
+    ):
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise UserError(f"{path}: row {row + 1} (question {columns['id'][row]}): {reason}")
+    return pyarrow.table(columns).sort_by([(name, "ascending") for name in KEY])
+
+
+def _split(
+    table: pyarrow.Table, path: Path
+) -> tuple[dict[Run, dict[str, Answers]], dict[Run, dict[str, Sequence[str]]]]:
+    """Answers and question ids of each run, by target; methods in the order of `METHODS`."""
+    key = {name: table[name].to_numpy() for name in KEY}
+    count = {name: table[name].to_numpy() for name in WHOLE}
+    new = np.zeros(len(key["id"]), dtype=bool)
+    for name in KEY[:-1]:
+        new[1:] |= key[name][1:] != key[name][:-1]
+    twice = ~new[1:] & (key["id"][1:] == key["id"][:-1])
+    if twice.any():
+        row = int(np.argmax(twice))
+        run = Run(key["method"][row], key["source"][row], int(key["seed"][row]))
+        raise UserError(f'{path}: {run}: question "{key["id"][row]}" of {key["target"][row]} is there twice')
+    edges = [0, *np.flatnonzero(new).tolist(), len(new)]
+    answers: dict[Run, dict[str, Answers]] = {}
+    ids: dict[Run, dict[str, Sequence[str]]] = {}
+    for start, end in pairwise(edges):
+        run, target = Run(key["method"][start], key["source"][start], int(key["seed"][start])), key["target"][start]
+        rows = slice(start, end)
+        majority = maj_at_k(count["right_winners"][rows], count["winners"][rows])
+        answers.setdefault(run, {})[target] = Answers(count["n_correct"][rows], count["votes"][rows], majority)
+        ids.setdefault(run, {})[target] = key["id"][rows].tolist()
+    order = [*METHODS, *sorted({run.method for run in answers} - set(METHODS))]
+    return dict(sorted(answers.items(), key=lambda item: order.index(item[0].method))), ids
+
+
+def _layout(folder: Path, targets: Sequence[str]) -> Layout:
+    from pydantic import TypeAdapter, ValidationError
+
+    path = folder / LAYOUT
+    if not path.is_file():
+        return Layout(tuple(targets))
+    try:
+        return TypeAdapter(Layout).validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no layout: {error}") from error
+
+
+def _seed_weights(
+    cells: Mapping[tuple[str, str], Sequence[int]], resamples: int, seed: Sequence[int]
+) -> dict[tuple[str, str], Float[np.ndarray, "seeds draws"]]:
+    """Weight of each training seed in each draw; equal in the first, which is the data itself."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for cell, runs in cells.items():
+        n = len(runs)
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+        weights[cell] = np.concatenate([np.full((1, n), 1 / n), drawn]).T
+    return weights
+
+
+def _results(
+    name: str,
+    grid: Grid,
+    values: Float[np.ndarray, "runs targets draws"],
+    cells: Mapping[tuple[str, str], Sequence[int]],
+    weights: Mapping[tuple[str, str], Float[np.ndarray, "seeds draws"]],
+) -> Results:
+    domains, metric = grid.layout.domains, METRICS[name]
+    untrained: dict[str, Float[np.ndarray, "targets draws"]] = {}
+    trained: dict[str, Float[np.ndarray, "sources targets draws"]] = {}
+    seeds: dict[str, int] = {}
+    for (method, source), runs in cells.items():
+        mean = metric.scale * np.einsum("std,sd->td", values[runs], weights[method, source])
+        if source:
+            empty = np.full((len(domains), *mean.shape), np.nan)
+            trained.setdefault(method, empty)[domains.index(source)] = mean
+            seeds[method] = min(len(runs), seeds.get(method, len(runs)))
+        else:
+            untrained[method] = mean
+    questions = [len(grid.ids[domain]) for domain in domains]
+    return Results(
+        replace(metric, title=metric.title.format(k=grid.k)), grid.layout, untrained, trained, seeds, questions
+    )

@@ -1,0 +1,1 @@
+"""What the notebooks show: their pictures and the runs they look at."""

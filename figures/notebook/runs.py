@@ -1,0 +1,147 @@
+"""The runs that the notebooks look at: finished ones where there are some, else small ones made on the spot.
+
+``NEUROSIG_RUN`` names a folder as ``make demo`` writes it; without it ``runs/demo`` serves once it holds an export, and
+else ``runs/small`` is made: the same commands on fewer questions, two minutes on two CPU cores. What a notebook adds
+to a run (another selection, a short intervention) lies in its subfolder ``notebooks``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from neurosig.manifest import HEADER, Manifest, read_manifest
+from neurosig.runtime.errors import UserError
+
+VARIABLE = "NEUROSIG_RUN"
+Part = Literal["export", "evaluations"]
+
+SMALL_EXPORT: Mapping[str, Any] = {"limit": 32, "num_generations": 4, "probe_folds": 3, "probe_inverse_penalty": 1.0}
+SMALL_TRAIN: Mapping[str, Any] = {"steps": 3, "questions_per_step": 4, "warmup_steps": 1}
+SMALL_EVALUATION: Mapping[str, Any] = {
+    "questions": ("world-facts", "language"),
+    "limit": (12, 8),
+    "num_generations": 4,
+}
+SMALL_INTERVENTION: Mapping[str, Any] = {
+    "questions": ("world-facts",),
+    "limit": 6,
+    "num_generations": 2,
+    "factors": (0.0, 4.0),
+    "controls": 1,
+}
+ORGANISM_EXPORT: Mapping[str, Any] = {"limit": 48, "num_generations": 4, "probe_folds": 2}
+
+
+def run_folder(*parts: Part) -> Path:
+    """The run of the embedded model: its ``manifest``, and for ``evaluations`` its ``eval`` folders too.
+
+    Raises:
+        UserError: ``NEUROSIG_RUN`` names a folder without a finished export, or without what is asked for.
+    """
+    named, demo = os.environ.get(VARIABLE), _root() / "runs" / "demo"
+    for place in [Path(named)] if named else [demo]:
+        lacking = [part for part in parts or ("export",) if not _holds(place, part)]
+        if not lacking:
+            return place
+        if named:
+            raise UserError(f"{VARIABLE}={named}: no finished {lacking[0]} there; name a folder that make demo wrote")
+    return small_run(_root() / "runs" / "small", *parts)
+
+
+def small_run(folder: Path, *parts: Part) -> Path:
+    """Make a small run, or what is left of it to make."""
+    _export(folder / "manifest", {"model": "smollm2-135m", "questions": ("world-facts",), **SMALL_EXPORT})
+    if "evaluations" in parts:
+        from distill.config import TrainConfig
+        from distill.evaluate import EvaluateConfig
+        from distill.evaluate import main as evaluate
+        from distill.train import main as train
+
+        train(TrainConfig(manifest=folder / "manifest", out=folder / "nopsd", resume=True, quiet=True, **SMALL_TRAIN))
+        variants: Mapping[str, Mapping[str, Any]] = {
+            "base": {},
+            "control": {"temperature": 0.1},
+            "nopsd": {"adapter": folder / "nopsd" / "adapter"},
+        }
+        for name, options in variants.items():
+            settings: dict[str, Any] = {**SMALL_EVALUATION, **options}
+            evaluate(
+                EvaluateConfig(model="smollm2-135m", out=folder / "eval" / name, resume=True, quiet=True, **settings)
+            )
+    return folder
+
+
+def organism_folder() -> Path:
+    """A small run of the model organism, whose procedures are known: a folder with a ``manifest``."""
+    from neurosig.export import PRESETS
+
+    folder = _root() / "runs" / "small-organism"
+    _export(folder / "manifest", {**PRESETS["organism"], **ORGANISM_EXPORT})
+    return folder
+
+
+def another_selection(run: Path, **options: Any) -> Manifest:
+    """The run's rollouts and traces under other options of selection, such as ``context_policy="random"``."""
+    return select_again(run / "manifest", run / "notebooks", **options)
+
+
+def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
+    """Another selection on a finished export's rollouts and traces.
+
+    Args:
+        manifest: Folder of the finished export.
+        into: Folder that keeps the other selection, under a name of its own.
+        options: The options that differ.
+    """
+    from neurosig.export import ExportConfig
+    from neurosig.export import main as export
+
+    header = read_manifest(manifest).header
+    label = "-".join(f"{name}-{value}" for name, value in sorted(options.items()))
+    out = into / f"{label}-{header.content_sha256[:8]}"
+    known = {name: value for name, value in header.options.items() if name in ExportConfig.__dataclass_fields__}
+    settings: dict[str, Any] = {**known, "questions": tuple(known["questions"]), **options}
+    settings |= {"quiet": True, "resume": True, "out": out, "reuse": manifest}
+    if settings["rollouts"] is not None:
+        settings["rollouts"] = Path(settings["rollouts"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    export(ExportConfig(**settings))
+    return read_manifest(out)
+
+
+def intervention_run(run: Path) -> Path:
+    """A folder whose ``intervene`` is finished: the run (``make intervene``), or a short one made on the spot."""
+    if (run / "intervene" / "results.json").is_file():
+        return run
+    from neurosig.intervene.__main__ import InterveneConfig
+    from neurosig.intervene.__main__ import main as intervene
+
+    header = read_manifest(run / "manifest").header
+    place = run / "notebooks" / f"short-{header.content_sha256[:8]}"
+    place.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = dict(SMALL_INTERVENTION)
+    intervene(InterveneConfig(manifest=run / "manifest", out=place / "intervene", resume=True, quiet=True, **settings))
+    return place
+
+
+def _root() -> Path:
+    """Where ``runs`` lies: the working directory, or its parent when that is ``notebooks``."""
+    here = Path.cwd()
+    return here.parent if here.name == "notebooks" else here
+
+
+def _holds(run: Path, part: Part) -> bool:
+    if part == "export":
+        return (run / "manifest" / HEADER).is_file()
+    return (run / "eval" / "base" / "summary.json").is_file()
+
+
+def _export(out: Path, options: Mapping[str, Any]) -> None:
+    from neurosig.export import ExportConfig
+    from neurosig.export import main as export
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    export(ExportConfig(**{**options, "out": out, "resume": True, "quiet": True}))

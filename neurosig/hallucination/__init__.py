@@ -1,0 +1,1 @@
+"""Hallucination neurons: scores that say how far a majority answer can be trusted."""

@@ -1,0 +1,115 @@
+"""What a located set of neurons must be compared with: random neurons, and signals that need no neuron.
+
+After the comparison of H-Neurons (arXiv 2512.01797), with intervals over draws and questions (reconstruction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from scipy import sparse
+from sklearn.metrics import roc_auc_score
+
+from neurosig.hallucination.lasso import design
+from neurosig.hallucination.probe import ProbeConfig, chosen_penalty, cross_fit, regularisation_path, too_few
+from neurosig.runtime.errors import UserError
+from neurosig.statistics.metrics import bootstrap_interval
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RandomNeurons:
+    """Cross-fitted AUROC of probes on random neurons: mean and 95% range over the draws."""
+
+    auroc: float
+    low: float
+    high: float
+    draws: Float[np.ndarray, " draws"]
+    n_neurons: int
+    seed: int
+
+
+def random_neuron_auroc(
+    contributions: sparse.csr_array,
+    labels: Int[np.ndarray, " rollouts"],
+    question_ids: Sequence[str],
+    n_neurons: int,
+    config: ProbeConfig,
+    *,
+    exclude: Int[np.ndarray, " excluded"] | None = None,
+    draws: int = 20,
+) -> RandomNeurons:
+    """The control of a located set: probes that may use only ``n_neurons`` random neurons, fitted the same way.
+
+    The neurons are drawn among those active often enough for the probe. Each draw's penalty is the best one of the
+    folds that it is then scored on, which favours the control.
+
+    Args:
+        contributions: As fitted.
+        labels: As fitted.
+        question_ids: As fitted.
+        n_neurons: Size of the located set.
+        config: The probe's options; its seed also draws the neurons.
+        exclude: Flat ids that are not drawn: the located set itself.
+        draws: Random sets.
+
+    Raises:
+        UserError: Either label has too few questions, or fewer than ``n_neurons`` can be drawn.
+    """
+    groups = np.unique(np.asarray(question_ids), return_inverse=True)[1]
+    shortage = too_few(labels, groups, config)
+    if shortage:
+        raise UserError(f"random neurons: {shortage}; label more questions or lower the number of folds")
+    prepared = design(contributions, config.min_active_share)
+    pool = np.flatnonzero(~np.isin(prepared.columns, [] if exclude is None else exclude))
+    if not 1 <= n_neurons <= len(pool):
+        raise UserError(f"random neurons: {n_neurons} of {len(pool)} to draw from; ask for 1 to {len(pool)}")
+    rng = np.random.default_rng(config.seed)
+    rows, best = np.flatnonzero(labels >= 0), replace(config, one_standard_error=False)
+    aurocs = []
+    for _ in range(draws):
+        matrix = prepared.matrix[:, np.sort(rng.choice(pool, n_neurons, replace=False))]
+        penalty = chosen_penalty(regularisation_path(matrix, labels, groups, best), best)
+        scores = cross_fit(matrix, labels, groups, replace(config, inverse_penalty=penalty))
+        aurocs.append(roc_auc_score(labels[rows], scores[rows]))
+    low, high = np.quantile(aurocs, [0.025, 0.975])
+    return RandomNeurons(float(np.mean(aurocs)), float(low), float(high), np.array(aurocs), n_neurons, config.seed)
+
+
+def signal_aurocs(
+    signals: Mapping[str, Float[np.ndarray, " rollouts"]],
+    labels: Int[np.ndarray, " rollouts"],
+    question_ids: Sequence[str],
+    *,
+    seed: int,
+    resamples: int = 1000,
+) -> pd.DataFrame:
+    """AUROC of each signal for label 1, with its 95% bootstrap interval over questions: the probe beside baselines.
+
+    Columns: ``signal``, ``auroc``, ``low``, ``high``, ``questions``, ``resamples``, ``seed``. Unlabelled rollouts are
+    left out; a resample without both labels counts as 0.5.
+
+    Args:
+        signals: Name -> one value a rollout, higher for hallucination: cross-fitted probe scores, 1 - vote share,
+            minus the mean log-probability, ...
+        labels: 1 guessed, 0 known, -1 unlabelled.
+        question_ids: The rollout's question; questions are resampled with all their rollouts.
+        seed: Seed of the bootstrap, the same resamples for every signal.
+        resamples: Bootstrap resamples.
+    """
+    labelled = np.flatnonzero(labels >= 0)
+    groups = np.unique(np.asarray(question_ids)[labelled], return_inverse=True)[1]
+    rows_of = np.split(labelled[np.argsort(groups, kind="stable")], np.cumsum(np.bincount(groups))[:-1])
+
+    def auroc(values: Float[np.ndarray, " rollouts"], questions: Int[np.ndarray, " questions"]) -> float:
+        rows = np.concatenate([rows_of[question] for question in questions])
+        return float(roc_auc_score(labels[rows], values[rows])) if len(np.unique(labels[rows])) == 2 else 0.5
+
+    table = []
+    for name, values in signals.items():
+        interval = bootstrap_interval(lambda q, v=values: auroc(v, q), len(rows_of), seed=seed, resamples=resamples)  # type: ignore[misc]
+        table.append([name, interval.estimate, interval.low, interval.high, interval.n, resamples, seed])
+    return pd.DataFrame(table, columns=["signal", "auroc", "low", "high", "questions", "resamples", "seed"])

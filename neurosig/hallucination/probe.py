@@ -1,0 +1,264 @@
+"""The L1 probe that locates hallucination-indicative neurons without labels.
+
+A question whose rollouts agree is likely known, one whose rollouts split is likely guessed; what lies between the two
+teaches nothing but is scored all the same. A sparse logistic regression on the neurons' contributions learns the
+difference; the neurons it keeps are the H-neurons (the probe of H-Neurons, arXiv 2512.01797, with agreement in place
+of its gold labels: reconstruction). What a claim about
+single neurons needs beyond that is in `neurosig.hallucination.locate`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import sparse
+from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.utils.class_weight import compute_sample_weight
+
+from neurosig.hallucination.lasso import design, entry_penalty, fit_l1
+from neurosig.neurons.contributions import PAD
+from neurosig.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeConfig:
+    """Options of the probe.
+
+    Attributes:
+        agree_share: A question is labelled known when its majority holds at least this share of the K answers; 1
+            asks for unanimity, which a weak model rarely reaches.
+        split_share: A question is labelled guessed when its majority holds less than this share.
+        inverse_penalty: sklearn's ``C``; smaller keeps fewer neurons. None: chosen on the path by cross-validation.
+        folds: Cross-fitting folds; a question's rollouts are always scored by a probe that never saw the question.
+        seed: Seed of the folds, the halves and the solver.
+        min_active_share: Neurons active in a smaller share of the rollouts are left out, whatever the labels.
+        path_steps: Inverse penalties on the path, equally spaced in their logarithm.
+        path_span: The path's largest inverse penalty over its smallest, at which the first neuron enters.
+        choose_by: What cross-validation compares on the path.
+        one_standard_error: Take the sparsest probe within one standard error of the best one, not the best.
+        pairs: Pairs of complementary halves of the questions in stability selection.
+        stable_frequency: Share of the halves from which on a selected neuron is called stable.
+        max_false: False discoveries to expect at most among the stable neurons (`neurosig.hallucination.stability`).
+    """
+
+    agree_share: float = 0.75
+    split_share: float = 0.5
+    inverse_penalty: float | None = 0.1
+    folds: int = 5
+    seed: int = 0
+    min_active_share: float = 0.02
+    path_steps: int = 8
+    path_span: float = 100.0
+    choose_by: Literal["log_loss", "auroc"] = "log_loss"
+    one_standard_error: bool = True
+    pairs: int = 50
+    stable_frequency: float = 0.75
+    max_false: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("agree_share", 0 <= self.agree_share <= 1, "0 to 1"),
+            ("split_share", 0 <= self.split_share <= self.agree_share, "0 to --probe-agree-share"),
+            ("inverse_penalty", self.inverse_penalty is None or self.inverse_penalty > 0, "above 0"),
+            ("folds", self.folds >= 2, "at least 2"),
+            ("min_active_share", 0 <= self.min_active_share <= 1, "0 to 1"),
+            ("path_steps", self.path_steps >= 2, "at least 2"),
+            ("path_span", self.path_span > 1, "above 1"),
+            ("pairs", self.pairs >= 1, "at least 1"),
+            ("stable_frequency", 0.5 < self.stable_frequency <= 1, "above 0.5 and at most 1"),
+            ("max_false", self.max_false > 0, "above 0"),
+        ):
+            if not valid:
+                raise UserError(f"probe-{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """Cross-fitted scores and the neurons of the probe fitted on everything.
+
+    Attributes:
+        scores: Probability that a rollout's question is guessed, from the fold that did not see the question.
+        neurons: Column of each neuron with a weight, heaviest first.
+        weights: Their weights on contributions scaled to a largest magnitude of 1; positive points to hallucination.
+        informative: False when one class is too small to learn from; all scores are then 0.5.
+    """
+
+    scores: Float[np.ndarray, " rollouts"]
+    neurons: Int[np.ndarray, " neurons"]
+    weights: Float[np.ndarray, " neurons"]
+    informative: bool
+
+
+def contribution_matrix(
+    ids: Int[np.ndarray, "rollouts size"], values: Float[np.ndarray, "rollouts size"], n_neurons: int
+) -> sparse.csr_array:
+    """Contributions as a sparse matrix [rollouts, n_neurons]; a neuron outside a rollout's active set counts 0.
+
+    Args:
+        ids: Flat neuron ids of each rollout's active set, unique in a row; `PAD` where sets differ in size.
+        values: Their contributions; what stands beside a `PAD` is ignored.
+        n_neurons: Neurons of the model, ``n_layers * d_mlp``.
+    """
+    order = np.argsort(ids, axis=1)
+    columns = np.take_along_axis(ids, order, axis=1).astype(np.int32)  # liblinear takes 32-bit indices only
+    data = np.take_along_axis(values, order, axis=1).astype(np.float64)
+    kept = columns != PAD
+    pointers = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
+    return sparse.csr_array((data[kept], columns[kept], pointers), shape=(len(ids), n_neurons))
+
+
+def agreement_labels(shares: Float[np.ndarray, " questions"], config: ProbeConfig) -> Int[np.ndarray, " questions"]:
+    """1 where rollouts split (guessed), 0 where they agree (known), -1 in between."""
+    return np.where(shares >= config.agree_share, 0, np.where(shares < config.split_share, 1, -1))
+
+
+def fit_probe(
+    contributions: sparse.csr_array,
+    labels: Int[np.ndarray, " rollouts"],
+    question_ids: Sequence[str],
+    config: ProbeConfig,
+) -> ProbeResult:
+    """Fit the probe on the labelled rollouts and score every rollout by cross-fitting over questions.
+
+    Args:
+        contributions: One row a rollout (`contribution_matrix`).
+        labels: 1 guessed, 0 known, -1 unlabelled: of the rollout's question (`agreement_labels`), or given.
+        question_ids: The rollout's question; the group of cross-fitting.
+        config: The probe's options.
+    """
+    groups = np.unique(np.asarray(question_ids), return_inverse=True)[1]
+    shortage = too_few(labels, groups, config)
+    if shortage:
+        logger.warning("probe: no signal: %s, so every hallucination score is 0.5", shortage)
+        empty = np.empty(0)
+        return ProbeResult(np.full(len(labels), 0.5), empty.astype(np.int64), empty, informative=False)
+    prepared = design(contributions, config.min_active_share)
+    scores = cross_fit(prepared.matrix, labels, groups, config)
+    labelled = np.flatnonzero(labels >= 0)
+    penalty = _penalty(prepared.matrix, labels, groups, config)
+    weights = fit_l1(prepared.matrix[labelled], labels[labelled], penalty, config.seed).coef_[0]
+    heaviest = np.argsort(-np.abs(weights), kind="stable")[: np.count_nonzero(weights)]
+    return ProbeResult(scores, prepared.columns[heaviest], weights[heaviest], informative=True)
+
+
+def too_few(labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig) -> str:
+    """What is missing for the folds to hold questions of both labels; empty when nothing is."""
+    known, guessed = (len(np.unique(groups[labels == label])) for label in (0, 1))
+    needed = config.folds * (2 if config.inverse_penalty is None else 1)  # folds within folds choose the penalty
+    if min(known, guessed) >= needed:
+        return ""
+    return (
+        f"of {len(np.unique(groups))} questions, the rollouts of {known} agree and of {guessed} split; at least "
+        f"{needed} of each are needed"
+    )
+
+
+def cross_fit(
+    matrix: sparse.csr_array,
+    labels: Int[np.ndarray, " rollouts"],
+    groups: Int[np.ndarray, " rollouts"],
+    config: ProbeConfig,
+) -> Float[np.ndarray, " rollouts"]:
+    """Score every rollout by a probe that saw no rollout of its question, also not to choose its penalty.
+
+    Args:
+        matrix: Scaled contributions (`neurosig.hallucination.lasso.design`).
+        labels: 1 guessed, 0 known, -1 unlabelled: scored, but no probe learns from it.
+        groups: Index of the rollout's question.
+        config: The probe's options.
+    """
+    scores = np.empty(len(labels))
+    for seen, unseen in _folds(labels, groups, config):
+        seen = seen[labels[seen] >= 0]
+        penalty = _penalty(matrix[seen], labels[seen], groups[seen], config)
+        scores[unseen] = fit_l1(matrix[seen], labels[seen], penalty, config.seed).predict_proba(matrix[unseen])[:, 1]
+    return scores
+
+
+def regularisation_path(
+    matrix: sparse.csr_array,
+    labels: Int[np.ndarray, " rollouts"],
+    groups: Int[np.ndarray, " rollouts"],
+    config: ProbeConfig,
+) -> pd.DataFrame:
+    """The probe at each inverse penalty: its size, and how well it does on questions it did not see.
+
+    Columns: ``inverse_penalty`` ascending, ``neurons`` with a weight when fitted on everything, and mean and standard
+    deviation over the folds of the AUROC and of the log loss with both labels weighing the same (nats).
+    """
+    import pandas as pd
+
+    rows = np.flatnonzero(labels >= 0)
+    matrix, labels, groups = matrix[rows], labels[rows], groups[rows]
+    weight = compute_sample_weight("balanced", labels)
+    table = []
+    for penalty in inverse_penalties(matrix, labels, config):
+        aurocs, losses = [], []
+        for seen, unseen in _folds(labels, groups, config):
+            scores = fit_l1(matrix[seen], labels[seen], penalty, config.seed).predict_proba(matrix[unseen])[:, 1]
+            if len(np.unique(labels[unseen])) == 2:
+                aurocs.append(roc_auc_score(labels[unseen], scores))
+            losses.append(log_loss(labels[unseen], scores, sample_weight=weight[unseen], labels=[0, 1]))
+        table.append(
+            {
+                "inverse_penalty": penalty,
+                "neurons": np.count_nonzero(fit_l1(matrix, labels, penalty, config.seed).coef_),
+                "auroc_mean": np.mean(aurocs),
+                "auroc_sd": np.std(aurocs, ddof=1),
+                "log_loss_mean": np.mean(losses),
+                "log_loss_sd": np.std(losses, ddof=1),
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def inverse_penalties(
+    matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"], config: ProbeConfig
+) -> list[float]:
+    """The path's inverse penalties, ascending from where the first neuron enters."""
+    steps = np.geomspace(1, config.path_span, config.path_steps)
+    return [float(penalty) for penalty in entry_penalty(matrix, labels) * steps]
+
+
+def chosen_penalty(path: pd.DataFrame, config: ProbeConfig) -> float:
+    """The inverse penalty that cross-validation chooses from a `regularisation_path`.
+
+    With ``one_standard_error``, the smallest whose mean lies within one standard error (of the best one's mean over
+    the folds) of the best mean: the sparsest probe that is as good as can be told.
+    """
+    sign = 1 if config.choose_by == "log_loss" else -1
+    loss = sign * path[f"{config.choose_by}_mean"].to_numpy()
+    best = int(np.argmin(loss))
+    if config.one_standard_error:
+        error = path[f"{config.choose_by}_sd"].to_numpy()[best] / np.sqrt(config.folds)
+        best = int(np.argmax(loss <= loss[best] + error))
+    return float(path["inverse_penalty"].iloc[best])
+
+
+def _penalty(
+    matrix: sparse.csr_array,
+    labels: Int[np.ndarray, " rollouts"],
+    groups: Int[np.ndarray, " rollouts"],
+    config: ProbeConfig,
+) -> float:
+    if config.inverse_penalty is not None:
+        return config.inverse_penalty
+    return chosen_penalty(regularisation_path(matrix, labels, groups, config), config)
+
+
+def _folds(
+    labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig
+) -> Iterator[tuple[Int[np.ndarray, " seen"], Int[np.ndarray, " unseen"]]]:
+    splitter = StratifiedGroupKFold(config.folds, shuffle=True, random_state=config.seed)
+    return splitter.split(labels, labels, groups)

@@ -1,0 +1,194 @@
+"""Hallucination signs: how far a question's majority answer can be trusted. Higher is worse.
+
+Each score is one small function from rollouts and active sets to one number a question. The neuron scores stand
+beside output-level baselines, which need no neurons at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neurosig.hallucination.probe import ProbeConfig, ProbeResult, agreement_labels, contribution_matrix, fit_probe
+from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard
+from neurosig.questions.answers import Vote
+from neurosig.sampling.rollouts import Rollout
+
+NeuronScore = Literal["probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count"]
+OutputScore = Literal["vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random"]
+HallucinationScore = Literal[NeuronScore, OutputScore]
+
+MEDOID_NEIGHBOURS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSignals:
+    """What is known of one question once its rollouts are traced.
+
+    Attributes:
+        rollouts: Its K rollouts.
+        answers: Their parsed answers, ``None`` where there is none.
+        vote: The majority vote over ``answers``.
+        ids: Active set of each rollout (`neurosig.neurons.tracer.ActiveSets`), [K, size].
+        values: Contributions of those neurons, [K, size].
+        hidden: Mean hidden state of each rollout, [K, d_model].
+    """
+
+    rollouts: Sequence[Rollout]
+    answers: Sequence[str | None]
+    vote: Vote
+    ids: Tensor
+    values: Tensor
+    hidden: Tensor
+
+    @property
+    def majority(self) -> list[int]:
+        """Rollouts that gave the majority answer; all of them when no answer could be parsed."""
+        return [index for index, answer in enumerate(self.answers) if answer == self.vote.winner]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Every hallucination score of every question, and the probe behind one of them.
+
+    Attributes:
+        by_name: Score name -> one value a question; absent when the rollouts lack what it needs.
+        rollout_probe: Cross-fitted probe score of each rollout, grouped by question.
+        probe: The probe that was fitted.
+    """
+
+    by_name: Mapping[str, Float[np.ndarray, " questions"]]
+    rollout_probe: Float[np.ndarray, "questions k"]
+    probe: ProbeResult
+
+
+def hallucination_scores(
+    questions: Mapping[str, QuestionSignals], *, n_neurons: int, probe: ProbeConfig, seed: int = 0
+) -> Scores:
+    """All scores of all questions, in the order of ``questions``.
+
+    ``probe`` is the mean cross-fitted probe score over the majority's rollouts; ``random`` a control drawn from
+    ``seed`` and the question's id.
+
+    Args:
+        questions: Question id -> its signals.
+        n_neurons: Neurons of the model, over all layers.
+        probe: Options of the probe.
+        seed: Seed of ``random``.
+    """
+    signals = list(questions.values())
+    ids = torch.cat([signal.ids for signal in signals]).numpy()
+    values = torch.cat([signal.values for signal in signals]).float().numpy()
+    k = len(signals[0].rollouts)
+    shares = np.array([signal.vote.share for signal in signals])
+    labels = np.repeat(agreement_labels(shares, probe), k)
+    owners = [question_id for question_id in questions for _ in range(k)]
+    fitted = fit_probe(contribution_matrix(ids, values, n_neurons), labels, owners, probe)
+    rollout_probe = fitted.scores.reshape(len(signals), k)
+
+    by_name = {
+        "probe": np.array([row[signal.majority].mean() for signal, row in zip(signals, rollout_probe, strict=True)]),
+        "neuron_count": neuron_count(signals),
+        "random": np.array([random_score(question_id, seed) for question_id in questions]),
+    }
+    for name, score in _SCORES.items():
+        column = [score(signal) for signal in signals]
+        if not any(value is None for value in column):
+            by_name[name] = np.array(column, dtype=np.float64)
+    return Scores(by_name, rollout_probe, fitted)
+
+
+def agreement(signal: QuestionSignals) -> float:
+    """One minus the mean pairwise Jaccard similarity of the K active sets (neuron agreement, NAD)."""
+    return 1.0 - mean_pairwise_jaccard(signal.ids)
+
+
+def agreement_majority(signal: QuestionSignals) -> float:
+    """`agreement` over the majority's rollouts only; 1 when the majority is a single rollout (reconstruction)."""
+    majority = signal.majority
+    return 1.0 - mean_pairwise_jaccard(signal.ids[majority]) if len(majority) > 1 else 1.0
+
+
+def knn_medoid(signal: QuestionSignals, neighbours: int = MEDOID_NEIGHBOURS) -> float:
+    """One minus the mean Jaccard similarity of the medoid rollout to its nearest rollouts; 0 for a single rollout.
+
+    The medoid is the rollout most similar to all others. Source: after the k-nearest-neighbour selection of NAD.
+    """
+    similarity = jaccard(signal.ids, signal.ids)
+    if len(similarity) == 1:
+        return 0.0
+    row = similarity[similarity.sum(dim=1).argmax()].sort(descending=True).values
+    return 1.0 - float(row[1 : neighbours + 1].mean())  # the first is the medoid itself
+
+
+def neuron_count(signals: Sequence[QuestionSignals]) -> Float[np.ndarray, " questions"]:
+    """Distinct neurons in the union of a question's K active sets, with length regressed out.
+
+    The count grows with the number of tokens, so the score is the residual of a least-squares line of log count on
+    log tokens over all questions. Source: the "neuron consensus" of the author's code, length-controlled.
+    """
+    counts = np.log([int((signal.ids.unique() >= 0).sum()) for signal in signals])
+    tokens = np.log([sum(len(rollout.body_ids) for rollout in signal.rollouts) for signal in signals])
+    centred = tokens - tokens.mean()
+    spread = (centred**2).sum()
+    slope = (centred * counts).sum() / spread if spread else 0.0
+    return np.asarray(counts - counts.mean() - slope * centred)
+
+
+def vote_share(signal: QuestionSignals) -> float:
+    """One minus the majority's share of all K answers: the output-level baseline (self-consistency)."""
+    return 1.0 - signal.vote.share
+
+
+def mean_logprob(signal: QuestionSignals) -> float | None:
+    """Minus the mean token log-probability of the majority's rollouts, in nats; output-level baseline."""
+    return _over_majority(signal, lambda rollout: rollout.mean_logprob, sign=-1.0)
+
+
+def entropy(signal: QuestionSignals) -> float | None:
+    """Mean next-token entropy over the majority's rollouts, in nats; output-level baseline."""
+    return _over_majority(signal, lambda rollout: rollout.mean_entropy)
+
+
+def self_certainty(signal: QuestionSignals) -> float | None:
+    """Minus the mean self-certainty of the majority's rollouts, in nats (Intuitor); output-level baseline."""
+    return _over_majority(signal, lambda rollout: rollout.mean_self_certainty, sign=-1.0)
+
+
+def length(signal: QuestionSignals) -> float | None:
+    """Mean completion tokens of the majority's rollouts; output-level baseline."""
+    return _over_majority(signal, lambda rollout: float(len(rollout.body_ids)))
+
+
+def random_score(question_id: str, seed: int) -> float:
+    """A uniform number from the seed and the question's id: the control that knows nothing."""
+    digest = hashlib.sha256(f"{seed}\x00random\x00{question_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _over_majority(
+    signal: QuestionSignals, value_of: Callable[[Rollout], float | None], sign: float = 1.0
+) -> float | None:
+    values = [value_of(signal.rollouts[index]) for index in signal.majority]
+    known = [value for value in values if value is not None]
+    return sign * float(np.mean(known)) if len(known) == len(values) else None
+
+
+_SCORES: Mapping[str, Callable[[QuestionSignals], float | None]] = {
+    "agreement": agreement,
+    "agreement_majority": agreement_majority,
+    "knn_medoid": knn_medoid,
+    "vote_share": vote_share,
+    "mean_logprob": mean_logprob,
+    "entropy": entropy,
+    "self_certainty": self_certainty,
+    "length": length,
+}
+assert {"probe", "neuron_count", "random", *_SCORES} == set(get_args(HallucinationScore))

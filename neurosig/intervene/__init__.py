@@ -1,0 +1,1 @@
+"""``python -m neurosig.intervene``: scale located neurons and measure the answers."""

@@ -1,0 +1,388 @@
+"""Scale the located neurons and see what the answers do: the causal check of an export.
+
+    python -m neurosig.intervene --manifest runs/demo/manifest --questions world-facts --out runs/demo/intervene
+
+A probe finds neurons that go along with guessing; whether they do anything is another question. The neurons of a
+manifest's ``neurons.csv`` are multiplied by each factor during generation, through nnsight, and the answers to labelled
+questions are measured, beside controls of the same number of neurons in the same layers: random ones (``layer``),
+random ones that contribute as much (``activity``), and the largest contributors (``strongest``), which show whether so
+few neurons can move the model at all. H-Neurons (arXiv 2512.01797) scales its neurons alike; the controls are a
+reconstruction.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from neurosig.options import QWEN3_4B, GenerationOptions
+from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
+from neurosig.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from neurosig.intervene.dose_response import Cell
+    from neurosig.intervene.interventions import NeuronSet
+    from neurosig.manifest import Manifest
+    from neurosig.models.load import LoadedModel
+    from neurosig.neurons.nnsight_reader import NeuronScaler
+    from neurosig.neurons.sites import FFNSites
+    from neurosig.questions.load import Question
+    from neurosig.sampling.rollouts import Rollout
+    from neurosig.sampling.sampler import Prompt
+
+logger = logging.getLogger(__name__)
+
+RESULTS, TABLE, PLAN, CELLS = "results.json", "results.csv", "plan.json", "cells"
+
+
+@dataclass(kw_only=True)
+class InterveneConfig(GenerationOptions):
+    """Scale a manifest's neurons during generation and measure what becomes of the answers.
+
+    Writes results.csv (change with the factor, against the unscaled model and against the controls), results.json
+    (what was run) and cells/ (samples and measures of every neuron set at every factor).
+    """
+
+    manifest: Path
+    """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors what each contributes."""
+    questions: tuple[str, ...]
+    """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME."""
+    out: Path
+    """Folder of the results."""
+    model: str | None = None
+    """Hub id, folder, GGUF file or embedded name; default: the manifest's model."""
+    split: Literal["train", "dev", "test", "all"] = "dev"
+    """Split of bundled sets whose name gives none."""
+    limit: int | None = None
+    """Use the first N questions only."""
+    table: Path | None = None
+    """CSV of neurons (layer, index, weight) in place of the manifest's, such as neurosig.hallucination.locate writes.
+    """
+    neurons: Literal["positive", "negative", "all"] = "positive"
+    """Sign of the probe's weight: positive points to guessing."""
+    factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
+    """What the neurons' values are multiplied by; the unscaled model (1) is always measured."""
+    controls: int = 3
+    """Random draws of each kind of control."""
+    matching: tuple[Literal["layer", "activity"], ...] = ("layer", "activity")
+    """Random controls: of the same layers, or of the same layers and mean contribution."""
+    reference_rollouts: int = 1
+    """The unscaled model's samples a question that perplexity is taken of."""
+    strongest: bool = True
+    """Also scale the same number of the layers' largest contributors."""
+    resume: bool = False
+    """Continue an interrupted run; leave a finished one alone."""
+    overwrite: bool = False
+    """Replace an earlier run in --out."""
+
+    def __post_init__(self) -> None:
+        for flag, valid, expected in (
+            ("--controls", self.controls >= 1, "at least 1"),
+            (
+                "--reference-rollouts",
+                1 <= self.reference_rollouts <= self.num_generations,
+                "1 to --num-generations",
+            ),
+            ("--matching", len(set(self.matching)) == len(self.matching), "each kind once"),
+            ("--factors", any(factor != 1 for factor in self.factors), "a factor other than 1"),
+            ("--factors", len(set(self.factors)) == len(self.factors), "each factor once"),
+            ("--factors", all(abs(factor) < 1e6 for factor in self.factors), "finite numbers"),
+        ):
+            if not valid:
+                raise UserError(f"{flag}: expected {expected}")
+
+
+PRESETS: Mapping[str, Mapping[str, object]] = {"cpu": {}, "qwen3-4b": QWEN3_4B}
+
+
+def main(config: InterveneConfig) -> None:
+    """Run the dose-response experiment described by ``config``."""
+    from neurosig.runtime.folder import output_folder
+
+    owned = (RESULTS, TABLE, PLAN, CELLS)
+    with output_folder(
+        config.out, finished=RESULTS, owned=owned, resume=config.resume, overwrite=config.overwrite
+    ) as complete:
+        if complete:
+            logger.info("%s: already complete", config.out)
+            return
+        with PhaseTimer() as timer:
+            _intervene(config, timer)
+
+
+def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
+    from neurosig.intervene.dose_response import dose_response
+    from neurosig.manifest import read_manifest
+    from neurosig.neurons.nnsight_reader import NeuronScaler
+    from neurosig.neurons.sites import ffn_sites
+    from neurosig.questions.prompts import PromptBuilder
+    from neurosig.sampling.sampler import Prompt
+
+    config.sampling_config()  # options out of range are refused before the model loads
+    questions = _questions(config)
+    with timer.phase("load"):
+        manifest = read_manifest(config.manifest)
+        loaded = _load(config, manifest)
+        sites = ffn_sites(loaded.model)
+        _warn_of_known_questions(questions, manifest)
+        sets, contributions = _neuron_sets(config, sites)
+        scaler = NeuronScaler(loaded.model, sites)
+    builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
+    prompts = [Prompt(question.id, builder.student(question)) for question in questions]
+    _write_plan(config, manifest, loaded, questions, sets)
+    cells = _run_cells(config, loaded, scaler, sets, questions, prompts, timer)
+    with timer.phase("summarise"):
+        rows = dose_response(cells, seed=config.seed)
+    _write(config, manifest, loaded, sets, contributions, rows, timer)
+    _report(rows)
+
+
+def _questions(config: InterveneConfig) -> list[Question]:
+    from neurosig.questions.load import load_questions
+
+    questions = load_questions(config.questions, split=config.split, limit=config.limit)
+    for question in questions:
+        if question.answer is None:
+            raise UserError(
+                f'question "{question.id}" (line {question.line}) has no answer; accuracy needs gold answers'
+            )
+    if len(questions) < 2:
+        raise UserError(f"{len(questions)} question; an interval needs at least 2")
+    return questions
+
+
+def _load(config: InterveneConfig, manifest: Manifest) -> LoadedModel:
+    """The model to intervene on: of the manifest's architecture, and with its weights unless the user wants others."""
+    from neurosig.models.load import load_model
+
+    header = manifest.header.model
+    name = str(header["id"]) if config.model is None else config.model
+    loaded = load_model(name, dtype=config.dtype, device=config.device, template=config.template)
+    if loaded.info.config_sha256 != header.get("config_sha256"):
+        raise UserError(
+            f"model {name}: not the architecture of the manifest's model ({header['id']}), so its neurons are others"
+        )
+    if loaded.info.weights != header["weights"]:
+        logger.warning("model %s: its weights differ from those the neurons were located in (%s)", name, header["id"])
+    return loaded
+
+
+def _warn_of_known_questions(questions: Sequence[Question], manifest: Manifest) -> None:
+    located_on = {row.text_sha256 for row in manifest.rows}
+    known = sum(question.text_sha256 in located_on for question in questions)
+    if known:
+        logger.warning("%d of %d questions are among those the neurons were located on", known, len(questions))
+
+
+def _neuron_sets(config: InterveneConfig, sites: FFNSites) -> tuple[list[NeuronSet], np.ndarray]:
+    """The located neurons and their controls, and every neuron's mean contribution."""
+    import numpy as np
+
+    from neurosig.intervene.interventions import (
+        NeuronSet,
+        activity_matched,
+        choose_neurons,
+        layer_matched,
+        mean_contributions,
+        strongest,
+    )
+    from neurosig.manifest import NEURONS, SIGNALS
+
+    table = config.manifest / NEURONS if config.table is None else config.table
+    located, every = choose_neurons(table, sites, config.neurons)
+    contributions = mean_contributions(config.manifest / SIGNALS, sites.n_layers * sites.d_mlp)
+    sets = [NeuronSet("located", 0, tuple(located))]
+    for kind in config.matching:
+        for draw in range(config.controls):
+            rng = np.random.default_rng([config.seed, draw])
+            drawn = (
+                layer_matched(located, every, sites, rng)
+                if kind == "layer"
+                else activity_matched(located, every, contributions, sites, rng)
+            )
+            sets.append(NeuronSet(kind, draw, tuple(drawn)))
+    if config.strongest:
+        sets.append(NeuronSet("strongest", 0, tuple(strongest(located, every, contributions, sites))))
+    return sets, contributions
+
+
+def _write_plan(
+    config: InterveneConfig,
+    manifest: Manifest,
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    sets: Sequence[NeuronSet],
+) -> None:
+    """Everything that determines the cells; a resumed run must have the same."""
+    from neurosig.runtime.files import write_atomic
+
+    plan = {
+        "manifest": manifest.header.content_sha256,
+        "model": loaded.info.as_dict(),
+        "prompts": config.prompt_config().as_dict(),
+        "sampling": config.sampling_config().as_dict(),
+        "answer_format": config.answer_format,
+        "reference_rollouts": config.reference_rollouts,
+        "questions": [[question.id, question.text_sha256] for question in questions],
+        "neurons": {neurons.name: list(neurons.ids) for neurons in sets},
+        "factors": list(config.factors),
+    }
+    path = config.out / PLAN
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in {*plan, *earlier} if plan.get(name) != earlier.get(name))
+        if changed:
+            raise UserError(
+                f"{config.out}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; use the "
+                "same options or --overwrite"
+            )
+    write_atomic(path, json.dumps(plan) + "\n")
+
+
+def _run_cells(
+    config: InterveneConfig,
+    loaded: LoadedModel,
+    scaler: NeuronScaler,
+    sets: Sequence[NeuronSet],
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    timer: PhaseTimer,
+) -> list[Cell]:
+    """Sample and measure each set at each factor; the unscaled model comes first, its samples are the reference."""
+    import numpy as np
+
+    from neurosig.intervene.dose_response import MEASURES, Cell
+    from neurosig.intervene.interventions import scale_neurons
+
+    folder = config.out / CELLS
+    folder.mkdir(exist_ok=True)
+    plan: list[tuple[NeuronSet | None, float]] = [(None, 1.0)]
+    plan += [(neurons, factor) for factor in config.factors for neurons in sets if factor != 1]
+    reference: dict[str, list[Rollout]] = {}
+    cells = []
+    with progress(total=len(plan) * len(questions), desc="intervene", quiet=config.quiet) as bar:
+        for neurons, factor in plan:
+            path = folder / f"{'unscaled' if neurons is None else f'{neurons.name}-x{factor:g}'}.json"
+            if not path.exists():
+                model = loaded if neurons is None else scale_neurons(loaded, scaler, neurons.ids, factor)
+                groups = _sample(config, model, prompts, bar, timer)
+                _write_cell(path, config, model, questions, prompts, groups, reference or groups, timer)
+            else:
+                bar.update(len(questions))
+            groups, rows = _read_cell(path)
+            reference = reference or groups
+            values = {name: np.array([rows[question.id][name] for question in questions]) for name in MEASURES}
+            cells.append(Cell(neurons, factor, values))
+    return cells
+
+
+def _sample(
+    config: InterveneConfig, loaded: LoadedModel, prompts: Sequence[Prompt], bar: Any, timer: PhaseTimer
+) -> dict[str, list[Rollout]]:
+    from neurosig.sampling.sampler import sample
+
+    groups = {}
+    with timer.phase("sample"):
+        for group in sample(loaded, prompts, config.sampling_config(), batch_rows=config.batch_rows, salt="intervene"):
+            groups[group[0].question_id] = group
+            bar.update()
+    return groups
+
+
+def _write_cell(
+    path: Path,
+    config: InterveneConfig,
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    groups: Mapping[str, Sequence[Rollout]],
+    reference: Mapping[str, Sequence[Rollout]],
+    timer: PhaseTimer,
+) -> None:
+    from neurosig.intervene.dose_response import measure
+    from neurosig.intervene.interventions import completion_nll
+    from neurosig.runtime.files import write_atomic
+
+    with timer.phase("perplexity"):
+        first = {name: group[: config.reference_rollouts] for name, group in reference.items()}
+        nll = completion_nll(loaded, prompts, first)
+    content = {
+        "measures": {
+            question.id: measure(question, groups[question.id], nll[question.id], config.answer_format)
+            for question in questions
+        },
+        "rollouts": {question.id: [asdict(rollout) for rollout in groups[question.id]] for question in questions},
+    }
+    write_atomic(path, json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def _read_cell(path: Path) -> tuple[dict[str, list[Rollout]], dict[str, dict[str, float]]]:
+    from neurosig.sampling.rollouts import parse_rollout
+
+    content = json.loads(path.read_text(encoding="utf-8"))
+    groups = {name: [parse_rollout(fields) for fields in group] for name, group in content["rollouts"].items()}
+    return groups, content["measures"]
+
+
+def _write(
+    config: InterveneConfig,
+    manifest: Manifest,
+    loaded: LoadedModel,
+    sets: Sequence[NeuronSet],
+    contributions: np.ndarray,
+    rows: Sequence[Mapping[str, Any]],
+    timer: PhaseTimer,
+) -> None:
+    import csv
+    import io
+
+    from neurosig.intervene.dose_response import MEASURES
+    from neurosig.runtime.files import write_atomic
+    from neurosig.runtime.provenance import run_record
+
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_atomic(config.out / TABLE, table.getvalue())
+    record = {
+        "rows": rows,
+        "measures": dict(MEASURES),
+        "sets": {
+            neurons.name: {
+                "neurons": len(neurons.ids),
+                "mean_contribution": float(contributions[list(neurons.ids)].mean()),
+            }
+            for neurons in sets
+        },
+        "k": config.num_generations,
+        "manifest_sha256": manifest.header.content_sha256,
+        "model": loaded.info.as_dict(),
+        "config": config_record(config),
+        "seconds": {phase: round(seconds, 1) for phase, seconds in timer.seconds.items()},
+        "run": run_record(),
+    }
+    write_atomic(config.out / RESULTS, json.dumps(record, indent=1) + "\n")
+
+
+def _report(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What the located neurons do to accuracy, and how that differs from the controls."""
+    for row in rows:
+        if row["measure"] != "avg_at_k" or "change" not in row:
+            continue
+        line = f"{row['group']} x{row['factor']:g}: accuracy {row['value']:.3f}"
+        for name, text in (("change", "against unscaled"), ("difference", "located minus these")):
+            if name in row:
+                line += f", {row[name]:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}] {text}"
+        logger.info("%s (n=%d)", line, row["n"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(InterveneConfig, main, presets=PRESETS, prog="python -m neurosig.intervene"))

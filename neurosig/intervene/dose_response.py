@@ -1,0 +1,155 @@
+"""What scaling neurons does to a model's answers: measures of each question, and their change with the factor.
+
+The unit is the question with all its K samples. Every cell (a neuron set at a factor) samples the same questions with
+the same random numbers, so changes are paired over questions; a control of several random draws is resampled over
+draws as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from einops import einsum
+from jaxtyping import Float
+
+from neurosig.intervene.interventions import NeuronSet
+from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, is_refusal, majority_vote
+from neurosig.questions.load import Question
+from neurosig.runtime.errors import UserError
+from neurosig.sampling.rollouts import Rollout
+
+MEASURES: Mapping[str, str] = {
+    "avg_at_k": "share of right samples",
+    "maj_at_k": "the majority's answer is right, in expectation over ties",
+    "agreement": "the majority's share of all K samples",
+    "unparsed": "share of samples without an answer that can be parsed",
+    "refusal": "share of samples that decline (see neurosig.questions.answers.is_refusal)",
+    "no_answer": "share of samples that decline or cannot be parsed",
+    "nll": "nats a token of the unscaled model's own samples, teacher-forced; perplexity is its exponential",
+    "entropy": "mean entropy of the next-token distribution while sampling, in nats",
+    "length": "tokens of a sample",
+    "truncated": "share of samples cut off at the token limit",
+    "repetition": "share of a sample's token trigrams that it has said before",
+}
+"""What is measured on each question."""
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One neuron set at one factor, measured on every question.
+
+    Attributes:
+        neurons: The set; ``None`` for the model as it is, at factor 1.
+        factor: What its neurons' values are multiplied by.
+        values: Measure -> one value a question, in the same order in every cell.
+    """
+
+    neurons: NeuronSet | None
+    factor: float
+    values: Mapping[str, Float[np.ndarray, " questions"]]
+
+
+def measure(
+    question: Question, group: Sequence[Rollout], nll: float, answer_format: AnswerFormat = "auto"
+) -> dict[str, float]:
+    """The `MEASURES` of one labelled question and its K samples.
+
+    Args:
+        nll: Nats a token of the reference completions (`neurosig.intervene.interventions.completion_nll`).
+    """
+    answers = [extract_answer(rollout.text, question, answer_format) for rollout in group]
+    refused = [is_refusal(rollout.text) for rollout in group]
+    vote = majority_vote(answers, question.id)
+    right = sum(is_correct(candidate, question) for candidate in vote.tied)
+    return {
+        "avg_at_k": _mean(is_correct(answer, question) for answer in answers),
+        "maj_at_k": right / max(len(vote.tied), 1),
+        "agreement": vote.share,
+        "unparsed": _mean(answer is None for answer in answers),
+        "refusal": _mean(refused),
+        "no_answer": _mean(answer is None or declined for answer, declined in zip(answers, refused, strict=True)),
+        "nll": nll,
+        "entropy": _mean(rollout.mean_entropy or 0.0 for rollout in group),
+        "length": _mean(len(rollout.token_ids) for rollout in group),
+        "truncated": _mean(rollout.finish_reason == "length" for rollout in group),
+        "repetition": _mean(repetition(rollout.token_ids) for rollout in group),
+    }
+
+
+def repetition(token_ids: Sequence[int]) -> float:
+    """Share of the trigrams that occurred before in the same sequence; 0 for fewer than three tokens."""
+    trigrams = list(zip(token_ids, token_ids[1:], token_ids[2:], strict=False))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+
+
+def dose_response(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
+    """A row for each group of neuron sets, factor and measure.
+
+    Returns:
+        ``group``, ``draws``, ``factor``, ``measure``, ``n`` (questions), ``value``; ``change`` against the unscaled
+        model with its 95% interval ``change_low``, ``change_high``; and, in the rows of every group but ``located``,
+        ``difference`` (located neurons minus this group, at this factor) with ``difference_low`` and
+        ``difference_high``. At factor 1 there is nothing to compare.
+
+    Raises:
+        UserError: No unscaled cell, or fewer than two questions.
+    """
+    base = next((cell for cell in cells if cell.neurons is None), None)
+    if base is None:
+        raise UserError("dose response: no cell of the unscaled model to compare with")
+    if len(base.values["nll"]) < 2:
+        raise UserError("dose response: one question; an interval needs at least 2")
+    rows = []
+    groups = dict.fromkeys(cell.neurons.group for cell in cells if cell.neurons is not None)
+    factors = sorted({cell.factor for cell in cells})
+    for group in groups:
+        for factor in factors:
+            mine = _draws(cells, group, factor) or [base]
+            reference = _draws(cells, "located", factor) if group != "located" else []
+            for name in MEASURES:
+                stacked = np.stack([cell.values[name] for cell in mine])
+                row: dict[str, Any] = {
+                    "group": group,
+                    "draws": len(mine),
+                    "factor": factor,
+                    "measure": name,
+                    "n": stacked.shape[1],
+                    "value": float(stacked.mean()),
+                }
+                if mine != [base]:
+                    row |= _interval("change", stacked - base.values[name], seed)
+                    if reference:
+                        row |= _interval("difference", reference[0].values[name] - stacked, seed)
+                rows.append(row)
+    return rows
+
+
+def _draws(cells: Sequence[Cell], group: str, factor: float) -> list[Cell]:
+    return [
+        cell for cell in cells if cell.neurons is not None and cell.neurons.group == group and cell.factor == factor
+    ]
+
+
+def _interval(name: str, delta: Float[np.ndarray, "draws questions"], seed: int) -> dict[str, float]:
+    """Mean of paired differences with its 95% percentile bootstrap interval, over draws and questions.
+
+    As `neurosig.statistics.metrics.hierarchical_interval`, for a mean: a resample is how often each draw and each
+    question came.
+    """
+    draws, questions = delta.shape
+    rng = np.random.default_rng(seed)
+    by_draw = rng.multinomial(draws, np.full(draws, 1 / draws), size=RESAMPLES) / draws
+    by_question = rng.multinomial(questions, np.full(questions, 1 / questions), size=RESAMPLES) / questions
+    means = einsum(by_draw, delta, by_question, "resample draw, draw question, resample question -> resample")
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {name: float(delta.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _mean(values: Any) -> float:
+    listed = [float(value) for value in values]
+    return sum(listed) / len(listed)

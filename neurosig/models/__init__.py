@@ -1,0 +1,1 @@
+"""Causal language models: loading, fingerprints, the shared pass over prompts."""

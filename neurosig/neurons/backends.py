@@ -1,0 +1,79 @@
+"""Trace neurons in one call, with the library of your choice.
+
+    from neurosig import load_model, trace_neurons
+    loaded = load_model("smollm2-135m")
+    prompt = loaded.tokenizer("The capital of France is").input_ids
+    answer = loaded.tokenizer(" Paris.").input_ids
+    sets = trace_neurons(loaded, [prompt], [answer], backend="transformer_lens")
+
+Only the chosen library is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from neurosig.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from neurosig.models.load import LoadedModel
+    from neurosig.neurons.tracer import ActiveSets, NeuronTracer, TraceConfig
+
+Backend = Literal["nnsight", "transformer_lens"]
+
+_HOME = {
+    "nnsight": ("neurosig.neurons.tracer", "NeuronTracer"),
+    "transformer_lens": ("neurosig.neurons.lens_reader", "LensTracer"),
+}
+_EXTRA = {"nnsight": "signals", "transformer_lens": "explore"}
+
+
+def trace_neurons(
+    model: PreTrainedModel | LoadedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    config: TraceConfig | None = None,
+    *,
+    backend: Backend = "nnsight",
+    remote: bool | str = False,
+    progress: bool = False,
+) -> ActiveSets:
+    """Active sets of rollouts, in input order, on the CPU; both backends give the same up to rounding.
+
+    Args:
+        model: The model, or what `neurosig.load_model` gave.
+        prompt_ids: Token ids of each rollout's prompt.
+        completion_ids: Token ids of each completion.
+        config: What is measured; the defaults of `neurosig.neurons.tracer.TraceConfig` if None.
+        backend: The library that reads the activations.
+        remote: Run on NDIF; see `neurosig.neurons.tracer.NeuronTracer`. nnsight only.
+        progress: Show a bar on stderr.
+
+    Raises:
+        UserError: The library is not installed, or cannot read the architecture; or bad rollouts, see
+            `neurosig.neurons.tracer.NeuronTracer.trace_batches`.
+    """
+    from neurosig.models.load import LoadedModel
+    from neurosig.neurons.tracer import TraceConfig
+
+    live = model.model if isinstance(model, LoadedModel) else model
+    tracer = tracer_class(backend)(live, config or TraceConfig(), remote=remote)
+    return tracer.trace(prompt_ids, completion_ids, progress=progress)
+
+
+def tracer_class(backend: Backend) -> type[NeuronTracer]:
+    """The tracer that works through ``backend``.
+
+    Raises:
+        UserError: The library is not installed.
+    """
+    module, name = _HOME[backend]
+    if importlib.util.find_spec(backend) is None:
+        raise UserError(f"backend {backend}: not installed; run `pip install 'neurosig[{_EXTRA[backend]}]'`")
+    tracer: type[NeuronTracer] = getattr(importlib.import_module(module), name)
+    return tracer

@@ -1,0 +1,328 @@
+"""Trace finished rollouts and reduce their FFN activity to active sets.
+
+Each rollout is run through the model once, teacher-forced, from its prompt's cache. All reduction happens inside
+the trace (`neurosig.neurons.nnsight_reader`), layer by layer (`neurosig.neurons.reduction`), and the run stops after
+the last FFN.
+
+Positions: the value at position t is computed from token t, while the model reads it and before it knows
+token t+1. A rollout's score is the mean over the positions that hold completion tokens, ``len(prompt)`` up
+to and including ``len(prompt) + len(completion) - 1``. So the last completion token counts (the end token
+too, if it is among the ids); the prompt's last position, which predicts the first completion token, does not.
+The score ``unembed`` is about the token that comes next, so its positions lie one earlier: the prompt's last, and
+all of the completion but its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from neurosig.models.prefix import Prefix, distinct_rows, pad, run_prompts
+from neurosig.neurons.contributions import PAD, neurons_per_layer
+from neurosig.neurons.reduction import finish, pool, reduce_layer
+from neurosig.neurons.sites import ffn_sites, w_out_norms
+from neurosig.runtime.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class TraceConfig:
+    """What is measured, and how much at once."""
+
+    value: Literal["gated", "act"] = "gated"
+    """A neuron's value: ``gated`` is the down projection's input, act(gate) * up; ``act`` is act(gate) alone.
+    The two are the same in a model without a gate."""
+    score: Literal["cett", "magnitude", "unembed"] = "cett"
+    """A neuron's contribution at one position; see `neurosig.neurons.contributions`."""
+    active: Literal["layer_mean", "global", "per_token", "entries"] = "layer_mean"
+    """Which neurons belong to a rollout's active set: those with the largest mean score over its positions, within
+    each layer or over all layers; the union of each position's largest; or the neurons among the largest
+    (position, neuron) entries of each layer."""
+    set_size: int = 1000
+    """Neurons in a set (``layer_mean``, ``global``), neurons a token (``per_token``; both spread evenly over the
+    layers, save ``global``), or entries a layer (``entries``)."""
+    positive_only: bool = False
+    """Leave out neurons whose mean score is not above zero; for the signed ``unembed``."""
+    batch_tokens: int = 4096
+    """Tokens in one batch, padding included. A rollout longer than this makes a batch of its own."""
+
+    def __post_init__(self) -> None:
+        for name in ("set_size", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"TraceConfig.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class ActiveSets(NamedTuple):
+    """What is kept of each rollout.
+
+    Attributes:
+        ids: Its active set as flat ids, ``layer * d_mlp + index``, ascending; shorter rows end in -1.
+        values: Mean score of each of these neurons over the rollout's positions; 0 where ``ids`` is -1.
+        hidden: Residual stream two thirds up the layers, mean over the same positions.
+    """
+
+    ids: Int32[Tensor, "n size"]
+    values: Float[Tensor, "n size"]
+    hidden: Float[Tensor, "n d_model"]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """One way to look inside a forward pass: `neurosig.neurons.nnsight_reader.FFNEnvoy` or
+    `neurosig.neurons.lens_reader.LensReader`.
+    """
+
+    whole: bool
+
+    def read(
+        self,
+        inputs: Mapping[str, Any],
+        reduce: Callable[[int, Tensor, Tensor | None, Tensor, Tensor], T],
+        pool: Callable[[Tensor], Tensor],
+        finish: Callable[[list[T], Tensor], R],
+        *,
+        value: Literal["gated", "act"],
+        with_output: bool,
+        hidden_layer: int,
+    ) -> R: ...
+
+
+class NeuronTracer:
+    """Traces rollouts through one model with nnsight; build it once for a model."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: TraceConfig = TraceConfig(), *, remote: bool | str = False
+    ) -> None:
+        """Wrap ``model``, a causal language model in eval mode, at its FFN sites.
+
+        Args:
+            model: The model; for a remote trace its architecture is enough, its weights may be on the meta device.
+            config: What is measured.
+            remote: Run the model on NDIF (nnsight's ``remote``): True, a host's URL, or ``local`` for a dry run here
+                that sends everything through the same serialisation. Whole sequences run then, no prompt is shared.
+
+        Raises:
+            UserError: An unsupported architecture (see `neurosig.neurons.sites.ffn_sites`), or a head of another width
+            than
+                the residual stream with the score ``unembed``.
+        """
+        self.model = model
+        self.config = config
+        self.sites = ffn_sites(model)
+        self.hidden_layer = self.sites.n_layers * 2 // 3
+        width = model.get_output_embeddings().weight.shape[1]
+        if config.score == "unembed" and width != self.sites.d_model:
+            raise UserError(
+                f"score unembed: the head reads {width} dimensions, the residual stream has {self.sites.d_model}; "
+                "use cett or magnitude"
+            )
+        self.reader = self._open(remote)
+        self._norms = None
+        if not remote:
+            self._norms = [
+                norm.to(model.get_submodule(down).weight.device)
+                for down, norm in zip(self.sites.layers, w_out_norms(model, self.sites), strict=True)
+            ]
+
+    def _open(self, remote: bool | str) -> Reader:
+        from neurosig.neurons.nnsight_reader import FFNEnvoy
+
+        return FFNEnvoy(self.model, self.sites, remote=remote)
+
+    def trace(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        token_masks: Sequence[Sequence[bool]] | None = None,
+        progress: bool = False,
+    ) -> ActiveSets:
+        """Active sets of all rollouts, in input order, on the CPU.
+
+        Args:
+            prompt_ids: Token ids of each rollout's prompt, as they were when it was sampled.
+            completion_ids: Token ids of each completion; neither may be empty.
+            token_masks: Which completion tokens count, at least one of each rollout; all by default.
+            progress: Show a bar on stderr.
+
+        Raises:
+            UserError: See `trace_batches`.
+        """
+        order: list[int] = []
+        parts: list[ActiveSets] = []
+        with tqdm(total=len(prompt_ids), desc="trace", unit="rollout", disable=not progress) as bar:
+            for indices, sets in self.trace_batches(prompt_ids, completion_ids, token_masks=token_masks):
+                order += indices
+                parts.append(sets)
+                bar.update(len(indices))
+        if not parts:
+            empty = torch.empty(0, 0)
+            return ActiveSets(empty.int(), empty, torch.empty(0, self.sites.d_model))
+        merged = concat_sets(parts)
+        back = torch.tensor(order).argsort()
+        return ActiveSets(*(tensor[back] for tensor in merged))
+
+    def trace_batches(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        token_masks: Sequence[Sequence[bool]] | None = None,
+    ) -> Iterator[tuple[list[int], ActiveSets]]:
+        """Yield ``(indices, sets)`` batch by batch, the longest rollouts first.
+
+        Row i of ``sets`` is rollout ``indices[i]``. The call checks all arguments, before any batch runs.
+
+        Raises:
+            UserError: Lists of different lengths, an empty prompt or completion, a rollout beyond the model's context,
+                an id outside its vocabulary, a mask of another length or without a token, a model in training mode, or
+                scores that are not finite.
+        """
+        masks = [[True] * len(completion) for completion in completion_ids] if token_masks is None else token_masks
+        self._check(prompt_ids, completion_ids, masks)
+        return self._run([tuple(prompt) for prompt in prompt_ids], completion_ids, masks)
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        completions: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[bool]],
+    ) -> Iterator[tuple[list[int], ActiveSets]]:
+        """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths."""
+        shift = 1 if self.config.score == "unembed" else 0  # a score about the next token lies one earlier
+        if self.reader.whole:
+            lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+            for indices in _pack(lengths, self.config.batch_tokens):
+                traced = [[*prompts[i], *completions[i]] for i in indices]
+                counted = [[False] * (len(prompts[i]) - shift) + list(masks[i]) for i in indices]
+                yield indices, self._trace_batch(None, traced, counted, indices)
+            return
+        distinct, owners = distinct_rows(prompts)
+        rollouts_of: list[list[int]] = [[] for _ in distinct]
+        for index, owner in enumerate(owners):
+            rollouts_of[owner].append(index)
+        for group in _pack([len(prompt) for prompt in distinct], self.config.batch_tokens):
+            with torch.no_grad():
+                prefix = run_prompts(self.model, [distinct[owner][: len(distinct[owner]) - shift] for owner in group])
+            row_of = {owner: row for row, owner in enumerate(group)}
+            members = [index for owner in group for index in rollouts_of[owner]]
+            width = prefix.mask.shape[1]
+            for batch in _pack([width + len(completions[index]) for index in members], self.config.batch_tokens):
+                indices = [members[place] for place in batch]
+                rows = torch.tensor([row_of[owners[index]] for index in indices], device=self.model.device)
+                traced = [[*prompts[i][len(prompts[i]) - shift :], *completions[i]] for i in indices]
+                yield indices, self._trace_batch(prefix.rows(rows), traced, [masks[i] for i in indices], indices)
+
+    @torch.no_grad()
+    def _trace_batch(
+        self,
+        prefix: Prefix | None,
+        tokens: list[list[int]],
+        counted: Sequence[Sequence[bool]],
+        indices: Sequence[int],
+    ) -> ActiveSets:
+        """Trace ``tokens`` after ``prefix``, if any; for ``unembed`` the last of a row is only looked at."""
+        config = self.config
+        device = "cpu" if prefix is None else self.model.device
+        mask = pad([[int(keep) for keep in row] for row in counted], side="right", device=device)[0].bool()
+        next_ids = None
+        if config.score == "unembed":
+            next_ids = pad([row[1:] for row in tokens], side="right", device=device)[0]
+            tokens = [row[:-1] for row in tokens]
+        options: dict[str, Any] = {"active": config.active, "set_size": config.set_size}
+        *sets, finite = self.reader.read(
+            _whole_inputs(tokens) if prefix is None else prefix.inputs(tokens),
+            partial(
+                reduce_layer,
+                mask=mask,
+                norms=self._norms,
+                next_ids=next_ids,
+                share=neurons_per_layer(self.sites.n_layers, self.sites.d_mlp, config.set_size),
+                positive_only=config.positive_only,
+                **options,
+            ),
+            partial(pool, mask=mask),
+            partial(finish, **options),
+            value=config.value,
+            with_output=config.score == "cett",
+            hidden_layer=self.hidden_layer,
+        )
+        if not finite.all():
+            row, layer = (~finite).nonzero()[0].tolist()
+            raise UserError(
+                f"rollout {indices[row]}: the neuron scores of layer {layer} are not finite; "
+                "check the weights, or load the model in float32"
+            )
+        return ActiveSets(*sets)
+
+    def _check(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[bool]],
+    ) -> None:
+        if len(prompt_ids) != len(completion_ids):
+            raise UserError(f"{len(prompt_ids)} prompts but {len(completion_ids)} completions; pass pairs")
+        if len(masks) != len(completion_ids):
+            raise UserError(f"{len(masks)} token masks but {len(completion_ids)} completions; pass one each")
+        if self.model.training:
+            raise UserError("the model is in training mode; call model.eval() first")
+        context = self.model.config.max_position_embeddings
+        vocab = self.model.config.vocab_size
+        for i, (prompt, completion, mask) in enumerate(zip(prompt_ids, completion_ids, masks, strict=True)):
+            if not prompt or not completion:
+                raise UserError(f"rollout {i}: the {'completion' if prompt else 'prompt'} is empty; leave it out")
+            if len(prompt) == 1 and self.config.score == "unembed":
+                raise UserError(f"rollout {i}: a prompt of one token; the score unembed needs two")
+            ids = [*prompt, *completion]
+            if len(ids) > context:
+                raise UserError(f"rollout {i}: {len(ids)} tokens; leave it out, the model reads {context}")
+            if min(ids) < 0 or max(ids) >= vocab:
+                raise UserError(f"rollout {i}: an id outside 0..{vocab - 1}; trace the model that sampled it")
+            if len(mask) != len(completion) or not any(mask):
+                raise UserError(
+                    f"rollout {i}: a token mask of {len(mask)} with {sum(mask)} tokens for a completion of "
+                    f"{len(completion)}; give one flag a token, at least one of them set"
+                )
+
+
+def concat_sets(parts: Sequence[ActiveSets]) -> ActiveSets:
+    """The rollouts of all parts, in order, padded to the widest set among them."""
+    width = max(part.ids.shape[1] for part in parts)
+
+    def widened(tensor: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
+
+    return ActiveSets(
+        torch.cat([widened(part.ids, PAD) for part in parts]),
+        torch.cat([widened(part.values, 0) for part in parts]),
+        torch.cat([part.hidden for part in parts]),
+    )
+
+
+def _whole_inputs(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Forward arguments of whole sequences, padded on the right, where causal attention never looks back at."""
+    ids, mask = pad(tokens, side="right", device="cpu")
+    return {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+
+
+def _pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Split indices into batches of near-equal lengths, longest first: rows * longest <= ``batch_tokens``."""
+    batches: list[list[int]] = []
+    rows = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or len(batches[-1]) == rows:
+            batches.append([])
+            rows = max(1, batch_tokens // lengths[i])
+        batches[-1].append(i)
+    return batches

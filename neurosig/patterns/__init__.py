@@ -1,0 +1,1 @@
+"""Reasoning-pattern neurons: which questions rely on the same neurons."""

@@ -1,0 +1,1 @@
+"""Questions: bundled sets and files, prompts, answers and their vote."""

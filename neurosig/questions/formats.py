@@ -1,0 +1,410 @@
+"""Read question records from files and data sets; turn each known record shape into the fields of a Question.
+
+Readers yield ``(line, record)``: the 1-based line (JSONL) or row (Parquet, data sets) and a dict. Adapters
+take one record and return ``Fields``, or None for an item without choices and without a short answer.
+Both raise UserError; adapters name the field, readers also the place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from neurosig.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Record = Mapping[str, Any]
+Rows = Iterator[tuple[int, Record]]
+
+MAX_LINE_BYTES = 2**20
+MAGIC = {
+    b"\x1f\x8b": "gzip data: decompress it first",
+    b"\x28\xb5\x2f\xfd": "Zstandard data: decompress it first",
+    b"PK\x03\x04": "a ZIP archive: unpack it first",
+    b"PAR1": "Parquet data: name it .parquet",
+    b"version https://git-lfs": "a Git LFS pointer, not the data: run git lfs pull",
+    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
+}
+OTHER_WORD = {"Yes": "True", "No": "False", "True": "Yes", "False": "No"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The fields of one question, types checked, contents not yet."""
+
+    id: str
+    domain: str
+    question: str
+    choices: tuple[str, ...] | None
+    answer: str | None
+    aliases: tuple[str, ...]
+    kind: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class FieldMap:
+    """Column names of a multiple-choice education set; None: the set has no such column.
+
+    Without ``id`` the id is ``DOMAIN-LINE``; without ``domain`` the domain is the file's stem. ``choices``
+    may be one column (a list, ``{"text": [...], "label": [...]}`` or ``{"A": ..., "B": ...}``) or a tuple
+    with one column a choice. The answer may be a letter, a label, a 0-based index or the text of a choice.
+    """
+
+    question: str = "question"
+    choices: str | tuple[str, ...] | None = "choices"
+    answer: str | None = "answer"
+    id: str | None = None
+    domain: str | None = None
+    kind: str | None = None
+
+
+def got(value: object) -> str:
+    """A short, terminal-safe rendering of a bad value and its type."""
+    return f"got {ascii(value)[:60]} ({type(value).__name__})"
+
+
+def shown(text: str) -> str:
+    """At most 60 characters of a record's own text, on one line."""
+    return repr(text[:60])[1:-1]
+
+
+def columns_of(record: Record) -> str:
+    """The names of a record's fields for a message, at most 20 of them."""
+    named = ", ".join(shown(name) for name in list(record)[:20])
+    return named + (f" and {len(record) - 20} more" if len(record) > 20 else "")
+
+
+def read_jsonl(path: Path) -> Rows:
+    """Records of a UTF-8 JSON-lines file; blank lines, CRLF and a leading byte order mark are accepted."""
+    try:
+        handle = path.open("rb")
+    except OSError as error:
+        raise UserError(f"dataset {path}: cannot be read: {error.strerror}") from None
+    with handle:
+        head = handle.read(64)
+        for magic, name in MAGIC.items():
+            if head.startswith(magic):
+                raise UserError(f"{path}: {name}")
+        if b"\x00" in head[:4]:
+            raise UserError(f"{path}: UTF-16 or binary data: save it as UTF-8 text, one JSON object a line")
+        handle.seek(0)
+        if head.startswith(b"\xef\xbb\xbf"):
+            log.warning("%s: starts with a UTF-8 byte order mark, which is ignored", path)
+            handle.seek(3)
+        number = 0
+        while raw := handle.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(raw) > MAX_LINE_BYTES:
+                raise UserError(f"{path}:{number}: line longer than 1 MB; one line holds one question")
+            if raw.strip():
+                yield number, parse_line(raw, f"{path}:{number}", first=number == 1)
+
+
+def parse_line(raw: bytes, where: str, *, first: bool) -> Record:
+    """One JSON object; ``first`` turns on the guess which other format the file has."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        byte = f"0x{raw[error.start]:02x} at byte {error.start + 1}"
+        raise UserError(f"{where}: not UTF-8 ({byte} of the line); save it as UTF-8") from None
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        if first and text.lstrip()[:1] not in '{["':
+            html, table = text.lstrip().startswith("<"), "," in text or "\t" in text
+            guess = "HTML" if html else "CSV" if table else "plain text"
+            raise UserError(f"{where}: looks like {guess}; expected one JSON object a line") from None
+        hint = "" if raw.endswith(b"\n") else " (the last line may be cut off)"
+        message = f"invalid JSON at column {error.colno}: {error.msg}{hint}"
+        if first and text.strip() in ("[", "{"):
+            message += "; expected one JSON object a line, not a .json document"
+        raise UserError(f"{where}: {message}") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: invalid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected one JSON object a line, {got(record)}")
+    return record
+
+
+def read_parquet(path: Path) -> Rows:
+    """Records of a Parquet file, batch by batch."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: unreadable Parquet after row {number}: {first_line(error)}") from None
+
+
+def read_saved_dataset(folder: Path) -> Rows:
+    """Records of a folder written by ``datasets.save_to_disk``; of several splits one must be named."""
+    datasets = import_datasets(str(folder))
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"dataset {folder}: unreadable: {first_line(error)}") from None
+    return dataset_rows(loaded, f"dataset {folder}", f"{folder}/SPLIT")
+
+
+def read_hub(name: str, split: str | None) -> Rows:
+    """Records of the Hugging Face data set ``ORG/NAME``; no code of the repository is run."""
+    where = f"hf:{name}" + (f":{split}" if split else "")
+    datasets = import_datasets(where)
+    try:
+        loaded = datasets.load_dataset(name, split=split, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = first_line(error)
+        raise UserError(f"dataset {where}: not found, or no connection to the hub: {reason}") from None
+    return dataset_rows(loaded, f"dataset {where}", f"hf:{name}:SPLIT")
+
+
+def import_datasets(where: str) -> Any:
+    """The ``datasets`` package, or the advice to install it."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{where}: needs the datasets package: pip install datasets") from None
+    return datasets
+
+
+def dataset_rows(loaded: Any, where: str, example: str) -> Rows:
+    """Rows of a Dataset, or of a DatasetDict that has exactly one split."""
+    if isinstance(loaded, dict):
+        if len(loaded) != 1:
+            raise UserError(f"{where}: has the splits {', '.join(loaded)}; name one, as in {example}")
+        (loaded,) = loaded.values()
+    return enumerate(loaded, start=1)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def adapt(record: Record, line: int, stem: str, field_map: FieldMap | None) -> Fields | None:
+    """The fields of a record of any known shape; None for an open-ended item.
+
+    Args:
+        record: one parsed record.
+        line: its 1-based line, part of the id where the record has none.
+        stem: the domain where the record names none.
+        field_map: column names, which turn off the guess of the shape.
+    """
+    if field_map is not None:
+        return adapt_mapped(record, line, stem, field_map)
+    if "answerKey" in record:
+        return adapt_sciknoweval(record, line, stem)
+    if "question_id" in record and "options" in record:
+        return adapt_mmlu_pro(record)
+    return adapt_native(record, stem)
+
+
+def adapt_native(record: Record, stem: str) -> Fields:
+    """Our own shape: id, question, and optionally domain, kind, choices, answer, aliases or answers.
+
+    ``task``, ``category`` or ``subject`` stand in for ``kind``. An ``instruction`` of an item without choices
+    goes before the question: it says which words answer it.
+    """
+    choices = text_list(record, "choices")
+    answers = text_list(record, "answers") or ()
+    answer = optional_text(record, "answer")
+    if answer is None and answers:
+        answer = answers[0]
+    domain = optional_text(record, "domain")
+    question = required_text(record, "question")
+    instruction = optional_text(record, "instruction")
+    if instruction and choices is None and question.strip():
+        question = f"{instruction.strip()}\n\n{question}"
+    aliases = (*(text_list(record, "aliases") or ()), *answers, *other_words(record, answer))
+    kinds = (optional_text(record, name) for name in ("kind", "task", "category", "subject"))
+    return Fields(
+        id=required_text(record, "id"),
+        domain=stem if domain is None else domain,
+        question=question,
+        choices=choices,
+        answer=answer,
+        aliases=without(aliases, answer),
+        kind=next((kind for kind in kinds if kind), None),
+    )
+
+
+def adapt_sciknoweval(record: Record, line: int, stem: str) -> Fields | None:
+    """SciKnowEval (and ARC) as released: choices {text, label}, answerKey, answer, type, details, prompt."""
+    choices, labels = labelled_choices(record.get("choices"), "choices")
+    details = record.get("details")
+    details = details if isinstance(details, dict) else {}
+    domain = (optional_text(record, "domain") or stem).lower()
+    task = optional_text(details, "task")
+    question = required_text(record, "question")
+    if choices:
+        answer = letter_of(optional_text(record, "answerKey"), choices, labels, "answerKey")
+    elif record.get("type") in ("true_or_false", "filling"):
+        answer = required_text(record, "answer")
+        prompt = record.get("prompt")
+        instruction = optional_text(prompt if isinstance(prompt, dict) else {"default": prompt}, "default")
+        if instruction and question.strip():
+            question = f"{instruction.strip()}\n\n{question}"
+    else:
+        return None
+    places = (domain, details.get("level"), task, details.get("subtask"), line)
+    made_id = "-".join(dict.fromkeys(slug(str(part)) for part in places if part))
+    return Fields(
+        id=made_id if record.get("id") is None else required_text(record, "id"),
+        domain=domain,
+        question=question,
+        choices=choices or None,
+        answer=answer,
+        aliases=other_words(record, answer),
+        kind=task,
+    )
+
+
+def adapt_mmlu_pro(record: Record) -> Fields:
+    """MMLU-Pro as released: question_id, options ("N/A" dropped), answer, answer_index, category."""
+    options = text_list(record, "options") or ()
+    answer = optional_text(record, "answer")
+    kept = [index for index, option in enumerate(options) if option.strip() != "N/A"]
+    if answer is not None:
+        index = ascii_uppercase.find(answer) if len(answer) == 1 else -1
+        if index not in kept:
+            raise UserError(f'field "answer": not a letter of one of the {len(kept)} options, {got(answer)}')
+        if record.get("answer_index", index) != index:
+            other = got(record["answer_index"])
+            raise UserError(f'field "answer_index": contradicts answer {answer}, {other}')
+        answer = ascii_uppercase[kept.index(index)]
+    return Fields(
+        id=f"mmlu_pro-{text_or_number(record, 'question_id')}",
+        domain="mmlu_pro",
+        question=required_text(record, "question"),
+        choices=tuple(options[index] for index in kept),
+        answer=answer,
+        aliases=(),
+        kind=optional_text(record, "category"),
+    )
+
+
+def adapt_mapped(record: Record, line: int, stem: str, names: FieldMap) -> Fields:
+    """Any multiple-choice set whose column names the FieldMap gives."""
+    columns = [names.question, names.answer, names.id, names.domain, names.kind]
+    columns += [names.choices] if isinstance(names.choices, str) else list(names.choices or ())
+    for column in columns:
+        if column is not None and column not in record:
+            raise UserError(f'field "{column}": in the field map but not in the record ({columns_of(record)})')
+    if isinstance(names.choices, tuple):
+        choices: tuple[str, ...] = tuple(required_text(record, name) for name in names.choices)
+        labels: tuple[str, ...] = ()
+    else:
+        listed = record[names.choices] if names.choices else None
+        choices, labels = labelled_choices(listed, str(names.choices))
+    answer = record[names.answer] if names.answer else None
+    if answer is not None and choices:
+        answer = letter_of(answer, choices, labels, str(names.answer))
+    elif answer is not None:
+        answer = text_or_number(record, str(names.answer))
+    domain = text_or_number(record, names.domain) if names.domain else stem
+    return Fields(
+        id=text_or_number(record, names.id) if names.id else f"{domain}-{line}",
+        domain=domain,
+        question=required_text(record, names.question),
+        choices=choices or None,
+        answer=answer,
+        aliases=(),
+        kind=optional_text(record, names.kind) if names.kind else None,
+    )
+
+
+def labelled_choices(value: object, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Texts and labels of choices given as a list, as {text, label}, or as {label: text}; () where none."""
+    if value is None:
+        return (), ()
+    if isinstance(value, dict) and {"text", "label"} <= value.keys():
+        texts, labels = text_list(value, "text") or (), text_list(value, "label") or ()
+        if len(texts) != len(labels):
+            raise UserError(f'field "{name}": {len(texts)} texts but {len(labels)} labels')
+        return texts, labels
+    if isinstance(value, dict):
+        used = tuple(label for label in value if value[label] is not None)
+        return tuple(required_text(value, label) for label in used), used
+    return text_list({name: value}, name) or (), ()
+
+
+def letter_of(answer: object, choices: tuple[str, ...], labels: tuple[str, ...], name: str) -> str | None:
+    """The letter of the choice meant by a label, a letter, a 0-based index or a choice's text."""
+    if answer is None:
+        return None
+    letters = ascii_uppercase[: len(choices)]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
+        return letters[answer]
+    for known in (labels or tuple(letters), choices):
+        if answer in known:
+            return letters[known.index(answer)]
+    raise UserError(f'field "{name}": not one of the {len(choices)} choices, {got(answer)}')
+
+
+def other_words(record: Record, answer: str | None) -> tuple[str, ...]:
+    """ "True" beside a gold "Yes" and so on: the benchmark's instructions and its gold answers disagree."""
+    if record.get("type") == "true_or_false" and answer in OTHER_WORD:
+        return (OTHER_WORD[answer],)
+    return ()
+
+
+def without(aliases: Iterable[str], answer: str | None) -> tuple[str, ...]:
+    """The aliases once each, the answer left out."""
+    return tuple(alias for alias in dict.fromkeys(aliases) if alias != answer)
+
+
+def slug(text: str) -> str:
+    """``text`` with everything but letters, digits, "_" and "." as one hyphen."""
+    return re.sub(r"[^\w.]+", "-", text).strip("-")
+
+
+def optional_text(record: Record, name: str) -> str | None:
+    """The text of a field, or None where it is absent or null."""
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f'field "{name}": expected text, {got(value)}')
+    return value
+
+
+def required_text(record: Record, name: str) -> str:
+    """The text of a field that must be there."""
+    if record.get(name) is None:
+        state = "null" if name in record else f"missing; the record has {columns_of(record) or 'no field'}"
+        raise UserError(f'field "{name}": expected text, got {state}')
+    return optional_text(record, name) or ""
+
+
+def text_or_number(record: Record, name: str) -> str:
+    """A text or integer field as text."""
+    value = record.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return required_text(record, name)
+
+
+def text_list(record: Record, name: str) -> tuple[str, ...] | None:
+    """A list of texts as a tuple, or None where it is absent or null."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise UserError(f'field "{name}": expected a list of texts, {got(value)}')
+    return tuple(value)

@@ -1,0 +1,251 @@
+"""Questions: the record, the bundled sets, and reading from files, folders and Hugging Face data sets.
+
+    load_questions("world-facts:train")
+    load_questions(["my.jsonl", "hf:TIGER-Lab/MMLU-Pro:test"], limit=500)
+
+The gold answer travels with a question for evaluation only; ``without_answers`` removes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Literal
+
+from neurosig.questions.formats import (
+    FieldMap,
+    Rows,
+    adapt,
+    got,
+    read_hub,
+    read_jsonl,
+    read_parquet,
+    read_saved_dataset,
+    shown,
+)
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import sha256_text
+
+__all__ = ["FieldMap", "Question", "Split", "load_questions", "split_of", "without_answers"]
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "dev", "test"]
+SPLITS = ("train", "dev", "test", "all")
+DATA_DIR = Path(__file__).parent / "bundled"
+BUNDLED = {
+    "geography": DATA_DIR / "geography.jsonl",
+    "language": DATA_DIR / "language.jsonl",
+    "chemistry": DATA_DIR / "chemistry.jsonl",
+    "world-facts": DATA_DIR / "geography.jsonl",
+    "procedures": DATA_DIR / "procedures.jsonl",
+    "organism-facts": DATA_DIR / "organism-facts.jsonl",
+}
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+UNPRINTABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question; ``answer`` and ``aliases`` are gold and never read before evaluation.
+
+    Raises:
+        UserError: a text is empty or holds NUL or a lone surrogate, there are fewer than 2 or more than 26
+            choices, or a gold answer is not the letter of a choice. The message names the field.
+    """
+
+    id: str
+    domain: str
+    question: str
+    choices: tuple[str, ...] | None = None
+    """Texts of choices A, B, ...; None for a free-form question."""
+    answer: str | None = None
+    """Gold: a letter when choices is set, else text."""
+    aliases: tuple[str, ...] = ()
+    """Further gold answers; the same rule."""
+    kind: str | None = None
+    """Finer than domain, e.g. "capital"; used by within-kind controls only."""
+    line: int = 0
+    """1-based source line or row; 0: not from a file."""
+
+    def __post_init__(self) -> None:
+        for name in ("id", "domain", "question"):
+            check_text(getattr(self, name), name)
+        object.__setattr__(self, "question", self.question.strip())
+        for name in ("answer", "kind"):
+            if getattr(self, name) is not None:
+                check_text(getattr(self, name), name)
+        for alias in self.aliases:
+            check_text(alias, "aliases")
+        if self.choices is not None:
+            check_choices(self)
+
+    @property
+    def text_sha256(self) -> str:
+        """SHA-256 of NFC(question), a newline, and the NFC choices joined by newlines."""
+        lines = (self.question, *(self.choices or ("",)))
+        return sha256_text("\n".join(unicodedata.normalize("NFC", text) for text in lines))
+
+
+def check_text(value: str, name: str) -> None:
+    """Raise UserError where a text is empty or cannot be written as UTF-8 text."""
+    if not value.strip():
+        raise UserError(f'field "{name}": expected text, {got(value)}')
+    if found := UNPRINTABLE.search(value):
+        what = "a NUL character" if found[0] == "\x00" else f"the lone surrogate U+{ord(found[0]):04X}"
+        raise UserError(f'field "{name}": holds {what} at character {found.start() + 1}')
+
+
+def check_choices(question: Question) -> None:
+    """Raise UserError where choices are too few, too many or empty, or a gold answer is no letter of one."""
+    choices = question.choices or ()
+    if not 2 <= len(choices) <= len(ascii_uppercase):
+        raise UserError(f'field "choices": expected null or 2 to 26 texts, got {len(choices)}')
+    for choice in choices:
+        check_text(choice, "choices")
+    letters = ascii_uppercase[: len(choices)]
+    gold = {"aliases": question.aliases, "answer": (question.answer,) if question.answer is not None else ()}
+    for name, answers in gold.items():
+        for answer in answers:
+            if len(answer) != 1 or answer not in letters:
+                raise UserError(f'field "{name}": expected a letter of A-{letters[-1]}, {got(answer)}')
+
+
+def load_questions(
+    sources: str | Path | Sequence[str | Path],
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    field_map: FieldMap | None = None,
+) -> list[Question]:
+    """Read and check the questions of one or more sources, in order.
+
+    Args:
+        sources: a bundled set (``geography``, ``language``, ``chemistry``; ``world-facts`` is geography;
+            ``procedures`` and ``organism-facts`` are the model organism's), optionally with ``:train``, ``:dev``,
+            ``:test`` or ``:all``; a .jsonl or .parquet file; a folder of such files or one written by
+            ``datasets.save_to_disk``; or ``hf:ORG/NAME[:SPLIT]``.
+        split: split of the bundled sets whose source names none (default: all).
+        limit: keep only the first ``limit`` questions, after everything was read and checked.
+        field_map: column names of a multiple-choice set of another shape.
+
+    Raises:
+        UserError: a source is missing, empty, unreadable or of unknown format; a record is malformed; or an
+            id occurs twice. The message names file, line and field.
+    """
+    listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not listed:
+        raise UserError(f"no dataset; name a file, a folder, hf:ORG/NAME or one of {', '.join(BUNDLED)}")
+    if split is not None and split not in SPLITS:
+        raise UserError(f'split "{split}" is not one of {", ".join(SPLITS)}')
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    questions: list[Question] = []
+    places: dict[str, tuple[str, int]] = {}
+    for source in listed:
+        found = read_source(str(source), split, field_map, places)
+        log.info("%s: %d questions", source, len(found))
+        questions += found
+    warn_repeated_texts(questions)
+    return questions[:limit]
+
+
+def read_source(
+    source: str, split: str | None, field_map: FieldMap | None, places: dict[str, tuple[str, int]]
+) -> list[Question]:
+    """The questions of one source; ``places`` maps the ids read so far to file and line, and grows."""
+    name, _, part = source.partition(":")
+    if name in BUNDLED:
+        if part and part not in SPLITS:
+            raise UserError(f'dataset {source}: split "{part}" is not one of {", ".join(SPLITS)}')
+        wanted = part or split or "all"
+        rows = read_jsonl(BUNDLED[name])
+        bundled = checked(rows, str(BUNDLED[name]), name, None, places)
+        return [question for question in bundled if wanted in ("all", split_of(question.id))]
+    if name == "hf":
+        repo, _, hub_split = part.partition(":")
+        if repo.count("/") != 1:
+            raise UserError(f"dataset {source}: expected hf:ORG/NAME or hf:ORG/NAME:SPLIT")
+        rows = read_hub(repo, hub_split or None)
+        found = list(checked(rows, source, repo.split("/")[1], field_map, places))
+    else:
+        found = [
+            question
+            for path, rows in files_of(Path(source))
+            for question in checked(rows, str(path), path.stem, field_map, places)
+        ]
+    if not found:
+        raise UserError(f"dataset {source}: 0 questions")
+    return found
+
+
+def files_of(path: Path) -> Iterator[tuple[Path, Rows]]:
+    """The files that a path stands for, each with its rows; folders are searched, in sorted order."""
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            yield path, read_saved_dataset(path)
+            return
+        inside = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+        if not inside:
+            raise UserError(f"dataset {path}: is a directory without .jsonl or .parquet files")
+        for file in inside:
+            yield file, READERS[file.suffix](file)
+    elif not path.exists():
+        raise UserError(f"dataset {path}: no such file; the bundled sets are {', '.join(BUNDLED)}")
+    elif path.suffix in READERS:
+        yield path, READERS[path.suffix](path)
+    else:
+        raise UserError(f'dataset {path}: unknown format "{path.suffix}"; expected .jsonl or .parquet')
+
+
+def checked(
+    rows: Rows, where: str, stem: str, field_map: FieldMap | None, places: dict[str, tuple[str, int]]
+) -> Iterator[Question]:
+    """Questions of rows, ids checked against ``places``; open-ended records are skipped and counted."""
+    skipped = 0
+    for line, record in rows:
+        try:
+            fields = adapt(record, line, stem, field_map)
+            if fields is None:
+                skipped += 1
+                continue
+            question = Question(**asdict(fields), line=line)
+        except UserError as error:
+            raise UserError(f"{where}:{line}: {error}") from None
+        if question.id in places:
+            file, earlier = places[question.id]
+            place = f"on line {earlier}" if file == where else f"in {file}:{earlier}"
+            raise UserError(f'{where}:{line}: id "{shown(question.id)}" already {place}; ids must be unique')
+        places[question.id] = (where, line)
+        yield question
+    if skipped:
+        log.warning("%s: skipped %d open-ended records (no choices and no short answer)", where, skipped)
+
+
+def warn_repeated_texts(questions: Sequence[Question]) -> None:
+    """Warn once, with a count and an example, when questions share text and choices under different ids."""
+    first: dict[str, str] = {}
+    pairs = [
+        (earlier, question.id)
+        for question in questions
+        if (earlier := first.setdefault(question.text_sha256, question.id)) != question.id
+    ]
+    if pairs:
+        log.warning("%d questions repeat the text of another id (first: %s and %s)", len(pairs), *pairs[0])
+
+
+def without_answers(questions: Iterable[Question]) -> list[Question]:
+    """The same questions with ``answer`` and ``aliases`` removed, order kept."""
+    return [replace(question, answer=None, aliases=()) for question in questions]
+
+
+def split_of(question_id: str) -> Split:
+    """Fixed split of an id: 45 % train, 15 % dev, 40 % test, by SHA-256 of ``neurosig:ID``."""
+    bucket = int.from_bytes(hashlib.sha256(f"neurosig:{question_id}".encode()).digest()[:8], "big") % 100
+    return "train" if bucket < 45 else "dev" if bucket < 60 else "test"

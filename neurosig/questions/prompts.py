@@ -1,0 +1,141 @@
+"""Chat messages of student and teacher, as token ids.
+
+The student sees the bare question; the teacher sees worked examples first, as earlier turns of the chat. Nothing is
+ever truncated, and text that looks like a special token stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from neurosig.questions.chat_template import ADVICE, TemplateRenderer
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import sha256_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from neurosig.questions.load import Question
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptConfig:
+    """Wording of a prompt.
+
+    Attributes:
+        system: System message; ``None`` leaves the chat template's own default.
+        instruction: Line after a free-form question.
+        choice_instruction: Line after the lettered choices of a multiple-choice question.
+        enable_thinking: Handed to the chat template (Qwen3); ``None`` hands over nothing.
+    """
+
+    system: str | None = None
+    instruction: str = "Answer in one short sentence."
+    choice_instruction: str = "Reply with the letter of the right choice, as in: Answer: A"
+    enable_thinking: bool | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A question and the model's own answer to it, for the teacher's context."""
+
+    question: Question
+    response: str
+
+
+def question_text(question: Question, config: PromptConfig) -> str:
+    """What the user turn says: question, lettered choices, instruction."""
+    lines = [question.question]
+    if question.choices:
+        lines += [
+            f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, question.choices, strict=False)
+        ]
+        lines.append(config.choice_instruction)
+    else:
+        lines.append(config.instruction)
+    return "\n".join(line for line in lines if line)
+
+
+class PromptBuilder:
+    """Turns questions into prompt ids with one tokenizer and one wording."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
+        if tokenizer.chat_template is None:
+            raise UserError(f"the tokenizer has no chat template; {ADVICE}")
+        self.tokenizer = tokenizer
+        self.config = config
+        self._template = TemplateRenderer(tokenizer)
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = sorted({*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)})
+
+    def student(self, question: Question) -> tuple[int, ...]:
+        """Prompt ids of the bare question."""
+        return self.teacher(question, ())
+
+    def teacher(self, question: Question, context: Sequence[Demonstration]) -> tuple[int, ...]:
+        """Prompt ids of the question after its worked examples, in the order given (nearest last)."""
+        return self.encode(self.messages(question, context))
+
+    def messages(self, question: Question, context: Sequence[Demonstration] = ()) -> list[Message]:
+        """The chat that `student` and `teacher` encode."""
+        messages: list[Message] = (
+            [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
+        )
+        for shown in context:
+            messages.append({"role": "user", "content": question_text(shown.question, self.config)})
+            messages.append({"role": "assistant", "content": shown.response.strip()})
+        messages.append({"role": "user", "content": question_text(question, self.config)})
+        return messages
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a chat that ends with the generation prompt.
+
+        Raises:
+            UserError: The template fails, or leaves out what a user turn says.
+        """
+        hostile = any(token in message["content"] for message in messages for token in self._special)
+        return self._encode_pieces(messages) if hostile else self._tokenise(self._render(messages))
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        options: dict[str, Any] = (
+            {} if self.config.enable_thinking is None else {"enable_thinking": self.config.enable_thinking}
+        )
+        text = self._template(messages, **options)
+        asked = [message["content"].strip() for message in messages if message["role"] == "user"]
+        if not all(content in text for content in asked):
+            what = "the question" if asked[-1] not in text else "the examples before the question"
+            raise UserError(f"the chat template leaves out {what}; {ADVICE}")
+        return text
+
+    def _tokenise(self, text: str, *, split_special_tokens: bool = False) -> tuple[int, ...]:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
+        return tuple(encoded["input_ids"])
+
+    def _encode_pieces(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Encode template and contents apart, so that ``<|im_end|>`` inside a question is no special token."""
+        marks = [f"contentmark{index:04d}x" for index in range(len(messages))]
+        marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+        rest, ids = self._render(marked), []
+        for mark, message in zip(marks, messages, strict=True):
+            before, found, rest = rest.partition(mark)
+            if not found:
+                raise UserError(f"the chat template leaves out a message; {ADVICE}")
+            ids += [
+                *self._tokenise(before),
+                *self._tokenise(message["content"].strip(), split_special_tokens=True),
+            ]
+        return (*ids, *self._tokenise(rest))
+
+
+def prompt_sha256(config: PromptConfig) -> str:
+    """Hash of a wording, for run records."""
+    return sha256_text(json.dumps(config.as_dict(), sort_keys=True))

@@ -1,0 +1,1 @@
+"""``python -m neurosig.report``: what the signals of an export are worth."""

@@ -1,0 +1,251 @@
+"""Report what the signals of an export are worth: one self-contained HTML page, and the numbers as CSV.
+
+    python -m neurosig.report --run runs/demo/manifest
+
+For each signal: AUROC for "the majority is right" and "this rollout is right", correlation with length, vote share and
+text overlap, what it adds to the vote share and to all output-level signals, and a verdict in words made from these
+numbers. Gold answers are read from the question files here and nowhere before; without them the rest is reported.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neurosig.runtime.cli import CommonConfig, PhaseTimer, printable, run_command
+from neurosig.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from neurosig.manifest import Manifest
+    from neurosig.report.data import Bin, Layer, Level
+    from neurosig.report.patterns import Patterns
+    from neurosig.report.probe import Located
+    from neurosig.report.signal_table import SignalRow
+    from neurosig.statistics.auroc import AnalysisConfig
+
+logger = logging.getLogger(__name__)
+
+PAGE, SIGNALS_CSV, NEURONS_CSV, LAYERS_CSV = "report.html", "signals.csv", "neurons.csv", "layers.csv"
+PATH_CSV, PROBE = "path.csv", "probe.safetensors"
+
+
+@dataclass(kw_only=True)
+class ReportConfig(CommonConfig):
+    """Write the signal report of a manifest: what each signal knows about right answers, and what it adds."""
+
+    run: Path
+    """Manifest folder, as neurosig.export writes it."""
+    out: Path | None = None
+    """Folder of report.html, the CSV files and probe.safetensors; default: RUN/report."""
+    questions: tuple[str, ...] = ()
+    """Question files with gold answers; default: those the manifest names."""
+    resamples: int = 2000
+    """Bootstrap resamples of the questions."""
+    folds: int = 5
+    """Cross-fitting folds of the nested regressions."""
+    seed: int = 0
+    """Seed of bootstrap and folds."""
+    examples: int = 5
+    """Clean and suspect questions shown, each."""
+    neurons: int = 30
+    """Located neurons listed on the page."""
+
+
+def main(config: ReportConfig) -> None:
+    """Write the report described by ``config``."""
+    from neurosig.hallucination.locate import write_neurons
+    from neurosig.manifest import HEADER, read_manifest
+    from neurosig.report.data import join_gold, layer_profile, question_level, read_neurons, read_traced, rollout_level
+    from neurosig.report.html import render
+    from neurosig.report.patterns import patterns
+    from neurosig.report.probe import Located, locate
+    from neurosig.report.signal_table import analyse
+    from neurosig.runtime.files import write_atomic
+    from neurosig.statistics.auroc import AnalysisConfig
+
+    analysis = AnalysisConfig(config.seed, config.resamples, config.folds)
+    if not (config.run / HEADER).is_file() and (config.run / "manifest" / HEADER).is_file():
+        raise UserError(f"--run {config.run}: not a manifest folder; its subfolder manifest is one")
+    with PhaseTimer() as timer:
+        with timer.phase("read"):
+            manifest = read_manifest(config.run)
+            if not manifest.rollouts:
+                raise UserError(f"--run {config.run}: every question was too long, so there are no signals to report")
+            traced, neurons = read_traced(manifest), read_neurons(config.run)
+            sources = config.questions or tuple(manifest.header.dataset["sources"])
+            gold, lacking = join_gold(manifest, sources, required=bool(config.questions))
+        with timer.phase("analyse"):
+            levels = {"question": question_level(manifest, gold), "rollout": rollout_level(manifest, traced, gold)}
+            tables = {
+                name: analyse(level.signals, level.right, level.owners, level.confounders, analysis)
+                for name, level in levels.items()
+            }
+            layers = layer_profile(manifest, traced, neurons)
+        with timer.phase("locate"):
+            located = locate(manifest, traced, seed=config.seed, quiet=config.quiet)
+        with timer.phase("cluster"):
+            clustered = patterns(manifest, traced, seed=config.seed)
+        with timer.phase("write"):
+            page = _page(config, manifest, levels, tables, lacking, layers, located, clustered, gold, analysis)
+            out = config.run / "report" if config.out is None else config.out
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / SIGNALS_CSV, _signals_csv(levels, tables))
+            if isinstance(located, Located):
+                write_neurons(out / NEURONS_CSV, located.probe.neurons)
+                write_atomic(out / PATH_CSV, located.probe.path.to_csv(index=False))
+                located.probe.save(out / PROBE)
+            write_atomic(out / LAYERS_CSV, _csv([asdict(layer) for layer in layers]))
+            write_atomic(out / PAGE, render(page))
+    for sentence in page["findings"]:
+        print(printable(sentence))
+    print(printable(str(out / PAGE)))
+
+
+def _page(
+    config: ReportConfig,
+    manifest: Manifest,
+    levels: Mapping[str, Level],
+    tables: Mapping[str, Sequence[SignalRow]],
+    lacking: str | None,
+    layers: Sequence[Layer],
+    located: Located | str,
+    clustered: Patterns | str,
+    gold: Mapping[str, Any],
+    analysis: AnalysisConfig,
+) -> dict[str, Any]:
+    """What the template shows."""
+    from neurosig.report.data import examples, reliability
+    from neurosig.report.html import layer_charts, table_of
+    from neurosig.report.signal_table import headline
+
+    bins = reliability(manifest, gold)
+    events = {"question": "the majority is right", "rollout": "a rollout is right"}
+    samples = {name: _sample(name, level, lacking, analysis) for name, level in levels.items()}
+    findings = [headline(tables[name], event) for name, event in events.items()]
+    clean, suspect = examples(manifest, gold, config.examples)
+    options = manifest.header.options
+    return {
+        "run": {
+            "model": str(manifest.header.model["id"]),
+            "sources": ", ".join(manifest.header.dataset["sources"]),
+            "facts": _facts(manifest),
+        },
+        "findings": [sentence for sentence in findings if sentence] or [samples["question"]],
+        "question_table": table_of(tables["question"], levels["question"], samples["question"]),
+        "rollout_table": table_of(tables["rollout"], levels["rollout"], samples["rollout"]),
+        "bins": bins,
+        "most": max((bin.n for bin in bins), default=1),
+        "calibration": _calibration(bins, int(options["num_generations"]), config.seed),
+        "without_gold": f"No gold answers: {lacking}.",
+        "charts": layer_charts(layers),
+        "located": located,
+        "patterns": clustered,
+        "top_neurons": [] if isinstance(located, str) else located.table[: config.neurons],
+        "clean": clean,
+        "suspect": suspect,
+        "policy": f"{options['context_policy']}".replace("_", " "),
+        "analysis": analysis,
+    }
+
+
+def _facts(manifest: Manifest) -> dict[str, str]:
+    header = manifest.header
+    options, sampling = header.options, header.sampling
+    counts = {name: count for name, count in header.counts.items() if name != "questions"}
+    weights = ", ".join(f"{name} {value[:12]}" for name, value in header.model["weights"].items())
+    where = "made elsewhere" if "rollouts_sha256" in sampling else f"T={options['temperature']:g}"
+    facts = {
+        "model": f"{header.model['id']} ({header.model['dtype']}; {weights})",
+        "questions": f"{header.counts['questions']} of {', '.join(header.dataset['sources'])}",
+        "rollouts": f"{len(manifest.rollouts)}, K={len(next(r.answers for r in manifest.rows if r.vote))}, {where}, "
+        f"seed {options['seed']}",
+        "outcome": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
+    }
+    told = ("neuron_value", "contribution", "active_set", "set_size", "hallucination_score", "clean_filter")
+    facts |= {name.replace("_", " "): str(options[name]) for name in told if name in options}
+    return facts | {"manifest": f"{manifest.folder} (content {header.content_sha256[:12]})"}
+
+
+def _sample(name: str, level: Level, lacking: str | None, analysis: AnalysisConfig) -> str:
+    """How many rows a table is made from, and what cannot be computed and why."""
+    from neurosig.statistics.auroc import rarest_class
+
+    questions, rows = int(level.owners.max()) + 1, len(level.owners)
+    text = f"{questions} questions" + (f", {rows} rollouts" if name == "rollout" else "")
+    if level.right is None:
+        return f"{text}. No gold answers, so only the correlations: {lacking}."
+    what = "majorities" if name == "question" else "rollouts"
+    right = int(level.right.sum())
+    text += f", {right} {what} right."
+    if right in (0, rows):
+        text += f" All {what} are {'right' if right else 'wrong'}, so no signal can tell right from wrong: no AUROC."
+    elif rarest_class(level.right, level.owners) < analysis.folds:
+        text += (
+            f" The rarer outcome occurs in {rarest_class(level.right, level.owners)} questions, too few for "
+            f"{analysis.folds} folds: what the signals add is left out."
+        )
+    return text + (f" Left out: {lacking}." if lacking else "")
+
+
+def _calibration(bins: Sequence[Bin], k: int, seed: int) -> str:
+    """ECE and its floor; empty without gold answers."""
+    import numpy as np
+
+    from neurosig.statistics.metrics import ece, ece_floor
+
+    if not bins:
+        return ""
+    sizes = [bin.n for bin in bins]
+    votes = np.repeat([round(bin.confidence * k) for bin in bins], sizes)
+    right = np.concatenate([np.arange(bin.n) < bin.right for bin in bins]).astype(float)
+    return (
+        f"ECE {ece(votes, k, right):.3f} over {len(votes)} questions, K={k}; a perfectly calibrated sampler would show "
+        f"about {ece_floor(k, len(votes), seed=seed):.3f}. Dot area: questions; ties are decided as in the manifest."
+    )
+
+
+def _signals_csv(levels: Mapping[str, Level], tables: Mapping[str, Sequence[SignalRow]]) -> str:
+    lines = []
+    for name, level in levels.items():
+        for row in tables[name]:
+            line: dict[str, Any] = {
+                "level": name,
+                "signal": row.signal.name,
+                "kind": row.signal.kind,
+                "questions": int(level.owners.max()) + 1,
+                "rows": len(level.owners),
+                "right": None if level.right is None else int(level.right.sum()),
+                **_interval("auroc", row.auroc),
+            }
+            for confounder, correlation in row.correlations.items():
+                line |= _interval(f"spearman_{confounder}", correlation)
+            for base in ("over_vote", "over_outputs"):
+                gain = getattr(row, base)
+                line |= _interval(base, gain and gain.auroc) | _interval(f"{base}_log_loss", gain and gain.log_loss)
+                line |= {f"{base}_p": gain and gain.p, f"{base}_p_holm": gain and getattr(row, f"{base}_p")}
+            line["verdict"] = row.verdict
+            lines.append(line)
+    return _csv(lines)
+
+
+def _interval(name: str, interval: Any) -> dict[str, float | None]:
+    ends = {name: "estimate", f"{name}_low": "low", f"{name}_high": "high"}
+    return {column: None if interval is None else round(getattr(interval, end), 6) for column, end in ends.items()}
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(ReportConfig, main, presets={}, prog="python -m neurosig.report"))

@@ -1,0 +1,108 @@
+"""The report as one self-contained page: no script, no network, model text escaped and made visible."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from neurosig.report.data import Layer, Level
+from neurosig.report.signal_table import DISGUISE, SignalRow, signed
+
+TEMPLATE = "report.html.jinja"
+_INVISIBLE = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
+_JOINERS = {"\u200c", "\u200d"}  # Persian and emoji need them
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A signals table and the scales of its drawings.
+
+    Attributes:
+        rows: Its lines.
+        sample: How many rows it is made from, and what is left out and why.
+        confounders: Names of the correlations.
+        low: Left end of the AUROC scale, which ends at 1.
+        reach: The scale of gains runs from minus to plus this.
+    """
+
+    rows: Sequence[SignalRow]
+    sample: str
+    confounders: tuple[str, ...]
+    low: float
+    reach: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChart:
+    """Bars by layer: ``up`` from the zero line by its sign, ``down`` below it; a ``colour`` of its own or by sign."""
+
+    title: str
+    up: Sequence[int | float]
+    down: Sequence[int]
+    colour: str = ""
+
+
+def table_of(rows: Sequence[SignalRow], level: Level, sample: str) -> Table:
+    """The table with scales that hold every interval but those of what the vote share adds."""
+    aurocs = [row.auroc.low for row in rows if row.auroc is not None]
+    others = [row for row in rows if row.signal.name != "vote_share"]  # it adds so much that the rest would shrink
+    gains = [gain.auroc for row in others for gain in (row.over_vote, row.over_outputs) if gain is not None]
+    reach = max([0.01, *(abs(end) for gain in gains for end in (gain.low, gain.high))])
+    return Table(rows, sample, tuple(level.confounders), min([0.4, *aurocs]), reach)
+
+
+def layer_charts(layers: Sequence[Layer]) -> list[LayerChart]:
+    """Where the probe's neurons lie, what active neurons contribute, and how that differs where rollouts split."""
+    nothing = [0] * len(layers)
+    charts = [
+        LayerChart(
+            "Probe neurons by layer: up, to hallucination; down, to trust",
+            [layer.to_hallucination for layer in layers],
+            [layer.to_trust for layer in layers],
+        ),
+        LayerChart(
+            "Mean contribution of an active neuron by layer", [layer.contribution for layer in layers], nothing, "plain"
+        ),
+    ]
+    differences = [layer.difference for layer in layers if layer.difference is not None]
+    if len(differences) == len(layers):
+        title = "Contribution on split minus on agreeing questions by layer, in standard deviations"
+        charts.append(LayerChart(title, differences, nothing))
+    return charts
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The page; ``page`` holds what the template names."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_visible_value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["signed"] = signed
+    environment.filters["spoken"] = lambda name: name.replace("_", " ")
+    environment.filters["within"] = lambda value, low, high: min(max(value, low), high)
+    return environment.get_template(TEMPLATE).render(page, disguise=f"{DISGUISE:g}")
+
+
+def visible(text: str) -> str:
+    r"""Text in which nothing hides: control, format (bidi overrides, zero width) and private characters as ``\u202e``.
+
+    Newlines stay. The page also isolates the direction of every model text.
+    """
+    return "".join(_escaped(char) if unicodedata.category(char) in _INVISIBLE else char for char in text)
+
+
+def _escaped(char: str) -> str:
+    return char if char == "\n" or char in _JOINERS else char.encode("unicode_escape").decode()
+
+
+def _visible_value(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,0 +1,1 @@
+"""The frame of every command: options, errors, output folders, files, run records."""

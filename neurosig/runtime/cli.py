@@ -1,0 +1,368 @@
+"""The frame of every command: configuration, logging, exit codes.
+
+A command is a flat dataclass that extends :class:`CommonConfig` and a ``main(config)``::
+
+    @dataclass(kw_only=True)
+    class ExportConfig(CommonConfig):
+        '''Write a selection manifest.'''
+
+        out: Path
+        '''Folder of the manifest.'''
+        rollouts: int = 8
+        '''Rollouts a question.'''
+
+    PRESETS = {"cpu": {"rollouts": 4}}
+
+    if __name__ == "__main__":
+        sys.exit(run_command(ExportConfig, main, presets=PRESETS, prog="python -m neurosig.export"))
+
+Values come from the dataclass, then the preset, then the TOML file, then the command line; the later wins.
+So that ``--help`` answers at once, a command's module imports torch, transformers and the like inside ``main``.
+
+Exit codes: 0 done; 2 what the user can mend; 1 a fault of ours; 130 interrupted; 141 the reader of a pipe left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import tomllib
+import traceback
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+from neurosig.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
+OUT_OF_MEMORY = "out of memory: {}; lower the batch size or the token limit, then run again"
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class CommonConfig:
+    """Options every command has."""
+
+    preset: str | None = None
+    """Named set of defaults; a config file and the command line override it."""
+    config: Path | None = None
+    """TOML file of options (snake_case keys); the command line overrides it."""
+    quiet: bool = False
+    """Show warnings and errors only."""
+    debug: bool = False
+    """Show tracebacks and the libraries' own messages."""
+
+
+ConfigT = TypeVar("ConfigT", bound=CommonConfig)
+
+
+def run_command(
+    config_class: type[ConfigT],
+    main: Callable[[ConfigT], None],
+    *,
+    presets: Mapping[str, Mapping[str, object]],
+    prog: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, run ``main`` and turn what it raises into one line and an exit code.
+
+    Args:
+        config_class: dataclass of the command's options.
+        main: the command; raises ``UserError`` for what the user can mend.
+        presets: name -> field -> value; the fields must exist.
+        prog: how the command is called, e.g. ``python -m neurosig.export``.
+        argv: arguments after the program's name; ``sys.argv[1:]`` when None.
+
+    Returns:
+        The exit code; see the module's docstring.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    can_resume = any(field.name == "resume" for field in dataclasses.fields(config_class))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C cannot encode every answer
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # threads that spin at length starve each other: beside one other process a batch took 20 times as long
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    previous = _interrupt_on_sigterm()
+    try:
+        config = parse_config(config_class, presets=presets, prog=prog, argv=arguments)
+        debug = config.debug
+        _configure_logging(quiet=config.quiet, debug=debug)
+        main(config)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return EXIT_DONE
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_DONE if stop.code is None else EXIT_USER
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes stdout once more as it leaves
+        return EXIT_PIPE
+    except (KeyboardInterrupt, Exception) as fault:
+        if debug:
+            traceback.print_exc()
+        code, message = _explain(fault, can_resume=can_resume)
+        print(message, file=sys.stderr)
+        return code
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def parse_config(
+    config_class: type[ConfigT],
+    *,
+    presets: Mapping[str, Mapping[str, object]],
+    prog: str,
+    argv: Sequence[str],
+) -> ConfigT:
+    """Build the configuration: dataclass defaults < preset < config file < command line.
+
+    Raises:
+        UserError: unknown preset; a config file that cannot be read, or holds an unknown key or a wrong type.
+        SystemExit: code 2 for a usage error, 0 for ``--help``.
+    """
+    import tyro
+
+    named = _option(argv, "--config")
+    from_file = _read_config(config_class, Path(named)) if named is not None else {}
+    preset = _option(argv, "--preset") or from_file.get("preset")
+    values: dict[str, Any] = dict(from_file)
+    if preset is not None:
+        if preset not in presets:
+            raise UserError(f"--preset {preset}: no such preset{_suggest(preset, presets)}; have {_list(presets)}")
+        values = {**presets[preset], "preset": preset, **from_file}
+
+    # Filled field by field: __post_init__ must see the final values only, and a required field has none yet.
+    default = object.__new__(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.name in values:
+            value = values.pop(field.name)
+        elif field.default_factory is not MISSING:
+            value = field.default_factory()
+        else:
+            value = tyro.MISSING if field.default is MISSING else field.default
+        object.__setattr__(default, field.name, value)
+    if values:
+        raise TypeError(f"preset {preset!r} of {prog}: {config_class.__name__} has no field {_list(values)}")
+    return tyro.cli(
+        config_class, prog=prog, description=_description(config_class, presets), args=argv, default=default
+    )
+
+
+def command_words(options: Mapping[str, Any]) -> list[str]:
+    """Options as command-line words: ``{"lora_r": 8, "full": True}`` is ``--lora-r 8 --full``."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    return words
+
+
+def config_record(config: CommonConfig) -> dict[str, Any]:
+    """The options of a run as plain JSON values, less ``quiet`` and ``debug``, to lie beside its outputs."""
+    record = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("quiet", "debug")}
+    return typing.cast(dict[str, Any], json.loads(json.dumps(record, default=str)))
+
+
+def printable(text: str) -> str:
+    r"""Model text for a terminal, on one line: control characters (``\x1b``) and bidi overrides escaped."""
+    return _UNPRINTABLE.sub(lambda match: repr(match.group())[1:-1], text)
+
+
+def progress(iterable: Iterable[T] | None = None, *, total: int | None = None, desc: str, quiet: bool = False) -> Any:
+    """A tqdm bar on stderr over ``iterable``, or to ``update`` by hand; none when quiet or not on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, total=total, desc=desc, disable=True if quiet else None, dynamic_ncols=True)
+
+
+class PhaseTimer:
+    """Seconds spent in each phase of a command; the table is logged when the ``with`` block ends well.
+
+    >>> with PhaseTimer() as timer, timer.phase("sample"):
+    ...     pass
+
+    Attributes:
+        seconds: phase -> seconds of wall time, summed over repetitions, in order of first use.
+        tokens: phase -> tokens it worked on, for the phases that count them.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.tokens: dict[str, int] = {}
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> PhaseTimer:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            return
+        total = time.perf_counter() - self._start
+        rows = [*self.seconds.items(), ("total", total)]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"  {name:<{width}}  {seconds:9.1f} s  {seconds / total:4.0%}" for name, seconds in rows]
+        for index, name in enumerate(self.seconds):
+            if name in self.tokens:
+                lines[index] += f"  {self.tokens[name] / max(self.seconds[name], 1e-9):6.0f} tokens/s"
+        log.info("time by phase:\n%s", "\n".join(lines))
+
+    def add_tokens(self, phase: str, tokens: int) -> None:
+        """Count tokens that ``phase`` worked on; the table then shows its rate."""
+        self.tokens[phase] = self.tokens.get(phase, 0) + tokens
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's wall time to the phase ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _option(argv: Sequence[str], flag: str) -> str | None:
+    """Last value of ``flag``; None when absent or when its value is missing, which tyro then reports."""
+    value = None
+    for position, argument in enumerate(argv):
+        if argument.startswith(flag + "="):
+            value = argument[len(flag) + 1 :]
+        elif argument == flag and position + 1 < len(argv):
+            value = argv[position + 1]
+    return value
+
+
+def _read_config(config_class: type[CommonConfig], path: Path) -> dict[str, Any]:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise UserError(f"config {path}: {_os_text(fault)}") from fault
+    except UnicodeDecodeError as fault:
+        raise UserError(f"config {path}: not UTF-8 (byte {fault.start})") from fault
+    except tomllib.TOMLDecodeError as fault:
+        raise UserError(f"config {path}: invalid TOML: {fault}") from fault
+    hints = typing.get_type_hints(config_class)
+    names = {field.name: field for field in dataclasses.fields(config_class) if field.name != "config"}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in names:
+            raise UserError(f"config {path}: {key}: unknown option{_suggest(key, names)}")
+        try:  # JSON rules: a list may become a tuple and a text a path, but "8" is no int and 1 no bool
+            values[key] = TypeAdapter(hints[key]).validate_json(json.dumps(value), strict=True)
+        except (ValidationError, TypeError) as fault:
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            wanted = wanted if type(hints[key]) is type else str(hints[key]).replace("typing.", "")
+            raise UserError(f"config {path}: {key}: expected {wanted}, got {value!r}") from fault
+    return values
+
+
+def _description(config_class: type[CommonConfig], presets: Mapping[str, object]) -> str:
+    text = config_class.__doc__ or ""
+    if text.startswith(f"{config_class.__name__}("):  # the signature a dataclass without a docstring gets
+        text = ""
+    return f"{text.strip()}\n\nPresets: {_list(presets)}.".strip() if presets else text.strip()
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def _explain(fault: BaseException, *, can_resume: bool) -> tuple[int, str]:
+    """Exit code and the one line for what ended the command."""
+    text = printable(" ".join(str(fault).split()))
+    if isinstance(fault, KeyboardInterrupt):
+        how = "rerun with --resume" if can_resume else text
+        return EXIT_INTERRUPTED, f"interrupted; {how}" if how else "interrupted"
+    if isinstance(fault, UserError):
+        return EXIT_USER, f"error: {text}"
+    if _is_out_of_memory(fault):
+        return EXIT_USER, "error: " + OUT_OF_MEMORY.format(text or type(fault).__name__)
+    if isinstance(fault, OSError):
+        return EXIT_USER, f"error: {printable(_os_text(fault, named=True))}"
+    if type(fault).__name__ == "SafetensorError" and "os error 28" in text:  # its full disk is no OSError
+        return EXIT_USER, f"error: {text}"
+    return (
+        EXIT_INTERNAL,
+        f"error: internal: {type(fault).__name__}: {text} (rerun with --debug for the traceback)",
+    )
+
+
+def _os_text(fault: OSError, *, named: bool = False) -> str:
+    text = fault.strerror or " ".join(str(fault).split()) or type(fault).__name__
+    return f"{fault.filename}: {text}" if named and fault.filename is not None else text
+
+
+def _is_out_of_memory(fault: BaseException) -> bool:
+    """Python's, the accelerator's (``torch.OutOfMemoryError``) and the CPU allocator's way to say so."""
+    return (
+        isinstance(fault, MemoryError)
+        or type(fault).__name__ == "OutOfMemoryError"
+        or (isinstance(fault, RuntimeError) and "can't allocate memory" in str(fault))
+    )
+
+
+def _interrupt_on_sigterm() -> Any:
+    """Let SIGTERM end a command as Ctrl-C does; returns the handler to put back (None outside the main thread)."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        return signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        return None
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+def _configure_logging(*, quiet: bool, debug: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    for name in ("neurosig", "distill", "figures", "__main__"):  # __main__: the module that python -m runs
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.WARNING if quiet else logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        for variable, value in _QUIET_LIBRARIES.items():
+            os.environ.setdefault(variable, value)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")

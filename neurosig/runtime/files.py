@@ -1,0 +1,104 @@
+"""Files that appear whole, and their hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from neurosig.runtime.errors import UserError
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write ``data`` beside ``path``, flush it to disk, then rename it into place.
+
+    Raises:
+        UserError: The disk is full; what was there before is untouched.
+    """
+    path = Path(path)
+    payload = data.encode() if isinstance(data, str) else data
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with disk_space(path, len(payload)), aside.open("wb") as handle:
+            handle.write(payload)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Append a line and flush it to disk.
+
+    Raises:
+        UserError: The disk is full; the file is as it was.
+    """
+    path = Path(path)
+    payload = (line + "\n").encode()
+    with path.open("ab", buffering=0) as handle:
+        end = handle.tell()
+        try:
+            with disk_space(path, len(payload)):
+                written = handle.write(payload)
+                if written < len(payload):  # the next write says why
+                    handle.write(payload[written:])
+                os.fsync(handle.fileno())
+        except BaseException:
+            handle.truncate(end)
+            raise
+
+
+@contextlib.contextmanager
+def disk_space(path: Path, needed: int, *, kept: str = "") -> Iterator[None]:
+    """Write ``path`` in the block; a full disk is one sentence.
+
+    Args:
+        path: What is written, by whatever library.
+        needed: Its bytes.
+        kept: What is safe all the same, for the message.
+
+    Raises:
+        UserError: The disk is full; how much was to be written and how much room there was.
+    """
+    free = shutil.disk_usage(path.parent).free
+    try:
+        yield
+    except Exception as error:
+        number = _full_disk(error.__cause__ if isinstance(error, UserError) else error)
+        if number is None:
+            raise
+        safe = f"; {kept}" if kept else ""
+        raise UserError(
+            f"{path}: {os.strerror(number)} ({needed:,} bytes to write, {free:,} free){safe}; make room, then run again"
+        ) from error
+
+
+def _full_disk(error: BaseException | None) -> int | None:
+    """The error number if it says that the disk is full; safetensors and others put it into their text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    return number if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
+
+
+def csv_cell(value: object) -> object:
+    """Text that a spreadsheet would run as a formula gets an apostrophe before it; all else is as it was."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Hex SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()

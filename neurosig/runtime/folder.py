@@ -1,0 +1,83 @@
+"""Output folders: one writer at a time, refuse to overwrite, say when a run is already complete."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from neurosig.runtime.errors import UserError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: bool, overwrite: bool) -> Iterator[bool]:
+    """Hold ``out`` for one run; yields whether an earlier run already finished it (then change nothing).
+
+    Args:
+        out: The folder; made when absent.
+        finished: File whose presence means that the run in this folder is complete.
+        owned: Glob patterns of everything a run writes here; ``overwrite`` deletes these and nothing else.
+        resume: Continue an interrupted run, or leave a finished one alone.
+        overwrite: Start anew over an earlier run.
+
+    Raises:
+        UserError: The folder is in use, holds an earlier run without either flag, or cannot be written.
+    """
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
+    with _locked(out):
+        try:
+            earlier = [path for pattern in owned for path in out.glob(pattern)]
+            if overwrite:
+                for path in earlier:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif earlier and not resume:
+                raise UserError(
+                    f"--out {out}: holds an earlier run; give --resume to continue it, --overwrite, or another folder"
+                )
+            yield (out / finished).exists()
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+            if not any(out.iterdir()):
+                out.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock file, which names pid and host. The kernel frees the lock of a killed run: it is taken over."""
+    while True:
+        try:
+            if out.is_file():
+                raise UserError(f"--out {out}: is a file; give a folder")
+            out.mkdir(parents=True, exist_ok=True)
+            lock = (out / LOCK).open("a+")
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot write there ({error.strerror})") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise UserError(f"--out {out}: in use by pid {holder}; wait or choose another") from error
+            if not _is_file(lock, out / LOCK):  # its last holder removed it between our open and our lock
+                continue
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+            return
+
+
+def _is_file(handle: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,1 @@
+"""Rollouts: sampled here, sampled by a server, or read from a file."""

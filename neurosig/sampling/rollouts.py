@@ -1,0 +1,198 @@
+"""Finished rollouts, and the append-only store that sampling resumes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import append_line, write_atomic
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled completion of one question.
+
+    Attributes:
+        question_id: The question it answers.
+        rollout_id: Index among the K rollouts of that question.
+        text: Decoded completion without special tokens.
+        token_ids: Completion tokens as sampled, the end-of-sequence token included when there is one.
+        finish_reason: ``stop`` at an end-of-sequence token, ``length`` when cut off.
+        mean_logprob: Mean log-probability of its tokens at temperature 1, in nats; ``None`` if made elsewhere.
+        mean_entropy: Mean entropy of the model's next-token distribution at temperature 1, in nats.
+        mean_self_certainty: Mean KL divergence of that distribution from the uniform one, KL(U || p), in nats
+            (Intuitor, arXiv 2505.19590).
+    """
+
+    question_id: str
+    rollout_id: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    mean_logprob: float | None = None
+    mean_entropy: float | None = None
+    mean_self_certainty: float | None = None
+
+    @property
+    def body_ids(self) -> tuple[int, ...]:
+        """Tokens that carry the answer: without the closing end-of-sequence token, unless it is the only one."""
+        ended = self.finish_reason == "stop" and len(self.token_ids) > 1
+        return self.token_ids[:-1] if ended else self.token_ids
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+class RolloutLog:
+    """Append-only log of whole question groups, so that a killed run loses at most the group being written.
+
+    The first line is the key of everything that determines the rollouts (model, prompts, sampling); a log whose
+    key differs is never continued. A torn last line is dropped and sampled again.
+    """
+
+    def __init__(self, path: str | Path, key: Mapping[str, Any]):
+        self.path = Path(path)
+        self.key = json.loads(json.dumps(key))
+        self.groups: dict[str, list[Rollout]] = {}
+        if self.path.exists():
+            self._reopen()
+        else:
+            write_atomic(self.path, json.dumps({"key": self.key}) + "\n")
+
+    def append(self, group: Sequence[Rollout]) -> None:
+        """Add one question's finished rollouts and flush them to disk."""
+        append_line(self.path, json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False))
+        self.groups[group[0].question_id] = list(group)
+
+    def _reopen(self) -> None:
+        lines = self.path.read_bytes().split(b"\n")
+        try:
+            found = json.loads(lines[0])["key"]
+            groups = [[parse_rollout(fields) for fields in json.loads(line)] for line in lines[1:-1]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{self.path}: damaged, so it cannot be resumed ({error}); use --overwrite") from error
+        changed = sorted(name for name in {*found, *self.key} if found.get(name) != self.key.get(name))
+        if changed:
+            raise UserError(
+                f"{self.path.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
+                "use the same options or --overwrite"
+            )
+        self.groups = {group[0].question_id: group for group in groups}
+        write_atomic(self.path, b"\n".join(lines[:-1]) + b"\n")
+
+
+def parse_rollout(fields: Mapping[str, Any]) -> Rollout:
+    """A ``Rollout`` from its JSON fields."""
+    return Rollout(**{**fields, "token_ids": tuple(fields["token_ids"])})
+
+
+def read_external_rollouts(
+    path: str | Path, encode: Callable[[str], Sequence[int]], eos_token_ids: Sequence[int], known_ids: set[str]
+) -> dict[str, list[Rollout]]:
+    """Read rollouts made elsewhere (a vLLM cluster, say), grouped by question.
+
+    Each line is an object with ``question_id`` and ``text``; ``token_ids`` and ``finish_reason`` are optional.
+    Without ``token_ids`` the text is encoded by ``encode``. Ids that do not end with an end-of-sequence token are
+    closed with one, unless the completion was cut off.
+
+    Args:
+        path: JSONL file.
+        encode: text -> token ids, special tokens in the text taken as text.
+        eos_token_ids: Ids that end a completion; the first closes those that lack one.
+        known_ids: Ids of the questions at hand.
+
+    Raises:
+        UserError: Naming file and line: not JSON, a missing field, an unknown question, groups of unequal size.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"rollouts {path}: no such file")
+    groups: dict[str, list[Rollout]] = {}
+    for number, fields in _json_lines(path):
+        for name in ("question_id", "text"):
+            if not isinstance(fields.get(name), str):
+                raise UserError(f"{path}:{number}: {name}: expected a string, got {json.dumps(fields.get(name))[:60]}")
+        question_id, text = fields["question_id"], fields["text"]
+        if question_id not in known_ids:
+            raise UserError(f'{path}:{number}: question_id "{question_id}" is in none of the question files')
+        reason = fields.get("finish_reason", "stop")
+        if reason not in ("stop", "length"):
+            raise UserError(f'{path}:{number}: finish_reason: expected "stop" or "length", got {json.dumps(reason)}')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}:{number}: text: a lone surrogate at character {error.start}") from error
+        given = fields.get("token_ids")
+        ids = list(encode(text)) if given is None else given
+        if not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
+            raise UserError(f"{path}:{number}: token_ids: expected a list of token ids, got {json.dumps(given)[:60]}")
+        if reason == "stop" and (not ids or ids[-1] not in eos_token_ids):
+            ids = [*ids, eos_token_ids[0]]
+        if not ids:
+            raise UserError(f"{path}:{number}: an empty completion that was cut off; leave it out")
+        group = groups.setdefault(question_id, [])
+        group.append(Rollout(question_id, len(group), text, tuple(ids), reason))
+    sizes = {len(group) for group in groups.values()}
+    if len(sizes) != 1:
+        raise UserError(f"{path}: every question needs the same number of rollouts, found {sorted(sizes) or 'none'}")
+    absent = sorted(known_ids - set(groups))
+    if absent:
+        raise UserError(
+            f'{path}: no rollouts for {len(absent)} of {len(known_ids)} questions, the first is "{absent[0]}"; '
+            "use --limit or add them"
+        )
+    return groups
+
+
+def check_fit(
+    path: str | Path,
+    groups: Mapping[str, Sequence[Rollout]],
+    prompt_lengths: Mapping[str, int],
+    max_length: int,
+    vocabulary: int,
+) -> None:
+    """Whether the model can read rollouts made elsewhere after their prompts.
+
+    Args:
+        path: The file they come from.
+        groups: Rollouts by question.
+        prompt_lengths: Tokens of the prompt of each question whose rollouts are to be read.
+        max_length: Positions of the model.
+        vocabulary: Rows of its input embedding.
+
+    Raises:
+        UserError: Naming file, question and rollout: it is too long, or holds an id beyond the vocabulary.
+    """
+    for name, before in prompt_lengths.items():
+        for rollout in groups[name]:
+            place = f'{path}: rollout {rollout.rollout_id} of question "{name}"'
+            if before + len(rollout.token_ids) > max_length:
+                raise UserError(
+                    f"{place}: {len(rollout.token_ids)} tokens after a prompt of {before} exceed the model's "
+                    f"{max_length} positions; leave it out or cut it short"
+                )
+            if max(rollout.token_ids) >= vocabulary:
+                raise UserError(
+                    f"{place}: token id {max(rollout.token_ids)}, but the model has {vocabulary}; give the model that "
+                    "sampled it"
+                )
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: invalid JSON ({error})") from error
+            if not isinstance(fields, dict):
+                raise UserError(f"{path}:{number}: expected an object, got {type(fields).__name__}")
+            yield number, fields

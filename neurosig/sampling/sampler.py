@@ -1,0 +1,377 @@
+"""Sample K rollouts a question: the prompt is computed once, its K rows decode together.
+
+Rows that finish make room for the next questions, so the batch stays full whatever the lengths. Every random number
+comes from ``(seed, salt, question id)``, never from a global generator, so the batch a question lands in does not
+change its rollouts (up to the last bits of floating point).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from neurosig.models.finite import first_not_finite
+from neurosig.models.prefix import pad
+from neurosig.runtime.errors import UserError
+from neurosig.sampling.packed_weights import PackedWeights
+from neurosig.sampling.rollouts import Rollout
+
+if TYPE_CHECKING:
+    from neurosig.models.load import LoadedModel
+    from neurosig.sampling.kv_cache import RowCache
+
+WINDOW = 4
+"""Batches' worth of questions that share one stream of rows; a window that is not done is decoded again as a whole."""
+REFILL_AT = 0.125
+"""Waiting questions enter the batch once this share of its rows is finished."""
+COMPACT_BELOW = 0.75
+"""Without waiting questions, finished rows leave once fewer than this share of the rows is still decoding."""
+CPU_ENTRIES = 2**19
+"""Probabilities handled at once on the CPU: these rows and their temporaries stay in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """Everything that shapes a sample; nothing is inherited from a model's own generation config.
+
+    Attributes:
+        num_generations: K, rollouts a question.
+        temperature: Softmax temperature; 0 is greedy.
+        top_p: Nucleus mass kept; 1 keeps all.
+        top_k: Number of most likely tokens kept; 0 keeps all.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens seen in prompt or completion.
+        max_new_tokens: Completion tokens before a rollout is cut off.
+        seed: Seed of every random number.
+    """
+
+    num_generations: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("num_generations", self.num_generations >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise UserError(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question's prompt tokens, generation prompt included."""
+
+    question_id: str
+    token_ids: tuple[int, ...]
+
+
+def sample(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    *,
+    batch_rows: int = 256,
+    salt: str = "",
+    done: Collection[str] = (),
+) -> Iterator[list[Rollout]]:
+    """Yield each prompt's K rollouts as soon as the last of them is finished; short prompts start first.
+
+    Args:
+        loaded: Model and tokenizer; the model is used as it stands (an adapter that is on, stays on).
+        prompts: One prompt a question.
+        config: The sampling configuration.
+        batch_rows: Rollouts decoded at a time; memory and speed only.
+        salt: Mixed into the seed, so that each training step draws afresh.
+        done: Question ids of an earlier, interrupted call, which are not yielded again. Windows are cut as in that
+            call and only those that are done throughout are skipped, so that what is left comes out the same to the
+            last bit.
+
+    Raises:
+        UserError: A prompt and its completion exceed the model's positions, or a logit is not finite.
+    """
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    if longest + config.max_new_tokens > loaded.max_length:
+        raise UserError(
+            f"model {loaded.info.id}: a prompt of {longest} tokens and --max-new-tokens {config.max_new_tokens} "
+            f"exceed its {loaded.max_length} positions"
+        )
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
+    questions = max(1, batch_rows // config.num_generations)
+    size = WINDOW * questions
+    windows = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    todo = [window for window in windows if not all(prompt.question_id in done for prompt in window)]
+    if not todo:
+        return
+    packed = PackedWeights(loaded.model.modules(), min(questions, len(ordered)) * config.num_generations)
+    for window in todo:
+        for group in _decode_window(loaded, window, config, questions, salt, packed):
+            if group[0].question_id not in done:
+                yield group
+
+
+@torch.inference_mode()
+def _decode_window(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    config: SamplingConfig,
+    questions: int,
+    salt: str,
+    packed: PackedWeights,
+) -> Iterator[list[Rollout]]:
+    """So many questions decode at a time; the others take the place of finished rows."""
+    k = config.num_generations
+    slots, started = questions * k, 0
+    batch = _Batch(loaded, prompts, config, salt, packed)
+    while started < len(prompts) or batch.decoding:
+        free = slots - batch.decoding
+        if started < len(prompts) and free >= max(k, REFILL_AT * slots):
+            newcomers = range(started, min(started + free // k, len(prompts)))
+            batch.admit(newcomers)
+            started = newcomers.stop
+        else:
+            if started == len(prompts):
+                batch.compact()
+            batch.step()
+        yield from batch.take_finished()
+
+
+class _Batch:
+    """A window's rollouts, and the slots of those being decoded.
+
+    A slot holds a row ``question * K + rollout``. It stays in the batch after its row is finished, until a newcomer
+    takes it or `compact` drops it; meanwhile it attends to itself alone and what it says is ignored.
+
+    Attributes:
+        decoding: Number of slots whose row is not finished.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompts: Sequence[Prompt],
+        config: SamplingConfig,
+        salt: str,
+        packed: PackedWeights,
+    ):
+        self._packed = packed
+        self._loaded, self._prompts, self._config = loaded, prompts, config
+        device, shape = loaded.model.device, (len(prompts) * config.num_generations, config.max_new_tokens)
+        uniforms = np.concatenate([_uniforms(prompt.question_id, config, salt) for prompt in prompts])
+        self._uniforms = torch.from_numpy(uniforms).to(device)
+        self._eos = torch.tensor(loaded.eos_token_ids, device=device)
+        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self._measures = torch.zeros(*shape, 3, device=device)
+        self._lengths = torch.zeros(shape[0], dtype=torch.long, device=device)
+        self._unfinished = [config.num_generations] * len(prompts)
+        self._finished: list[int] = []
+        self._cache: RowCache
+        self._rows = self._begins = self._last = torch.zeros(0, dtype=torch.long, device=device)
+        self._live = torch.zeros(0, dtype=torch.bool, device=device)
+        self._seen: Tensor | None = None
+        self.decoding = 0
+
+    def admit(self, questions: range) -> None:
+        """Run the prompts of these questions; their rows take free slots, or make up the batch if none is decoding."""
+        from neurosig.sampling.kv_cache import RowCache
+
+        k, device, penalised = self._config.num_generations, self._live.device, self._config.repetition_penalty != 1
+        ids, held = pad([self._prompts[q].token_ids for q in questions], side="left", device=device)
+        cache = RowCache(self._loaded.model.config)
+        logits = self._forward(cache, ids, held, (held.long().cumsum(-1) - 1).clamp_min(0))
+        owners = torch.arange(len(questions), device=device).repeat_interleave(k)
+        rows = torch.arange(questions.start * k, questions.stop * k, device=device)
+        if self.decoding == 0:
+            cache.keep(owners)
+            self._cache, slots = cache, torch.arange(len(rows), device=device)
+            self._rows, self._begins, self._last = rows, torch.zeros_like(rows), torch.zeros_like(rows)
+            self._live = torch.zeros_like(rows, dtype=torch.bool)
+            self._seen = logits.new_zeros(len(rows), logits.shape[-1], dtype=torch.bool) if penalised else None
+        else:
+            slots = (~self._live).nonzero()[: len(rows), 0]
+            if (missing := cache.end - self._cache.end) > 0:
+                self._shift(missing)
+            self._cache.put(slots, cache, owners)
+            self._rows[slots] = rows
+        self._begins[slots] = self._cache.end - held.sum(-1)[owners]
+        if self._seen is not None:
+            self._seen[slots] = _seen_tokens(ids, held, logits.shape[-1], k)
+        self.decoding += len(rows)
+        self._draw(slots, logits[owners])
+
+    def step(self) -> None:
+        """Decode one token of every row."""
+        if self._cache.full:
+            self._shift(-int(self._begins[self._live].min()))
+        end = self._cache.end
+        mask = torch.arange(end + 1, device=self._begins.device) >= self._begins[:, None]
+        logits = self._forward(self._cache, self._last[:, None], mask, end - self._begins[:, None])
+        if self.decoding < len(self._live):
+            logits = logits[self._live]
+        self._draw(self._live.nonzero()[:, 0], logits)
+
+    def compact(self) -> None:
+        """Drop the slots of finished rows if they are many."""
+        if self.decoding < COMPACT_BELOW * len(self._live):
+            keep = self._live.nonzero()[:, 0]
+            self._rows, self._begins, self._last = self._rows[keep], self._begins[keep], self._last[keep]
+            self._live, self._seen = self._live[keep], None if self._seen is None else self._seen[keep]
+            self._cache.keep(keep)
+
+    def take_finished(self) -> list[list[Rollout]]:
+        """The groups that were completed since the last call."""
+        finished, self._finished = self._finished, []
+        return [self._group(question) for question in finished]
+
+    def _shift(self, columns: int) -> None:
+        self._cache.shift(columns)
+        self._begins = (self._begins + columns).clamp_min(0)
+
+    def _forward(
+        self,
+        cache: RowCache,
+        ids: Int[Tensor, "rows new"],
+        mask: Bool[Tensor, "rows columns"],
+        positions: Int[Tensor, "rows new"],
+    ) -> Float[Tensor, "rows vocab"]:
+        with self._packed:
+            output = self._loaded.model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1]
+
+    def _draw(self, slots: Int[Tensor, " slots"], logits: Float[Tensor, "slots vocab"]) -> None:
+        """Draw a token for each of these slots, and finish the rows that it ends."""
+        k, budget = self._config.num_generations, self._config.max_new_tokens
+        rows = self._rows[slots]
+        step = self._lengths[rows]
+        seen = None if self._seen is None else self._seen[slots]
+        chosen, measures = _next_tokens(logits, self._uniforms[rows, step], seen, self._config)
+        if not torch.isfinite(measures).all():
+            row = int(rows[~torch.isfinite(measures).all(-1)][0])
+            bad = self._prompts[row // k]
+            where = first_not_finite(self._loaded.model, (*bad.token_ids, *self._tokens[row, : self._lengths[row]]))
+            raise UserError(
+                f"model {self._loaded.info.id}: logits are not finite while sampling question "
+                f'"{bad.question_id}"{where}; get intact weights or another --dtype'
+            )
+        self._tokens[rows, step], self._measures[rows, step] = chosen, measures
+        self._lengths[rows] += 1
+        self._last[slots] = chosen
+        if self._seen is not None:
+            self._seen[slots, chosen] = True
+        ended = torch.isin(chosen, self._eos) | (step == budget - 1)
+        self._live[slots] = ~ended
+        self._begins[slots[ended]] = self._cache.end
+        for question in (rows[ended] // k).tolist():
+            self.decoding -= 1
+            self._unfinished[question] -= 1
+            if self._unfinished[question] == 0:
+                self._finished.append(question)
+
+    def _group(self, question: int) -> list[Rollout]:
+        k = self._config.num_generations
+        mine = slice(question * k, (question + 1) * k)
+        group = []
+        for rollout_id, (ids, measures, length) in enumerate(
+            zip(self._tokens[mine].tolist(), self._measures[mine], self._lengths[mine].tolist(), strict=True)
+        ):
+            ended = ids[length - 1] in self._loaded.eos_token_ids
+            text = self._loaded.tokenizer.decode(ids[: length - 1 if ended else length], skip_special_tokens=True)
+            group.append(
+                Rollout(
+                    self._prompts[question].question_id,
+                    rollout_id,
+                    str(text),
+                    tuple(ids[:length]),
+                    "stop" if ended else "length",
+                    *measures[:length].mean(dim=0).tolist(),
+                )
+            )
+        return group
+
+
+def _next_tokens(
+    logits: Float[Tensor, "rows vocab"],
+    uniforms: Float[Tensor, " rows"],
+    seen: Bool[Tensor, "rows vocab"] | None,
+    config: SamplingConfig,
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, "rows 3"]]:
+    """A token for each row, with its log-probability, the entropy and the self-certainty at temperature 1."""
+    at_once = max(1, CPU_ENTRIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = []
+    for start in range(0, len(logits), at_once):
+        block = slice(start, start + at_once)
+        log_p = torch.log_softmax(logits[block].float(), dim=-1)
+        scores = _penalised(logits[block], log_p, None if seen is None else seen[block], config)
+        chosen = _choose(scores, uniforms[block], config)
+        log_p = log_p.clamp_min(-1e4)
+        logprob = log_p.gather(1, chosen[:, None])[:, 0]
+        entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
+        certainty = -log_p.mean(-1) - math.log(log_p.shape[-1])
+        parts.append((chosen, torch.stack([logprob, entropy, certainty], dim=-1)))
+    return torch.cat([chosen for chosen, _ in parts]), torch.cat([measures for _, measures in parts])
+
+
+def _uniforms(question_id: str, config: SamplingConfig, salt: str) -> Float[np.ndarray, "k budget"]:
+    digest = hashlib.sha256(f"{config.seed}\x00{salt}\x00{question_id}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
+    return generator.random((config.num_generations, config.max_new_tokens), dtype=np.float32)
+
+
+def _seen_tokens(ids: Tensor, mask: Tensor, vocab: int, k: int) -> Tensor:
+    seen = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
+    seen.scatter_(1, torch.where(mask.bool(), ids, vocab), True)
+    return seen[:, :vocab].repeat_interleave(k, dim=0)
+
+
+def _penalised(
+    logits: Tensor, log_p: Tensor, seen: Tensor | None, config: SamplingConfig
+) -> Float[Tensor, "rows vocab"]:
+    """Scores to sample from: the repetition penalty (CTRL, arXiv 1909.05858) needs the logits' own signs."""
+    if seen is None:
+        return log_p
+    penalty = config.repetition_penalty
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits).float()
+
+
+def _choose(
+    scores: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"], config: SamplingConfig
+) -> Int[Tensor, " rows"]:
+    """Next tokens by inverse CDF: far cheaper than ``torch.multinomial`` and driven by our own numbers."""
+    if config.temperature == 0:
+        return scores.argmax(-1)
+    if config.temperature != 1:
+        scores = scores / config.temperature
+    if config.top_k:
+        kth = scores.topk(min(config.top_k, scores.shape[-1]), dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+    if config.top_p < 1:
+        ranked, order = scores.sort(dim=-1, descending=True)
+        mass_before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
+        scores = scores.masked_fill((mass_before >= config.top_p).gather(1, order.argsort(-1)), -torch.inf)
+    cdf = scores.softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(cdf.shape[-1] - 1)

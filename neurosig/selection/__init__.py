@@ -1,0 +1,1 @@
+"""Selection: which questions are trained on, and what the teacher sees for each."""

@@ -1,0 +1,1 @@
+"""Statistics of majority voting: accuracy, calibration, intervals, significance tests, AUROC."""

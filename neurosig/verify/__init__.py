@@ -1,0 +1,1 @@
+"""``python -m neurosig.verify``: check a folder of results against its own records."""

@@ -1,0 +1,337 @@
+"""Check a folder of results against its own records: hashes, votes, aggregates, and who was made from what.
+
+    python -m neurosig.verify runs/demo
+
+Finds every manifest, training run, evaluation, comparison and grid in the folder. Files must be as their records hash
+them, votes and aggregates as their rows give them, and an evaluation's adapter and a training run's manifest must be
+those that lie there. One line a check; exit code 2 if one fails. What is not in the folder is skipped and said so.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from neurosig.runtime.cli import CommonConfig, printable, run_command
+from neurosig.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Check = tuple[str, str]
+"""What was checked, and what is wrong with it (empty if nothing, "skipped: ..." if it could not be)."""
+SKIPPED = "skipped: "
+LEFT_OUT = {".work", "checkpoints", "adapter", "model", ".final"}
+
+
+@dataclass(kw_only=True)
+class VerifyConfig(CommonConfig):
+    """Check everything in a results folder against its records."""
+
+    folder: Positional[Path]
+    """A manifest, a training run, an evaluation, a grid, or a folder that holds several."""
+
+
+@dataclass
+class Found:
+    """Records of everything in the folder, for checks between them."""
+
+    manifests: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Content hash -> header."""
+    runs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Hash of a weights file -> the training record it belongs to."""
+    evaluations: dict[Path, list[Mapping[str, Any]]] = field(default_factory=dict)
+    """Folder -> rows."""
+
+
+def main(config: VerifyConfig) -> None:
+    """Run every check and print it."""
+    if not config.folder.is_dir():
+        raise UserError(f"{config.folder}: no such folder")
+    logging.getLogger("neurosig.questions.load").setLevel(logging.WARNING)  # the sets it reads to judge are no news
+    found, failed, done = Found(), [], 0
+    kinds: tuple[tuple[str, Callable[[Path, Found], Iterator[Check]]], ...] = (
+        ("manifest.json", check_manifest),
+        ("train.json", check_training),
+        ("summary.json", check_evaluation),
+        ("comparison.json", check_comparison),
+        ("grid.json", check_grid),
+    )
+    folders = list(_folders(config.folder))
+    for marker, check in kinds:
+        for folder in folders:
+            if not (folder / marker).is_file():
+                continue
+            name = str(folder.relative_to(config.folder)) if folder != config.folder else "."
+            for what, problem in _guarded(check, folder, found):
+                done += 1
+                state = "ok" if not problem else "skip" if problem.startswith(SKIPPED) else "FAIL"
+                print(f"{state:<5} {printable(name)}: {what}{printable(': ' + problem) if problem else ''}")
+                if state == "FAIL":
+                    failed.append(f"{name}: {what}")
+    if not done:
+        raise UserError(f"{config.folder}: no manifest, training run, evaluation or grid in it")
+    if failed:
+        raise UserError(f"{len(failed)} of {done} checks failed, the first is {failed[0]}; do not use these results")
+    logger.info("%d checks, none failed", done)
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    yield folder
+    for inside in sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()):
+        if inside.name not in LEFT_OUT or (inside / "manifest.json").is_file():
+            yield from _folders(inside)
+
+
+def _guarded(check: Callable[[Path, Found], Iterator[Check]], folder: Path, found: Found) -> Iterator[Check]:
+    """The checks of a folder; a record that cannot be read ends them with a failed one."""
+    try:
+        yield from check(folder, found)
+    except UserError as error:
+        yield "readable", str(error)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        yield "readable", f"not what this version writes ({type(error).__name__}: {error})"
+
+
+# manifests
+
+
+def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
+    """Files, rows and contexts (`neurosig.manifest.read_manifest`), then votes, counts, signals and neurons."""
+    from neurosig.manifest import read_manifest
+    from neurosig.questions.answers import extract_answer, majority_vote
+
+    manifest = read_manifest(folder)
+    header = manifest.header
+    found.manifests[header.content_sha256] = header.model_dump()
+    yield f"{len(header.files)} files as hashed, {len(manifest.rows)} questions and their contexts", ""
+    wrong = ""
+    for row in manifest.rows:
+        vote = majority_vote(row.answers, row.id) if row.answers else None
+        counted = None if vote is None else (vote.count, vote.n, len(vote.tied), vote.winner)
+        kept = None if row.vote is None else (row.vote.count, row.vote.n, row.vote.tied, row.pseudo_label)
+        texts = [manifest.rollouts[row.id, place].text for place in range(len(row.answers))]
+        parsed = [extract_answer(text, row.as_question(), header.options["answer_format"]) for text in texts]
+        if list(row.answers) != parsed:
+            wrong = f'question "{row.id}": its answers are not those of its rollouts'
+        elif counted != kept:
+            wrong = f'question "{row.id}": its vote is not that of its answers'
+        if wrong:
+            break
+    yield "answers and votes follow from the rollouts", wrong
+    reasons = Counter(row.reason for row in manifest.rows)
+    counts = {"questions": len(manifest.rows), **{str(reason): count for reason, count in reasons.items()}}
+    yield "counts by reason", "" if counts == header.counts else f"{header.counts}, the rows say {counts}"
+    gold = {"answer", "aliases", "gold", "answers_gold", "answerKey"} & set(_keys(folder / "manifest.json"))
+    yield "no gold answer in it", f"manifest.json has the field {min(gold)}" if gold else ""
+    yield "signals and neurons", _signals_problem(folder, len(manifest.rollouts))
+    record = folder / "run.json"
+    run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    yield "versions on record", _versions_problem(run) if run else f"{SKIPPED}no run.json"
+
+
+def _keys(path: Path) -> Iterator[str]:
+    def walk(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from value
+            value = list(value.values())
+        for inside in value if isinstance(value, list) else ():
+            yield from walk(inside)
+
+    return walk(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _signals_problem(folder: Path, rollouts: int) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "signals.safetensors", framework="numpy") as stored:
+            sites = json.loads((stored.metadata() or {})["sites"])
+            sizes = {name: stored.get_slice(name).get_shape()[0] for name in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        return f"signals.safetensors: {error}"
+    if set(sizes.values()) != {rollouts}:
+        return f"signals.safetensors: {sizes} rows for {rollouts} rollouts"
+    seen = set()
+    with (folder / "neurons.csv").open(newline="", encoding="utf-8") as handle:
+        for number, row in enumerate(csv.DictReader(handle), start=2):
+            layer, index, weight = int(row["layer"]), int(row["index"]), float(row["weight"])
+            if not (0 <= layer < sites["n_layers"] and 0 <= index < sites["d_mlp"]):
+                return f"neurons.csv:{number}: no neuron {layer}, {index}; the model has {sites}"
+            if (layer, index) in seen or not math.isfinite(weight):
+                return f"neurons.csv:{number}: neuron {layer}, {index} stands twice or has no finite weight"
+            seen.add((layer, index))
+    return ""
+
+
+def _versions_problem(run: Mapping[str, Any]) -> str:
+    lacking = [name for name in ("version", "python", "libraries", "command") if not run.get(name)]
+    lacking += [f"libraries.{name}" for name in ("torch", "transformers") if not run.get("libraries", {}).get(name)]
+    return f"the record lacks {', '.join(lacking)}" if lacking else ""
+
+
+# training runs
+
+
+def check_training(folder: Path, found: Found) -> Iterator[Check]:
+    """Weights against their record, the record against the metrics, and the manifest it was trained on."""
+    from neurosig.runtime.files import sha256_file
+
+    record = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    name = "model" if record["config"].get("full") else "adapter"
+    problem = ""
+    for file, digest in record["weights"].items():
+        found.runs[digest] = record
+        path = folder / name / file
+        if not path.is_file() or sha256_file(path) != digest:
+            problem = f"{name}/{file} is {'changed' if path.is_file() else 'missing'}"
+    stray = {path.name for path in (folder / name).glob("*.safetensors")} - set(record["weights"])
+    yield f"weights in {name}/ as hashed", problem or (f"{name}/{min(stray)} is on no record" if stray else "")
+    copy = folder / name / "train.json"
+    if copy.is_file():
+        same = json.loads(copy.read_text(encoding="utf-8")) == record
+        yield "the record beside the weights is the same", "" if same else f"{name}/train.json differs from train.json"
+    if (folder / "metrics.jsonl").is_file():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        yield f"{len(lines)} steps of metrics", _metrics_problem(lines, record)
+    for state in sorted(folder.glob("checkpoints/step-*/state.json")):
+        hashes = json.loads(state.read_text(encoding="utf-8"))["sha256"]
+        changed = [file for file, digest in hashes.items() if sha256_file(state.parent / file) != digest]
+        yield f"checkpoint {state.parent.name} as hashed", f"{', '.join(changed)} changed" if changed else ""
+    header = found.manifests.get(record["manifest_sha256"])
+    if header is None:
+        there = Path(record["config"]["manifest"]) / "manifest.json"
+        header = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else None
+        if header is not None and header["content_sha256"] != record["manifest_sha256"]:
+            yield "trained on the manifest that lies there", f"{there} has another content_sha256"
+            header = None
+        elif header is None:
+            yield "trained on the manifest that lies there", f"{SKIPPED}its manifest is not here"
+    if header is not None:
+        mismatch = header["model"]["weights"] != record["model"]["weights"]
+        allowed = record["config"].get("allow_model_mismatch")
+        yield "trained on the manifest and the model that made it", "another model" if mismatch and not allowed else ""
+    yield "versions on record", _versions_problem(record["run"])
+
+
+def _metrics_problem(lines: list[dict[str, Any]], record: Mapping[str, Any]) -> str:
+    if not lines or lines[0] != record["first"] or lines[-1] != record["last"]:
+        return "the first or last step is not that of train.json"
+    if [line["step"] for line in lines] != list(range(1, len(lines) + 1)):
+        return "steps are missing or out of order"
+    bad = next((line["step"] for line in lines if not math.isfinite(line.get("loss", 0.0))), None)
+    return f"the loss of step {bad} is not finite" if bad else ""
+
+
+# evaluations and what is made of them
+
+
+def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
+    """Rows against rollouts (and gold answers, where the questions are at hand), aggregates against rows."""
+    import pyarrow.parquet
+
+    from neurosig.questions.load import load_questions
+    from neurosig.verify.recomputed import aggregates, choice_aggregates, choice_row_problem, difference, row_problem
+
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    config = summary["config"]
+    rows = pyarrow.parquet.read_table(folder / "results.parquet").to_pylist()
+    sampled = config.get("scoring", "sampling") == "sampling"
+    if sampled:
+        found.evaluations[folder.resolve()] = rows
+    said: dict[str, list[dict[str, Any]]] = {}
+    for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines():
+        rollout = json.loads(line)
+        said.setdefault(rollout["question_id"], []).append(rollout)
+    try:
+        gold = {question.id: question for question in load_questions(config["questions"], split=config.get("split"))}
+    except UserError:
+        gold = {}
+    known = all(row["id"] in gold for row in rows)
+    problem_of: Callable[..., str] = row_problem if sampled else choice_row_problem
+    form = config["answer_format" if sampled else "choice_form"]
+    problems = ((row["id"], problem_of(row, said.get(row["id"], []), gold.get(row["id"]), form)) for row in rows)
+    wrong = next((f'question "{name}": {problem}' for name, problem in problems if problem), "")
+    missing = "" if set(said) == {row["id"] for row in rows} else "rollouts and rows are of different questions"
+    yield f"{len(rows)} rows follow from the rollouts" + (" and the gold answers" if known else ""), wrong or missing
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        asked = [row for row in rows if row["domain"] == domain]
+        expected = (aggregates if sampled else choice_aggregates)(asked, seed=config["seed"])
+        stated = summary["domains"].get(domain)
+        yield f"aggregates of {printable(domain)} follow from the rows", difference(expected, stated)
+    digest = summary["adapter_sha256"]
+    if digest is not None:
+        run = found.runs.get(digest)
+        mine = run is not None and run["model"]["weights"] == summary["model"]["weights"]
+        yield "made by the adapter that lies there", "" if mine else _adapter_problem(digest, config, run)
+    yield "versions on record", _versions_problem(summary["run"])
+
+
+def _adapter_problem(digest: str, config: Mapping[str, Any], run: object) -> str:
+    from neurosig.runtime.files import sha256_file
+
+    weights = Path(str(config["adapter"])) / "adapter_model.safetensors"
+    if run is not None:
+        return "its base model is another than the one that was trained"
+    if not weights.is_file():
+        return f"{SKIPPED}its adapter is not here"
+    return "" if sha256_file(weights) == digest else f"{weights} is another one"
+
+
+def check_comparison(folder: Path, found: Found) -> Iterator[Check]:
+    """The estimates of ``distill.compare`` against the rows of the evaluations it compares."""
+    from neurosig.verify.recomputed import difference, estimates
+
+    record = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    for row in record["rows"]:
+        rows = _evaluation(Path(record["folders"][row["run"]]), found)
+        what = f"{row['run']}, {row['scope']}: Avg@K, maj@K and ECE follow from the rows"
+        if rows is None:
+            yield what, f"{SKIPPED}its evaluation is not here"
+            continue
+        mine = estimates([one for one in rows if one["domain"] in record["domains"][row["scope"]]])
+        stated = {name: {"estimate": mine[name]} for name in ("avg_at_k", "maj_at_k", "ece")}
+        yield what, difference({"n": mine["n"], **stated}, row)
+
+
+def _evaluation(recorded: Path, found: Found) -> list[Mapping[str, Any]] | None:
+    """Rows of the evaluation at a recorded place, or, where the results were moved, of the only one of that name."""
+    if recorded.resolve() in found.evaluations:
+        return found.evaluations[recorded.resolve()]
+    named = [rows for folder, rows in found.evaluations.items() if folder.name == recorded.name]
+    return named[0] if len(named) == 1 else None
+
+
+def check_grid(folder: Path, found: Found) -> Iterator[Check]:
+    """The rows of ``results.csv`` against the evaluations of its cells."""
+    from neurosig.verify.recomputed import difference, estimates
+
+    if not (folder / "results.csv").is_file():
+        yield "results.csv", f"{SKIPPED}not collected yet"
+        return
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as handle:
+        for line in csv.DictReader(handle):
+            name = f"{line['method']}--{line['source']}--seed{line['seed']}" if line["source"] else line["method"]
+            cells = sorted(folder.glob("cells/control-T*")) if name == "control" else [folder / "cells" / name]
+            problem = f"{SKIPPED}its evaluation is not here"
+            for cell in cells:
+                rows = found.evaluations.get((cell / "eval" / line["target"]).resolve())
+                if rows is not None:
+                    mine = {name: float(f"{value:.6g}") for name, value in estimates(rows).items()}
+                    problem = difference(mine, {name: float(line[name]) for name in mine})
+                    if not problem:
+                        break
+            yield f"{name} on {line['target']} as its cell says", problem
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(VerifyConfig, main, presets={}, prog="python -m neurosig.verify"))

@@ -1,0 +1,1 @@
+"""Interactive views of an export, for notebooks and terminals."""

@@ -1,0 +1,237 @@
+"""A finished export as the views read it: rows, rollouts, traced neurons, and the model that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from neurosig.hallucination.locate import read_neurons
+from neurosig.manifest import NEURONS, SIGNALS, QuestionRow, read_manifest
+from neurosig.models.load import LoadedModel, load_model
+from neurosig.neurons.contributions import PAD
+from neurosig.neurons.signals_file import read_signals
+from neurosig.neurons.token_trace import TokenTrace, trace_tokens
+from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.patterns.similarity import mean_pairwise_jaccard
+from neurosig.questions.answers import is_correct
+from neurosig.questions.load import Question
+from neurosig.questions.prompts import PromptBuilder, PromptConfig
+from neurosig.report.data import join_gold, voted
+from neurosig.runtime.errors import UserError
+from neurosig.sampling.rollouts import Rollout
+
+
+class ExportedRun:
+    """A finished export with its model.
+
+    Attributes:
+        manifest: The export.
+        signals: Its traced neurons.
+        loaded: The model.
+        tracer: Traces it as the export did.
+        table: The probe's neurons (``neurons.csv``).
+        gold: Questions with gold answers by id, for verdicts only; empty without.
+        rows: The questions that were traced, by id.
+        place: Row of each (question id, rollout id) in the signals.
+        weights: The probe's weights on raw contributions: it scaled each neuron's to a largest magnitude of 1.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        model: str | LoadedModel | None = None,
+        neurons: str | Path | None = None,
+        gold: bool = True,
+    ) -> None:
+        """Read the export and load the model that made it.
+
+        Args:
+            folder: Folder of ``neurosig.export``.
+            model: The model, if it is loaded already or lies elsewhere here.
+            neurons: Table of neurons in place of the manifest's, such as ``report/neurons.csv``.
+            gold: Whether to look up gold answers, to call rollouts right or wrong instead of majority or minority.
+
+        Raises:
+            UserError: The export cannot be read, or the model is not the one that made it.
+        """
+        folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        header, options = self.manifest.header, self.manifest.header.options
+        self.signals = read_signals(folder / SIGNALS)
+        self.table = read_neurons(folder / NEURONS if neurons is None else neurons)
+        if not isinstance(model, LoadedModel):
+            name = str(header.model["id"]) if model is None else model
+            model = load_model(name, dtype=options["dtype"], template=options["template"])
+        if model.info.weights != header.model["weights"]:
+            raise UserError(
+                f"{folder}: made by {header.model['id']}, not by {model.info.id}; give the model that made it"
+            )
+        self.loaded = model
+        self.tracer = NeuronTracer(
+            model.model,
+            TraceConfig(
+                value=options["neuron_value"],
+                score=options["contribution"],
+                active=options["active_set"],
+                set_size=options["set_size"],
+                positive_only=options["positive_only"],
+            ),
+        )
+        wording = (options[name] for name in ("system", "instruction", "choice_instruction", "enable_thinking"))
+        self._builder = PromptBuilder(model.tokenizer, PromptConfig(*wording))
+        self.gold: Mapping[str, Question] = {}
+        if gold:
+            self.gold = join_gold(self.manifest, [str(source) for source in header.dataset["sources"]])[0]
+        self.rows = {row.id: row for row in voted(self.manifest)}
+        self.place: Mapping[tuple[str, int], int] = {key: place for place, key in enumerate(self.manifest.rollouts)}
+        self.weights = self._dense_weights()
+
+    @property
+    def selected(self) -> list[str]:
+        """Ids of the clean questions, in input order."""
+        return [row.id for row in self.manifest.selected]
+
+    @property
+    def contrasting(self) -> list[str]:
+        """Ids of the questions whose rollouts differ in their verdict, the most even splits first."""
+        found = []
+        for name, row in self.rows.items():
+            trusted = sum(self.trusted(row, index) for index in range(len(row.answers)))
+            if 0 < trusted < len(row.answers):
+                found.append((abs(trusted - len(row.answers) / 2), name))
+        return [name for _, name in sorted(found, key=lambda pair: pair[0])]
+
+    @property
+    def located(self) -> list[tuple[int, int]]:
+        """Layer and index of the probe's neurons, heaviest first."""
+        order = self.table["weight"].abs().sort_values(ascending=False, kind="stable").index
+        return [(int(self.table["layer"][i]), int(self.table["index"][i])) for i in order]
+
+    @property
+    def represented(self) -> list[str]:
+        """Ids of the questions with a majority answer, in input order."""
+        return [name for name, row in self.rows.items() if row.pseudo_label is not None]
+
+    def representative_sets(self, question_ids: Sequence[str]) -> Int[Tensor, "questions size"]:
+        """Active set of each question's representative rollout."""
+        return self.signals.ids[[self.place[name, self.representative(name)] for name in question_ids]]
+
+    def overview(self) -> pd.DataFrame:
+        """A row a question: its kind, text, majority answer and its share, verdict, agreement of its active sets."""
+        table = []
+        for name, row in self.rows.items():
+            assert row.vote is not None
+            places = [self.place[name, index] for index in range(len(row.answers))]
+            table.append(
+                {
+                    "id": name,
+                    "kind": row.kind or row.domain,
+                    "question": row.question,
+                    "majority": row.pseudo_label,
+                    "share": row.vote.count / row.vote.n,
+                    "verdict": self.verdict(row, self.representative(name)),
+                    "neuron_agreement": mean_pairwise_jaccard(self.signals.ids[places]),
+                    "decision": row.reason.replace("_", " "),
+                    "representative": self.rollout(name, None).text,
+                }
+            )
+        return pd.DataFrame(table).set_index("id")
+
+    def prompt_ids(self, question_id: str) -> tuple[int, ...]:
+        """The prompt that the question's rollouts continue."""
+        return self._builder.student(self.row(question_id).as_question())
+
+    def representative(self, question_id: str) -> int:
+        """The rollout that stands for a question: majority answer, lowest probe score; without a majority, any."""
+        row = self.row(question_id)
+        majority = [k for k, answer in enumerate(row.answers) if row.pseudo_label in (answer, None)]
+        return min(majority, key=lambda k: float(self.signals.probe[self.place[row.id, k]]))
+
+    def trace(self, question_id: str, rollout_id: int | None = None) -> TokenTrace:
+        """Every neuron at every token of a rollout, the representative one by default."""
+        return trace_tokens(self.tracer, self.prompt_ids(question_id), self.rollout(question_id, rollout_id).body_ids)
+
+    def row(self, question_id: str) -> QuestionRow:
+        """A question's row.
+
+        Raises:
+            UserError: There is no such question, or it was too long to trace.
+        """
+        if question_id not in self.rows:
+            raise UserError(f'no question "{question_id}" with rollouts in {self.manifest.folder}')
+        return self.rows[question_id]
+
+    def rollout(self, question_id: str, rollout_id: int | None) -> Rollout:
+        """A rollout, the representative one by default.
+
+        Raises:
+            UserError: There is no such rollout.
+        """
+        chosen = self.representative(question_id) if rollout_id is None else rollout_id
+        if (question_id, chosen) not in self.manifest.rollouts:
+            count = len(self.row(question_id).answers)
+            raise UserError(f'question "{question_id}" has rollouts 0 to {count - 1}, not {chosen}')
+        return self.manifest.rollouts[question_id, chosen]
+
+    def trusted(self, row: QuestionRow, rollout_id: int) -> bool:
+        """Whether the rollout is right or, without a gold answer, agrees with the majority."""
+        answer, gold = row.answers[rollout_id], self.gold.get(row.id)
+        if gold is not None:
+            return is_correct(answer, gold)
+        return answer is not None and answer == row.pseudo_label
+
+    def verdict(self, row: QuestionRow, rollout_id: int) -> str:
+        """``right`` or ``wrong``; without a gold answer ``majority`` or ``minority``."""
+        trusted = self.trusted(row, rollout_id)
+        if row.id in self.gold:
+            return "right" if trusted else "wrong"
+        return "majority" if trusted else "minority"
+
+    def text_of(self, token: int) -> str:
+        """Text of one token."""
+        return str(self.loaded.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Text of each token."""
+        return [self.text_of(token) for token in ids]
+
+    def name_of(self, neuron: int) -> str:
+        """``layer.index`` of a flat id."""
+        return f"{neuron // self.signals.d_mlp}.{neuron % self.signals.d_mlp}"
+
+    def active(self, place: int) -> Bool[Tensor, "layer neuron"]:
+        """Active set of the rollout in this row of the signals as a mask."""
+        ids = self.signals.ids[place]
+        mask = torch.zeros(self.signals.n_layers * self.signals.d_mlp, dtype=torch.bool)
+        mask[ids[ids != PAD].long()] = True
+        return mask.view(self.signals.n_layers, self.signals.d_mlp)
+
+    def facts(self, layer: int, index: int) -> dict[str, float | bool]:
+        """The neuron's row of the table; a weight of 0 for one that is not in it."""
+        found: pd.DataFrame = self.table[(self.table["layer"] == layer) & (self.table["index"] == index)]
+        if found.empty:
+            return {"weight": 0.0}
+        record: dict[Any, Any] = found.drop(columns=["layer", "index"]).to_dict("records")[0]
+        return {
+            str(name): bool(value) if isinstance(value, bool | np.bool_) else float(value)
+            for name, value in record.items()
+        }
+
+    def _dense_weights(self) -> Float[Tensor, "layer neuron"]:
+        signals = self.signals
+        largest = torch.zeros(signals.n_layers * signals.d_mlp)
+        kept = signals.ids != PAD
+        largest.scatter_reduce_(0, signals.ids[kept].long(), signals.values[kept].float().abs(), reduce="amax")
+        weights = torch.zeros_like(largest)
+        flat = torch.from_numpy((self.table["layer"] * signals.d_mlp + self.table["index"]).to_numpy(copy=True))
+        raw = torch.from_numpy(self.table["weight"].to_numpy(copy=True)).float()
+        weights[flat] = torch.where(largest[flat] > 0, raw / largest[flat].clamp(min=1e-12), 0.0)
+        return weights.view(signals.n_layers, signals.d_mlp)

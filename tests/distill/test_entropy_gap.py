@@ -1,0 +1,103 @@
+"""The entropy gap: per-token entropies of student and teacher, gains on fresh samples, and the line through both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from distill.entropy_gap import ContextGain, TokenEntropies, context_gains, fresh_accuracy, gap_fit, token_entropies
+from distill.tasks import manifest_tasks
+from neurosig.manifest import read_manifest
+from neurosig.models.load import load_model
+from neurosig.questions.load import Question, load_questions
+from neurosig.runtime.errors import UserError
+from tests.support.flow import make_manifest
+
+
+def test_entropies_are_those_of_a_plain_forward_pass(tmp_path: Path) -> None:
+    manifest = read_manifest(make_manifest(tmp_path))
+    loaded = load_model(tmp_path / "model")
+    found = token_entropies(manifest, loaded, rollouts=2)
+    tasks = {task.id: task for task in manifest_tasks(manifest, loaded, max_new_tokens=4)}
+    assert [(one.question_id, one.rollout_id) for one in found] == [(name, k) for name in tasks for k in (0, 1)]
+    for one in found:
+        for prompt, entropies in (
+            (tasks[one.question_id].student_prompt, one.student),
+            (tasks[one.question_id].teacher_prompt, one.teacher),
+        ):
+            with torch.no_grad():
+                logits = loaded.model(torch.tensor([[*prompt, *one.token_ids]])).logits[0]
+            log_p = logits[len(prompt) - 1 : -1].double().log_softmax(dim=-1)
+            expected = -(log_p.exp() * log_p).sum(dim=-1).numpy()
+            np.testing.assert_allclose(entropies, expected, rtol=1e-4, atol=1e-5)
+    assert any(abs(one.gap) > 1e-3 for one in found)
+
+
+def test_without_a_context_there_is_no_gap(tmp_path: Path) -> None:
+    manifest = read_manifest(make_manifest(tmp_path, context_policy="none"))
+    for one in token_entropies(manifest, load_model(tmp_path / "model")):
+        np.testing.assert_allclose(one.student, one.teacher, atol=1e-5)
+        assert one.gap == pytest.approx(0, abs=1e-5)
+
+
+def test_student_and_teacher_get_the_same_random_numbers(tmp_path: Path) -> None:
+    """Without a context their samples are the same, so their accuracies are too; a context changes the samples."""
+    loaded_gold = {}
+    manifest = read_manifest(make_manifest(tmp_path, context_policy="none"))
+    loaded = load_model(tmp_path / "model")
+    for question in load_questions(str(tmp_path / "questions.jsonl")):
+        said = manifest.rollouts[question.id, 0].text
+        loaded_gold[question.id] = Question(question.id, "colour", question.question, None, answer=said or "x")
+    both = [fresh_accuracy(manifest, loaded, loaded_gold, teacher=who, num_generations=4) for who in (True, False)]
+    assert both[0] == both[1] and list(both[0]) == [row.id for row in manifest.selected]
+    with pytest.raises(UserError, match="no selected question has a gold answer"):
+        fresh_accuracy(manifest, loaded, {}, teacher=True)
+
+
+def test_gains_join_by_question_and_weigh_tokens_alike() -> None:
+    entropies = [
+        TokenEntropies("a", 0, (1, 2, 3), np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.5, 0.5])),
+        TokenEntropies("a", 1, (1,), np.array([1.0]), np.array([2.0])),
+        TokenEntropies("b", 0, (1,), np.array([1.0]), np.array([0.25])),
+        TokenEntropies("c", 0, (1,), np.array([1.0]), np.array([0.25])),
+    ]
+    found = context_gains(entropies, {"a": 0.25, "b": 0.5}, {"a": 0.75, "b": 0.25, "c": 1.0})
+    assert found == [ContextGain("a", 0.875, 0.25, 0.75), ContextGain("b", 0.75, 0.5, 0.25)]
+    assert [one.gain for one in found] == [0.5, -0.25]
+
+
+def test_the_fit_is_a_least_squares_line_with_an_interval_that_holds_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    gap = rng.uniform(0, 1, 300)
+    gain = 0.4 * gap - 0.1 + rng.normal(0, 0.1, 300)
+    questions = [f"q{index // 3}" for index in range(300)]
+    fit = gap_fit(gap, gain, questions, seed=1)
+    reference = stats.linregress(gap, gain)
+    assert fit.slope.estimate == pytest.approx(reference.slope) and fit.r.estimate == pytest.approx(reference.rvalue)
+    assert fit.intercept == pytest.approx(reference.intercept) and fit.slope.n == 100
+    assert fit.slope.low < 0.4 < fit.slope.high < 0.6
+    noise = gap_fit(gap, rng.permutation(gain), questions)
+    assert noise.slope.low < 0 < noise.slope.high
+
+
+def test_points_of_one_question_are_resampled_together() -> None:
+    """Copies of every point under further contexts add no certainty."""
+    rng = np.random.default_rng(2)
+    gap, gain = rng.uniform(0, 1, 40), rng.uniform(0, 1, 40)
+    names = [f"q{index:02d}" for index in range(40)]
+    once = gap_fit(gap, gain, names)
+    often = gap_fit(np.tile(gap, 5), np.tile(gain, 5), names * 5)
+    assert (often.slope.low, often.slope.high) == pytest.approx((once.slope.low, once.slope.high))
+
+
+def test_a_flat_gap_gives_a_flat_line() -> None:
+    fit = gap_fit(np.zeros(6), np.arange(6.0), list("abcdef"))
+    assert fit.slope.estimate == fit.r.estimate == 0 and fit.intercept == 2.5
+    with pytest.raises(UserError, match="one each a point"):
+        gap_fit(np.zeros(2), np.zeros(2), ["a", "b", "c"])
+    with pytest.raises(UserError, match="at least 2"):
+        gap_fit(np.zeros(2), np.zeros(2), ["a", "a"])

@@ -1,0 +1,496 @@
+"""The chunked divergence against a dense one in plain autograd, and against TRL."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import TypeCheckError
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill.losses import chunked_divergence
+from neurosig.runtime.errors import UserError
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+CLIPS = ("none", "pointwise", "token")
+
+
+def inputs(tokens=13, d_model=8, vocab=37, dtype=torch.float64, scale=1.5, seed=0) -> list[Tensor]:
+    """Student hidden, teacher hidden, student head, teacher head."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (tokens, d_model), (tokens, d_model), (vocab, d_model), (vocab, d_model)
+    hidden, teacher, head, teacher_head = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    )
+    hidden, head = scale * hidden / math.sqrt(d_model), head.requires_grad_()
+    return [hidden.requires_grad_(), scale * teacher / math.sqrt(d_model), head, teacher_head]
+
+
+def dense(
+    *tensors,
+    divergence="forward_kl",
+    beta=0.5,
+    temperature=1.0,
+    clip="none",
+    clip_value=0.05,
+    softcap=None,
+    topk=0,
+    tail=True,
+):
+    """Per-token divergence, clipped and not, from the textbook formulas."""
+
+    def probabilities(hidden, weight):
+        logits = hidden @ weight.T
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return torch.softmax(logits / temperature, dim=-1)
+
+    student, teacher, head, teacher_head = tensors
+    s, t = probabilities(student, head), probabilities(teacher, teacher_head)
+    if topk:
+        chosen = s.topk(topk, dim=-1).indices
+        s, t = (p.gather(-1, chosen) for p in (s, t))
+        if tail:
+            s, t = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], dim=-1) for p in (s, t))
+        else:
+            s, t = (p / p.sum(-1, keepdim=True) for p in (s, t))
+    if divergence == "forward_kl":
+        value = t * torch.log(t / s)
+    elif divergence == "reverse_kl":
+        value = s * torch.log(s / t)
+    else:
+        m = beta * t + (1 - beta) * s
+        value = beta * t * torch.log(t / m) + (1 - beta) * s * torch.log(s / m)
+    unclipped = value.sum(-1)
+    if clip == "pointwise":
+        return value.clamp(max=clip_value).sum(-1), unclipped, value
+    if clip == "token":
+        return unclipped.clamp(max=clip_value), unclipped, value
+    return unclipped, unclipped, value
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("divergence", "clip"), itertools.product(DIVERGENCES, CLIPS))
+def test_value_and_gradient_equal_dense_autograd(divergence, clip, softcap):
+    tensors = inputs()
+    weights = torch.rand(13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    options = {"divergence": divergence, "beta": 0.3, "temperature": 0.7, "clip": clip, "softcap": softcap}
+    if clip == "pointwise":
+        options["clip_value"] = 0.01
+    elif clip == "token":  # about half of the tokens
+        options["clip_value"] = dense(*tensors, **(options | {"clip": "none"}))[1].mean().item()
+    clipped, unclipped, _ = dense(*tensors, **options)
+    assert torch.equal(clipped, unclipped) == (clip == "none")
+    expected = (weights * clipped).sum()
+    expected_gradients = torch.autograd.grad(expected, [tensors[0], tensors[2]])
+
+    output = chunked_divergence(*tensors, **options, chunk_size=5, weights=weights)
+    gradients = torch.autograd.grad(output.loss, [tensors[0], tensors[2]])
+
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(output.per_token, clipped.detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(output.unclipped, unclipped.detach(), rtol=0, atol=1e-10)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert expected_gradient.abs().max() > 1e-3
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize(("divergence", "clip"), itertools.product(DIVERGENCES, CLIPS))
+def test_topk_value_and_gradient_equal_dense_autograd(divergence, clip, tail):
+    """The student's 5 likeliest of 37 entries, and one for the others or none."""
+    options = {"divergence": divergence, "clip": clip, "clip_value": 0.03, "topk": 5, "tail": tail, "beta": 0.3}
+    options |= {"temperature": 1.3, "softcap": 2.0}
+    tensors = inputs()
+    weights = torch.linspace(0, 2, len(tensors[0]), dtype=torch.float64)
+    per_token, unclipped, value = dense(*tensors, **options)
+    expected = torch.autograd.grad((weights * per_token).sum(), [tensors[0], tensors[2]])
+    output = chunked_divergence(*tensors, **options, weights=weights, chunk_size=4)
+    torch.testing.assert_close(output.per_token[1:], per_token[1:].detach())
+    torch.testing.assert_close(output.unclipped[1:], unclipped[1:].detach())
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [tensors[0], tensors[2]]), expected, strict=True):
+        torch.testing.assert_close(gradient, reference)
+    if clip == "pointwise":
+        torch.testing.assert_close(output.clip_fraction, (value[1:] > 0.03).double().mean())
+    full = chunked_divergence(*tensors, divergence=divergence, beta=0.3, temperature=1.3, softcap=2.0, weights=weights)
+    torch.testing.assert_close(output.student_entropy, full.student_entropy)
+    if tail:  # coarser than the whole vocabulary, so never larger
+        assert (output.unclipped <= full.unclipped + 1e-9).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_topk_of_everything_is_the_whole_vocabulary(divergence):
+    tensors = inputs()
+    full = chunked_divergence(*tensors, divergence=divergence)
+    every = chunked_divergence(*tensors, divergence=divergence, topk=37, tail=False)
+    torch.testing.assert_close(every.per_token, full.per_token)
+    for got, wanted in zip(
+        torch.autograd.grad(every.loss, [tensors[0], tensors[2]]),
+        torch.autograd.grad(full.loss, [tensors[0], tensors[2]]),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_sampled_tokens_estimate_the_reverse_kl():
+    """In value and in gradient: their mean over the student's own distribution is that of the whole vocabulary."""
+    student, teacher, head, teacher_head = inputs(tokens=1)
+    vocab = len(head)
+    repeated = student.expand(vocab, -1), teacher.expand(vocab, -1), head, teacher_head
+    s = torch.softmax(student @ head.T, dim=-1)[0].detach()
+    output = chunked_divergence(*repeated, divergence="sampled_token", token_ids=torch.arange(vocab), weights=s)
+    full = chunked_divergence(student, teacher, head, teacher_head, divergence="reverse_kl")
+    torch.testing.assert_close(output.loss, full.loss)
+    for got, wanted in zip(
+        torch.autograd.grad(output.loss, [student, head]), torch.autograd.grad(full.loss, [student, head]), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradient_equals_finite_differences(divergence):
+    hidden, teacher, head, teacher_head = inputs(tokens=3, vocab=7)
+
+    def loss(hidden, head):
+        return chunked_divergence(hidden, teacher, head, teacher_head, divergence=divergence, chunk_size=2).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden, head), atol=1e-7)
+
+
+def test_two_entries_by_hand():
+    # heads that pass the hidden state through: student (1/2, 1/2), teacher (3/4, 1/4)
+    head = torch.eye(2, dtype=torch.float64)
+    student = torch.zeros(1, 2, dtype=torch.float64)
+    teacher = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
+    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
+
+    output = chunked_divergence(student, teacher, head, head)
+    assert output.loss.item() == pytest.approx(forward)
+    assert output.student_entropy.item() == pytest.approx(math.log(2))
+    assert output.teacher_entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert chunked_divergence(student, teacher, head, head, divergence="reverse_kl").loss.item() == pytest.approx(
+        reverse
+    )
+    # 0.75 ln 1.5 = 0.304 is cut to 0.05; 0.25 ln 0.5 = -0.173 stays: one of two entries, and a negative sum
+    clipped = chunked_divergence(student, teacher, head, head, clip="pointwise", clip_value=0.05)
+    assert clipped.per_token.item() == pytest.approx(0.05 + 0.25 * math.log(0.5))
+    assert clipped.unclipped.item() == pytest.approx(forward)
+    assert clipped.clip_fraction.item() == 0.5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_clip_lowers_the_loss_and_counts_what_it_cut(divergence):
+    tensors = inputs()
+    _, _, value = dense(*tensors, divergence=divergence)
+    full = chunked_divergence(*tensors, divergence=divergence)
+    clipped = chunked_divergence(*tensors, divergence=divergence, clip="pointwise", clip_value=0.01)
+    assert full.clip_fraction == 0
+    assert clipped.clip_fraction.item() == pytest.approx((value > 0.01).double().mean().item())
+    assert 0 < clipped.clip_fraction < 0.5
+    assert clipped.loss < full.loss
+    torch.testing.assert_close(clipped.unclipped, full.per_token, rtol=0, atol=1e-12)
+    high = chunked_divergence(*tensors, divergence=divergence, clip="pointwise", clip_value=100.0)
+    assert torch.equal(high.loss, full.loss)
+
+
+def test_jsd_tends_to_both_kls():
+    tensors = inputs()
+    for beta, end in ((1e-5, "forward_kl"), (1 - 1e-5, "reverse_kl")):
+        jsd = chunked_divergence(*tensors, divergence="jsd", beta=beta).loss / min(beta, 1 - beta)
+        torch.testing.assert_close(jsd, chunked_divergence(*tensors, divergence=end).loss, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", ["none", "pointwise"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient_at_all(divergence, clip, dtype):
+    hidden, _, head, _ = inputs(tokens=40, d_model=24, vocab=501, dtype=dtype)
+    output = chunked_divergence(
+        hidden,
+        hidden.detach().clone(),
+        head,
+        head.detach().clone(),
+        divergence=divergence,
+        clip=clip,
+        chunk_size=16,
+    )
+    gradients = torch.autograd.grad(output.loss, [hidden, head])
+    assert output.loss.item() == 0.0
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in gradients)
+
+
+def test_jsd_of_equal_distributions_is_zero_to_rounding():
+    hidden, _, head, _ = inputs(dtype=torch.float32)
+    output = chunked_divergence(hidden, hidden.detach(), head, head.detach(), divergence="jsd", beta=0.3)
+    (gradient,) = torch.autograd.grad(output.loss, [hidden])
+    assert abs(output.loss.item()) < 1e-5
+    assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_chunk_size_changes_nothing_beyond_rounding(divergence):
+    results = []
+    for chunk_size in (1, 4, 13, 1000):
+        tensors = inputs(dtype=torch.float32)
+        output = chunked_divergence(*tensors, divergence=divergence, clip="pointwise", chunk_size=chunk_size)
+        output.loss.backward()
+        results.append((output.loss.detach(), output.per_token, output.clip_fraction, tensors[0].grad, tensors[2].grad))
+    for other in results[1:]:
+        for first, value in zip(results[0], other, strict=True):
+            torch.testing.assert_close(value, first, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_masked_token_contributes_exactly_nothing(divergence):
+    weights = torch.ones(13, dtype=torch.float64)
+    weights[[0, 6, 12]] = 0
+    hidden, teacher, head, teacher_head = inputs()
+    poisoned, poisoned_teacher = hidden.detach().clone(), teacher.clone()
+    poisoned[weights == 0] = math.nan
+    poisoned_teacher[weights == 0] = math.inf
+    poisoned.requires_grad_()
+    output = chunked_divergence(
+        poisoned,
+        poisoned_teacher,
+        head,
+        teacher_head,
+        divergence=divergence,
+        weights=weights,
+        clip="pointwise",
+    )
+    gradient, head_gradient = torch.autograd.grad(output.loss, [poisoned, head])
+
+    kept = weights > 0
+    alone = chunked_divergence(hidden[kept], teacher[kept], head, teacher_head, divergence=divergence, clip="pointwise")
+    expected, expected_head = torch.autograd.grad(alone.loss, [hidden, head])
+    pairs = (output.loss, alone.loss), (output.clip_fraction, alone.clip_fraction)
+    for value, reference in (*pairs, (gradient, expected), (head_gradient, expected_head)):
+        assert torch.equal(value, reference)
+    assert output.per_token[~kept].tolist() == [0, 0, 0]
+
+
+def test_nothing_but_masked_tokens_gives_a_zero_loss_with_a_gradient():
+    hidden, *rest = inputs()
+    output = chunked_divergence(hidden, *rest, weights=torch.zeros(13, dtype=torch.float64), clip="pointwise")
+    output.loss.backward()
+    assert output.loss.item() == output.clip_fraction.item() == 0
+    assert torch.count_nonzero(hidden.grad) == 0
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_extreme_logits_stay_finite(divergence, clip):
+    head = torch.eye(6)
+    student = torch.tensor([[1e4, -1e4, 0, 1, 2, 3], [0.0] * 6, [-1e4] * 5 + [1e4]]).requires_grad_()
+    teacher = torch.tensor([[-1e4, 1e4, 0, 1, 2, 3], [1e4, 0, 0, 0, 0, -1e4], [1e4] + [-1e4] * 5])
+    output = chunked_divergence(student, teacher, head, head, divergence=divergence, clip=clip)
+    output.loss.backward()
+    for tensor in (
+        output.loss,
+        output.per_token,
+        output.teacher_entropy,
+        output.student_entropy,
+        student.grad,
+    ):
+        assert torch.isfinite(tensor).all()
+    if divergence == "forward_kl" and clip == "none":
+        assert output.per_token[0].item() == pytest.approx(2e4)
+        assert student.grad[0].tolist() == [1, -1, 0, 0, 0, 0]
+
+
+def test_the_teacher_gets_no_gradient_even_where_it_shares_the_students_head():
+    hidden, teacher, head, _ = inputs()
+    teacher.requires_grad_()
+    shared = torch.autograd.grad(
+        chunked_divergence(hidden, teacher, head, head).loss, [head, teacher], allow_unused=True
+    )
+    apart = torch.autograd.grad(chunked_divergence(hidden, teacher, head, head.detach().clone()).loss, [head])
+    assert torch.equal(shared[0], apart[0])
+    assert shared[1] is None
+
+
+def test_backward_scales_with_what_comes_from_above():
+    hidden, *rest = inputs()
+    (once,) = torch.autograd.grad(chunked_divergence(hidden, *rest).loss, [hidden])
+    (thrice,) = torch.autograd.grad(3 * chunked_divergence(hidden, *rest).loss, [hidden])
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_bfloat16_hidden_states_are_reduced_in_float32():
+    tensors = inputs(dtype=torch.bfloat16, vocab=400)
+    output = chunked_divergence(*tensors)
+    exact = chunked_divergence(*(tensor.detach().double() for tensor in tensors))
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss.double(), exact.loss, rtol=1e-5, atol=0)
+    output.loss.backward()
+    assert tensors[0].grad.dtype == tensors[2].grad.dtype == torch.bfloat16
+
+
+class VocabularyRows(TorchDispatchMode):
+    """Records how many rows of vocabulary width each operation's tensors hold."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.numel() >= self.vocab:
+                self.rows = max(self.rows, tensor.numel() // self.vocab)
+        return result
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_no_tensor_holds_more_rows_of_logits_than_a_chunk(divergence):
+    tensors = inputs(tokens=96, d_model=4, vocab=1000, dtype=torch.float32)
+    with VocabularyRows(1000) as recorded:
+        chunked_divergence(*tensors, divergence=divergence, clip="pointwise", chunk_size=8).loss.backward()
+    assert recorded.rows == 8
+    with VocabularyRows(1000) as recorded:
+        dense(*tensors, divergence=divergence)
+    assert recorded.rows == 96
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "jsd", "beta": 0.0}, "forward_kl or reverse_kl"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"clip": "pointwise", "clip_value": -1.0}, "clip_value is -1.0"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"topk": 38}, "topk is 38; choose 0 for the whole vocabulary, or 1 to 37"),
+        ({"divergence": "sampled_token"}, "token_ids and the divergence sampled_token belong together"),
+        ({"token_ids": torch.arange(13)}, "token_ids and the divergence sampled_token belong together"),
+        (
+            {"divergence": "sampled_token", "token_ids": torch.arange(13), "topk": 3},
+            "it takes no topk and no clip",
+        ),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        chunked_divergence(*inputs(), **options)
+
+
+def test_unknown_names_and_tensors_that_do_not_fit_together_are_refused():
+    for options in ({"divergence": "forward"}, {"clip": "tokens"}):
+        with pytest.raises((UserError, TypeCheckError)):  # the type checks of the tests may come first
+            chunked_divergence(*inputs(), **options)
+    hidden, teacher, head, teacher_head = inputs()
+    for arguments in (
+        (hidden, teacher[:5], head, teacher_head),
+        (hidden, teacher, head, teacher_head[:30]),
+        (hidden, teacher[:, :4], head, teacher_head),
+        (hidden, teacher, head.float(), teacher_head),
+    ):
+        with pytest.raises((UserError, TypeCheckError)):
+            chunked_divergence(*arguments)
+
+
+# TRL as an oracle
+
+
+@pytest.fixture(scope="module")
+def trl():
+    pytest.importorskip("trl")
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+    from trl.experimental.sdft import loss_utils
+
+    return SimpleNamespace(
+        generalized_jsd_loss=GKDTrainer.generalized_jsd_loss,
+        sdft_loss=loss_utils.compute_full_logit_self_distillation_loss,
+        sdft_topk=loss_utils.compute_topk_self_distillation_loss,
+        sdft_sampled=loss_utils.compute_sampled_token_self_distillation_loss,
+    )
+
+
+TRL_BETA = {"forward_kl": 0.0, "jsd": 0.3, "reverse_kl": 1.0}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.1])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_value_and_gradient_equal_trl(trl, divergence, temperature):
+    beta = TRL_BETA[divergence]
+    hidden, teacher, head, teacher_head = inputs(tokens=24, vocab=300, dtype=torch.float32)
+    labels = torch.zeros(2, 12, dtype=torch.long)
+    labels[0, :3] = labels[1, 9:] = -100  # TRL's mask; its loss is the mean over what is left
+    kept = labels.flatten() != -100
+
+    logits, teacher_logits = (hidden @ head.T).view(2, 12, -1), (teacher @ teacher_head.T).view(2, 12, -1)
+    expected = trl.generalized_jsd_loss(
+        logits, teacher_logits.detach(), labels=labels, beta=beta, temperature=temperature
+    )
+    expected_gradients = torch.autograd.grad(expected, [hidden, head])
+    output = chunked_divergence(
+        *(hidden, teacher, head, teacher_head),
+        **{"divergence": divergence, "beta": 0.3, "temperature": temperature, "chunk_size": 7},
+        weights=kept / kept.sum(),
+    )
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-5)
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
+        assert (gradient - reference).norm() < 1e-4 * reference.norm()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_per_token_values_equal_trl_self_distillation(trl, divergence):
+    hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
+    expected = trl.sdft_loss(hidden @ head.T, teacher @ teacher_head.T, distillation_alpha=TRL_BETA[divergence])
+    output = chunked_divergence(hidden, teacher, head, teacher_head, divergence=divergence, beta=0.3)
+    torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_topk_equals_trl_self_distillation(trl, divergence, tail):
+    hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
+    expected = trl.sdft_topk(
+        hidden @ head.T,
+        (teacher @ teacher_head.T).detach(),
+        distillation_topk=20,
+        distillation_alpha=TRL_BETA[divergence],
+        distillation_add_tail=tail,
+    )
+    output = chunked_divergence(
+        *(hidden, teacher, head, teacher_head), divergence=divergence, beta=0.3, topk=20, tail=tail
+    )
+    torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
+    expected_gradients = torch.autograd.grad(expected.sum(), [hidden, head])
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
+        assert (gradient - reference).norm() < 1e-4 * reference.norm()
+
+
+def test_sampled_token_gradient_equals_trl_self_distillation(trl):
+    """TRL's value is the ratio times the log-probability, whose gradient is meant; ours is the ratio itself."""
+    hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
+    ids = torch.arange(10) * 29
+    expected = trl.sdft_sampled(hidden @ head.T, (teacher @ teacher_head.T).detach(), ids, distillation_alpha=1.0)
+    output = chunked_divergence(
+        *(hidden, teacher, head, teacher_head), divergence="sampled_token", token_ids=ids, chunk_size=3
+    )
+    expected_gradients = torch.autograd.grad(expected.sum(), [hidden, head])
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
+        assert (gradient - reference).norm() < 1e-4 * reference.norm()
+
+
+def test_pointwise_clip_equals_clamping_the_entries_of_kl_div():
+    hidden, teacher, head, teacher_head = inputs(dtype=torch.float32)
+    entries = F.kl_div(
+        F.log_softmax(hidden @ head.T, -1),
+        F.log_softmax(teacher @ teacher_head.T, -1),
+        reduction="none",
+        log_target=True,
+    )
+    expected = entries.clamp(max=0.05).sum()
+    expected_gradients = torch.autograd.grad(expected, [hidden, head])
+    output = chunked_divergence(hidden, teacher, head, teacher_head, clip="pointwise", clip_value=0.05)
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-5)
+    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
+        assert (gradient - reference).norm() < 1e-4 * reference.norm()

@@ -1,0 +1,148 @@
+"""How the student's forward pass may run: recomputed, compiled, in bfloat16, with other attention kernels."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.completion_hidden import completion_hidden
+from distill.config import TrainConfig
+from distill.distributed import decoder_layers
+from distill.step import learn
+from distill.student import TrainingForward, sampling_attention
+from distill.tasks import Task
+from distill.teacher import Teacher
+from distill.train import main
+from neurosig.runtime.errors import UserError
+from neurosig.sampling.rollouts import Rollout
+from tests.distill.test_train import train, train_config
+from tests.support.flow import make_manifest
+from tests.support.tiny import ALL_ARCHS, Arch, OtherArch, tiny_model
+
+PAIRS = [
+    (Task("a", tuple(range(5, 17)), (9, 8, *range(5, 17))), Rollout("a", 0, "", (20, 21, 22, 2), "stop")),
+    (Task("a", tuple(range(5, 17)), (9, 8, *range(5, 17))), Rollout("a", 1, "", (30,), "stop")),
+    (Task("b", (11, 12), (3, 4, 10, 11, 12)), Rollout("b", 0, "", (40, 41, 2), "stop")),
+]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_manifest(tmp_path_factory.mktemp("export"))
+
+
+def step_of(
+    arch: Arch | OtherArch, share_prompts: bool, **options: bool
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    model = tiny_model(arch)
+    config = TrainConfig(manifest=Path(), out=Path(), max_grad_norm=1e9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    forward = TrainingForward(model, **options)
+    forward.share_prompts = share_prompts
+    metrics = learn(config, model, Teacher("live", model, None), optimizer, PAIRS, forward)
+    return metrics, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_steps(arch: Arch | OtherArch, **options: bool) -> None:
+    """To 1e-6 against the same rows; to 1e-4 against prompts that are shared, whose sums differ in their last bits."""
+    found, gradients = step_of(arch, False, **options)
+    for share_prompts, tolerance in ((False, 1e-6), (True, 1e-4)):
+        plain, expected = step_of(arch, share_prompts)
+        assert found == pytest.approx(plain, rel=tolerance, abs=tolerance)
+        assert plain["loss"] > 0.01 and set(gradients) == set(expected)
+        for name, gradient in expected.items():
+            largest = max(gradient.abs().max().item(), 1e-2)
+            assert (gradients[name] - gradient).abs().max() <= tolerance * largest, name
+
+
+@pytest.mark.parametrize("arch", ALL_ARCHS)
+def test_gradient_checkpointing_changes_no_gradient(arch: Arch | OtherArch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT and GPT-2 have dropout, which the models' own switch would turn on."""
+    layer = type(decoder_layers(tiny_model(arch))[0])
+    forward, calls = layer.forward, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(torch.is_grad_enabled())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", counted)
+    assert_equal_steps(arch, gradient_checkpointing=True)
+    layers = len(decoder_layers(tiny_model(arch)))
+    # of the student: one pass and one in the backward pass; without recomputation one; with shared prompts two
+    assert calls.count(True) == (2 + 1 + 2) * layers
+
+
+def test_compiled_layers_change_no_gradient_and_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert_equal_steps("qwen3", compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (1, 2)
+    assert_equal_steps("qwen3", compile=True, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3", "gpt2"])
+def test_rows_with_their_own_prompt_have_the_shared_hidden_states(arch: Arch) -> None:
+    model = tiny_model(arch)
+    prompts = [(5, 6, 7), (5, 6, 7), tuple(range(10, 24))]
+    completions = [(8, 9, 10), (11,), (12, 13)]
+    with torch.no_grad():
+        apart = completion_hidden(model, prompts, completions, False)
+        torch.testing.assert_close(apart, completion_hidden(model, prompts, completions), rtol=1e-4, atol=1e-5)
+        assert apart.shape[0] == 6
+        alone = completion_hidden(model, [prompts[1]], [completions[1]])
+        torch.testing.assert_close(apart[3:4], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.bench  # minutes of C++ compilation
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_run_goes_as_a_plain_one(tmp_path: Path, manifest: Path) -> None:
+    torch._dynamo.reset()
+    plain, _ = train(tmp_path, manifest, "plain", steps=2)
+    compiled, _ = train(tmp_path, manifest, "compiled", steps=2, compile=True, gradient_checkpointing=True)
+    for one, other in zip(compiled, plain, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_bfloat16_keeps_the_adapter_in_float32(tmp_path: Path, manifest: Path) -> None:
+    metrics, _ = train(tmp_path, manifest, steps=2, dtype="bfloat16", gradient_checkpointing=True)
+    plain, _ = train(tmp_path, manifest, "plain", steps=2)
+    assert metrics[0]["loss"] != plain[0]["loss"]
+    assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in metrics)
+    for folder, name in (("adapter", "adapter_model"), ("checkpoints/step-000002", "optimizer")):
+        tensors = load_file(tmp_path / "run" / folder / f"{name}.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_attention_implementations(tmp_path: Path, manifest: Path) -> None:
+    eager, _ = train(tmp_path, manifest, "eager", steps=2, attn_implementation="eager")
+    sdpa, _ = train(tmp_path, manifest, "sdpa", steps=2)
+    for one, other in zip(eager, sdpa, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    record = json.loads((tmp_path / "eager" / "train.json").read_text())
+    assert record["model"]["attn_implementation"] == "eager"
+    with pytest.raises(UserError, match="flash_attention_2: the package flash-attn is not installed; use sdpa"):
+        main(train_config(tmp_path, manifest, "flash", attn_implementation="flash_attention_2"))
+    assert not (tmp_path / "flash").exists()
+
+
+def test_flash_attention_gives_way_while_sampling() -> None:
+    model = tiny_model("qwen3")
+    with sampling_attention(model):
+        assert model.config._attn_implementation == "sdpa"
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.MonkeyPatch.context() as patch:  # the package is not here, so the switch back is only noted
+        patch.setattr(
+            model, "set_attn_implementation", lambda name: setattr(model.config, "_attn_implementation", name)
+        )
+        with sampling_attention(model):
+            assert model.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == "flash_attention_2"

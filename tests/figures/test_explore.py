@@ -1,0 +1,144 @@
+"""The notebooks' pictures hold the numbers they were given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from distill.entropy_gap import TokenEntropies, gap_fit
+from figures.notebook.explore import (
+    agreement_scatter,
+    auroc_forest,
+    calibration_summary,
+    calibration_table,
+    entropy_curves,
+    gap_scatter,
+    reliability_diagrams,
+    silhouettes,
+    similarity_map,
+)
+from figures.notebook.runs import another_selection
+from neurosig.report.signal_table import Signal, SignalRow
+from neurosig.runtime.errors import UserError
+from neurosig.statistics.metrics import Interval, ece
+from tests.support.flow import make_manifest
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the domain colour, and evaluations of two methods in colour and shape, written by hand."""
+    folder = tmp_path_factory.mktemp("run")
+    make_manifest(folder)
+    rng = np.random.default_rng(0)
+    for method, temperature in (("base", 0.8), ("nopsd", 0.5)):
+        place = folder / "eval" / method
+        place.mkdir(parents=True)
+        votes = rng.integers(1, 5, 30)
+        rows = {"id": [f"q{i}" for i in range(30)], "domain": ["colour"] * 20 + ["shape"] * 10, "k": 4, "votes": votes}
+        winners = np.where(votes == 1, 2, 1)
+        rows |= {"winners": winners, "right_winners": rng.integers(0, 2, 30)}
+        pd.DataFrame(rows).to_parquet(place / "results.parquet")
+        (place / "summary.json").write_text(json.dumps({"config": {"temperature": temperature}}))
+    return folder
+
+
+def test_every_evaluation_is_read_by_scope(run: Path) -> None:
+    table = calibration_table(run)
+    assert table.groupby(["method", "scope"]).size().to_dict() == {
+        ("base", "cross-domain"): 10,
+        ("base", "in-domain"): 20,
+        ("nopsd", "cross-domain"): 10,
+        ("nopsd", "in-domain"): 20,
+    }
+    raw = pd.read_parquet(run / "eval" / "nopsd" / "results.parquet")
+    mine = table[table["method"] == "nopsd"]
+    np.testing.assert_array_equal(mine["accuracy"], raw["right_winners"] / raw["winners"])
+    assert set(mine["temperature"]) == {0.5}
+
+
+def test_the_summary_is_that_of_the_metrics(run: Path) -> None:
+    table = calibration_table(run)
+    summary = calibration_summary(table, resamples=200)
+    assert list(summary["scope"]) == ["in-domain", "in-domain", "cross-domain", "cross-domain"]
+    for row in summary.itertuples():
+        mine = table[(table["scope"] == row.scope) & (table["method"] == row.method)]
+        assert row.ece == pytest.approx(ece(mine["votes"].to_numpy(), 4, mine["accuracy"].to_numpy()))
+        assert row.ece_low <= row.ece <= row.ece_high and row.smooth_ece <= row.ece + 1e-9 and row.n == len(mine)
+
+
+def test_the_reliability_diagrams_plot_the_accuracy_of_each_number_of_votes(run: Path) -> None:
+    table = calibration_table(run)
+    figure = reliability_diagrams(table, calibration_summary(table, resamples=200))
+    assert len(figure.axes) == 4
+    mine = table[(table["scope"] == "in-domain") & (table["method"] == "base")].groupby("votes")["accuracy"].mean()
+    points = figure.axes[0].collections[-1].get_offsets()
+    np.testing.assert_allclose(points, np.column_stack([mine.index / 4, mine]))
+
+
+def test_without_an_evaluation_there_is_nothing_to_draw(tmp_path: Path) -> None:
+    make_manifest(tmp_path)
+    with pytest.raises(UserError, match="no finished evaluation"):
+        calibration_table(tmp_path)
+
+
+def test_another_selection_keeps_rollouts_and_changes_contexts(run: Path) -> None:
+    first = another_selection(run, context_policy="random")
+    again = another_selection(run, context_policy="random")
+    none = another_selection(run, context_policy="none")
+    assert first.folder == again.folder and first.folder != none.folder
+    assert first.rollouts == none.rollouts and all(not row.context for row in none.rows)
+    assert any(row.context for row in first.rows)
+    assert first.header.options["context_policy"] == "random"
+
+
+def test_the_similarity_map_shows_its_matrix() -> None:
+    similarity = np.random.default_rng(1).uniform(0, 1, (5, 5))
+    figure = similarity_map(similarity, ["a_b", "a_b", "c", "c", "c"], title="t")
+    shown = np.asarray(figure.axes[0].images[0].get_array(), dtype=float)
+    off = ~np.eye(5, dtype=bool)
+    np.testing.assert_array_equal(shown[off], similarity[off])
+    assert np.ma.getmaskarray(figure.axes[0].images[0].get_array())[~off].all()
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["a b", "c"]
+
+
+def test_scatters_plot_every_point() -> None:
+    figure = agreement_scatter([0.25, 0.5, 1.0], [0.3, 0.6, 0.9], ["x", "y", "x"])
+    points = np.concatenate([np.asarray(part.get_offsets()) for part in figure.axes[0].collections])
+    np.testing.assert_array_equal(np.sort(points[:, 1]), [0.3, 0.6, 0.9])
+    np.testing.assert_allclose(np.sort(points[:, 0]), [0.25, 0.5, 1.0], atol=0.013)
+    table = pd.DataFrame({"gap": [0.0, 1.0, 2.0], "gain": [0.5, 0.0, 0.25], "policy": ["a", "a", "b"]})
+    fit = gap_fit(table["gap"].to_numpy(), table["gain"].to_numpy(), ["p", "q", "r"], resamples=100)
+    axis = gap_scatter(table, fit).axes[0]
+    line = axis.lines[0].get_xydata()
+    np.testing.assert_allclose(line[:, 1], fit.intercept + fit.slope.estimate * np.array([0.0, 2.0]))
+    assert sum(len(part.get_offsets()) for part in axis.collections) == 3
+
+
+def test_entropy_curves_average_over_questions_not_rollouts() -> None:
+    found = [
+        TokenEntropies(name, index, (1, 2), np.array([value, 0.0]), np.array([0.0, 0.0]))
+        for name, values in {"a": [1.0, 1.0, 1.0], "b": [4.0], "c": [4.0]}.items()
+        for index, value in enumerate(values)
+    ]
+    student, teacher = entropy_curves({"none": found}).axes[0].lines
+    np.testing.assert_allclose(student.get_ydata(), [3.0, 0.0])
+    np.testing.assert_allclose(teacher.get_ydata(), [0.0, 0.0])
+
+
+def test_the_forest_is_sorted_by_auroc() -> None:
+    def row(name: str, value: float) -> SignalRow:
+        interval = Interval(value, value - 0.1, value + 0.1, 9, 100, 0)
+        return SignalRow(Signal(name, np.zeros(9), "neuron"), interval, {}, None, None, 1.0, 1.0)
+
+    axis = auroc_forest([row("low", 0.4), row("high", 0.9), row("mid", 0.6)], event="e", n=9).axes[0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["low", "mid", "high"]
+    assert [float(line.get_xdata()[0]) for line in axis.lines[:3]] == [0.4, 0.6, 0.9]
+
+
+def test_the_chosen_number_of_clusters_is_marked() -> None:
+    axis = silhouettes(pd.DataFrame({"k": [2, 3, 4], "silhouette": [0.1, 0.3, 0.2]}), 3).axes[0]
+    np.testing.assert_array_equal(axis.lines[1].get_xydata(), [[3, 0.3]])

@@ -1,0 +1,154 @@
+"""The grid: cells run in processes of their own, are skipped when done, and end in two files of results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pyarrow.parquet
+import pytest
+
+from figures.grid.__main__ import PRESETS, GridConfig, main
+from figures.grid.collect import control_temperature
+from figures.grid.evidence import EvidenceConfig
+from figures.grid.evidence import main as keep
+from neurosig.runtime.cli import command_words, parse_config
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.folder import output_folder
+from tests.support.flow import save_tiny, write_questions
+
+TINY = {"num_generations": 3, "max_new_tokens": 4, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grid")
+    save_tiny(folder / "model")
+    for name in ("red", "blue"):
+        write_questions(folder / f"{name}.jsonl", domain=name)
+    return folder
+
+
+def grid(folder: Path, **changes: Any) -> GridConfig:
+    named = tuple(f"{name}={folder / name}.jsonl" for name in ("red", "blue"))
+    options: dict[str, Any] = {
+        "methods": ("nopsd", "nopsd-random"),
+        "sources": named[:1],
+        "targets": named,
+        "dev": named[:1],
+        "control_temperatures": (0.5,),
+        "export": {**TINY, "set_size": 16, "clean_filter": "all"},
+        "train": {"steps": 1, "questions_per_step": 2, "lora_r": 2, "keep_truncated": True},
+        "evaluate": TINY,
+        "quiet": True,
+    }
+    return GridConfig(out=folder / "grid", model=str(folder / "model"), **{**options, **changes})
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "grid" / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="distill")
+    (folder / "model" / "config.json").rename(folder / "away")
+    with pytest.raises(UserError, match=r"4 cells failed \(base, control-T0.5, .*nopsd-random--red--seed0\): see log"):
+        main(grid(folder))
+    assert "base: distill.evaluate: error: model" in caplog.text and "no config.json" in caplog.text
+    (folder / "away").rename(folder / "model" / "config.json")
+
+    main(grid(folder))
+    found = {(row["method"], row["source"], row["target"]) for row in rows(folder)}
+    trained = {(method, "red", target) for method in ("nopsd", "nopsd-random") for target in ("red", "blue")}
+    assert found == trained | {(method, "", target) for method in ("base", "control") for target in ("red", "blue")}
+    assert {row["temperature"] for row in rows(folder) if row["method"] == "control"} == {"0.5"}
+
+    cells = folder / "grid" / "cells"
+    answers = pyarrow.parquet.read_table(folder / "grid" / "grid.parquet").to_pandas()
+    for (method, target), mine in answers[answers.method != "control"].groupby(["method", "target"]):
+        cell = method if method == "base" else f"{method}--red--seed0"
+        summary = json.loads((cells / cell / "eval" / target / "summary.json").read_text())["domains"][target]
+        assert (mine.n_correct / mine.k).mean() == pytest.approx(summary["avg_at_k"]["estimate"])
+        assert len(mine) == summary["n"] == 8
+    policies = {
+        name: json.loads((folder / "grid" / "manifests" / "red" / name / "manifest.json").read_text())
+        for name in ("nopsd", "nopsd-random")
+    }
+    assert policies["nopsd-random"]["options"]["context_policy"] == "random"
+    files = [policy["files"]["rollouts.jsonl"]["sha256"] for policy in policies.values()]
+    assert files[0] == files[1]
+
+    for row in rows(folder):
+        steps = cells / f"{row['method']}--red--seed0" / "train" / "metrics.jsonl"
+        first = json.loads(steps.read_text().splitlines()[0]) if row["source"] else {"entropy_gap": math.nan}
+        assert float(row["first_entropy_gap"] or "nan") == pytest.approx(first["entropy_gap"], rel=1e-5, nan_ok=True)
+
+    keep(EvidenceConfig(grid=folder / "grid", out=folder / "kept"))
+    signals = pandas.read_csv(folder / "kept" / "signals.csv")
+    assert len(signals) == 8 and set(signals.source) == {"red"} and not signals.right.any()
+    assert {"vote_share", "probe"} <= set(signals)
+    for name in ("grid.parquet", "layout.json", "results.csv"):
+        assert (folder / "kept" / name).read_bytes() == (folder / "grid" / name).read_bytes()
+
+    before = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
+    with (
+        output_folder(folder / "grid", finished="results.csv", owned=(), resume=True, overwrite=False),
+        pytest.raises(UserError, match=f"in use by pid {os.getpid()} "),
+    ):
+        main(grid(folder))
+    main(grid(folder, more_seeds=(1,), more_seeds_for=("nopsd",), jobs=2))
+    after = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before} == before
+    assert {path.relative_to(cells).parts[0] for path in after.keys() - before.keys()} == {"nopsd--red--seed1"}
+    assert {row["seed"] for row in rows(folder) if row["method"] == "nopsd"} == {"0", "1"}
+
+    with pytest.raises(UserError, match="its cells were made with other train options"):
+        main(grid(folder, train={"steps": 2}))
+
+
+def test_the_control_is_the_temperature_that_the_development_questions_prefer(tmp_path: Path) -> None:
+    scores = {"control-T0.1": (0.2, 0.6), "control-T0.5": (0.5, 0.4), "control-T1": (0.6, 0.1), "base": ()}
+    for cell, values in scores.items():
+        for domain, value in zip("ab", values, strict=False):
+            folder = tmp_path / cell / "eval" / f"dev-{domain}"
+            folder.mkdir(parents=True)
+            block = {domain: {"n": 9, "avg_at_k": {"estimate": value}}}
+            (folder / "summary.json").write_text(json.dumps({"domains": block}))
+    assert control_temperature([tmp_path / cell for cell in scores]) == "control-T0.5"
+    assert control_temperature([tmp_path / "base"]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("nopds",)}, "method nopds: expected one of nopsd, "),
+        ({"sources": ("a=x.jsonl", "a=y.jsonl")}, "--sources a=y.jsonl: expected NAME=QUESTIONS"),
+        ({"targets": ("../up=x.jsonl",)}, "--targets ../up=x.jsonl: expected NAME=QUESTIONS"),
+    ],
+)
+def test_bad_names_are_refused_before_anything_is_written(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = grid(folder, **changes)
+    config.out = tmp_path / "out"
+    with pytest.raises(UserError, match=message):
+        main(config)
+    assert not config.out.exists()
+
+
+def test_tables_of_a_config_file_reach_the_commands(tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text('preset = "cpu"\nseeds = [0, 1]\n[train]\nsteps = 3\n[methods_train.lmsi]\nlearning_rate = 1e-4\n')
+    config = parse_config(GridConfig, presets=PRESETS, prog="grid", argv=["--config", str(file), "--out", "x"])
+    assert config.seeds == (0, 1) and config.train == {"steps": 3} and config.model == "smollm2-135m"
+    assert config.methods_train == {"lmsi": {"learning_rate": 1e-4}}
+    assert command_words({"lora_r": 8, "full": True, "tail": False, "questions": ["a", "b"]}) == [
+        *("--lora-r", "8", "--full", "--no-tail", "--questions", "a", "b")
+    ]  # fmt: skip

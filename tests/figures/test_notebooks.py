@@ -1,0 +1,111 @@
+"""Every notebook runs from a clean kernel, its asserts included, holds no logic, and is committed without outputs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.support.paths import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURES = {
+    "01_neuron_signals": 2,
+    "02_hallucination_neurons": 3,
+    "03_reasoning_patterns": 3,
+    "04_entropy_gap": 4,
+    "05_calibration": 1,
+    "06_the_whole_method": 0,
+}
+"""Figures of each notebook; none of them is skipped."""
+VIEWS = {"01_neuron_signals": 5, "02_hallucination_neurons": 1, "03_reasoning_patterns": 3, "06_the_whole_method": 1}
+"""Views (`neurosig.views.explorer`) of each notebook."""
+
+
+def code_cells(path: Path) -> list[Any]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def syntax_tree(source: str) -> ast.Module:
+    return ast.parse("\n".join(line for line in source.splitlines() if not line.startswith(("%", "!"))))
+
+
+def test_the_notebooks_are_these() -> None:
+    assert [path.stem for path in NOTEBOOKS] == list(PICTURES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_is_thin_and_stripped(path: Path) -> None:
+    cells = code_cells(path)
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+    for cell in cells:
+        logic = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.While, ast.Try)
+        found = [node for node in ast.walk(syntax_tree(cell.source)) if isinstance(node, logic)]
+        assert len(found) <= 1 and not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in found)
+    last = nbformat.read(path, as_version=4).cells[-1]
+    statements = syntax_tree(last.source).body
+    asserts = [node for node in statements if isinstance(node, ast.Assert)]
+    assert len(asserts) >= 5 and all(isinstance(node, ast.Assert | ast.Assign) for node in statements)
+    for node in asserts:  # each looks at something that was computed
+        assert any(isinstance(part, ast.Name) for part in ast.walk(node.test))
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The working directory of all notebooks, with one small run for those that look at one.
+
+    A process of its own makes the run: what training and evaluation load is gone afterwards.
+    """
+    folder = tmp_path_factory.mktemp("notebooks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        make = "import pathlib, figures.notebook.runs as runs; runs.small_run(pathlib.Path('run'), 'evaluations')"
+        subprocess.run([sys.executable, "-c", make], cwd=folder, check=True)
+        patch.setenv("NEUROSIG_RUN", str(folder / "run"))
+        yield folder
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_runs(path: Path, workplace: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(workplace)}}).execute()
+    shown = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs if "data" in out]
+    assert sum("image/png" in out.data for out in shown) == PICTURES[path.stem]
+    views = [out.data["text/html"] for out in shown if "neurosig-view" in out.data.get("text/html", "")]
+    assert len(views) == VIEWS.get(path.stem, 0)
+    assert not any(part in view for view in views for part in ("http://", "https://", "<script"))
+
+
+def test_a_named_run_must_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from figures.notebook.runs import VARIABLE, run_folder
+    from neurosig.runtime.errors import UserError
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match="no finished export there"):
+        run_folder()
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / "manifest.json").touch()
+    assert run_folder() == tmp_path
+    with pytest.raises(UserError, match="no finished evaluations there"):
+        run_folder("evaluations")
+
+
+def test_a_demo_is_found_from_the_notebooks_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from figures.notebook.runs import VARIABLE, run_folder
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for place in ("notebooks", "runs/demo/manifest"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "runs/demo/manifest/manifest.json").touch()
+    for here in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(here)
+        assert run_folder() == tmp_path / "runs" / "demo"

@@ -1,0 +1,131 @@
+"""The pure functions, against numbers computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from neurosig.neurons.contributions import (
+    PAD,
+    cett,
+    largest,
+    largest_entries,
+    largest_per_token,
+    magnitude,
+    masked_mean,
+    neurons_per_layer,
+    pack_sets,
+    unembed,
+)
+
+
+def test_cett_by_hand() -> None:
+    """One position; three neurons with output directions (3, 4), (0, 2), (-1, 0) and values 1, -2, 4."""
+    w_down = torch.tensor([[3.0, 0.0, -1.0], [4.0, 2.0, 0.0]])
+    value = torch.tensor([[[1.0, -2.0, 4.0]]])
+    ffn_out = value @ w_down.T
+    assert ffn_out.tolist() == [[[-1.0, 0.0]]]
+    norms = torch.tensor([5.0, 2.0, 1.0])
+    assert magnitude(value, norms).tolist() == [[[5.0, 4.0, 4.0]]]
+    assert cett(value, norms, ffn_out).tolist() == [[[5.0, 4.0, 4.0]]]  # ||(-1, 0)|| = 1
+    assert cett(value, norms, 2 * ffn_out).tolist() == [[[2.5, 2.0, 2.0]]]
+
+
+def test_cett_divides_each_position_by_its_own_norm() -> None:
+    value = torch.ones(1, 2, 1)
+    ffn_out = torch.tensor([[[3.0, 4.0], [0.0, 10.0]]])
+    assert cett(value, torch.tensor([20.0]), ffn_out).flatten().tolist() == [4.0, 2.0]
+
+
+def test_scores_leave_their_arguments_alone() -> None:
+    value, norms, ffn_out = -torch.ones(1, 1, 2), torch.tensor([2.0, 3.0]), torch.full((1, 1, 2), 5.0)
+    copies = value.clone(), norms.clone(), ffn_out.clone()
+    cett(value, norms, ffn_out)
+    assert all(torch.equal(x, copy) for x, copy in zip((value, norms, ffn_out), copies, strict=True))
+
+
+def test_scores_of_half_precision_values_are_fp32() -> None:
+    value = torch.full((1, 1, 1), 3.0, dtype=torch.bfloat16)
+    score = cett(value, torch.tensor([1.001]), torch.tensor([[[1.0]]], dtype=torch.bfloat16))
+    assert score.dtype == torch.float32
+    assert score.item() == pytest.approx(3.003, rel=1e-6)  # bfloat16 would round 1.001 to 1
+
+
+def test_masked_mean_by_hand() -> None:
+    x = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [6.0, 60.0]], [[5.0, 50.0], [7.0, 70.0], [100.0, 1000.0]]])
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    assert masked_mean(x, mask).tolist() == [[4.0, 40.0], [6.0, 60.0]]
+
+
+def test_masked_mean_of_nothing_is_nan_and_hides_no_nan() -> None:
+    x = torch.tensor([[[1.0], [math.nan]], [[1.0], [2.0]]])
+    mask = torch.tensor([[True, False], [False, False]])
+    assert masked_mean(x, mask).isnan().all()
+
+
+def test_unembed_by_hand() -> None:
+    """Output directions (3, 4), (0, 2), (-1, 0); the next tokens' head rows are (1, 0), then (0, 10)."""
+    w_out = torch.tensor([[3.0, 4.0], [0.0, 2.0], [-1.0, 0.0]])
+    value = torch.tensor([[[1.0, -2.0, 4.0], [1.0, -2.0, 4.0]]])
+    following = torch.tensor([[[1.0, 0.0], [0.0, 10.0]]])
+    assert unembed(value, w_out, following).tolist() == [[[3.0, 0.0, -4.0], [40.0, -40.0, 0.0]]]
+
+
+def ids_of(member: torch.Tensor) -> list[list[int]]:
+    return [row.nonzero()[:, 0].tolist() for row in member]
+
+
+def test_largest_breaks_ties_by_lower_index() -> None:
+    mean = torch.tensor([[0.5, 2.0, 1.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0, 9.0]])
+    assert ids_of(largest(mean, 3)) == [[1, 2, 3], [0, 1, 4]]
+    assert ids_of(largest(mean, 9)) == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_largest_of_many_equal_values_is_the_first_k() -> None:
+    """Wide enough that an unstable sort or topk returns other indices."""
+    mean = torch.ones(2, 5000)
+    mean[1, 4321] = 2.0
+    assert ids_of(largest(mean, 40)) == [list(range(40)), [*range(39), 4321]]
+
+
+SCORE = torch.tensor([[[9.0, 1.0, 2.0, 3.0], [4.0, 8.0, 0.0, 7.0], [0.0, 0.0, 99.0, 98.0]]])
+"""One rollout of three positions and four neurons; the last position is padding in the tests below."""
+MASK = torch.tensor([[True, True, False]])
+
+
+def test_per_token_is_the_union_of_each_positions_largest() -> None:
+    assert ids_of(largest_per_token(SCORE, MASK, 1)) == [[0, 1]]
+    assert ids_of(largest_per_token(SCORE, MASK, 2)) == [[0, 1, 3]]
+    assert ids_of(largest_per_token(SCORE, MASK, 99)) == [[0, 1, 2, 3]]
+
+
+def test_entries_are_counted_over_all_positions_together() -> None:
+    """Entries in order: 9 (neuron 0), 8 (1), 7 (3), 4 (0 again), 3 (3), 2 (2)."""
+    for entries, expected in (
+        (1, [0]),
+        (2, [0, 1]),
+        (4, [0, 1, 3]),
+        (5, [0, 1, 3]),
+        (6, [0, 1, 2, 3]),
+        (99, [0, 1, 2, 3]),
+    ):
+        assert ids_of(largest_entries(SCORE, MASK, entries)) == [expected]
+
+
+def test_sets_are_packed_in_ascending_order_and_padded() -> None:
+    member = torch.tensor([[True, False, True, True], [False, False, True, False], [False] * 4])
+    mean = torch.tensor([[3.0, 9.0, 1.0, 2.0], [9.0, 9.0, 5.0, 9.0], [1.0] * 4])
+    ids, values = pack_sets(member, mean)
+    assert ids.tolist() == [[0, 2, 3], [2, PAD, PAD], [PAD, PAD, PAD]]
+    assert values.tolist() == [[3.0, 1.0, 2.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert ids.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "d_mlp", "set_size", "k"),
+    [(30, 1536, 1000, 34), (36, 9728, 1000, 28), (40, 9728, 1000, 25), (2, 64, 1000, 64), (4, 64, 1, 1)],
+)
+def test_neurons_per_layer(n_layers: int, d_mlp: int, set_size: int, k: int) -> None:
+    assert neurons_per_layer(n_layers, d_mlp, set_size) == k

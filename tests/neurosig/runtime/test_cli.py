@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import errno
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from neurosig.runtime.cli import CommonConfig, PhaseTimer, parse_config, printable, run_command
+from neurosig.runtime.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Config(CommonConfig):
+    """A command."""
+
+    model: str
+    """The model."""
+    steps: int = 10
+    """Steps."""
+    names: tuple[str, ...] = ()
+    """Names."""
+    resume: bool = False
+    """Resume."""
+
+
+PRESETS = {"small": {"model": "tiny", "steps": 3}}
+
+
+def parse(*argv: str) -> Config:
+    return parse_config(Config, presets=PRESETS, prog="command", argv=list(argv))
+
+
+def run(main: Callable[[Config], None], *argv: str) -> int:
+    return run_command(Config, main, presets=PRESETS, prog="command", argv=["--model", "m", *argv])
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('steps = 5\nnames = ["a", "b"]\n')
+    assert parse("--model", "m").steps == 10
+    assert (parse("--preset", "small").steps, parse("--preset", "small").model) == (3, "tiny")
+    config = parse("--preset", "small", "--config", str(file))
+    assert (config.steps, config.names, config.model) == (5, ("a", "b"), "tiny")
+    assert parse("--preset", "small", "--config", str(file), "--steps", "7").steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step = 1", r'c\.toml: step: unknown option \(did you mean "steps"\?\)'),
+        ('steps = "8"', r"c\.toml: steps: expected int, got '8'"),
+        ("steps = true", r"c\.toml: steps: expected int, got True"),
+        ("steps =", r"c\.toml: invalid TOML"),
+    ],
+)
+def test_a_bad_config_file_names_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse("--config", str(tmp_path / "c.toml"))
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r'--preset smal: no such preset \(did you mean "small"\?\); have small'):
+        parse("--preset", "smal")
+
+
+def test_a_missing_required_option_and_an_unknown_one_are_usage_errors() -> None:
+    for argv in ((), ("--model", "m", "--stepz", "3"), ("--model", "m", "--steps", "many")):
+        with pytest.raises(SystemExit) as stop:
+            parse(*argv)
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "line"),
+    [
+        (UserError("the file is gone"), 2, "error: the file is gone\n"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun with --resume\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "error: out/x: No space left on device\n"),
+        (MemoryError("no"), 2, "error: out of memory: no; lower the batch size or the token limit, then run again\n"),
+        (ZeroDivisionError("oh"), 1, "error: internal: ZeroDivisionError: oh (rerun with --debug for the traceback)\n"),
+        (UserError("two\nlines \x1b[31m"), 2, "error: two lines \\x1b[31m\n"),
+    ],
+)
+def test_faults_are_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], fault: BaseException, code: int, line: str
+) -> None:
+    def main(config: Config) -> None:
+        raise fault
+
+    assert run(main) == code
+    assert capsys.readouterr().err == line
+    assert run(main, "--debug") == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_command_that_works_returns_0(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    assert run(seen.append, "--steps", "4") == 0
+    assert seen[0].steps == 4
+    assert capsys.readouterr().err == ""
+
+
+def test_model_text_is_shown_harmlessly() -> None:
+    assert printable("a\x1b[2Jb\nc\u202ed") == "a\\x1b[2Jb\\nc\\u202ed"
+    assert printable("naïve 你好 🙂") == "naïve 你好 🙂"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["neurosig.export", "neurosig.intervene", "distill.train", "distill.evaluate", "distill.compare", "figures"],
+)
+def test_help_teaches(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--preset" in done.stdout and "--debug" in done.stdout
+    assert len(done.stdout.splitlines()) > 15
+
+
+def test_the_phase_table_shows_shares_and_rates_of_what_ended_well(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="neurosig")
+    with PhaseTimer() as timer:
+        for _ in range(2):
+            with timer.phase("sample"):
+                time.sleep(0.05)
+            timer.add_tokens("sample", 30)
+        with timer.phase("write"):
+            pass
+    table = caplog.messages[-1].splitlines()
+    assert [line.split()[0] for line in table[1:]] == ["sample", "write", "total"]
+    rate = int(re.search(r"(\d+) tokens/s", table[1])[1])  # type: ignore[index]
+    assert rate == pytest.approx(60 / timer.seconds["sample"], abs=1) and 300 < rate <= 600
+    assert int(re.search(r"(\d+)%", table[1])[1]) > 80  # type: ignore[index]
+    assert "tokens/s" not in table[2] + table[3]
+    caplog.clear()
+    with pytest.raises(UserError), PhaseTimer():
+        raise UserError("no")
+    assert not caplog.messages

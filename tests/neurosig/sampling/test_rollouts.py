@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from neurosig.runtime.errors import UserError
+from neurosig.sampling.rollouts import Rollout, RolloutLog, read_external_rollouts
+
+KEY = {"seed": 0, "model": "m"}
+
+
+def group(name: str, k: int = 2) -> list[Rollout]:
+    return [Rollout(name, index, f"text ü {index}", (5, 6, 2), "stop", -0.25, 1.5) for index in range(k)]
+
+
+def test_a_log_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path / "log", KEY)
+    log.append(group("a"))
+    log.append(group("b"))
+    assert RolloutLog(tmp_path / "log", KEY).groups == {"a": group("a"), "b": group("b")}
+
+
+def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path / "log", KEY)
+    log.append(group("a"))
+    log.append(group("b"))
+    path = tmp_path / "log"
+    for cut in (1, 30):
+        path.write_bytes(path.read_bytes()[:-cut])
+        again = RolloutLog(path, KEY)
+        assert again.groups == {"a": group("a")}
+        again.append(group("b"))
+        assert RolloutLog(path, KEY).groups == {"a": group("a"), "b": group("b")}
+
+
+def test_a_log_of_another_run_is_never_continued(tmp_path: Path) -> None:
+    RolloutLog(tmp_path / "log", KEY)
+    with pytest.raises(UserError, match="cannot resume, these differ from the interrupted run: extra, seed; use"):
+        RolloutLog(tmp_path / "log", {**KEY, "seed": 1, "extra": 2})
+
+
+@pytest.mark.parametrize("line", ["", "{}", '{"key": {"seed": 0, "model": "m"}}\n[{"text": 1}]', "\x00\x01"])
+def test_a_damaged_log_is_never_continued(tmp_path: Path, line: str) -> None:
+    (tmp_path / "log").write_text(line + "\n")
+    with pytest.raises(UserError, match="log: damaged, so it cannot be resumed"):
+        RolloutLog(tmp_path / "log", KEY)
+    assert (tmp_path / "log").read_text() == line + "\n"
+
+
+def encode(text: str) -> list[int]:
+    return [ord(char) for char in text]
+
+
+def test_external_rollouts_are_encoded_and_closed(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    lines = [
+        {"question_id": "a", "text": "hi"},
+        {"question_id": "a", "text": "ho", "finish_reason": "length"},
+        {"question_id": "a", "text": ""},
+        {"question_id": "b", "text": "x", "token_ids": [7, 8]},
+        {"question_id": "b", "text": "y", "token_ids": [7, 3], "logprobs": None},
+        {"question_id": "b", "text": "z", "token_ids": [7, 8], "finish_reason": "length"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    groups = read_external_rollouts(path, encode, (2, 3), {"a", "b"})
+    assert [r.token_ids for r in groups["a"]] == [(104, 105, 2), (104, 111), (2,)]
+    assert [r.token_ids for r in groups["b"]] == [(7, 8, 2), (7, 3), (7, 8)]
+    assert [r.body_ids for r in groups["b"]] == [(7, 8), (7,), (7, 8)]
+    assert [r.rollout_id for r in groups["b"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"r\.jsonl:2: invalid JSON"),
+        ("[1]", r"r\.jsonl:2: expected an object, got list"),
+        ('{"question_id": "a"}', r"r\.jsonl:2: text: expected a string, got null"),
+        ('{"question_id": 3, "text": "x"}', r"r\.jsonl:2: question_id: expected a string, got 3"),
+        ('{"question_id": "z", "text": "x"}', r'r\.jsonl:2: question_id "z" is in none of the question files'),
+        ('{"question_id": "a", "text": "x", "finish_reason": "eos"}', r"r\.jsonl:2: finish_reason: expected"),
+        ('{"question_id": "a", "text": "x", "token_ids": [-1]}', r"r\.jsonl:2: token_ids: expected"),
+        ('{"question_id": "a", "text": "x", "token_ids": "ab"}', r"r\.jsonl:2: token_ids: expected .*, got \"ab\""),
+        ('{"question_id": "a", "text": "x", "token_ids": 7}', r"r\.jsonl:2: token_ids: expected .*, got 7"),
+        ('{"question_id": "a", "text": "x", "token_ids": [true]}', r"r\.jsonl:2: token_ids: expected"),
+        ('{"question_id": "a", "text": "x\\ud800"}', r"r\.jsonl:2: text: a lone surrogate at character 1"),
+        ('{"question_id": "a", "text": "", "finish_reason": "length"}', r"r\.jsonl:2: an empty completion"),
+        ('{"question_id": "a", "text": "x"}', r"same number of rollouts, found \[1, 2\]"),
+    ],
+)
+def test_a_malformed_external_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"question_id": "a", "text": "x"}\n' + line + '\n{"question_id": "b", "text": "x"}\n')
+    with pytest.raises(UserError, match=message):
+        read_external_rollouts(path, encode, (2,), {"a", "b"})
+
+
+def test_a_question_without_rollouts_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"question_id": "a", "text": "x"}\n')
+    with pytest.raises(UserError, match='no rollouts for 1 of 2 questions, the first is "b"'):
+        read_external_rollouts(tmp_path / "r.jsonl", encode, (2,), {"a", "b"})
+    with pytest.raises(UserError, match="no such file"):
+        read_external_rollouts(tmp_path / "absent.jsonl", encode, (2,), {"a"})

@@ -1,0 +1,12 @@
+"""Where the project and its data are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
+FIGURE_DATA = ROOT / "figures" / "data"
+REAL_DATA = Path(os.environ.get("NEUROSIG_REAL_DATA") or ROOT.parent / "shared" / "data")
+"""Real question sets, not part of the project; the tests that read them are skipped without."""
