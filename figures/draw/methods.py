@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from figures.grid.config import CONTROL
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
-from figures.grid.tables import AVERAGE, METHODS, Results, scope_table
+from figures.grid.tables import AVERAGE, METHOD_LABELS, Results, scope_table
 from figures.style import save_figure, use_style
 from neurosig.runtime.files import write_atomic
 
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
 
 NAME = "methods"
 NEEDS = None
-CONTROL = "control"
 RESAMPLES, SEED = 2000, 0
-LABELS: Mapping[str, str] = {**METHODS, CONTROL: "base, best temperature", "nopsd": "N-OPSD (neuron filter, nearest)"}
+LABELS: Mapping[str, str] = {**METHOD_LABELS, "nopsd": "N-OPSD (neuron filter, nearest)"}
 FAMILY = {"nopsd": "#0072B2", CONTROL: "#E69F00"}
 """Colours (Okabe & Ito 2008) of the method and of the control; its variants are light blue, the others grey."""
 VARIANT, OTHER = "#56B4E9", "#595959"

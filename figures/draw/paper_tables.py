@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 
 from figures.grid import table_text
+from figures.grid.config import BASE, CONTROL
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
 from figures.grid.tables import (
     AVERAGE,
-    BASE,
-    METHODS,
     METRICS,
     PAPER,
     Cell,
@@ -31,6 +30,7 @@ from figures.grid.tables import (
     Row,
     Table,
     matrix_table,
+    method_label,
     scope_table,
 )
 from figures.style import save_figure, use_style
@@ -46,7 +46,6 @@ COMMITTED = Path(__file__).parents[1] / "data"
 PUBLISHED = {"Table 3": ("paper_table3.csv", "avg_at_k"), "Table 4": ("paper_table4.csv", "ece")}
 PAPER_K = 8
 RESAMPLES, SEED = 5000, 0
-CONTROL = "control"
 MARKS = {
     "LMSI": ("#7f7f7f", "o"),
     "TTRL": ("#E69F00", "s"),
@@ -130,7 +129,7 @@ def beside(ours: Table, paper: Table) -> Table:
     rows = []
     for row in ours.rows:
         rows.append(replace(row, cells=_chosen(row, ours.columns, columns)))
-        twin = theirs.get((METHODS.get(row.method, row.method), row.scope))
+        twin = theirs.get((method_label(row.method), row.scope))
         if twin is not None:
             cells = _chosen(twin, paper.columns, columns)
             rows.append(Row(f"{twin.method} (paper)", twin.scope, cells, rivals=f"paper {twin.rivals}"))
@@ -225,7 +224,7 @@ def _visible(table: Table) -> str:
 def _sizes(grid: Grid, ours: dict[str, Table]) -> str:
     n = ", ".join(f"{len(ids)} {domain}" for domain, ids in grid.ids.items())
     rows = next(iter(ours.values())).rows
-    seeds = ", ".join(dict.fromkeys(f"{METHODS.get(row.method, row.method)} {row.seeds}" for row in rows if row.seeds))
+    seeds = ", ".join(dict.fromkeys(f"{method_label(row.method)} {row.seeds}" for row in rows if row.seeds))
     control = "" if CONTROL in {row.method for row in rows} else " There is no control of the sampling temperature."
     return (
         f"Questions: {n}; K={grid.k}. Training seeds (the fewest over the sources): {seeds or 'none'}. Intervals: 95% "
@@ -236,7 +235,7 @@ def _sizes(grid: Grid, ours: dict[str, Table]) -> str:
 
 
 def _title(name: str, table: Table) -> str:
-    against = METHODS.get(table.against, table.against)
+    against = method_label(table.against)
     form = "every source and target" if "every" in name else f"changes against {against}"
     return f"{table.metric.title}, {form}"
 
@@ -304,10 +303,10 @@ def _draw_changes(paper: dict[str, Table], ours: dict[str, Table], out: Path) ->
 
 
 def _draw_panel(axis: Axes, table: Table) -> None:
-    rows = [row for row in table.rows if row.scope == "in" and METHODS.get(row.method, row.method) in MARKS]
+    rows = [row for row in table.rows if row.scope == "in" and method_label(row.method) in MARKS]
     axis.axhline(0, color="black", linewidth=0.8)
     for offset, row in enumerate(rows):
-        label = METHODS.get(row.method, row.method)
+        label = method_label(row.method)
         colour, marker = MARKS[label]
         shift = 0.14 * (offset - (len(rows) - 1) / 2)
         for x, cell in enumerate(row.cells):

@@ -1,7 +1,7 @@
-"""Keep of a grid of runs what its figures and tests need: ``python -m figures.grid.evidence --grid runs/grid``.
+"""The part of a grid that its figures and tests need: ``python -m figures.grid.evidence --grid runs/grid``.
 
 Copies the grid's rows and aggregates, and adds ``signals.csv``: for every training question of every source, whether
-its majority answer is right (gold answers are read here, nowhere before), and what each signal said.
+its majority answer is right, and the trust that each score puts in it. Gold answers are read here, to judge only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from figures.grid.__main__ import FIRST, SETTINGS
+from figures.grid.cells import SHARED_EXPORT
 from figures.grid.collect import RESULTS
+from figures.grid.config import SETTINGS
 from figures.grid.rows import FILES, LAYOUT, find_grid
 from neurosig.manifest import read_manifest
 from neurosig.report.data import join_gold, question_level
@@ -30,7 +31,7 @@ KEPT = Path(__file__).parents[1] / "data" / "grid"
 
 @dataclass(kw_only=True)
 class EvidenceConfig(CommonConfig):
-    """Gather what a grid says into one small folder."""
+    """Copy the results of a grid into one small folder, and add the scores of its training questions."""
 
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
@@ -39,7 +40,11 @@ class EvidenceConfig(CommonConfig):
 
 
 def main(config: EvidenceConfig) -> None:
-    """Copy and compute; each file is replaced whole."""
+    """Write the four files, each atomically.
+
+    Raises:
+        UserError: The grid is not finished, or gold answers cannot be read.
+    """
     for name in (FILES[0], LAYOUT, RESULTS, SETTINGS):
         if not (config.grid / name).is_file():
             raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
@@ -47,7 +52,7 @@ def main(config: EvidenceConfig) -> None:
     for name in (FILES[0], LAYOUT, RESULTS):
         write_atomic(config.out / name, (config.grid / name).read_bytes())
     sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()
-    frames = [signals(config.grid / FIRST.format(source=source), source) for source in sources]
+    frames = [signals(config.grid / SHARED_EXPORT.format(source=source), source) for source in sources]
     write_atomic(config.out / SIGNALS, pd.concat(frames).to_csv(index=False, float_format="%.6g"))
     logger.info("%s", config.out)
 
@@ -58,7 +63,7 @@ def grid_folder(results: Path) -> Path | None:
 
 
 def signals(folder: Path, source: str) -> pd.DataFrame:
-    """A row a question of one manifest: ``source``, ``id``, ``right`` and the trust that each signal puts in it.
+    """One row per question of a manifest: ``source``, ``id``, ``right`` and the trust that each score puts in it.
 
     Raises:
         UserError: The manifest, or the gold answers of its questions, cannot be read.

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from figures.draw import findings, methods
-from figures.grid.__main__ import METHODS
 from figures.grid.collect import RESULTS
+from figures.grid.config import METHODS
 from figures.grid.evidence import SIGNALS
 from figures.grid.rows import grid_results, read_grid, write_grid
 from figures.grid.tables import Layout

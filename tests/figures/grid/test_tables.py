@@ -18,9 +18,10 @@ from distill.evaluate import EvaluateConfig
 from distill.evaluate import main as evaluate
 from figures.draw import paper_tables
 from figures.draw.paper_tables import averages_without
+from figures.grid.config import BASE
 from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from figures.grid.table_text import FIELDS, markdown, rounded, signed
-from figures.grid.tables import BASE, METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
+from figures.grid.tables import METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
 from neurosig.statistics.significance import paired_mde, unpaired_mde
@@ -346,7 +347,7 @@ def _without(name: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]
     [
         (_without("votes"), 'no column "votes"'),
         (lambda rows: [], "no rows"),
-        (lambda rows: [*rows, rows[0]], 'nopsd, geography, seed 0: question "geography-0" of geography is there twice'),
+        (lambda rows: [*rows, rows[0]], 'nopsd, geography, seed 0: question "geography-0" of geography appears twice'),
         (lambda rows: [row for row in rows if row["method"] != "base"], 'no rows of method "base" for chemistry'),
         (lambda rows: [*rows[1:], {**rows[0], "id": "other"}], "nopsd, geography, seed 0: not the questions"),
         (
