@@ -17,6 +17,7 @@ from figures.grid.cells import SHARED_EXPORT
 from figures.grid.collect import RESULTS
 from figures.grid.config import SETTINGS
 from figures.grid.rows import FILES, LAYOUT, find_grid
+from figures.sources import DATA
 from neurosig.manifest import read_manifest
 from neurosig.report.data import join_gold, question_level
 from neurosig.runtime.cli import CommonConfig, run_command
@@ -26,7 +27,7 @@ from neurosig.runtime.files import write_atomic
 logger = logging.getLogger(__name__)
 
 SIGNALS = "signals.csv"
-KEPT = Path(__file__).parents[1] / "data" / "grid"
+COMMITTED = DATA / "grid"
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,7 @@ class EvidenceConfig(CommonConfig):
 
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
-    out: Path = KEPT
+    out: Path = COMMITTED
     """Folder of grid.parquet, layout.json, results.csv and signals.csv."""
 
 
@@ -57,9 +58,12 @@ def main(config: EvidenceConfig) -> None:
     logger.info("%s", config.out)
 
 
-def grid_folder(results: Path) -> Path | None:
-    """Where the grid to draw is: the results folder, or what is kept here of one; none if there is neither."""
-    return next((folder for folder in (results, KEPT) if find_grid(folder) is not None), None)
+def grid_folder(results: Path) -> Path:
+    """The folder of the grid to draw: ``results`` if it holds one, else the committed ``figures/data/grid``."""
+    if find_grid(results) is not None:
+        return results
+    logger.info("%s: there is no %s; drawn from the committed grid", results, FILES[0])
+    return COMMITTED
 
 
 def signals(folder: Path, source: str) -> pd.DataFrame:

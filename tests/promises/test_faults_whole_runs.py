@@ -80,7 +80,7 @@ def test_dollar_signs_in_figures_are_no_formula(tmp_path: Path) -> None:
         literal, formula = axis.text(0, 0.2, r"$\alpha$"), axis.text(0, 0.4, r"$\alpha$", parse_math=True)
         axis.set_title(r"$\frac{1}{ costs $5")
         assert literal.get_window_extent().width > 3 * formula.get_window_extent().width
-        assert all(path.stat().st_size > 1000 for path in save_figure(figure, tmp_path, "odd"))
+        assert all(path.stat().st_size > 1000 for path in save_figure(figure, tmp_path, "odd", "")[:2])
         pyplot.close(figure)
 
 
