@@ -92,9 +92,9 @@ def main(config: ContextsConfig) -> None:
     """Measure what ``config`` names and write both tables."""
     import pandas as pd
 
+    from neurosig.exported import join_gold
     from neurosig.manifest import read_manifest
     from neurosig.models.load import load_model
-    from neurosig.report.data import join_gold
     from neurosig.runtime.errors import UserError
     from neurosig.runtime.files import csv_cell, write_atomic
 
@@ -102,7 +102,7 @@ def main(config: ContextsConfig) -> None:
     if unknown:
         raise UserError(f"--policies {unknown[0]}: no such policy; have {', '.join(POLICIES)}")
     manifest = read_manifest(config.manifest)
-    gold, _ = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    gold, _ = join_gold(manifest, required=True)
     options = manifest.header.options
     loaded = load_model(manifest.header.model["id"], dtype=options["dtype"], template=options["template"])
     asked = [name for name in POLICIES if name in {"none", CONTROL, *config.policies}]
