@@ -62,26 +62,21 @@ def numbers(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: Fewer than three questions are selected.
     """
-    import dataclasses
-
-    import torch
     from sklearn.metrics import adjusted_rand_score
 
-    from neurosig.manifest import read_manifest
+    from neurosig.exported import Exported
     from neurosig.patterns.similarity import jaccard
-    from neurosig.report.data import read_traced
     from neurosig.report.patterns import patterns
     from neurosig.statistics.metrics import bootstrap_interval
 
-    manifest = read_manifest(folder)
-    traced = read_traced(manifest)
-    found = patterns(dataclasses.replace(manifest, rows=tuple(manifest.selected)), traced, seed=SEED)
+    exported = Exported(folder)
+    found = patterns(exported, seed=SEED, selected_only=True)
     if isinstance(found, str):
         raise UserError(f"{folder}: selected too few to cluster: {found}")
     kinds = np.array([row.kind or row.domain for row in found.rows])
     clusters = found.found.clustering.labels
     order = np.lexsort((kinds, clusters))
-    sets = torch.from_numpy(traced.ids[found.places[order]])
+    sets = exported.signals.ids[found.places[order]]
     similarity = jaccard(sets, sets).double().numpy()
     x, y = principal_coordinates(similarity)
     questions = [

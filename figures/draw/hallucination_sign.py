@@ -64,16 +64,16 @@ def numbers(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: Gold answers are missing, or the majorities are all right or all wrong.
     """
-    from neurosig.manifest import read_manifest
-    from neurosig.report.data import join_gold, question_level, voted
+    from neurosig.exported import Exported, join_gold
+    from neurosig.report.data import question_level
     from neurosig.runtime.errors import UserError
     from neurosig.statistics.auroc import AnalysisConfig, auroc_interval
 
-    manifest = read_manifest(folder)
-    gold, lacking = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    exported = Exported(folder)
+    gold, lacking = join_gold(exported.manifest, required=True)
     if lacking is not None:
         raise UserError(f"{folder}: no gold answers to judge by; {lacking}")
-    rows, level = voted(manifest), question_level(manifest, gold)
+    rows, level = exported.rows.values(), question_level(exported, gold)
     assert level.right is not None
     scores = [
         {"part": "score", "name": row.id, "kind": row.kind or row.domain, "value": row.scores["probe"], "right": right}

@@ -64,27 +64,22 @@ def draw(results: Path, out: Path) -> list[Path]:
 
 def numbers(results: Path) -> pd.DataFrame:
     """The numbers and texts of the figure from a run: columns ``part``, ``label``, ``x``, ``y``, ``value``."""
-    import torch
-
     from figures.draw.clusters import principal_coordinates
-    from neurosig.manifest import read_manifest
+    from neurosig.exported import Exported
     from neurosig.patterns.similarity import jaccard
-    from neurosig.report.data import read_traced, voted
-    from neurosig.report.patterns import representatives
 
-    manifest = read_manifest(results / "manifest")
-    traced = read_traced(manifest)
-    rows, example = voted(manifest), _example(manifest)
-    places = representatives(manifest, manifest.selected, traced)
-    place = places[[row.id for row in manifest.selected].index(example.id)]
-    ids = traced.ids[place]
+    exported = Exported(results / "manifest")
+    manifest, signals = exported.manifest, exported.signals
+    example = _example(manifest)
+    places = {row.id: exported.place[row.id, exported.representatives[row.id]] for row in manifest.selected}
+    ids = signals.ids[places[example.id]].numpy()
     facts = {
-        "questions": len(rows),
+        "questions": len(exported.rows),
         "rollouts": len(manifest.rollouts),
         "samples": len(example.answers),
         "selected": len(manifest.selected),
         "active": int((ids >= 0).sum()),
-        "neurons": traced.n_layers * traced.d_mlp,
+        "neurons": signals.n_neurons,
     }
     table: list[dict[str, Any]] = [{"part": "fact", "label": name, "value": value} for name, value in facts.items()]
     table.append({"part": "question", "label": example.question})
@@ -94,21 +89,21 @@ def numbers(results: Path) -> pd.DataFrame:
     table.append({"part": "run", "label": run})
     counts = Counter(answer or "(no answer)" for answer in example.answers)
     table += [{"part": "answer", "label": name, "value": count} for name, count in counts.most_common()]
-    layer, neuron = np.divmod(ids[ids >= 0], traced.d_mlp)
-    cells = Counter(zip(layer.tolist(), (neuron * NEURON_BINS // traced.d_mlp).tolist(), strict=True))
+    layer, neuron = np.divmod(ids[ids >= 0], signals.d_mlp)
+    cells = Counter(zip(layer.tolist(), (neuron * NEURON_BINS // signals.d_mlp).tolist(), strict=True))
     table += [{"part": "trace", "x": bin_, "y": at, "value": count} for (at, bin_), count in sorted(cells.items())]
     table += [
-        {"part": "score", "label": "kept" if row.selected else "left out", "value": row.scores["probe"]} for row in rows
+        {"part": "score", "label": "kept" if row.selected else "left out", "value": row.scores["probe"]}
+        for row in exported.rows.values()
     ]
-    sets = torch.from_numpy(traced.ids[places])
+    sets = signals.ids[list(places.values())]
     context = {item.question_id for item in example.context}
     for row, x, y in zip(manifest.selected, *principal_coordinates(jaccard(sets, sets).double().numpy()), strict=True):
         role = "example" if row.id == example.id else "context" if row.id in context else "other"
         table.append({"part": "map", "label": role, "x": x, "y": y})
-    by_id = {row.id: row for row in rows}
     for item in example.context:
         solution = manifest.rollouts[item.question_id, item.rollout_id].text.strip()
-        table.append({"part": "context", "label": by_id[item.question_id].question, "value": item.similarity})
+        table.append({"part": "context", "label": exported.rows[item.question_id].question, "value": item.similarity})
         table.append({"part": "solution", "label": solution})
     log = results / "nopsd" / "metrics.jsonl"
     if log.is_file():

@@ -94,9 +94,9 @@ def main(config: ContextsConfig) -> None:
     """
     import pandas as pd
 
+    from neurosig.exported import join_gold
     from neurosig.manifest import read_manifest
     from neurosig.models.load import load_model
-    from neurosig.report.data import join_gold
     from neurosig.runtime.errors import UserError
     from neurosig.runtime.files import csv_cell, write_atomic
 
@@ -104,7 +104,7 @@ def main(config: ContextsConfig) -> None:
     if unknown:
         raise UserError(f"--policies {unknown[0]}: no such policy; have {', '.join(POLICIES)}")
     manifest = read_manifest(config.manifest)
-    gold, _ = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    gold, _ = join_gold(manifest, required=True)
     options = manifest.header.options
     loaded = load_model(manifest.header.model["id"], dtype=options["dtype"], template=options["template"])
     names = [name for name in POLICIES if name in {"none", CONTROL, *config.policies}]

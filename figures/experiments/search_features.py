@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from neurosig.manifest import Manifest
+from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.models.prefix import pad, run_prompts
 from neurosig.neurons.contributions import cett, masked_mean, neurons_per_layer, unembed
@@ -28,7 +28,6 @@ from neurosig.neurons.nnsight_reader import FFNEnvoy
 from neurosig.neurons.sites import ffn_sites, w_out_norms
 from neurosig.questions.answers import normalise
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
-from neurosig.report.data import rollouts_of, voted
 from neurosig.runtime.cli import progress
 from neurosig.runtime.files import write_atomic
 
@@ -59,14 +58,14 @@ class Features:
     d_mlp: int
 
 
-def features_of(manifest: Manifest, cache: Path, *, quiet: bool = False) -> Features:
+def features_of(exported: Exported, cache: Path, *, quiet: bool = False) -> Features:
     """Trace the manifest's rollouts, or read the features that an earlier run wrote to ``cache``."""
     from safetensors import safe_open
     from safetensors.numpy import save
 
-    path = cache / f"features-{manifest.header.content_sha256[:16]}.safetensors"
+    path = cache / f"features-{exported.manifest.header.content_sha256[:16]}.safetensors"
     if not path.is_file():
-        features = _trace(manifest, quiet)
+        features = _trace(exported, quiet)
         tensors = {name: getattr(features, name) for name in ("ids", "values", "hidden")}
         numbers = {name: getattr(features, name) for name in ("without_answer", "n_layers", "d_mlp")}
         write_atomic(path, save(tensors, metadata={"features": json.dumps(numbers)}))
@@ -101,13 +100,13 @@ def _words(text: str) -> Iterator[tuple[str, int, int]]:
             yield word, match.start(), match.end()
 
 
-def _trace(manifest: Manifest, quiet: bool) -> Features:
-    options = manifest.header.options
-    loaded = load_model(str(manifest.header.model["id"]), dtype=options["dtype"], template=options["template"])
+def _trace(exported: Exported, quiet: bool) -> Features:
+    header = exported.manifest.header
+    options = header.options
+    loaded = load_model(str(header.model["id"]), dtype=options["dtype"], template=options["template"])
     prompt_options = ("system", "instruction", "choice_instruction", "enable_thinking")
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(*(options[name] for name in prompt_options)))
-    rows = voted(manifest)
-    groups = rollouts_of(manifest, rows)
+    rows, groups = list(exported.rows.values()), list(exported.rollouts.values())
     prompts = [builder.student(row.as_question()) for row in rows]
     answers = [row.answers for row in rows]
     completions = [[rollout.body_ids for rollout in group] for group in groups]

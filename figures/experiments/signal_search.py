@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from figures.experiments.search_features import Features
-    from neurosig.manifest import Manifest, QuestionRow
+    from neurosig.exported import Exported
+    from neurosig.manifest import QuestionRow
 
     Array = np.ndarray[Any, Any]
 
@@ -114,25 +115,25 @@ def main(config: SearchConfig) -> None:
     import pandas as pd
 
     from figures.experiments.search_features import features_of
-    from neurosig.manifest import read_manifest
+    from neurosig.exported import Exported
     from neurosig.runtime.errors import UserError
     from neurosig.runtime.files import write_atomic
 
     config.out.mkdir(parents=True, exist_ok=True)
-    train = read_manifest(config.train)
-    held_out = [read_manifest(folder) for folder in config.held_out]
-    known = {row.text_sha256 for row in train.rows}
-    for manifest in held_out:
-        if known & {row.text_sha256 for row in manifest.rows}:
-            raise UserError(f"--held-out {manifest.folder}: shares questions with --train {config.train}")
+    train = Exported(config.train)
+    held_out = [Exported(folder) for folder in config.held_out]
+    known = {row.text_sha256 for row in train.manifest.rows}
+    for exported in held_out:
+        if known & {row.text_sha256 for row in exported.manifest.rows}:
+            raise UserError(f"--held-out {exported.manifest.folder}: shares questions with --train {config.train}")
     with PhaseTimer() as timer:
         with timer.phase("trace"):
             fitted = features_of(train, config.out, quiet=config.quiet)
-            judged = [features_of(manifest, config.out, quiet=config.quiet) for manifest in held_out]
+            judged = [features_of(exported, config.out, quiet=config.quiet) for exported in held_out]
         with timer.phase("fit"):
             trust = _fit_all(train, fitted, judged, config)
         with timer.phase("judge"):
-            tables = [_judge(manifest, scores, config) for manifest, scores in zip(held_out, trust, strict=True)]
+            tables = [_judge(exported, scores, config) for exported, scores in zip(held_out, trust, strict=True)]
     table = _corrected(pd.concat(tables, ignore_index=True))
     write_atomic(config.out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
     without = ", ".join(f"{features.without_answer:.2f}" for features in (fitted, *judged))
@@ -161,7 +162,7 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def _fit_all(
-    train: Manifest, fitted: Features, judged: Sequence[Features], config: SearchConfig
+    train: Exported, fitted: Features, judged: Sequence[Features], config: SearchConfig
 ) -> list[dict[str, tuple[Array, int]]]:
     """For each held-out manifest, variant -> trust of its rollouts, and number of neurons that the probe uses."""
     labels = _labels(train, config)
@@ -173,15 +174,15 @@ def _fit_all(
     return trust
 
 
-def _labels(manifest: Manifest, config: SearchConfig) -> dict[str, Array]:
+def _labels(exported: Exported, config: SearchConfig) -> dict[str, Array]:
     """Labels of the rollouts in question order: 1 suspect, 0 trusted, -1 not used for fitting."""
     import numpy as np
 
+    from neurosig.exported import join_gold
     from neurosig.hallucination.probe import ProbeConfig, agreement_labels
     from neurosig.questions.answers import is_correct
-    from neurosig.report.data import join_gold, voted
 
-    rows = voted(manifest)
+    rows = list(exported.rows.values())
     k = len(rows[0].answers)
     shares = np.array([row.vote.count / row.vote.n for row in rows if row.vote])
     of_question = agreement_labels(shares, ProbeConfig())
@@ -193,7 +194,7 @@ def _labels(manifest: Manifest, config: SearchConfig) -> dict[str, Array]:
         for row, clear in zip(rows, _clear_majority(rows), strict=True)
         for answer in row.answers
     ]
-    gold, _ = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    gold, _ = join_gold(exported.manifest, required=True)
     wrong = [int(not is_correct(answer, gold[row.id])) for row in rows for answer in row.answers]
     return {
         "agreement": np.repeat(of_question, k),
@@ -253,23 +254,24 @@ def _fit_hidden(
 # Judging
 
 
-def _judge(manifest: Manifest, trust: Mapping[str, tuple[Array, int]], config: SearchConfig) -> pd.DataFrame:
+def _judge(exported: Exported, trust: Mapping[str, tuple[Array, int]], config: SearchConfig) -> pd.DataFrame:
     """AUROC and gains of every variant for both events on one held-out manifest."""
     import numpy as np
     import pandas as pd
 
-    from neurosig.report.data import join_gold, question_level, read_traced, rollout_level, voted
+    from neurosig.exported import join_gold
+    from neurosig.report.data import question_level, rollout_level
     from neurosig.report.signal_table import Signal, analyse
     from neurosig.statistics.auroc import AnalysisConfig
 
-    rows = voted(manifest)
-    gold, lacking = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    rows = list(exported.rows.values())
+    gold, lacking = join_gold(exported.manifest, required=True)
     assert lacking is None, lacking
     n, k = len(rows), len(rows[0].answers)
     stays = np.array([[answer == row.pseudo_label for answer in row.answers] for row in rows])
     levels = {
-        "majority is right": question_level(manifest, gold),
-        "rollout is right": rollout_level(manifest, read_traced(manifest), gold),
+        "majority is right": question_level(exported, gold),
+        "rollout is right": rollout_level(exported, gold),
     }
     lines = []
     for event, level in levels.items():
@@ -285,7 +287,7 @@ def _judge(manifest: Manifest, trust: Mapping[str, tuple[Array, int]], config: S
         roles = {variant.name: variant.role for variant in VARIANTS}
         for row in table:
             line = {
-                "domain": manifest.rows[0].domain,
+                "domain": exported.manifest.rows[0].domain,
                 "event": event,
                 "variant": row.signal.name.replace("_", " "),
                 "role": roles.get(row.signal.name, "output"),

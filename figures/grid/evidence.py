@@ -18,8 +18,8 @@ from figures.grid.collect import RESULTS
 from figures.grid.config import SETTINGS
 from figures.grid.rows import FILES, LAYOUT, find_grid
 from figures.sources import DATA
-from neurosig.manifest import read_manifest
-from neurosig.report.data import join_gold, question_level
+from neurosig.exported import Exported, join_gold
+from neurosig.report.data import question_level
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
@@ -72,10 +72,10 @@ def signals(folder: Path, source: str) -> pd.DataFrame:
     Raises:
         UserError: The manifest, or the gold answers of its questions, cannot be read.
     """
-    manifest = read_manifest(folder)
-    gold, _ = join_gold(manifest, manifest.header.dataset["sources"], required=True)
-    level = question_level(manifest, gold)
-    ids = [row.id for row in manifest.rows if row.vote is not None and row.id in gold]
+    exported = Exported(folder)
+    gold, _ = join_gold(exported.manifest, required=True)
+    level = question_level(exported, gold)
+    ids = [name for name in exported.rows if name in gold]
     columns = {signal.name: signal.trust for signal in level.signals}
     return pd.DataFrame({"source": source, "id": ids, "right": level.right, **columns})
 

@@ -27,6 +27,7 @@ from neurosig.runtime.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from neurosig.exported import Exported
     from neurosig.intervene.dose_response import Cell
     from neurosig.intervene.interventions import NeuronSet
     from neurosig.manifest import Manifest
@@ -118,8 +119,8 @@ def main(config: InterveneConfig) -> None:
 
 
 def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
+    from neurosig.exported import Exported
     from neurosig.intervene.dose_response import dose_response
-    from neurosig.manifest import read_manifest
     from neurosig.neurons.nnsight_reader import NeuronScaler
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.prompts import PromptBuilder
@@ -128,11 +129,12 @@ def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
     config.sampling_config()  # options out of range are refused before the model loads
     questions = _questions(config)
     with timer.phase("load"):
-        manifest = read_manifest(config.manifest)
+        exported = Exported(config.manifest)
+        manifest = exported.manifest
         loaded = _load(config, manifest)
         sites = ffn_sites(loaded.model)
         _warn_of_known_questions(questions, manifest)
-        sets, contributions = _neuron_sets(config, sites)
+        sets, contributions = _neuron_sets(config, exported, sites)
         scaler = NeuronScaler(loaded.model, sites)
     builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
@@ -181,7 +183,7 @@ def _warn_of_known_questions(questions: Sequence[Question], manifest: Manifest) 
         logger.warning("%d of %d questions are among those the neurons were located on", known, len(questions))
 
 
-def _neuron_sets(config: InterveneConfig, sites: FFNSites) -> tuple[list[NeuronSet], np.ndarray]:
+def _neuron_sets(config: InterveneConfig, exported: Exported, sites: FFNSites) -> tuple[list[NeuronSet], np.ndarray]:
     """The located neurons and their controls, and every neuron's mean contribution."""
     import numpy as np
 
@@ -193,11 +195,11 @@ def _neuron_sets(config: InterveneConfig, sites: FFNSites) -> tuple[list[NeuronS
         mean_contributions,
         strongest,
     )
-    from neurosig.manifest import NEURONS, SIGNALS
+    from neurosig.manifest import NEURONS
 
     table = config.manifest / NEURONS if config.table is None else config.table
     located, every = choose_neurons(table, sites, config.neurons)
-    contributions = mean_contributions(config.manifest / SIGNALS, sites.n_layers * sites.d_mlp)
+    contributions = mean_contributions(exported.signals)
     sets = [NeuronSet("located", 0, tuple(located))]
     for kind in config.matching:
         for draw in range(config.controls):

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 import neurosig.intervene.interventions
 from figures.draw.dose_response import draw
@@ -33,6 +32,7 @@ from neurosig.intervene.interventions import (
 from neurosig.manifest import read_manifest, write_manifest
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.neurons.nnsight_reader import NeuronScaler
+from neurosig.neurons.signals_file import Signals
 from neurosig.neurons.sites import FFNSites, ffn_sites, w_out
 from neurosig.questions.load import Question, load_questions
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
@@ -219,14 +219,11 @@ def test_bad_neurons_are_named(tmp_path: Path, text: str, problem: str) -> None:
         choose_neurons(tmp_path / "other.csv", sites(), "positive")
 
 
-def test_mean_contributions_count_absence_as_zero(tmp_path: Path) -> None:
-    path = tmp_path / "signals.safetensors"
-    ids = np.array([[0, 2, -1], [2, 1, 3]], dtype=np.int32)
-    values = np.array([[1.0, 0.5, 0.0], [1.5, -2.0, 0.25]], dtype=np.float16)
-    save_file({"ids": ids, "values": values}, path)
-    assert mean_contributions(path, 5).tolist() == [0.5, 1.0, 1.0, 0.125, 0.0]
-    with pytest.raises(UserError, match="largest id 3"):
-        mean_contributions(path, 3)
+def test_mean_contributions_count_absence_as_zero() -> None:
+    ids = torch.tensor([[0, 2, -1], [2, 1, 3]], dtype=torch.int32)
+    values = torch.tensor([[1.0, 0.5, 0.0], [1.5, -2.0, 0.25]], dtype=torch.float16)
+    signals = Signals(ids, values, torch.zeros(2, 1).half(), torch.zeros(2), n_layers=1, d_mlp=5)
+    assert mean_contributions(signals).tolist() == [0.5, 1.0, 1.0, 0.125, 0.0]
 
 
 def test_layer_matched_controls_have_the_profile_and_never_a_located_neuron() -> None:
