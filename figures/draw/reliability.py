@@ -44,8 +44,8 @@ def draw(results: Path, out: Path) -> list[Path]:
     seeds = {json.loads(path.read_text())["config"]["seed"] for path in results.glob("eval/*/summary.json")}
     caption(
         figure,
-        f"a point: the questions with one number of votes of K={questions['k'].iloc[0]}, its area how many; line: gap "
-        "to perfect calibration (dashed);\nin brackets: 95% bootstrap interval over questions; sampling seed "
+        f"one point per number of votes (K={questions['k'].iloc[0]}), its area the number of questions; line: gap to "
+        "perfect calibration (dashed);\nin brackets: 95% bootstrap interval over questions; sampling seed "
         f"{', '.join(map(str, sorted(seeds)))}; control: the base at its best temperature",
     )
     return save_figure(figure, out, NAME, _plotted(questions, summary).to_csv(index=False, float_format="%.6g"))

@@ -65,8 +65,8 @@ def draw(results: Path, out: Path) -> list[Path]:
     caption(
         figure,
         f"one run of {len(table)} steps, {config['questions_per_step']} questions x {config['num_generations']} "
-        f"samples per step, seed {config['seed']}; points: steps, each on other questions, so no interval;\n"
-        f"lines: centred means of {WINDOW} steps; at the ends fewer",
+        f"samples per step, seed {config['seed']}; points: single steps, each on other questions, so no "
+        f"interval;\nlines: centred means of {WINDOW} steps, fewer at the ends",
     )
     return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 

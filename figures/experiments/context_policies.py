@@ -229,7 +229,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     caption(
         figure,
         f"{n} selected questions, {k} fresh samples each, seed {seed}; lines: 95% bootstrap intervals over questions\n"
-        "(paired in the middle); diamonds: neurons choose; in brackets: demonstrations of the question's kind",
+        "(paired in the middle); diamonds: chosen by neurons; in brackets: demonstrations of the same kind",
     )
     return save_figure(figure, out, NAME, source.read_text())
 
