@@ -70,17 +70,17 @@ def numbers(folder: Path) -> pd.DataFrame:
     from neurosig.statistics.metrics import bootstrap_interval
 
     exported = Exported(folder)
-    found = patterns(exported, seed=SEED, selected_only=True)
-    if isinstance(found, str):
-        raise UserError(f"{folder}: selected too few to cluster: {found}")
-    kinds = np.array([row.kind or row.domain for row in found.rows])
-    clusters = found.found.clustering.labels
+    result = patterns(exported, seed=SEED, selected_only=True)
+    if isinstance(result, str):
+        raise UserError(f"{folder}: too few selected questions to cluster: {result}")
+    kinds = np.array([row.kind or row.domain for row in result.rows])
+    clusters = result.found.clustering.labels
     order = np.lexsort((kinds, clusters))
-    sets = exported.signals.ids[found.places[order]]
+    sets = exported.signals.ids[result.places[order]]
     similarity = jaccard(sets, sets).double().numpy()
     x, y = principal_coordinates(similarity)
     questions = [
-        {"part": "question", "name": found.rows[row].id, "kind": kinds[row], "cluster": int(clusters[row]) + 1}
+        {"part": "question", "name": result.rows[row].id, "kind": kinds[row], "cluster": int(clusters[row]) + 1}
         | {"place": place, "x": x[place], "y": y[place]}
         for place, row in enumerate(order)
     ]
@@ -91,7 +91,7 @@ def numbers(folder: Path) -> pd.DataFrame:
     ]
     codes = np.unique(kinds, return_inverse=True)[1]
     agreement = []
-    for name, labels in found.found.labels.items():
+    for name, labels in result.found.labels.items():
         ari = bootstrap_interval(
             lambda q, labels=labels: float(adjusted_rand_score(codes[q], labels[q])),  # type: ignore[misc]
             len(codes),

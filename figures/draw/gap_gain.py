@@ -35,17 +35,17 @@ def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure from ``results`` into ``out``."""
     source = made_or_committed(results / f"{NAME}.csv", NAME)
     table = pd.read_csv(source)
-    shown = table[table["policy"].isin(SHOWN)]
-    pooled, within = fits(shown)
+    points = table[table["policy"].isin(SHOWN)]
+    pooled, within = fits(points)
     figure, (left, right) = subplots(1, 2, size=(7, 3.5), width_ratios=[1.25, 1])
-    draw_gap(left, shown.assign(policy=shown["policy"].map(LABELS)), pooled)
+    draw_gap(left, points.assign(policy=points["policy"].map(LABELS)), pooled)
     left.set_title("each question under each context")
     left.margins(0.04)
-    _draw_means(right, shown)
+    _draw_means(right, points)
     right.set_title("means of the contexts")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, handletextpad=0.2)
-    n = shown["question"].nunique()
+    n = points["question"].nunique()
     caption(
         figure,
         f"line: slope {_spoken(pooled.slope)} per nat, r {_spoken(pooled.r)}{_verdict(pooled)}; within contexts: slope "

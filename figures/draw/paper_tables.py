@@ -119,7 +119,7 @@ def own_tables(results: dict[str, Results]) -> dict[str, Table]:
     return tables
 
 
-def beside(ours: Table, paper: Table) -> Table:
+def next_to(ours: Table, paper: Table) -> Table:
     """Our rows, each followed by the paper's row of the same method, over the columns that both tables have."""
     columns = tuple(column for column in ours.columns if column in paper.columns)
     theirs = {(row.method, row.scope): row for row in paper.rows}
@@ -153,7 +153,7 @@ def _page(paper: dict[str, Table], grid: Grid, ours: dict[str, Table]) -> str:
     parts += ["## Next to the paper's"]
     parts.append("Averages over different domains and models are not comparable; the paper's rows give the scale.")
     for theirs in paper.values():
-        table = beside(ours[f"{theirs.metric.name} against {BASE}"], theirs)
+        table = next_to(ours[f"{theirs.metric.name} against {BASE}"], theirs)
         parts += [f"### {table.metric.title}", table_text.markdown(table)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 

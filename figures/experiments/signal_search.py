@@ -145,14 +145,14 @@ def summary(table: pd.DataFrame) -> str:
     """The result of the search in words."""
     tried = table[table["role"] == "tried"]
     lines = []
-    for base, spoken in (("over_vote", "the vote share"), ("over_outputs", "all output-level signals")):
+    for base, name in (("over_vote", "the vote share"), ("over_outputs", "all output-level signals")):
         adding = tried[(tried[f"{base}_low"] > 0) & (tried[f"{base}_p_holm"] <= 0.05)]
         alone = int((tried[f"{base}_low"] > 0).sum())
         named = "; ".join(
             f"{row.variant} ({row.domain}, {row.event}) {getattr(row, base):+.3f}" for row in adding.itertuples()
         )
         lines.append(
-            f"Of {len(tried)} tests ({tried['variant'].nunique()} variants) {len(adding)} add to {spoken} after "
+            f"Of {len(tried)} tests ({tried['variant'].nunique()} variants) {len(adding)} add to {name} after "
             f"correction, {alone} before it{': ' if named else ''}{named}."
         )
     return "\n".join(lines)

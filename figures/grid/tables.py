@@ -145,7 +145,7 @@ class Cell:
 
     @property
     def unsure(self) -> bool:
-        """Whether the interval of the change holds zero."""
+        """Whether the interval of the change contains zero."""
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
 

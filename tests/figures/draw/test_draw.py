@@ -119,8 +119,8 @@ def test_reliability_is_that_of_the_evaluations(results: Path, tmp_path: Path, d
     expected = raw.groupby("votes")["right_winners"].mean()
     cross = drawn[0].axes[5].collections[-1].get_offsets()
     np.testing.assert_allclose(cross, np.column_stack([expected.index / 4, expected]))
-    mine = bins.query("scope == 'cross-domain' and method == 'N-OPSD'")
-    np.testing.assert_allclose(cross, mine[["confidence", "accuracy"]], rtol=1e-5)
+    cross_bins = bins.query("scope == 'cross-domain' and method == 'N-OPSD'")
+    np.testing.assert_allclose(cross, cross_bins[["confidence", "accuracy"]], rtol=1e-5)
     assert "K=4" in caption_of(drawn[0]) and "sampling seed 3" in caption_of(drawn[0])
 
 
@@ -186,16 +186,16 @@ def test_the_bars_of_speed_are_the_committed_seconds(tmp_path: Path, drawn: list
     table = pd.read_csv(speed.TABLE)
     axes = {axis.get_title(loc="left").split()[0]: axis for axis in drawn[0].axes}
     for panel, axis in (("tracing", axes["tracing"]), ("training", axes["one"])):
-        mine = table[table["panel"] == panel]
-        assert [bar.get_width() for bar in axis.patches] == list(mine["seconds"])
+        bars = table[table["panel"] == panel]
+        assert [bar.get_width() for bar in axis.patches] == list(bars["seconds"])
     trl = table[(table["panel"] == "training") & (table["setting"] == "2 questions x 8 rollouts")]["seconds"].to_numpy()
     texts = [text.get_text().strip() for text in axes["one"].texts]
     assert [f"{value / trl[0]:.2f}x" for value in trl] == texts[1:5]
 
 
 def test_the_report_may_have_moved(results: Path, tmp_path: Path) -> None:
-    found = before_after._evaluation(tmp_path / "old" / "eval" / "base", results)
-    assert found == results / "eval" / "base" / "results.parquet"
+    path = before_after._evaluation(tmp_path / "old" / "eval" / "base", results)
+    assert path == results / "eval" / "base" / "results.parquet"
     with pytest.raises(UserError, match="no finished evaluation; run `python -m distill"):
         before_after._evaluation(tmp_path / "old" / "eval" / "base", tmp_path)
 

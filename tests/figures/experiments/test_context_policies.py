@@ -22,8 +22,8 @@ def test_contexts_are_measured_and_drawn(results: Path, tmp_path: Path, drawn: l
     points = pd.read_csv(tmp_path / "gap_gain.csv")
     selected = [row.id for row in read_manifest(results / "manifest").selected]
     assert set(points["policy"]) == {"none", "random_within_kind", "nearest_all"}
-    for policy, mine in points.groupby("policy"):
-        assert list(mine["question"]) == selected, policy
+    for policy, measured in points.groupby("policy"):
+        assert list(measured["question"]) == selected, policy
     none = points[points["policy"] == "none"]
     assert (none["gap"].abs() < 1e-4).all() and (none["gain"] == 0).all()
     assert (points[points["policy"] == "random_within_kind"]["same_kind"] == 1).all()

@@ -88,11 +88,11 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
 
     cells = folder / "grid" / "cells"
     answers = pyarrow.parquet.read_table(folder / "grid" / "grid.parquet").to_pandas()
-    for (method, target), mine in answers[answers.method != "control"].groupby(["method", "target"]):
+    for (method, target), run in answers[answers.method != "control"].groupby(["method", "target"]):
         cell = method if method == "base" else f"{method}--red--seed0"
         summary = json.loads((cells / cell / "eval" / target / "summary.json").read_text())["domains"][target]
-        assert (mine.n_correct / mine.k).mean() == pytest.approx(summary["avg_at_k"]["estimate"])
-        assert len(mine) == summary["n"] == 8
+        assert (run.n_correct / run.k).mean() == pytest.approx(summary["avg_at_k"]["estimate"])
+        assert len(run) == summary["n"] == 8
     policies = {
         name: json.loads((folder / "grid" / "manifests" / "red" / name / "manifest.json").read_text())
         for name in ("nopsd", "nopsd-random")

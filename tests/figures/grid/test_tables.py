@@ -108,7 +108,7 @@ def test_halves_go_up_and_zero_has_no_minus(value: float, decimals: int, text: s
     assert (rounded(value, decimals), signed(value, decimals)) == (text, change)
 
 
-def test_columns_stand_as_in_the_paper() -> None:
+def test_columns_are_in_the_papers_order() -> None:
     assert PAPER.columns == ("BIO", "MAT", "PHYS", "CHEM", "SKE_AVG", "EDU", "MMLU_PRO", "AVG")
     ours = Layout(("geography", "language", "chemistry"), {"facts": ("geography", "chemistry")})
     assert ours.columns == ("geography", "language", "chemistry", "facts", "AVG")
@@ -219,11 +219,11 @@ def test_matrices_are_the_metrics_of_the_rows(folder: Path) -> None:
         expected: dict[str, list[float]] = {"avg_at_k": [], "maj_at_k": [], "ece": []}
         runs = frame[(frame["method"] == "nopsd") & (frame["source"] == source) & (frame["target"] == target)]
         for seed in seeds:
-            mine = runs[runs["seed"] == seed]
-            majority = metrics.maj_at_k(mine["right_winners"].to_numpy(), mine["winners"].to_numpy())
-            expected["avg_at_k"].append(100 * (mine["n_correct"] / K).mean())
+            run = runs[runs["seed"] == seed]
+            majority = metrics.maj_at_k(run["right_winners"].to_numpy(), run["winners"].to_numpy())
+            expected["avg_at_k"].append(100 * (run["n_correct"] / K).mean())
             expected["maj_at_k"].append(100 * majority.mean())
-            expected["ece"].append(metrics.ece(mine["votes"].to_numpy(), K, majority))
+            expected["ece"].append(metrics.ece(run["votes"].to_numpy(), K, majority))
         for name, values in expected.items():
             matrix = results[name].trained["nopsd"][DOMAINS.index(source), DOMAINS.index(target)]
             assert matrix[0] == pytest.approx(np.mean(values))
@@ -295,12 +295,12 @@ def test_the_page_of_a_grid(folder: Path, tmp_path: Path) -> None:
     assert all(path.read_bytes() == (tmp_path / "out" / path.name).read_bytes() for path in again)
 
 
-def test_the_papers_domains_stand_beside_the_papers_numbers() -> None:
+def test_our_rows_are_next_to_the_papers() -> None:
     ours, theirs = scope_table(witness(3)), paper_tables.published()["Table 3"]
-    lines = markdown(paper_tables.beside(ours, theirs)).splitlines()[2:]
+    lines = markdown(paper_tables.next_to(ours, theirs)).splitlines()[2:]
     assert len(lines) == 18
-    for mine, paper in zip(lines[::2], lines[1::2], strict=True):
-        assert mine.replace(" |", " (paper) |", 1) == paper
+    for own, paper in zip(lines[::2], lines[1::2], strict=True):
+        assert own.replace(" |", " (paper) |", 1) == paper
 
 
 def test_rows_come_from_evaluations(tmp_path: Path) -> None:
