@@ -99,7 +99,7 @@ def _mean(values: pd.Series[float]) -> Interval:
 
 
 def _spoken(interval: Interval) -> str:
-    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return f"{interval:+.2f}"
 
 
 def _verdict(fit: GapFit) -> str:

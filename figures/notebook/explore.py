@@ -182,10 +182,7 @@ def gap_scatter(table: pd.DataFrame, fit: GapFit) -> Figure:
     axis = figure.subplots()
     draw_gap(axis, table, fit)
     slope, r = fit.slope, fit.r
-    axis.set_title(
-        f"slope {slope.estimate:+.2f} [{slope.low:+.2f}, {slope.high:+.2f}] a nat, "
-        f"r {r.estimate:+.2f} [{r.low:+.2f}, {r.high:+.2f}]"
-    )
+    axis.set_title(f"slope {slope:+.2f} a nat, r {r:+.2f}")
     axis.legend(fontsize=8, title_fontsize=8, title=f"context (n={slope.n} questions)")
     return figure
 
@@ -290,7 +287,7 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
             axis.text(
                 0.03,
                 0.97,
-                f"ECE {found['ece']:.3f} [{found['ece_low']:.3f}, {found['ece_high']:.3f}]\n"
+                f"ECE {metrics.format_interval(found['ece'], found['ece_low'], found['ece_high'], '.3f')}\n"
                 f"smooth ECE {found['smooth_ece']:.3f}\nn={found['n']}",
                 transform=axis.transAxes,
                 va="top",
