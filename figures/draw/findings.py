@@ -27,7 +27,9 @@ from figures.style import Colour, save_figure, subplots
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.auroc import auroc_draws
-from neurosig.statistics.significance import bootstrap_p, holm, question_counts
+from neurosig.statistics.metrics import format_interval
+from neurosig.statistics.resampling import question_counts
+from neurosig.statistics.significance import bootstrap_p, holm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +123,7 @@ def markdown(table: pd.DataFrame, findings: Mapping[str, str]) -> str:
     lines = ["| | test | estimate [95%] | p (Holm) | verdict |", "|---|---|---|---|---|"]
     for row in table.to_dict("records"):
         p = f"{row['p_holm']:.3f}" if row["primary"] else f"{row['p']:.3f} (uncorrected)"
-        value = f"{row['estimate']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}] {row['unit']}"
+        value = f"{format_interval(row['estimate'], row['low'], row['high'], '+.3g')} {row['unit']}"
         lines.append(f"| {row['id']} | {row['test']} | {value} | {p} | {row['verdict']} |")
     return "\n".join(["# The findings at this scale", "", *_claims(findings), "", *lines]) + "\n"
 

@@ -48,8 +48,8 @@ def draw(results: Path, out: Path) -> list[Path]:
     n = points["question"].nunique()
     caption(
         figure,
-        f"line: slope {_spoken(pooled.slope)} per nat, r {_spoken(pooled.r)}{_verdict(pooled)}; within contexts: slope "
-        f"{_spoken(within.slope)}{_verdict(within)}\n{n} questions x {len(SHOWN)} contexts; 95% bootstrap intervals "
+        f"line: slope {pooled.slope:+.2f} per nat, r {pooled.r:+.2f}{_verdict(pooled)}; within contexts: slope "
+        f"{within.slope:+.2f}{_verdict(within)}\n{n} questions x {len(SHOWN)} contexts; 95% bootstrap intervals "
         f"over questions, seed {SEED}; n.s.: the interval of the slope contains zero",
     )
     return save_figure(figure, out, NAME, source.read_text())
@@ -87,10 +87,6 @@ def _draw_means(axis: Axes, points: pd.DataFrame) -> None:
 
 def _mean(values: pd.Series[float]) -> Interval:
     return paired_mean_interval(values.to_numpy(np.float64), np.zeros(len(values)), seed=SEED)
-
-
-def _spoken(interval: Interval) -> str:
-    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 def _verdict(fit: GapFit) -> str:

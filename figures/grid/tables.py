@@ -26,6 +26,7 @@ from jaxtyping import Float
 
 from figures.grid.config import BASE, CONTROL
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.resampling import percentile_ends
 from neurosig.statistics.significance import bootstrap_p, holm, minimum_detectable_effect
 
 AVERAGE = "AVG"
@@ -362,13 +363,13 @@ def _cell(values: Float[np.ndarray, "present draws"], reference: Float[np.ndarra
     if len(change) == 1:
         return Cell(float(mean[0]), float(change[0]))
     draws = change[1:]
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = percentile_ends(draws, LEVEL)
     apart = float(np.hypot(mean[1:].std(), other[1:].std()))
     return Cell(
         value=float(mean[0]),
         delta=float(change[0]),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         p=bootstrap_p(draws),
         mde=minimum_detectable_effect(float(draws.std())),
         mde_unpaired=minimum_detectable_effect(apart),

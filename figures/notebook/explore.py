@@ -181,10 +181,7 @@ def gap_scatter(table: pd.DataFrame, fit: GapFit) -> Figure:
     axis = figure.subplots()
     draw_gap(axis, table, fit)
     slope, r = fit.slope, fit.r
-    axis.set_title(
-        f"slope {slope.estimate:+.2f} [{slope.low:+.2f}, {slope.high:+.2f}] per nat, "
-        f"r {r.estimate:+.2f} [{r.low:+.2f}, {r.high:+.2f}]"
-    )
+    axis.set_title(f"slope {slope:+.2f} per nat, r {r:+.2f}")
     axis.legend(fontsize=8, title_fontsize=8, title=f"context (n={slope.n} questions)")
     return figure
 
@@ -294,7 +291,7 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
             axis.text(
                 0.03,
                 0.97,
-                f"ECE {values['ece']:.3f} [{values['ece_low']:.3f}, {values['ece_high']:.3f}]\n"
+                f"ECE {metrics.format_interval(values['ece'], values['ece_low'], values['ece_high'], '.3f')}\n"
                 f"smooth ECE {values['smooth_ece']:.3f}\nn={values['n']}",
                 transform=axis.transAxes,
                 va="top",

@@ -64,8 +64,7 @@ class InterveneConfig(GenerationOptions):
     limit: int | None = None
     """Use the first N questions only."""
     table: Path | None = None
-    """CSV of neurons (layer, index, weight) in place of the manifest's, such as neurosig.hallucination.locate writes.
-    """
+    """CSV of neurons (layer, index, weight) to use instead of the manifest's, such as report/located_neurons.csv."""
     neurons: Literal["positive", "negative", "all"] = "positive"
     """Sign of the probe's weight: positive points to guessing."""
     factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -375,14 +374,17 @@ def _write(
 
 
 def _report(rows: Sequence[Mapping[str, Any]]) -> None:
-    """What the located neurons do to accuracy, and how that differs from the controls."""
+    """Log what the located neurons do to accuracy, and how that differs from the controls."""
+    from neurosig.statistics.metrics import format_interval
+
     for row in rows:
         if row["measure"] != "avg_at_k" or "change" not in row:
             continue
         line = f"{row['group']} x{row['factor']:g}: accuracy {row['value']:.3f}"
         for name, text in (("change", "against unscaled"), ("difference", "located minus these")):
             if name in row:
-                line += f", {row[name]:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}] {text}"
+                interval = format_interval(row[name], row[f"{name}_low"], row[f"{name}_high"], "+.3f")
+                line += f", {interval} {text}"
         logger.info("%s (n=%d)", line, row["n"])
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PAGE, SIGNALS_CSV, NEURONS_CSV, LAYERS_CSV = "report.html", "signals.csv", "neurons.csv", "layers.csv"
+PAGE, SIGNALS_CSV, NEURONS_CSV, LAYERS_CSV = "report.html", "signals.csv", "located_neurons.csv", "layers.csv"
 PATH_CSV, PROBE = "path.csv", "probe.safetensors"
 
 

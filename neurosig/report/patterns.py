@@ -21,6 +21,7 @@ from neurosig.patterns.clusters import (
     jaccard_distances,
     pattern_clusters,
 )
+from neurosig.statistics.metrics import format_interval
 
 SHOWN_MARKERS = 5
 
@@ -67,12 +68,12 @@ class Patterns:
         text = f"{self.n} questions, each by its representative rollout: {k} clusters, silhouette {silhouette[k]:.2f}."
         rows = {row["clustering"]: row for row in self.comparison}
         if "purity" in rows["neurons"]:
-            said = ", ".join(
-                f"{name} {row['purity']:.2f} [{row['purity_low']:.2f}, {row['purity_high']:.2f}]"
+            purities = ", ".join(
+                f"{name} {format_interval(row['purity'], row['purity_low'], row['purity_high'], '.2f')}"
                 for name, row in rows.items()
             )
             single = rows["neurons"]["largest_kind"]
-            text += f" Purity against the kinds of question: {said}; a single cluster would have {single:.2f}."
+            text += f" Purity against the kinds of question: {purities}; a single cluster would have {single:.2f}."
         return text
 
 

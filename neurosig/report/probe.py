@@ -12,6 +12,7 @@ from neurosig.exported import Exported
 from neurosig.hallucination.controls import RandomNeurons, random_neuron_auroc
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe
 from neurosig.hallucination.probe import ProbeConfig, agreement_labels, contribution_matrix, too_few
+from neurosig.statistics.metrics import format_interval
 
 RANDOM_DRAWS = 10
 
@@ -53,7 +54,7 @@ class Located:
             low, high = self.random.low, self.random.high
             verdict = "more" if probe.auroc > high else "less" if probe.auroc < low else "no more that can be told"
             text += (
-                f"; as many random neurons with {self.random.auroc:.3f} [{low:.3f}, {high:.3f}] "
+                f"; as many random neurons with {format_interval(self.random.auroc, low, high, '.3f')} "
                 f"({len(self.random.draws)} draws), so the located ones tell {verdict}"
             )
         return (

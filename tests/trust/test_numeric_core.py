@@ -7,7 +7,6 @@ import random
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +16,6 @@ from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.questions.answers import majority_vote
 from neurosig.sampling.rollouts import Rollout
-from neurosig.statistics.metrics import hierarchical_interval
 from tests.neurosig.test_manifest import edit_row
 from tests.support.flow import make_manifest
 from tests.trust import mutants
@@ -40,15 +38,6 @@ def test_the_end_token_carries_no_answer() -> None:
     cases = (((5, 6, 2), "stop", (5, 6)), ((5, 6), "length", (5, 6)), ((2,), "stop", (2,)))
     for ids, reason, body in cases:
         assert Rollout("q", 0, "text", ids, reason).body_ids == body  # type: ignore[arg-type]
-
-
-def test_seeds_are_drawn_one_by_one() -> None:
-    """Two seeds that say 0 and 1: half of all draws hold one of each, so the middle 40% are at one half."""
-    delta = np.repeat([[0.0], [1.0]], 50, axis=1)
-    found = hierarchical_interval(lambda s, q: float(delta[np.ix_(s, q)].mean()), 2, 50, seed=0, level=0.4)
-    assert (found.low, found.estimate, found.high) == (0.5, 0.5, 0.5)
-    wide = hierarchical_interval(lambda s, q: float(delta[np.ix_(s, q)].mean()), 2, 50, seed=0, level=0.6)
-    assert (wide.low, wide.high) == (0.0, 1.0)
 
 
 def named(name: str) -> mutants.Mutant:

@@ -24,7 +24,7 @@ from figures.grid.table_text import FIELDS, markdown, rounded, signed
 from figures.grid.tables import METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
-from neurosig.statistics.significance import paired_mde, unpaired_mde
+from neurosig.statistics.significance import minimum_detectable_effect
 from tests.support.flow import save_tiny, write_questions
 from tests.support.paths import FIGURE_DATA, TESTS
 
@@ -242,8 +242,10 @@ def test_cells_have_paired_intervals(folder: Path) -> None:
     interval = metrics.paired_mean_interval(after, before, seed=1, resamples=4000)
     assert cell.delta == pytest.approx(100 * interval.estimate)
     assert (cell.low, cell.high) == pytest.approx((100 * interval.low, 100 * interval.high), abs=0.8)
-    assert cell.mde == pytest.approx(100 * paired_mde(after, before), rel=0.06)
-    assert cell.mde_unpaired == pytest.approx(100 * unpaired_mde(after, before), rel=0.06)
+    paired, apart = (after - before).std(ddof=1), np.hypot(after.std(ddof=1), before.std(ddof=1))
+    for mde, spread in ((cell.mde, paired), (cell.mde_unpaired, apart)):
+        expected = minimum_detectable_effect(float(100 * spread / np.sqrt(len(after))))
+        assert mde == pytest.approx(expected, rel=0.06)
     assert cell.mde is not None and cell.mde_unpaired is not None and cell.mde < 0.75 * cell.mde_unpaired
     assert (cell.n, cell.unsure) == (30, False)
     assert cell.p is not None and cell.p_holm is not None and cell.p < cell.p_holm <= 0.05

@@ -135,7 +135,7 @@ class Page(HTMLParser):
 
 def test_the_report_says_what_the_signals_are_worth(world: Path, told: tuple[Path, str]) -> None:
     out, printed = told
-    written = ["layers.csv", "neurons.csv", "path.csv", "probe.safetensors", "report.html", "signals.csv"]
+    written = ["layers.csv", "located_neurons.csv", "path.csv", "probe.safetensors", "report.html", "signals.csv"]
     assert sorted(path.name for path in out.iterdir()) == written
     rows, manifest = table(out), read_manifest(world)
     gold = {f"q{index:02d}": f"gold{index}" for index in range(N)}
@@ -256,7 +256,7 @@ def test_one_class_is_said_and_does_no_harm(tmp_path: Path) -> None:
     text = Page((report(run, tmp_path / "right", questions=(str(path),)) / "report.html").read_text()).text
     assert f"{len(records)} questions, {len(records)} majorities right. All majorities are right" in text
     assert "Single neurons cannot be located: of 8 questions, the rollouts of" in text
-    assert not (tmp_path / "right" / "neurons.csv").exists()
+    assert not (tmp_path / "right" / "located_neurons.csv").exists()
 
 
 def test_the_layer_profile_by_hand(world: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_wrong_folder_is_one_sentence(
 def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, told: tuple[Path, str]) -> None:
     """The page's sentence, the CSV and the saved probe agree, and the probe scores the run's own rollouts as fitted."""
     out, _ = told
-    probe, neurons = FittedProbe.load(out / "probe.safetensors"), read_neurons(out / "neurons.csv")
+    probe, neurons = FittedProbe.load(out / "probe.safetensors"), read_neurons(out / "located_neurons.csv")
     pd.testing.assert_frame_equal(neurons, probe.neurons, check_exact=True)
     signals = Exported(world).signals
     scores = probe.score(contribution_matrix(signals.ids.numpy(), signals.values.float().numpy(), signals.n_neurons))
