@@ -28,7 +28,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.auroc import auroc_draws
 from neurosig.statistics.metrics import format_interval
-from neurosig.statistics.resampling import question_counts
+from neurosig.statistics.resampling import percentile_ends, question_counts
 from neurosig.statistics.significance import bootstrap_p, holm
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for test in plan["tests"]:
         draws = _DRAWS[test["kind"]](test, evidence)
-        low, high = np.quantile(draws[1:], [0.025, 0.975])
+        low, high = percentile_ends(draws[1:])
         rows.append(
             {
                 "id": test["id"],
