@@ -89,7 +89,7 @@ def layout() -> Iterator[tuple[Path, str]]:
 def test_the_layout_names_every_folder_and_what_it_names_exists() -> None:
     named = set()
     for folder, name in layout():
-        places = {*folder.glob(name), *ROOT.glob(name)}
+        places = {path for parent in (folder, folder.parent, ROOT) for path in parent.glob(name)}
         assert places, f"{folder.relative_to(ROOT)}/{name}"
         named |= {path.relative_to(ROOT) for path in places}
     packages = ("neurosig", "distill", "figures")
