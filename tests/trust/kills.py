@@ -311,7 +311,7 @@ def jobs(folder: Path) -> dict[str, Job]:
             "evaluate", evaluate, folder / "evaluate", {"evaluation": "distill.evaluate:_rollouts"},
             "neurosig.sampling.rollouts:RolloutLog.append",
         ),
-        "grid": Job("grid", grid, folder / "grid", {"grid": "figures.grid:_run"}, "figures.grid:_Works._call"),
+        "grid": Job("grid", grid, folder / "grid", {"grid": "figures.grid.__main__:_run"}, "figures.grid.__main__:_Works._call"),
     }  # fmt: skip
 
 
