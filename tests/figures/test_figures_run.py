@@ -29,7 +29,7 @@ from figures.experiments import context_policies
 from neurosig.export import main as export
 from neurosig.manifest import read_manifest
 from neurosig.runtime.errors import UserError
-from tests.neurosig.report.test_report import K, N, write_lines, write_world
+from tests.support.exports import K, N, write_lines, write_world
 from tests.support.flow import export_config
 
 STEPS = 7
