@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import figures.style
 from figures.draw import clusters, gap_gain, hallucination_sign, overview, reliability, speed, training_curves
 from neurosig.export import main as export
-from tests.neurosig.report.test_report import K, write_lines, write_world
+from tests.support.exports import K, write_lines, write_world
 from tests.support.flow import export_config
 
 STEPS = 7

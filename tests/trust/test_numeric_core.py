@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.questions.answers import majority_vote
 from neurosig.sampling.rollouts import Rollout
-from tests.neurosig.test_manifest import edit_row
 from tests.support.flow import make_manifest
+from tests.support.manifests import edit_row
 from tests.trust import mutants
 
 
@@ -51,14 +52,15 @@ def test_mutants_are_caught(tmp_path: Path, name: str) -> None:
 
 
 def test_a_mutant_whose_text_is_gone_is_told_and_the_copy_is_left_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "neurosig").mkdir()
-    (tmp_path / "neurosig" / "answers.py").write_text("x = 1\n")
-    with pytest.raises(LookupError, match=r"ties by the alphabet: its text is not in neurosig/answers\.py"):
+    source = tmp_path / mutants.ANSWERS
+    source.parent.mkdir(parents=True)
+    source.write_text("x = 1\n")
+    with pytest.raises(LookupError, match=f"ties by the alphabet: its text is not in {re.escape(mutants.ANSWERS)}"):
         mutants.caught(named("ties by the alphabet"), tmp_path)
     harmless = dataclasses.replace(named("ties by the alphabet"), old="x = 1", new="x = 2", tests="gone.py")
     with pytest.raises(RuntimeError, match="the tests did not run"):
         mutants.caught(harmless, tmp_path)
-    assert (tmp_path / "neurosig" / "answers.py").read_text() == "x = 1\n"
+    assert source.read_text() == "x = 1\n"
 
 
 def test_every_mutant_replaces_text_that_is_there_once() -> None:

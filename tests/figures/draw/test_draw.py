@@ -27,7 +27,7 @@ from figures.draw import (
 from figures.experiments import context_policies
 from neurosig.manifest import read_manifest
 from neurosig.runtime.errors import UserError
-from tests.neurosig.report.test_report import N
+from tests.support.exports import N
 
 NAMES = (
     "clusters",
