@@ -56,7 +56,10 @@ def test_the_sign_shows_the_scores_and_their_auroc(results: Path, tmp_path: Path
     table = pd.read_csv(tmp_path / "hallucination_sign.csv")
     scores = table[table["part"] == "score"]
     rows = {row.id: row for row in read_manifest(results / "manifest").rows}
-    gold = {record["id"]: record["answer"] for record in map(json.loads, (results / "questions.jsonl").open())}
+    gold = {
+        record["id"]: record["answer"]
+        for record in map(json.loads, (results / "questions.jsonl").read_text().splitlines())
+    }
     for row in scores.itertuples():
         assert row.value == pytest.approx(rows[row.name].scores["probe"], rel=1e-5)
         assert row.right == (rows[row.name].pseudo_label == gold[row.name])
