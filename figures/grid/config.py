@@ -73,13 +73,11 @@ class GridConfig(CommonConfig):
     more_seeds_for: tuple[str, ...] = ("nopsd", "nopsd-random", "lmsi")
     """Methods that are also trained with --more-seeds."""
     jobs: int = 1
-    """Cells that run at the same time. They share the CPU's threads, and the last bits of a result depend on the number
-    of threads: keep one value throughout a grid."""
+    """Cells that run at the same time and share the CPU's threads; keep one value per grid: last bits depend on it."""
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)
     """Candidates of the temperature control."""
     dev: tuple[str, ...] = ()
-    """Labelled development questions that choose among them, in the form of --sources; default: the dev splits of the
-    bundled targets."""
+    """Labelled development questions that choose among them, given like --sources; default: of the bundled targets."""
     export: Fixed[dict[str, Any]] = field(default_factory=dict)
     train: Fixed[dict[str, Any]] = field(default_factory=dict)
     evaluate: Fixed[dict[str, Any]] = field(default_factory=dict)
