@@ -15,10 +15,15 @@ STAMP := $(VENV)/.setup-stamp
 RUN := $(VENV)/bin/python -m
 # test questions of each set; `make demo LIMIT=` takes the whole test split (about 20 minutes more)
 LIMIT ?= --limit 70 20 20
+# what make test-fast runs: answers, losses, metrics, selection, manifest, numeric core, one tiny run of the whole method
+FAST := tests/neurosig/questions/test_answers*.py tests/neurosig/statistics/test_metrics.py \
+	tests/neurosig/statistics/test_significance.py tests/neurosig/selection tests/neurosig/test_manifest*.py \
+	tests/neurosig/neurons/test_contributions.py tests/distill/test_losses*.py tests/trust/test_numeric_core.py \
+	tests/promises/test_determinism.py::test_nothing_contacts_the_network
 EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry $(LIMIT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo control report intervene grid test trust lint bench bench-gpu figures notebooks clean
+.PHONY: help setup demo control report intervene grid test test-fast trust lint bench bench-gpu figures notebooks clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
@@ -65,6 +70,10 @@ grid: setup ## every method on three domains, three seeds of some (three hours o
 		vote-only vote-only-random u-opsd lmsi ttrl intuitor
 	$(RUN) figures.grid.evidence --grid runs/grid --out runs/grid/evidence
 	$(RUN) figures findings methods paper_tables --results runs/grid/evidence --out runs/grid/figures
+
+test-fast: setup ## a minute: answers, losses, metrics, selection, manifest, numeric core, one tiny run from end to end
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) --dist loadfile -m "not smollm2 and not bench and not forks and not gpu" \
+		--deselect tests/trust/test_numeric_core.py::test_mutants_are_caught $(FAST)
 
 test: setup ## all tests, on two cores (TEST_JOBS=4 for more)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) --dist loadfile

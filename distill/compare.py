@@ -241,7 +241,9 @@ def _number(value: float) -> str:
 def _signed(interval: Mapping[str, float] | None) -> str:
     if interval is None:
         return ""
-    return f"{interval['estimate']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+    from neurosig.statistics.metrics import format_interval
+
+    return format_interval(interval["estimate"], interval["low"], interval["high"], "+.3f")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, majority_vote
+from neurosig.questions.answers import AnswerFormat, extract_answer, majority_vote, right_winners
 from neurosig.questions.load import load_questions
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
@@ -107,5 +107,4 @@ class Development:
 
 def _majority_is_right(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> float:
     vote = majority_vote([extract_answer(rollout.text, question, answer_format) for rollout in group], question.id)
-    winners = sum(is_correct(winner, question) for winner in vote.tied)
-    return float(maj_at_k(np.array([winners]), np.array([len(vote.tied)]))[0])
+    return float(maj_at_k(np.array([right_winners(vote, question)]), np.array([len(vote.tied)]))[0])

@@ -239,7 +239,7 @@ def _rollouts(
 
 def _row(question: Question, group: Sequence[Rollout], config: EvaluateConfig) -> dict[str, Any]:
     """One question's result: what its K samples said, and what of it was right."""
-    from neurosig.questions.answers import extract_answer, is_correct, majority_vote
+    from neurosig.questions.answers import extract_answer, is_correct, majority_vote, right_winners
 
     answers = [extract_answer(rollout.text, question, config.answer_format) for rollout in group]
     vote = majority_vote(answers, question.id)
@@ -252,7 +252,7 @@ def _row(question: Question, group: Sequence[Rollout], config: EvaluateConfig) -
         "winner": vote.winner,
         "votes": vote.count,
         "winners": len(vote.tied),
-        "right_winners": sum(is_correct(candidate, question) for candidate in vote.tied),
+        "right_winners": right_winners(vote, question),
         "n_correct": sum(is_correct(answer, question) for answer in answers),
         "unparsed": sum(answer is None for answer in answers),
         "distinct": len({answer for answer in answers if answer is not None}),

@@ -34,7 +34,7 @@ FIGURES = {
     "speed": "figures.draw.speed",
     "training_curves": "figures.draw.training_curves",
 }
-"""Name -> module that draws it."""
+"""Figure -> its module, with ``NEEDS`` (a file of the results folder, or ``None``) and ``draw(results, out)``."""
 
 
 @dataclass(kw_only=True)
@@ -42,24 +42,27 @@ class FiguresConfig(CommonConfig):
     """Draw figures from a results folder, as PDF and PNG with the plotted numbers as CSV."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Figures to draw; by default all whose results are there."""
+    """Figures to draw; default: all whose results exist."""
     results: Path = Path("runs/demo")
-    """Folder of evaluations and report, as make demo writes it."""
+    """Results folder, as make demo writes it; some figures fall back on the numbers in figures/data."""
     out: Path | None = None
     """Folder of the figures; default: RESULTS/figures."""
 
 
 def main(config: FiguresConfig) -> None:
-    """Draw what ``config`` names."""
+    """Draw the figures of ``config``.
+
+    Raises:
+        UserError: A figure is unknown, or one given by name has no results.
+    """
     unknown = [name for name in config.names if name not in FIGURES]
     if unknown:
         raise UserError(f"figure {unknown[0]}: no such figure; have {', '.join(FIGURES)}")
     out = config.results / "figures" if config.out is None else config.out
     for name in config.names or FIGURES:
         figure = importlib.import_module(FIGURES[name])
-        lacking = None if config.names else figure.NEEDS
-        if lacking is not None and not (config.results / lacking).is_file():
-            logger.info("%s: left out, there is no %s", name, config.results / lacking)
+        if not config.names and figure.NEEDS is not None and not (config.results / figure.NEEDS).is_file():
+            logger.info("%s: left out, there is no %s", name, config.results / figure.NEEDS)
             continue
         for path in figure.draw(config.results, out):
             logger.info("%s", path)

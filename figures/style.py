@@ -5,27 +5,61 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
-from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+
+class Colour:
+    """The palette: hues of Okabe & Ito (2008), named by meaning, and greys. Markers, lines or hatches repeat them."""
+
+    OURS = "#0072B2"
+    """N-OPSD, neuron signals, located neurons."""
+    VARIANT = "#56B4E9"
+    """Variants of ours."""
+    CONTROL = "#E69F00"
+    """Controls: the best temperature, random neurons, neurons or contexts of the same kind."""
+    BASELINE = "#7f7f7f"
+    """The untrained model, output signals, other methods."""
+    CONTRADICTED = "#D55E00"
+    GREEN = "#009E73"
+    PURPLE = "#CC79A7"
+    """Green and purple: further series."""
+    BLACK = "#000000"
+    TEXT = "#333333"
+    NOTE = "#555555"
+    OTHER_METHOD = "#595959"
+    BACKGROUND = "#b0b0b0"
+    """Marks and bars that are only there for comparison."""
+    ZERO = "#bbbbbb"
+    BANDS = ("#eeeeee", "#d9d9d9")
+    PAPER = "#f7f7f7"
+    GRID = "#e6e6e6"
+
 
 RUNS: Mapping[str, tuple[str, str, str]] = {
-    "base": ("base", "#7f7f7f", "o"),
-    "control": ("base, best temperature", "#E69F00", "s"),
-    "trained": ("N-OPSD", "#0072B2", "D"),
+    "base": ("base", Colour.BASELINE, "o"),
+    "control": ("base, best temperature", Colour.CONTROL, "s"),
+    "trained": ("N-OPSD", Colour.OURS, "D"),
 }
-"""Run -> label, colour (Okabe & Ito 2008) and marker: the marker tells the runs apart without colour."""
+"""Run -> label, colour and marker."""
+SERIES = (
+    (Colour.OURS, "o"),
+    (Colour.CONTROL, "s"),
+    (Colour.GREEN, "^"),
+    (Colour.PURPLE, "D"),
+    (Colour.BASELINE, "v"),
+    (Colour.VARIANT, "P"),
+    (Colour.CONTRADICTED, "X"),
+)
+"""Colour and marker of each of several series without a meaning of their own, such as kinds of question."""
 
 
 def use_style() -> None:
-    """Set matplotlib up for a paper: no display, small sans-serif type, thin frames, no timestamps."""
-    matplotlib.use("Agg")
+    """Set matplotlib up for a paper: small sans-serif type, thin frames, model text never read as a formula."""
     matplotlib.rcParams.update(
         {
             "font.size": 9,
@@ -35,25 +69,43 @@ def use_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
-            "grid.color": "#e6e6e6",
+            "grid.color": Colour.GRID,
             "grid.linewidth": 0.6,
             "axes.axisbelow": True,
             "legend.frameon": False,
             "figure.constrained_layout.use": True,
             "pdf.fonttype": 42,
             "svg.hashsalt": "neurosig",
-            "text.parse_math": False,  # model text may hold dollar signs
+            "text.parse_math": False,
         }
     )
 
 
+def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **layout: Any) -> tuple[Figure, Any]:
+    """A figure in the project's style and its panels, as `matplotlib.pyplot.subplots` returns them.
+
+    Args:
+        rows: Rows of panels.
+        columns: Columns of panels.
+        size: Width and height in inches.
+        **layout: Options of `matplotlib.figure.Figure.subplots`, such as ``width_ratios``.
+    """
+    use_style()
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(rows, columns, **layout)
+
+
 def caption(figure: Figure, text: str) -> None:
-    """A figure's small print below its panels: how many, which seeds, which interval."""
-    figure.supxlabel(text, fontsize=7.5, color="#333333")
+    """Small print below the panels: how many questions, which seeds, which interval."""
+    figure.supxlabel(text, fontsize=7.5, color=Colour.TEXT)
 
 
-def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``name.pdf`` and ``name.png`` whole, without dates; returns their paths."""
+def save_figure(figure: Figure, folder: Path, name: str, numbers: str) -> list[Path]:
+    """Write ``name.pdf`` and ``name.png`` atomically and without dates, and the plotted numbers as ``name.csv``.
+
+    Returns:
+        Their paths, in this order.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for suffix, metadata in (
@@ -64,15 +116,5 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
         figure.savefig(buffer, format=suffix, dpi=200, metadata=metadata)
         write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())
         paths.append(folder / f"{name}.{suffix}")
-    return paths
-
-
-def finished_export(folder: Path) -> Path:
-    """``folder``, if an export was finished there.
-
-    Raises:
-        UserError: There is none.
-    """
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder}: no finished export; run `python -m neurosig.export --out {folder}` first")
-    return folder
+    write_atomic(folder / f"{name}.csv", numbers)
+    return [*paths, folder / f"{name}.csv"]

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from neurosig.hallucination.scores import QuestionSignals, Scores
     from neurosig.manifest import QuestionRow
     from neurosig.models.load import LoadedModel
+    from neurosig.neurons.contributions import ActiveSets
     from neurosig.neurons.sites import FFNSites
-    from neurosig.neurons.tracer import ActiveSets
     from neurosig.questions.load import Question
     from neurosig.questions.prompts import PromptBuilder
     from neurosig.sampling.rollouts import Rollout

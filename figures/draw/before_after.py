@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from figures.style import RUNS, save_figure, use_style
+from figures.style import RUNS, Colour, save_figure, subplots
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,20 +29,15 @@ def draw(results: Path, out: Path) -> list[Path]:
     Raises:
         UserError: The report or one of its evaluations is missing.
     """
-    use_style()
-    import matplotlib.pyplot as plt
-
     report = results / NEEDS
     if not report.is_file():
         raise UserError(f"{report}: no such file; run `python -m distill.compare --out {report.parent}` first")
     record = json.loads(report.read_text())
     table, reliability = _accuracy_table(record), _reliability_table(record, results)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", pd.concat([table, reliability]).to_csv(index=False))
 
     scopes = list(dict.fromkeys(table["scope"]))
-    figure, axes = plt.subplots(
-        1, len(scopes) + 1, figsize=(3.1 * (len(scopes) + 1), 3.3), width_ratios=[*[1] * len(scopes), 1.1]
+    figure, axes = subplots(
+        1, len(scopes) + 1, size=(3.1 * (len(scopes) + 1), 3.3), width_ratios=[*[1] * len(scopes), 1.1]
     )
     for axis, scope in zip(axes, scopes, strict=False):
         _draw_metrics(axis, table[table["scope"] == scope], record["k"])
@@ -54,9 +48,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     _draw_reliability(axes[-1], reliability)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, pd.concat([table, reliability]).to_csv(index=False))
 
 
 def _accuracy_table(record: dict[str, Any]) -> pd.DataFrame:
@@ -78,7 +70,7 @@ def _accuracy_table(record: dict[str, Any]) -> pd.DataFrame:
 
 
 def _reliability_table(record: dict[str, Any], results: Path) -> pd.DataFrame:
-    """Majority accuracy at each possible confidence, in-domain: one bin for each number of votes."""
+    """Majority accuracy in-domain at each possible confidence: one bin per number of votes."""
     frames = []
     for run, folder in record["folders"].items():
         rows = pd.read_parquet(_evaluation(Path(folder), results))
@@ -92,10 +84,10 @@ def _reliability_table(record: dict[str, Any], results: Path) -> pd.DataFrame:
 
 
 def _evaluation(folder: Path, results: Path) -> Path:
-    """The evaluation that the report names, or the one of its name here if the results have moved.
+    """The results of the evaluation that the report names, or of ``eval/NAME`` if the results folder was moved.
 
     Raises:
-        UserError: It is in neither place.
+        UserError: There is no finished evaluation in either place.
     """
     for place in (folder, results / "eval" / folder.name):
         if (place / "results.parquet").is_file():
@@ -107,10 +99,10 @@ def _draw_metrics(axis: Axes, table: pd.DataFrame, k: int) -> None:
     runs = list(dict.fromkeys(table["run"]))
     for offset, run in enumerate(runs):
         label, colour, marker = RUNS[run]
-        mine = table[table["run"] == run].set_index("metric").loc[list(METRICS)]
+        rows = table[table["run"] == run].set_index("metric").loc[list(METRICS)]
         x = [position + 0.22 * (offset - (len(runs) - 1) / 2) for position in range(len(METRICS))]
-        error = [mine["value"] - mine["low"], mine["high"] - mine["value"]]
-        axis.errorbar(x, mine["value"], yerr=error, fmt=marker, color=colour, label=label, capsize=2.5, markersize=5.5)
+        error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        axis.errorbar(x, rows["value"], yerr=error, fmt=marker, color=colour, label=label, capsize=2.5, markersize=5.5)
     axis.set_xticks(range(len(METRICS)), [title.format(k=k) for title in METRICS.values()])
     axis.set_xlim(-0.5, len(METRICS) - 0.5)
     axis.grid(axis="x", visible=False)
@@ -120,9 +112,9 @@ def _draw_reliability(axis: Axes, table: pd.DataFrame) -> None:
     axis.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
     for run in dict.fromkeys(table["run"]):
         _, colour, marker = RUNS[run]
-        mine = table[table["run"] == run]
-        axis.plot(mine["confidence"], mine["value"], color=colour, linewidth=1, alpha=0.7)
-        axis.scatter(mine["confidence"], mine["value"], s=6 + 2.2 * mine["n"], color=colour, marker=marker, alpha=0.85)
+        bins = table[table["run"] == run]
+        axis.plot(bins["confidence"], bins["value"], color=colour, linewidth=1, alpha=0.7)
+        axis.scatter(bins["confidence"], bins["value"], s=6 + 2.2 * bins["n"], color=colour, marker=marker, alpha=0.85)
     axis.set(
         xlim=(0, 1.03),
         ylim=(-0.03, 1.03),
@@ -130,4 +122,4 @@ def _draw_reliability(axis: Axes, table: pd.DataFrame) -> None:
         ylabel="majority is right",
     )
     axis.set_title("reliability, in-domain")
-    axis.text(0.03, 0.95, "marker area: questions", fontsize=7.5, color="#555555", transform=axis.transAxes)
+    axis.text(0.03, 0.95, "marker area: questions", fontsize=7.5, color=Colour.NOTE, transform=axis.transAxes)

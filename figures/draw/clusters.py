@@ -1,4 +1,4 @@
-"""Reasoning patterns: the selected questions' neuron signatures, clustered, beside what kind of question each is.
+"""Reasoning patterns: the selected questions' neuron signatures, clustered, compared with the kinds of question.
 
 Reads ``manifest`` of a results folder (`neurosig.export`); writes ``clusters.pdf``, ``.png`` and the plotted numbers as
 ``clusters.csv``. Signatures are the active sets of representative rollouts, compared by Jaccard similarity; clusters
@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from figures.notebook.explore import KINDS, draw_similarity
-from figures.style import caption, finished_export, save_figure, use_style
+from figures.notebook.explore import draw_similarity
+from figures.sources import finished_export
+from figures.style import SERIES, Colour, caption, save_figure, subplots
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import csv_cell, write_atomic
+from neurosig.runtime.files import csv_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,14 +35,9 @@ def draw(results: Path, out: Path) -> list[Path]:
     Raises:
         UserError: There is no finished export, or fewer than three questions are selected.
     """
-    use_style()
-    import matplotlib.pyplot as plt
-
     table = numbers(finished_export(results / "manifest"))
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
     points = table[table["part"] == "question"].sort_values("place")
-    figure, (heat, plane, agreement) = plt.subplots(1, 3, figsize=(7, 3.1), width_ratios=[1.2, 1.15, 0.75])
+    figure, (heat, plane, agreement) = subplots(1, 3, size=(7, 3.1), width_ratios=[1.2, 1.15, 0.75])
     _draw_heat(heat, points, table[table["part"] == "pair"])
     _draw_plane(plane, points)
     _draw_agreement(agreement, table[table["part"] == "clustering"])
@@ -53,13 +49,11 @@ def draw(results: Path, out: Path) -> list[Path]:
         f"(best silhouette, seed {SEED}),\nframed on the left; lines: 95% bootstrap intervals over questions, clusters "
         "as they are; kinds were not used to cluster",
     )
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 
 
 def numbers(folder: Path) -> pd.DataFrame:
-    """What the figure plots of an export.
+    """The numbers of the figure from an export.
 
     ``part`` is ``question`` (``name``, ``kind``, ``cluster`` from 1, coordinates ``x`` and ``y``, and its ``place`` in
     the heat map: by cluster, then kind), ``pair`` (the similarity of places ``place`` and ``other`` as ``value``) or
@@ -68,30 +62,25 @@ def numbers(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: Fewer than three questions are selected.
     """
-    import dataclasses
-
-    import torch
     from sklearn.metrics import adjusted_rand_score
 
-    from neurosig.manifest import read_manifest
+    from neurosig.exported import Exported
     from neurosig.patterns.similarity import jaccard
-    from neurosig.report.data import read_traced
     from neurosig.report.patterns import patterns
     from neurosig.statistics.metrics import bootstrap_interval
 
-    manifest = read_manifest(folder)
-    traced = read_traced(manifest)
-    found = patterns(dataclasses.replace(manifest, rows=tuple(manifest.selected)), traced, seed=SEED)
-    if isinstance(found, str):
-        raise UserError(f"{folder}: selected too few to cluster: {found}")
-    kinds = np.array([row.kind or row.domain for row in found.rows])
-    clusters = found.found.clustering.labels
+    exported = Exported(folder)
+    result = patterns(exported, seed=SEED, selected_only=True)
+    if isinstance(result, str):
+        raise UserError(f"{folder}: too few selected questions to cluster: {result}")
+    kinds = np.array([row.kind or row.domain for row in result.rows])
+    clusters = result.found.clustering.labels
     order = np.lexsort((kinds, clusters))
-    sets = torch.from_numpy(traced.ids[found.places[order]])
+    sets = exported.signals.ids[result.places[order]]
     similarity = jaccard(sets, sets).double().numpy()
     x, y = principal_coordinates(similarity)
     questions = [
-        {"part": "question", "name": found.rows[row].id, "kind": kinds[row], "cluster": int(clusters[row]) + 1}
+        {"part": "question", "name": result.rows[row].id, "kind": kinds[row], "cluster": int(clusters[row]) + 1}
         | {"place": place, "x": x[place], "y": y[place]}
         for place, row in enumerate(order)
     ]
@@ -102,7 +91,7 @@ def numbers(folder: Path) -> pd.DataFrame:
     ]
     codes = np.unique(kinds, return_inverse=True)[1]
     agreement = []
-    for name, labels in found.found.labels.items():
+    for name, labels in result.found.labels.items():
         ari = bootstrap_interval(
             lambda q, labels=labels: float(adjusted_rand_score(codes[q], labels[q])),  # type: ignore[misc]
             len(codes),
@@ -134,8 +123,8 @@ def _draw_heat(axis: Axes, points: pd.DataFrame, pairs: pd.DataFrame) -> None:
     similarity[place, other] = similarity[other, place] = pairs["value"]
     image = draw_similarity(axis, similarity, [str(cluster) for cluster in points["cluster"]])
     for kind, (colour, marker) in _styles(points).items():
-        mine = points[points["kind"] == kind]["place"].to_numpy(np.int64)
-        axis.scatter(np.full(len(mine), -2.6), mine, s=7, color=colour, marker=marker, linewidths=0, clip_on=False)
+        places = points[points["kind"] == kind]["place"].to_numpy(np.int64)
+        axis.scatter(np.full(len(places), -2.6), places, s=7, color=colour, marker=marker, linewidths=0, clip_on=False)
     axis.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5), xticks=[], yticks=[])
     axis.set_title("similarity")
     for spine in axis.spines.values():
@@ -147,13 +136,15 @@ def _draw_heat(axis: Axes, points: pd.DataFrame, pairs: pd.DataFrame) -> None:
 
 def _draw_plane(axis: Axes, points: pd.DataFrame) -> None:
     for kind, (colour, marker) in _styles(points).items():
-        mine = points[points["kind"] == kind]
-        label = f"{kind.replace('_', ' ')} ({len(mine)})"
-        axis.scatter(mine["x"], mine["y"], s=22, color=colour, marker=marker, linewidths=0, alpha=0.85, label=label)
-    for cluster, mine in points.groupby("cluster"):
+        members = points[points["kind"] == kind]
+        label = f"{kind.replace('_', ' ')} ({len(members)})"
+        axis.scatter(
+            members["x"], members["y"], s=22, color=colour, marker=marker, linewidths=0, alpha=0.85, label=label
+        )
+    for cluster, members in points.groupby("cluster"):
         axis.annotate(
             str(cluster),
-            (float(mine["x"].mean()), float(mine["y"].max())),
+            (float(members["x"].mean()), float(members["y"].max())),
             xytext=(0, 12),
             textcoords="offset points",
             ha="center",
@@ -173,7 +164,7 @@ def _draw_plane(axis: Axes, points: pd.DataFrame) -> None:
 
 def _draw_agreement(axis: Axes, table: pd.DataFrame) -> None:
     for place, row in enumerate(table.to_dict("records")):
-        colour, marker = ("#0072B2", "D") if row["name"] == "neurons" else ("#7f7f7f", "o")
+        colour, marker = (Colour.OURS, "D") if row["name"] == "neurons" else (Colour.BASELINE, "o")
         axis.vlines(place, row["low"], row["high"], color=colour, linewidth=1.4)
         axis.plot(place, row["value"], marker, color=colour, markersize=5.5)
     axis.axhline(0, color="black", linewidth=0.8, linestyle="--")
@@ -188,4 +179,4 @@ def _draw_agreement(axis: Axes, table: pd.DataFrame) -> None:
 
 def _styles(points: pd.DataFrame) -> dict[str, tuple[str, str]]:
     kinds = sorted(set(points["kind"]))
-    return {kind: KINDS[place % len(KINDS)] for place, kind in enumerate(kinds)}
+    return {kind: SERIES[place % len(SERIES)] for place, kind in enumerate(kinds)}

@@ -1,4 +1,4 @@
-"""What scaling the located neurons does to the answers, beside the controls.
+"""The effect of scaling the located neurons on the answers, compared with the controls.
 
 Reads ``intervene/results.csv`` and ``results.json`` of a results folder (`neurosig.intervene`); writes
 ``dose_response.pdf``, ``.png`` and the plotted numbers as ``dose_response.csv``.
@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from figures.style import caption, save_figure, use_style
+from figures.style import Colour, caption, save_figure, subplots
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
 NAME = "dose_response"
 NEEDS = Path("intervene/results.json")
 GROUPS = {
-    "located": ("located by the probe", "#0072B2", "D", "-"),
-    "activity": ("random, same layers and contribution", "#E69F00", "s", "--"),
-    "layer": ("random, same layers", "#7f7f7f", "o", ":"),
-    "strongest": ("largest contributors, same layers", "#000000", "^", "-."),
+    "located": ("located by the probe", Colour.OURS, "D", "-"),
+    "activity": ("random, same layers and contribution", Colour.CONTROL, "s", "--"),
+    "layer": ("random, same layers", Colour.BASELINE, "o", ":"),
+    "strongest": ("largest contributors, same layers", Colour.BLACK, "^", "-."),
 }
-"""Group of neuron sets -> label, colour (Okabe & Ito 2008), marker and line."""
+"""Group of neuron sets -> label, colour, marker and line."""
 PANELS = {
     "avg_at_k": "Avg@{k}",
     "no_answer": "no answer or a refusal",
@@ -43,18 +42,13 @@ def draw(results: Path, out: Path) -> list[Path]:
     Raises:
         UserError: There is no finished run of neurosig.intervene.
     """
-    use_style()
-    import matplotlib.pyplot as plt
-
     folder = (results / NEEDS).parent
     if not (results / NEEDS).is_file():
         raise UserError(f"{folder}: no finished run; run `python -m neurosig.intervene --out {folder}` first")
     record = json.loads((folder / "results.json").read_text())
     table = _plotted(pd.read_csv(folder / "results.csv"))
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
 
-    figure, axes = plt.subplots(2, 2, figsize=(7, 5.4))
+    figure, axes = subplots(2, 2, size=(7, 5.4))
     for axis, (measure, title) in zip(axes.flat, PANELS.items(), strict=True):
         _draw_panel(axis, table[table["measure"] == measure], log=measure == "nll")
         axis.set_title(title.format(k=record["k"]))
@@ -68,13 +62,11 @@ def draw(results: Path, out: Path) -> list[Path]:
         f"each, random controls of {draws} draws, seed {record['config']['seed']};\nbars: 95% bootstrap interval of "
         "the change against x1, paired over questions, cut at 0",
     )
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 
 
 def _plotted(results: pd.DataFrame) -> pd.DataFrame:
-    """The panels' rows, with the interval of the change moved to the value; nats become perplexities."""
+    """The rows of the panels: the interval of the change is shifted to the value, nats become perplexities."""
     table = results[results["measure"].isin(list(PANELS))].copy()
     start = table["value"] - table["change"].fillna(0)
     table["low"] = start + table["change_low"].fillna(0)
@@ -89,15 +81,15 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, *, log: bool) -> None:
     groups = [group for group in GROUPS if group in set(table["group"])]
     for place, group in enumerate(groups):
         label, colour, marker, line = GROUPS[group]
-        mine = table[table["group"] == group].set_index("factor").loc[factors]
+        rows = table[table["group"] == group].set_index("factor").loc[factors]
         x = np.arange(len(factors)) + 0.13 * (place - (len(groups) - 1) / 2)
-        error = [mine["value"] - mine["low"].clip(lower=0), mine["high"] - mine["value"]]
+        error = [rows["value"] - rows["low"].clip(lower=0), rows["high"] - rows["value"]]
         axis.errorbar(
-            x, mine["value"], yerr=error, fmt=marker, linestyle=line, color=colour, label=label, capsize=2,
+            x, rows["value"], yerr=error, fmt=marker, linestyle=line, color=colour, label=label, capsize=2,
             markersize=4.5, linewidth=1.1,
         )  # fmt: skip
     if 1 in factors:
-        axis.axhline(float(table[table["factor"] == 1]["value"].iloc[0]), color="#bbbbbb", linewidth=0.8, zorder=0)
+        axis.axhline(float(table[table["factor"] == 1]["value"].iloc[0]), color=Colour.ZERO, linewidth=0.8, zorder=0)
     if log:
         from matplotlib.ticker import NullFormatter, ScalarFormatter
 
@@ -106,6 +98,6 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, *, log: bool) -> None:
         axis.yaxis.set_minor_formatter(NullFormatter())
     else:
         top = axis.get_ylim()[1]
-        axis.set_ylim(-0.03 * top, 1.03 * top)  # markers at 0 and at the top stay whole
+        axis.set_ylim(-0.03 * top, 1.03 * top)  # markers at 0 and at the top are not cut
     axis.set_xticks(range(len(factors)), [f"x{factor:g}" for factor in factors])
     axis.grid(axis="x", visible=False)

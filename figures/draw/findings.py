@@ -1,7 +1,7 @@
-"""The stated tests on a grid of runs: what holds, what is contradicted, what is open.
+"""The stated tests on a grid of runs: which findings hold, are contradicted, or stay open.
 
 The tests are those of ``figures/data/evidence_plan.toml``, written before the runs. The data is ``grid.parquet``,
-``results.csv`` and ``signals.csv`` (`figures.grid.evidence`) of the results folder, or what is kept here of a grid.
+``results.csv`` and ``signals.csv`` (`figures.grid.evidence`) of the results folder, or of ``figures/data/grid``.
 Writes ``findings.pdf``, ``.png``, ``.csv`` and the same as a Markdown table.
 """
 
@@ -22,21 +22,25 @@ from figures.grid.collect import RESULTS
 from figures.grid.evidence import SIGNALS, grid_folder
 from figures.grid.rows import FILES, grid_results, read_grid
 from figures.grid.tables import Results
-from figures.style import save_figure, use_style
+from figures.sources import DATA
+from figures.style import Colour, save_figure, subplots
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.auroc import auroc_draws
-from neurosig.statistics.significance import bootstrap_p, holm, question_counts
+from neurosig.statistics.metrics import format_interval
+from neurosig.statistics.resampling import percentile_ends, question_counts
+from neurosig.statistics.significance import bootstrap_p, holm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NAME = "findings"
 NEEDS = None
-PLAN = Path(__file__).parents[1] / "data" / "evidence_plan.toml"
+PLAN = DATA / "evidence_plan.toml"
 RESAMPLES, SEED = 2000, 0
-VERDICTS = {"holds": ("#0072B2", "D"), "open": ("#7f7f7f", "o"), "contradicted": ("#D55E00", "X")}
-"""Colour (Okabe & Ito 2008) and marker."""
+VERDICTS = {"holds": (Colour.OURS, "D"), "open": (Colour.BASELINE, "o"), "contradicted": (Colour.CONTRADICTED, "X")}
+"""Verdict -> colour and marker."""
 UNITS = {
     "auroc": "AUROC",
     "slope": "gain in points of Avg@8 for each nat of gap",
@@ -48,7 +52,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the tests are computed from."""
+    """The data of the tests: metrics by method, aggregates of the cells, scores of the training questions."""
 
     results: Mapping[str, Results]
     cells: pd.DataFrame
@@ -62,13 +66,12 @@ def draw(results: Path, out: Path) -> list[Path]:
         UserError: A file is missing, or a method that a test names was not run.
     """
     plan = tomllib.loads(PLAN.read_text(encoding="utf-8"))
-    evidence = read_evidence(grid_folder(results) or results)
+    evidence = read_evidence(grid_folder(results))
     table = tests(plan, evidence)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
+    figure = _draw(table, plan["findings"], _caption(evidence))
+    paths = save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
     write_atomic(out / f"{NAME}.md", markdown(table, plan["findings"]))
-    figure = _draw(table, plan["findings"], _caption(evidence), out)
-    return [*figure, out / f"{NAME}.csv", out / f"{NAME}.md"]
+    return [*paths, out / f"{NAME}.md"]
 
 
 def read_evidence(folder: Path) -> Evidence:
@@ -93,7 +96,7 @@ def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for test in plan["tests"]:
         draws = _DRAWS[test["kind"]](test, evidence)
-        low, high = np.quantile(draws[1:], [0.025, 0.975])
+        low, high = percentile_ends(draws[1:])
         rows.append(
             {
                 "id": test["id"],
@@ -116,16 +119,16 @@ def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, findings: Mapping[str, str]) -> str:
-    """One row a test."""
+    """The tests as a Markdown table, one row per test."""
     lines = ["| | test | estimate [95%] | p (Holm) | verdict |", "|---|---|---|---|---|"]
     for row in table.to_dict("records"):
         p = f"{row['p_holm']:.3f}" if row["primary"] else f"{row['p']:.3f} (uncorrected)"
-        value = f"{row['estimate']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}] {row['unit']}"
+        value = f"{format_interval(row['estimate'], row['low'], row['high'], '+.3g')} {row['unit']}"
         lines.append(f"| {row['id']} | {row['test']} | {value} | {p} | {row['verdict']} |")
     return "\n".join(["# The findings at this scale", "", *_claims(findings), "", *lines]) + "\n"
 
 
-# Draws of a test, the data's own value first
+# Draws of a test; the first is the observed value
 
 
 def _difference(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " draws"]:
@@ -165,7 +168,7 @@ def _auroc(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " d
 
 
 def gap_and_gain(test: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
-    """A row a cell of the least seed: ``method``, ``source``, ``gap`` in nats, ``gain`` in points.
+    """One row per cell of the lowest seed: ``method``, ``source``, ``gap`` in nats, ``gain`` in points.
 
     Raises:
         UserError: A method of the test was not run.
@@ -176,8 +179,8 @@ def gap_and_gain(test: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
     for method in test["a"]:
         if method not in cells.index:
             raise UserError(f"test {test['id']}: no runs of method {method} in the grid")
-        mine = cells.loc[[method]]
-        for (_, source), row in mine[mine["seed"] == mine["seed"].min()].iterrows():
+        runs = cells.loc[[method]]
+        for (_, source), row in runs[runs["seed"] == runs["seed"].min()].iterrows():
             gain = 100 * (row["avg_at_k"] - base[source])
             rows.append({"method": method, "source": source, "gap": row["first_entropy_gap"], "gain": gain})
     return pd.DataFrame(rows)
@@ -223,16 +226,13 @@ def _caption(evidence: Evidence) -> str:
     )
 
 
-def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str, out: Path) -> list[Path]:
-    """A panel a finding, a line a test."""
-    use_style()
-    import matplotlib.pyplot as plt
-
+def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> Figure:
+    """One panel per finding, one line per test."""
     panels: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for _, row in table.iterrows():
         panels.setdefault((row["finding"], row["unit"]), []).append(dict(row))
     heights = [len(rows) + 1.6 for rows in panels.values()]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9.5, 0.36 * sum(heights)), height_ratios=heights)
+    figure, axes = subplots(len(panels), 1, size=(9.5, 0.36 * sum(heights)), height_ratios=heights)
     for axis, ((finding, unit), rows) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, rows)
         text = findings.get(str(finding), "What the parts are worth (not corrected)")
@@ -242,9 +242,7 @@ def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str, out: P
         axes[-1].scatter([], [], color=colour, marker=marker, s=30, label=verdict)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     figure.supxlabel(caption, fontsize=7.5)
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return paths
+    return figure
 
 
 def _draw_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,8 +1,8 @@
 """Does a larger entropy gap mean a larger gain? Question by question, and from one context policy to another.
 
-Reads ``gap_gain.csv`` of the results folder, which ``python -m figures.experiments.context_policies`` writes (what is
-measured, and how, is said there), or the committed ``figures/data/gap_gain.csv`` where there is none; writes
-``gap_gain.pdf``, ``.png`` and the points as ``gap_gain.csv``. The line is `distill.entropy_gap.gap_fit`: least squares,
+Reads ``gap_gain.csv`` of the results folder, which ``python -m figures.experiments.context_policies`` measures and
+writes, or the committed ``figures/data/gap_gain.csv``; writes ``gap_gain.pdf``, ``.png`` and the points as
+``gap_gain.csv``. The line is `distill.entropy_gap.gap_fit`: least squares,
 resampled by question.
 """
 
@@ -16,9 +16,9 @@ import pandas as pd
 
 from distill.entropy_gap import GapFit, gap_fit
 from figures.experiments.context_policies import LABELS, POLICIES
-from figures.notebook.explore import KINDS, draw_gap
-from figures.style import caption, save_figure, use_style
-from neurosig.runtime.files import write_atomic
+from figures.notebook.explore import draw_gap
+from figures.sources import made_or_committed
+from figures.style import SERIES, Colour, caption, save_figure, subplots
 from neurosig.statistics.metrics import Interval, paired_mean_interval
 
 if TYPE_CHECKING:
@@ -26,46 +26,37 @@ if TYPE_CHECKING:
 
 NAME = "gap_gain"
 NEEDS = None
-COMMITTED = Path(__file__).parents[1] / "data" / f"{NAME}.csv"
 SHOWN = tuple(name for name in POLICIES if name != "none" and not name.startswith("nearest_"))
-"""Contexts from the same pool of questions; without one both gap and gain are zero."""
+"""Policies that take contexts from the same pool of questions; without a context both gap and gain are zero."""
 SEED = 0
 
 
 def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure from ``results`` into ``out``."""
-    use_style()
-    import matplotlib.pyplot as plt
-
-    made = results / f"{NAME}.csv"
-    source = made if made.is_file() else COMMITTED
+    source = made_or_committed(results / f"{NAME}.csv", NAME)
     table = pd.read_csv(source)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", source.read_text())
-    shown = table[table["policy"].isin(SHOWN)]
-    pooled, within = fits(shown)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), width_ratios=[1.25, 1])
-    draw_gap(left, shown.assign(policy=shown["policy"].map(LABELS)), pooled)
+    points = table[table["policy"].isin(SHOWN)]
+    pooled, within = fits(points)
+    figure, (left, right) = subplots(1, 2, size=(7, 3.5), width_ratios=[1.25, 1])
+    draw_gap(left, points.assign(policy=points["policy"].map(LABELS)), pooled)
     left.set_title("each question under each context")
     left.margins(0.04)
-    _draw_means(right, shown)
+    _draw_means(right, points)
     right.set_title("means of the contexts")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8, handletextpad=0.2)
-    n = shown["question"].nunique()
+    n = points["question"].nunique()
     caption(
         figure,
-        f"line: slope {_spoken(pooled.slope)} a nat, r {_spoken(pooled.r)}{_verdict(pooled)}; within contexts: slope "
-        f"{_spoken(within.slope)}{_verdict(within)}\n{n} questions x {len(SHOWN)} contexts; 95% bootstrap intervals "
-        f"over questions, seed {SEED}; n.s.: the interval of the slope holds zero",
+        f"line: slope {pooled.slope:+.2f} per nat, r {pooled.r:+.2f}{_verdict(pooled)}; within contexts: slope "
+        f"{within.slope:+.2f}{_verdict(within)}\n{n} questions x {len(SHOWN)} contexts; 95% bootstrap intervals "
+        f"over questions, seed {SEED}; n.s.: the interval of the slope contains zero",
     )
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, source.read_text())
 
 
 def fits(points: pd.DataFrame) -> tuple[GapFit, GapFit]:
-    """The line through all points, and that through what is left of them without each context's mean."""
+    """The line through all points, and the line through the points after subtracting the mean of each context."""
     centred = points[["gap", "gain"]] - points.groupby("policy")[["gap", "gain"]].transform("mean")
     questions = list(points["question"])
     pooled, within = (
@@ -76,9 +67,9 @@ def fits(points: pd.DataFrame) -> tuple[GapFit, GapFit]:
 
 
 def _draw_means(axis: Axes, points: pd.DataFrame) -> None:
-    for place, (_, mine) in enumerate(points.groupby("policy", sort=False)):
-        colour, marker = KINDS[place]
-        gap, gain = (_mean(mine[column]) for column in ("gap", "gain"))
+    for place, (_, policy) in enumerate(points.groupby("policy", sort=False)):
+        colour, marker = SERIES[place]
+        gap, gain = (_mean(policy[column]) for column in ("gap", "gain"))
         axis.errorbar(
             gap.estimate,
             gain.estimate,
@@ -90,16 +81,12 @@ def _draw_means(axis: Axes, points: pd.DataFrame) -> None:
             markersize=5.5,
             linewidth=1.2,
         )
-    axis.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axis.set(xlabel="entropy gap (nats a token)", ylabel="gain of the teacher")
+    axis.axhline(0, color=Colour.ZERO, linewidth=0.8, zorder=0)
+    axis.set(xlabel="entropy gap (nats per token)", ylabel="gain of the teacher")
 
 
 def _mean(values: pd.Series[float]) -> Interval:
     return paired_mean_interval(values.to_numpy(np.float64), np.zeros(len(values)), seed=SEED)
-
-
-def _spoken(interval: Interval) -> str:
-    return f"{interval.estimate:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 def _verdict(fit: GapFit) -> str:

@@ -1,4 +1,4 @@
-"""The hallucination sign: the probe's score of right and wrong majorities, and its AUROC beside the output baselines.
+"""The hallucination sign: the probe's score of right and wrong majorities, and its AUROC against the output baselines.
 
 Reads ``manifest`` of a results folder (`neurosig.export`) and, to judge only, the gold answers of its questions; writes
 ``hallucination_sign.pdf``, ``.png`` and the plotted numbers as ``hallucination_sign.csv``. The probe is annotation-free
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from figures.notebook.explore import BLUE, draw_forest
-from figures.style import caption, finished_export, save_figure, use_style
-from neurosig.runtime.files import csv_cell, write_atomic
+from figures.notebook.explore import draw_forest
+from figures.sources import finished_export
+from figures.style import Colour, caption, save_figure, subplots
+from neurosig.runtime.files import csv_cell
 from neurosig.statistics.metrics import Interval
 
 if TYPE_CHECKING:
@@ -33,14 +34,9 @@ def draw(results: Path, out: Path) -> list[Path]:
     Raises:
         UserError: There is no finished export, or its questions' gold answers cannot be read.
     """
-    use_style()
-    import matplotlib.pyplot as plt
-
     table = numbers(finished_export(results / "manifest"))
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
     scores, areas = table[table["part"] == "score"], table[table["part"] == "auroc"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.3), width_ratios=[1, 1.05])
+    figure, (left, right) = subplots(1, 2, size=(7, 3.3), width_ratios=[1, 1.05])
     _draw_scores(left, scores)
     intervals = [
         (row["name"], row["kind"], Interval(row["value"], row["low"], row["high"], int(row["n"]), RESAMPLES, SEED))
@@ -56,13 +52,11 @@ def draw(results: Path, out: Path) -> list[Path]:
         f"{len(scores)} questions; lines: 95% bootstrap intervals over questions ({RESAMPLES:,} draws, seed {SEED}); "
         "dashed: chance",
     )
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 
 
 def numbers(folder: Path) -> pd.DataFrame:
-    """What the figure plots of an export.
+    """The numbers of the figure from an export.
 
     ``part`` is ``score`` (a question: ``name``, ``kind``, the probe's score as ``value``, ``right``) or ``auroc`` (a
     signal: ``name``, ``kind``, ``value``, ``low``, ``high``, ``n``).
@@ -70,16 +64,16 @@ def numbers(folder: Path) -> pd.DataFrame:
     Raises:
         UserError: Gold answers are missing, or the majorities are all right or all wrong.
     """
-    from neurosig.manifest import read_manifest
-    from neurosig.report.data import join_gold, question_level, voted
+    from neurosig.exported import Exported, join_gold
+    from neurosig.report.data import question_level
     from neurosig.runtime.errors import UserError
     from neurosig.statistics.auroc import AnalysisConfig, auroc_interval
 
-    manifest = read_manifest(folder)
-    gold, lacking = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    exported = Exported(folder)
+    gold, lacking = join_gold(exported.manifest, required=True)
     if lacking is not None:
         raise UserError(f"{folder}: no gold answers to judge by; {lacking}")
-    rows, level = voted(manifest), question_level(manifest, gold)
+    rows, level = exported.rows.values(), question_level(exported, gold)
     assert level.right is not None
     scores = [
         {"part": "score", "name": row.id, "kind": row.kind or row.domain, "value": row.scores["probe"], "right": right}
@@ -87,10 +81,10 @@ def numbers(folder: Path) -> pd.DataFrame:
     ]
     areas = []
     for signal in level.signals:
-        found = auroc_interval(signal.trust, level.right, level.owners, AnalysisConfig(SEED, RESAMPLES))
+        area = auroc_interval(signal.trust, level.right, level.owners, AnalysisConfig(SEED, RESAMPLES))
         areas.append(
-            {"part": "auroc", "name": signal.name, "kind": signal.kind, "value": found.estimate}
-            | {"low": found.low, "high": found.high, "n": found.n}
+            {"part": "auroc", "name": signal.name, "kind": signal.kind, "value": area.estimate}
+            | {"low": area.low, "high": area.high, "n": area.n}
         )
     table = pd.DataFrame([*scores, *areas]).astype({"right": "Int64", "n": "Int64"})
     table[["name", "kind"]] = table[["name", "kind"]].map(csv_cell)
@@ -98,18 +92,18 @@ def numbers(folder: Path) -> pd.DataFrame:
 
 
 def _draw_scores(axis: Axes, scores: pd.DataFrame) -> None:
-    """Both classes' shares of their questions by score, and their medians."""
+    """Histogram of the scores of right and of wrong majorities, each as a share of its questions, and their medians."""
     edges = np.linspace(0, 1, BINS + 1)
     right, wrong = (scores[scores["right"] == value]["value"].to_numpy(np.float64) for value in (1, 0))
     styles: tuple[dict[str, Any], ...] = (
-        {"histtype": "stepfilled", "color": BLUE, "alpha": 0.55},
+        {"histtype": "stepfilled", "color": Colour.OURS, "alpha": 0.55},
         {"histtype": "step", "color": "black", "linewidth": 1.3},
     )
     for values, label, style in zip((right, wrong), ("right", "wrong"), styles, strict=True):
         shares = np.full(len(values), 1 / len(values))
         axis.hist(values, edges.tolist(), weights=shares, label=f"{label} (n={len(values)})", **style)
     top = axis.get_ylim()[1]
-    axis.plot(np.median(right), 1.06 * top, "v", color=BLUE, markersize=6)
+    axis.plot(np.median(right), 1.06 * top, "v", color=Colour.OURS, markersize=6)
     axis.plot(np.median(wrong), 1.06 * top, "v", color="white", markeredgecolor="black", markersize=6)
     axis.set(
         xlim=(0, 1), ylim=(0, 1.5 * top), xlabel="probe's score (higher: less trusted)", ylabel="share of its questions"

@@ -1,6 +1,6 @@
-"""What every method changed, against the untrained model and its temperature control, in and across domains.
+"""Changes of every method against the untrained model and its temperature control, in and across domains.
 
-Reads the results folder's ``grid.parquet`` (`figures.grid.rows`), or the committed one where there is none; writes
+Reads the results folder's ``grid.parquet`` (`figures.grid.rows`), or the committed one; writes
 ``methods.pdf``, ``.png`` and the plotted numbers as ``methods.csv``.
 """
 
@@ -12,23 +12,20 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from figures.grid.config import CONTROL
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
-from figures.grid.tables import AVERAGE, METHODS, Results, scope_table
-from figures.style import save_figure, use_style
-from neurosig.runtime.files import write_atomic
+from figures.grid.tables import AVERAGE, METHOD_LABELS, Results, scope_table
+from figures.style import Colour, save_figure, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "methods"
 NEEDS = None
-CONTROL = "control"
 RESAMPLES, SEED = 2000, 0
-LABELS: Mapping[str, str] = {**METHODS, CONTROL: "base, best temperature", "nopsd": "N-OPSD (neuron filter, nearest)"}
-FAMILY = {"nopsd": "#0072B2", CONTROL: "#E69F00"}
-"""Colours (Okabe & Ito 2008) of the method and of the control; its variants are light blue, the others grey."""
-VARIANT, OTHER = "#56B4E9", "#595959"
+LABELS: Mapping[str, str] = {**METHOD_LABELS, "nopsd": "N-OPSD (neuron filter, nearest)"}
+COLOURS = {"nopsd": Colour.OURS, CONTROL: Colour.CONTROL}
 
 
 def draw(results: Path, out: Path) -> list[Path]:
@@ -37,16 +34,11 @@ def draw(results: Path, out: Path) -> list[Path]:
     Raises:
         UserError: The grid's file cannot be used (`figures.grid.rows.read_grid`).
     """
-    use_style()
-    import matplotlib.pyplot as plt
-
-    grid = read_grid(grid_folder(results) or results)
+    grid = read_grid(grid_folder(results))
     tables = grid_results(grid, resamples=RESAMPLES, seed=SEED)
     table = changes(tables)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
     names = [name for name in LABELS if name in set(table["method"])]
-    figure, axes = plt.subplots(1, len(tables), figsize=(11, 1.5 + 0.36 * len(names)), sharey=True)
+    figure, axes = subplots(1, len(tables), size=(11, 1.5 + 0.36 * len(names)), sharey=True)
     for axis, (name, result) in zip(axes, tables.items(), strict=True):
         _draw_panel(axis, table[table["metric"] == name], names)
         axis.set_title(result.metric.title.replace(" (per cent)", ""))
@@ -54,13 +46,11 @@ def draw(results: Path, out: Path) -> list[Path]:
         axis.set_xlabel(f"change against base{', points' if result.metric.scale == 100 else better}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     figure.supxlabel(_caption(grid, table), fontsize=7.5)
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 
 
 def changes(results: Mapping[str, Results]) -> pd.DataFrame:
-    """Mean change of every method against base over the domains: a row a metric, method and scope.
+    """Mean change of every method against base over the domains: one row per metric, method and scope.
 
     Columns ``metric``, ``method``, ``scope`` ("in", "cross"), ``seeds``, ``value``, ``delta``, ``low``, ``high``.
     An untrained model has no source and so the same change in both scopes.
@@ -81,10 +71,11 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, names: list[str]) -> None:
     control = table[(table["method"] == CONTROL) & (table["scope"] == "in")]
     axis.axvline(0, color="black", linewidth=0.8)
     for _, row in control.iterrows():
-        axis.axvspan(row["low"], row["high"], color="#E69F00", alpha=0.13, linewidth=0)
-        axis.axvline(row["delta"], color="#E69F00", linewidth=1, linestyle="--")
+        axis.axvspan(row["low"], row["high"], color=Colour.CONTROL, alpha=0.13, linewidth=0)
+        axis.axvline(row["delta"], color=Colour.CONTROL, linewidth=1, linestyle="--")
     for y, name in enumerate(names):
-        colour = FAMILY.get(name, VARIANT if "opsd" in name or "vote-only" in name else OTHER)
+        variant = "opsd" in name or "vote-only" in name
+        colour = COLOURS.get(name, Colour.VARIANT if variant else Colour.OTHER_METHOD)
         marker = "D" if name == "nopsd" else "o"
         for shift, scope in ((-0.15, "in"), (0.15, "cross")):
             for _, row in table[(table["method"] == name) & (table["scope"] == scope)].iterrows():
@@ -95,7 +86,7 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, names: list[str]) -> None:
                 axis.scatter(row["delta"], y + shift, color=face, edgecolors=colour, marker=marker, s=26, zorder=3)
     axis.scatter([], [], color="black", s=26, label="in-domain")
     axis.scatter([], [], color="white", edgecolors="black", s=26, label="cross-domain")
-    axis.plot([], [], color="#E69F00", linewidth=1, linestyle="--", label="control")
+    axis.plot([], [], color=Colour.CONTROL, linewidth=1, linestyle="--", label="control")
     axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)

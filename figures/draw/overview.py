@@ -1,12 +1,13 @@
 """The method at a glance, drawn from a run: sample and vote, trace, sign and pattern, manifest, teacher, distillation.
 
 Reads ``manifest`` and, for the last panel, ``nopsd/metrics.jsonl`` of a results folder, or the committed
-``figures/data/overview.csv`` where there is no export; writes ``overview.pdf``, ``.png`` and what is drawn as
-``overview.csv``. Every number, text and point is the run's: one question is followed through all steps.
+``figures/data/overview.csv`` where there is no export; writes ``overview.pdf``, ``.png`` and the drawn numbers and
+texts as ``overview.csv``. All of them are the run's: the figure follows one question through all steps.
 """
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -14,41 +15,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from figures.style import save_figure, use_style
-from neurosig.runtime.files import csv_cell, write_atomic
+from figures.sources import made_or_committed
+from figures.style import Colour, save_figure, use_style
+from neurosig.runtime.files import csv_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from neurosig.manifest import Manifest, QuestionRow
 
 NAME = "overview"
 NEEDS = None
-COMMITTED = Path(__file__).parents[1] / "data" / f"{NAME}.csv"
-BLUE, ORANGE, GREY, DARK = "#0072B2", "#E69F00", "#b0b0b0", "#333333"
 NEURON_BINS = 48
 SMALL, TITLE = 7.5, 8.5
 ANSWER, LEFT = 12, -0.62
-"""Characters of an answer that fit, and where the first panel begins, in widths of its axes."""
+"""Longest answer that fits, in characters, and the left edge of the first panel, in widths of its axes."""
 TOP, BOTTOM = (0.615, 0.275), (0.085, 0.345)
 """Lower edge and height of the two rows of panels, as shares of the figure."""
 
 
 def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure from ``results`` into ``out``."""
-    use_style()
-    import matplotlib.pyplot as plt
-
-    out.mkdir(parents=True, exist_ok=True)
-    made = (results / "manifest" / "manifest.json").is_file()
-    text = numbers(results).to_csv(index=False, float_format="%.6g") if made else COMMITTED.read_text()
-    write_atomic(out / f"{NAME}.csv", text)
-    table = pd.read_csv(out / f"{NAME}.csv", keep_default_na=False, na_values={"x": "", "y": "", "value": ""})
-    parts = {str(name): mine for name, mine in table.groupby("part", sort=False)}
+    header = results / "manifest" / "manifest.json"
+    source = made_or_committed(header, NAME)
+    text = numbers(results).to_csv(index=False, float_format="%.6g") if source == header else source.read_text()
+    table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values={"x": "", "y": "", "value": ""})
+    parts = {str(name): rows for name, rows in table.groupby("part", sort=False)}
     facts = dict(zip(parts["fact"]["label"], parts["fact"]["value"].astype(int).tolist(), strict=True))
-    figure = plt.figure(figsize=(7, 4.8))
+    use_style()
+    figure = Figure(figsize=(7, 4.8))
     figure.set_layout_engine("none")
     _draw_votes(_panel(figure, 0.1, TOP, 0.14, "1  Sample, vote", LEFT), parts, facts)
     _draw_trace(_panel(figure, 0.335, TOP, 0.16, "2  Trace"), parts, facts)
@@ -58,38 +55,31 @@ def draw(results: Path, out: Path) -> list[Path]:
     _draw_prompts(_panel(figure, 0.28, BOTTOM, 0.405, "6  Teacher with context, student without"), parts)
     _draw_distillation(_panel(figure, 0.805, BOTTOM, 0.175, "7  Distil"), parts)
     _draw_arrows(figure)
-    figure.text(0.015, 0.02, parts["run"]["label"].iloc[0], fontsize=SMALL, color=DARK)
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    figure.text(0.015, 0.02, parts["run"]["label"].iloc[0], fontsize=SMALL, color=Colour.TEXT)
+    return save_figure(figure, out, NAME, text)
 
 
-# What is drawn
+# Numbers and texts
 
 
 def numbers(results: Path) -> pd.DataFrame:
-    """What the figure shows of a run: ``part``, ``label``, ``x``, ``y``, ``value``."""
-    import torch
-
+    """The numbers and texts of the figure from a run: columns ``part``, ``label``, ``x``, ``y``, ``value``."""
     from figures.draw.clusters import principal_coordinates
-    from neurosig.manifest import read_manifest
+    from neurosig.exported import Exported
     from neurosig.patterns.similarity import jaccard
-    from neurosig.report.data import read_traced, voted
-    from neurosig.report.patterns import representatives
 
-    manifest = read_manifest(results / "manifest")
-    traced = read_traced(manifest)
-    rows, example = voted(manifest), _example(manifest)
-    places = representatives(manifest, manifest.selected, traced)
-    place = places[[row.id for row in manifest.selected].index(example.id)]
-    ids = traced.ids[place]
+    exported = Exported(results / "manifest")
+    manifest, signals = exported.manifest, exported.signals
+    example = _example(manifest)
+    places = {row.id: exported.place[row.id, exported.representatives[row.id]] for row in manifest.selected}
+    ids = signals.ids[places[example.id]].numpy()
     facts = {
-        "questions": len(rows),
+        "questions": len(exported.rows),
         "rollouts": len(manifest.rollouts),
         "samples": len(example.answers),
         "selected": len(manifest.selected),
         "active": int((ids >= 0).sum()),
-        "neurons": traced.n_layers * traced.d_mlp,
+        "neurons": signals.n_neurons,
     }
     table: list[dict[str, Any]] = [{"part": "fact", "label": name, "value": value} for name, value in facts.items()]
     table.append({"part": "question", "label": example.question})
@@ -99,22 +89,22 @@ def numbers(results: Path) -> pd.DataFrame:
     table.append({"part": "run", "label": run})
     counts = Counter(answer or "(no answer)" for answer in example.answers)
     table += [{"part": "answer", "label": name, "value": count} for name, count in counts.most_common()]
-    layer, neuron = np.divmod(ids[ids >= 0], traced.d_mlp)
-    cells = Counter(zip(layer.tolist(), (neuron * NEURON_BINS // traced.d_mlp).tolist(), strict=True))
+    layer, neuron = np.divmod(ids[ids >= 0], signals.d_mlp)
+    cells = Counter(zip(layer.tolist(), (neuron * NEURON_BINS // signals.d_mlp).tolist(), strict=True))
     table += [{"part": "trace", "x": bin_, "y": at, "value": count} for (at, bin_), count in sorted(cells.items())]
     table += [
-        {"part": "score", "label": "kept" if row.selected else "left out", "value": row.scores["probe"]} for row in rows
+        {"part": "score", "label": "kept" if row.selected else "left out", "value": row.scores["probe"]}
+        for row in exported.rows.values()
     ]
-    sets = torch.from_numpy(traced.ids[places])
+    sets = signals.ids[list(places.values())]
     context = {item.question_id for item in example.context}
     for row, x, y in zip(manifest.selected, *principal_coordinates(jaccard(sets, sets).double().numpy()), strict=True):
         role = "example" if row.id == example.id else "context" if row.id in context else "other"
         table.append({"part": "map", "label": role, "x": x, "y": y})
-    by_id = {row.id: row for row in rows}
     for item in example.context:
-        said = manifest.rollouts[item.question_id, item.rollout_id].text.strip()
-        table.append({"part": "context", "label": by_id[item.question_id].question, "value": item.similarity})
-        table.append({"part": "solution", "label": said})
+        solution = manifest.rollouts[item.question_id, item.rollout_id].text.strip()
+        table.append({"part": "context", "label": exported.rows[item.question_id].question, "value": item.similarity})
+        table.append({"part": "solution", "label": solution})
     log = results / "nopsd" / "metrics.jsonl"
     if log.is_file():
         steps = pd.read_json(log, lines=True)
@@ -122,18 +112,18 @@ def numbers(results: Path) -> pd.DataFrame:
             {"part": "divergence", "x": step, "value": value}
             for step, value in zip(steps["step"], steps["divergence"], strict=True)
         ]
-    found = pd.DataFrame(table, columns=["part", "label", "x", "y", "value"])
-    found["label"] = found["label"].map(_plain, na_action="ignore")
-    return found
+    frame = pd.DataFrame(table, columns=["part", "label", "x", "y", "value"])
+    frame["label"] = frame["label"].map(_plain, na_action="ignore")
+    return frame
 
 
 def _plain(text: str) -> object:
-    """Model text in one line of what can be printed, safe in a spreadsheet."""
+    """Model text in one line, without unprintable characters, safe in a spreadsheet."""
     return csv_cell(" ".join("".join(c for c in text if c.isprintable() or c.isspace()).split()))
 
 
 def _example(manifest: Manifest) -> QuestionRow:
-    """The selected question to follow: answers short enough to show, then most different ones, then the first."""
+    """The selected question to follow: one with short answers; of these the most different answers, then the first."""
     return min(
         manifest.selected,
         key=lambda row: (max(ANSWER, *(len(answer or "") for answer in row.answers)), -len(set(row.answers)), row.line),
@@ -153,13 +143,13 @@ def _panel(figure: Figure, left: float, row: tuple[float, float], width: float, 
 
 def _note(axis: Axes, text: str) -> None:
     """A line below a panel's title."""
-    axis.text(0, 1.03, text, fontsize=SMALL, color=DARK, transform=axis.transAxes, va="bottom")
+    axis.text(0, 1.03, text, fontsize=SMALL, color=Colour.TEXT, transform=axis.transAxes, va="bottom")
 
 
 def _draw_votes(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int]) -> None:
     votes = parts["answer"].head(5)
     for place, value in enumerate(votes["value"].astype(float)):
-        style = {"color": BLUE} if place == 0 else {"color": "white", "edgecolor": "black", "linewidth": 0.7}
+        style = {"color": Colour.OURS} if place == 0 else {"color": "white", "edgecolor": "black", "linewidth": 0.7}
         axis.barh(place, value, height=0.7, **style)
         axis.text(value + 0.15, place, f"{value:.0f}", fontsize=SMALL, va="center")
     axis.set_yticks(range(len(votes)), [textwrap.shorten(name, 12, placeholder="…") for name in votes["label"]])
@@ -167,7 +157,7 @@ def _draw_votes(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int
     axis.spines["bottom"].set_visible(False)
     axis.set_xlabel(f"votes of {facts['samples']} samples", fontsize=SMALL, labelpad=3)
     question = textwrap.shorten(str(parts["question"]["label"].iloc[0]), 38, placeholder=" …")
-    axis.text(LEFT, 1.03, question, fontsize=SMALL, color=DARK, transform=axis.transAxes, va="bottom")
+    axis.text(LEFT, 1.03, question, fontsize=SMALL, color=Colour.TEXT, transform=axis.transAxes, va="bottom")
 
 
 def _draw_trace(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int]) -> None:
@@ -186,7 +176,12 @@ def _draw_sign(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int]
     scores = parts["score"]
     values = [scores[scores["label"] == label]["value"].to_numpy(np.float64) for label in ("kept", "left out")]
     axis.hist(
-        values, np.linspace(0, 1, 17).tolist(), stacked=True, color=[BLUE, "white"], edgecolor="black", linewidth=0.5
+        values,
+        np.linspace(0, 1, 17).tolist(),
+        stacked=True,
+        color=[Colour.OURS, "white"],
+        edgecolor="black",
+        linewidth=0.5,
     )
     axis.set(xticks=[0, 0.5, 1], xticklabels=["0", "0.5", "1"], xlim=(0, 1), yticks=[])
     axis.spines["left"].set_visible(False)
@@ -198,14 +193,14 @@ def _draw_pattern(axis: Axes, parts: dict[str, pd.DataFrame]) -> None:
     points = parts["map"]
     example = points[points["label"] == "example"].iloc[0]
     for row in points[points["label"] == "context"].itertuples():
-        axis.plot([example.x, row.x], [example.y, row.y], color=DARK, linewidth=0.9, zorder=2)
+        axis.plot([example.x, row.x], [example.y, row.y], color=Colour.TEXT, linewidth=0.9, zorder=2)
     for role, colour, marker, size in (
-        ("other", GREY, "o", 9),
-        ("context", ORANGE, "s", 26),
-        ("example", BLUE, "D", 30),
+        ("other", Colour.BACKGROUND, "o", 9),
+        ("context", Colour.CONTROL, "s", 26),
+        ("example", Colour.OURS, "D", 30),
     ):
-        mine = points[points["label"] == role]
-        axis.scatter(mine["x"], mine["y"], s=size, color=colour, marker=marker, edgecolors="black",
+        members = points[points["label"] == role]
+        axis.scatter(members["x"], members["y"], s=size, color=colour, marker=marker, edgecolors="black",
                      linewidths=0 if role == "other" else 0.6, zorder=2 if role == "other" else 3)  # fmt: skip
     axis.margins(0.08)
     axis.set(xticks=[], yticks=[])
@@ -224,7 +219,7 @@ def _draw_manifest(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, 
         ("gold answers", "none"),
     )
     for place, (name, value) in enumerate(lines):
-        axis.text(0.06, 0.86 - 0.15 * place, name, fontsize=SMALL, color=DARK, va="center")
+        axis.text(0.06, 0.86 - 0.15 * place, name, fontsize=SMALL, color=Colour.TEXT, va="center")
         axis.text(0.94, 0.86 - 0.15 * place, value, fontsize=SMALL, ha="right", va="center", family="monospace")
 
 
@@ -234,17 +229,17 @@ def _draw_prompts(axis: Axes, parts: dict[str, pd.DataFrame]) -> None:
     axis.set(xlim=(0, 1), ylim=(0, 1))
     axis.set_axis_off()
     question = str(parts["question"]["label"].iloc[0])
-    shown = []
-    for asked, said in zip(parts["context"]["label"], parts["solution"]["label"], strict=True):
-        shown += [(asked, ORANGE, "s"), (said, ORANGE, "")]
+    context = []
+    for demonstration, solution in zip(parts["context"]["label"], parts["solution"]["label"], strict=True):
+        context += [(demonstration, Colour.CONTROL, "s"), (solution, Colour.CONTROL, "")]
     for who, low, high, lines in (
-        ("teacher", 0.36, 1.0, [*shown, (question, BLUE, "D")]),
-        ("student", 0.0, 0.23, [(question, BLUE, "D")]),
+        ("teacher", 0.36, 1.0, [*context, (question, Colour.OURS, "D")]),
+        ("student", 0.0, 0.23, [(question, Colour.OURS, "D")]),
     ):
         axis.add_patch(
             FancyBboxPatch(
                 (0.01, low + 0.01), 0.98, high - low - 0.02, boxstyle="round,pad=0,rounding_size=0.03",
-                facecolor="#f7f7f7", edgecolor="black", linewidth=0.8, mutation_aspect=1.5,
+                facecolor=Colour.PAPER, edgecolor="black", linewidth=0.8, mutation_aspect=1.5,
             )
         )  # fmt: skip
         axis.text(0.035, high - 0.035, who, fontsize=SMALL, fontweight="bold", va="top")
@@ -253,18 +248,20 @@ def _draw_prompts(axis: Axes, parts: dict[str, pd.DataFrame]) -> None:
             if marker:
                 axis.plot(0.055, y, marker, color=colour, markersize=4.5, markeredgecolor="black", markeredgewidth=0.5)
             axis.text(0.09, y, textwrap.shorten(text, 46, placeholder=" …"), fontsize=SMALL, va="center")
-    axis.text(0.5, 0.295, "the same model; the teacher is frozen", fontsize=SMALL, color=DARK, ha="center", va="center")
+    axis.text(
+        0.5, 0.295, "the same model; the teacher is frozen", fontsize=SMALL, color=Colour.TEXT, ha="center", va="center"
+    )
 
 
 def _draw_distillation(axis: Axes, parts: dict[str, pd.DataFrame]) -> None:
     axis.set_xlabel("training step", fontsize=SMALL, labelpad=3)
-    axis.set_ylabel("KL (nats a token)", fontsize=SMALL, labelpad=2)
+    axis.set_ylabel("KL (nats per token)", fontsize=SMALL, labelpad=2)
     if "divergence" not in parts:
         axis.text(0.5, 0.5, "not trained yet", fontsize=SMALL, ha="center", transform=axis.transAxes)
         axis.set(xticks=[], yticks=[])
         return
     steps = parts["divergence"]
-    axis.plot(steps["x"], steps["value"], "-o", color=BLUE, markersize=2.5, linewidth=1, clip_on=False)
+    axis.plot(steps["x"], steps["value"], "-o", color=Colour.OURS, markersize=2.5, linewidth=1, clip_on=False)
     axis.set(ylim=(0, None), xlim=(0, float(steps["x"].max())))
     axis.locator_params(nbins=4)
 
@@ -273,7 +270,7 @@ def _sheet(axis: Axes) -> None:
     """A page with a folded corner."""
     axis.set(xlim=(0, 1), ylim=(0, 1))
     axis.set_axis_off()
-    axis.fill([0, 0.88, 1, 1, 0], [1, 1, 0.92, 0, 0], facecolor="#f7f7f7", edgecolor="black", linewidth=0.8)
+    axis.fill([0, 0.88, 1, 1, 0], [1, 1, 0.92, 0, 0], facecolor=Colour.PAPER, edgecolor="black", linewidth=0.8)
     axis.plot([0.88, 0.88, 1], [1, 0.92, 0.92], color="black", linewidth=0.8)
 
 

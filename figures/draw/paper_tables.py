@@ -1,9 +1,9 @@
-"""The tables of methods by domains: the published ones, and those of a grid of runs beside them.
+"""The tables of methods by domains: the published ones, next to those of a grid of runs.
 
 Writes ``paper_tables.md`` (the page), ``.tex`` (booktabs), ``.csv`` (every cell, unrounded, with its interval), and
 ``.pdf`` and ``.png`` of the changes in-domain. The published numbers are ``figures/data/paper_table3.csv`` and
 ``paper_table4.csv`` (arXiv 2607.02460, poster); our own come from the ``grid.parquet`` or ``grid.csv`` of the results
-folder, or what is kept here of a grid (`figures.grid.evidence`).
+folder, or of ``figures/data/grid`` (`figures.grid.evidence`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 
 from figures.grid import table_text
+from figures.grid.config import BASE, CONTROL
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
 from figures.grid.tables import (
     AVERAGE,
-    BASE,
-    METHODS,
     METRICS,
     PAPER,
     Cell,
@@ -31,36 +30,37 @@ from figures.grid.tables import (
     Row,
     Table,
     matrix_table,
+    method_label,
     scope_table,
 )
-from figures.style import save_figure, use_style
+from figures.sources import DATA
+from figures.style import Colour, save_figure, subplots
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.significance import planned_mde
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NAME = "paper_tables"
 NEEDS = None
-COMMITTED = Path(__file__).parents[1] / "data"
 PUBLISHED = {"Table 3": ("paper_table3.csv", "avg_at_k"), "Table 4": ("paper_table4.csv", "ece")}
 PAPER_K = 8
 RESAMPLES, SEED = 5000, 0
-CONTROL = "control"
 MARKS = {
-    "LMSI": ("#7f7f7f", "o"),
-    "TTRL": ("#E69F00", "s"),
-    "Intuitor": ("#009E73", "^"),
-    "U-OPSD": ("#CC79A7", "v"),
-    "N-OPSD": ("#0072B2", "D"),
+    "LMSI": (Colour.BASELINE, "o"),
+    "TTRL": (Colour.CONTROL, "s"),
+    "Intuitor": (Colour.GREEN, "^"),
+    "U-OPSD": (Colour.PURPLE, "v"),
+    "N-OPSD": (Colour.OURS, "D"),
 }
-"""Colour (Okabe & Ito 2008) and marker of each method drawn; for variants of N-OPSD see `figures.draw.methods`."""
+"""Method -> colour and marker; for variants of N-OPSD see `figures.draw.methods`."""
 LEGEND = (
-    "A cell reads *value (change / smallest change that this comparison would find with 80% power at the 5% level)*. "
+    "A cell reads *value (change / smallest change that this comparison would detect with 80% power at the 5% level)*. "
     "**Bold**: best of its column among the rows of its kind (the base competes with `in`). `~` (grey in LaTeX): the "
-    "95% interval of the change holds zero; such a cell is never bold. `*`: the change outlasts Holm's correction over "
-    "the domains of its row. `†`: a mean over fewer domains than the other rows have; it does not compete. (1 seed): "
-    "training seeds alone move a score by about a point, which the interval does not know."
+    "95% interval of the change contains zero; such a cell is never bold. `*`: the change is significant after Holm's "
+    "correction over the domains of its row. `†`: a mean over fewer domains than the other rows have; it does not "
+    "compete. (1 seed): training seeds alone change a score by about a point, which the interval does not include."
 )
 
 
@@ -71,27 +71,23 @@ def draw(results: Path, out: Path) -> list[Path]:
         UserError: The grid's file cannot be used (`figures.grid.rows.read_grid`).
     """
     paper = published()
-    folder = grid_folder(results)
-    grid = None if folder is None else read_grid(folder)
-    ours = {} if grid is None else own_tables(grid_results(grid, resamples=RESAMPLES, seed=SEED))
-    out.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "md": _page(paper, grid, ours),
-        "tex": _latex(paper, grid, ours),
-        "csv": table_text.csv_rows({**{f"paper: {name}": table for name, table in paper.items()}, **ours}),
-    }
+    grid = read_grid(grid_folder(results))
+    ours = own_tables(grid_results(grid, resamples=RESAMPLES, seed=SEED))
+    cells = table_text.csv_rows({**{f"paper: {name}": table for name, table in paper.items()}, **ours})
+    paths = save_figure(_draw_changes(paper, ours), out, NAME, cells)
+    texts = {"md": _page(paper, grid, ours), "tex": _latex(paper, grid, ours)}
     for suffix, text in texts.items():
         write_atomic(out / f"{NAME}.{suffix}", text)
-    return [*(out / f"{NAME}.{suffix}" for suffix in texts), *_draw_changes(paper, ours, out)]
+    return [*paths, *(out / f"{NAME}.{suffix}" for suffix in texts)]
 
 
 def published() -> dict[str, Table]:
     """The published Tables 3 and 4."""
-    return {name: _read_published(COMMITTED / file, METRICS[metric]) for name, (file, metric) in PUBLISHED.items()}
+    return {name: _read_published(DATA / file, METRICS[metric]) for name, (file, metric) in PUBLISHED.items()}
 
 
 def averages_without(table: Table, domain: str, layout: Layout = PAPER) -> pd.DataFrame:
-    """Both averages of each row: over all domains it has, as printed in the table, and over all but ``domain``.
+    """Both averages of each row: over all its domains, as printed in the table, and over all but ``domain``.
 
     Returns:
         Columns ``method``, ``scope``, ``average``, ``complete`` (whether it has all domains), ``without``.
@@ -123,14 +119,14 @@ def own_tables(results: dict[str, Results]) -> dict[str, Table]:
     return tables
 
 
-def beside(ours: Table, paper: Table) -> Table:
+def next_to(ours: Table, paper: Table) -> Table:
     """Our rows, each followed by the paper's row of the same method, over the columns that both tables have."""
     columns = tuple(column for column in ours.columns if column in paper.columns)
     theirs = {(row.method, row.scope): row for row in paper.rows}
     rows = []
     for row in ours.rows:
         rows.append(replace(row, cells=_chosen(row, ours.columns, columns)))
-        twin = theirs.get((METHODS.get(row.method, row.method), row.scope))
+        twin = theirs.get((method_label(row.method), row.scope))
         if twin is not None:
             cells = _chosen(twin, paper.columns, columns)
             rows.append(Row(f"{twin.method} (paper)", twin.scope, cells, rivals=f"paper {twin.rivals}"))
@@ -140,7 +136,7 @@ def beside(ours: Table, paper: Table) -> Table:
 # The page
 
 
-def _page(paper: dict[str, Table], grid: Grid | None, ours: dict[str, Table]) -> str:
+def _page(paper: dict[str, Table], grid: Grid, ours: dict[str, Table]) -> str:
     parts = [
         "# Tables",
         LEGEND,
@@ -149,23 +145,21 @@ def _page(paper: dict[str, Table], grid: Grid | None, ours: dict[str, Table]) ->
     ]
     for name, table in paper.items():
         parts += [f"### {name}: {table.metric.title}", table_text.markdown(table)]
-    parts += ["### What the average rests on", *_rests_on(paper)]
-    parts += ["### What a test of this size can see", _visible(paper["Table 3"])]
-    if grid is not None:
-        parts += ["## This project", _sizes(grid, ours)]
-        parts += [
-            part for name, table in ours.items() for part in (f"### {_title(name, table)}", table_text.markdown(table))
-        ]
-        parts += ["## Beside the paper's"]
-        parts.append("Averages over different domains and models do not compare; the paper's rows give the scale.")
-        for theirs in paper.values():
-            table = beside(ours[f"{theirs.metric.name} against {BASE}"], theirs)
-            parts += [f"### {table.metric.title}", table_text.markdown(table)]
+    parts += ["### What the average depends on", *_rests_on(paper)]
+    parts += ["### What a test of this size can detect", _visible(paper["Table 3"])]
+    parts += ["## This project", _sizes(grid, ours)]
+    for name, table in ours.items():
+        parts += [f"### {_title(name, table)}", table_text.markdown(table)]
+    parts += ["## Next to the paper's"]
+    parts.append("Averages over different domains and models are not comparable; the paper's rows give the scale.")
+    for theirs in paper.values():
+        table = next_to(ours[f"{theirs.metric.name} against {BASE}"], theirs)
+        parts += [f"### {table.metric.title}", table_text.markdown(table)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def _rests_on(paper: dict[str, Table], domain: str = "EDU") -> list[str]:
-    """Who leads with and without one domain: a sentence a metric and scope, and all numbers."""
+    """Which method leads with and without one domain: one sentence per metric and scope, and all numbers."""
     parts, lines = [], [f"| metric | method | eval | {AVERAGE} | without {domain} |", "|---|---|---|---|---|"]
     for table in paper.values():
         frame, metric = averages_without(table, domain), table.metric
@@ -182,7 +176,7 @@ def _rests_on(paper: dict[str, Table], domain: str = "EDU") -> list[str]:
             parts.append(
                 f"{metric.title}, {scope}: {leader['method']} leads the average of all columns ({leader['average']}). "
                 f"Without {domain} the order is {order}: "
-                + (f"the overall lead rests on {domain} alone." if moved else "the lead stays.")
+                + (f"the overall lead depends on {domain} alone." if moved else "the lead stays.")
             )
         for line in frame.to_dict("records"):
             fewer = "" if line["complete"] else table_text.FEWER
@@ -197,7 +191,7 @@ def _ranked(rows: pd.DataFrame, column: str, metric: Metric) -> pd.DataFrame:
 
 
 def _visible(table: Table) -> str:
-    """The smallest effects at the paper's accuracy, and how many published changes are larger."""
+    """The smallest detectable effects at the paper's accuracy, and how many published changes are larger."""
     points = {
         name: 100 * planned_mde(n, PAPER_K, correlation=correlation)
         for name, n, correlation in (
@@ -214,18 +208,18 @@ def _visible(table: Table) -> str:
     larger = {name: sum(change > points[name] for change in changes) for name in ("alike", "apart")}
     few, many = f"{points['alike']:.1f}", f"{points['apart']:.1f}"
     return (
-        f"With n=1,000 questions and K={PAPER_K} the smallest change of Avg@{PAPER_K} that a paired test finds with "
+        f"With n=1,000 questions and K={PAPER_K} the smallest change of Avg@{PAPER_K} that a paired test detects with "
         f"80% power is about {few} to {many} points (unpaired {points['unpaired']:.1f}), at n=200 about "
         f"{points['small']:.0f}. Of the {len(changes)} published in-domain changes {larger['alike']} exceed {few} and "
-        f"{larger['apart']} exceed {many}. Training seeds vary by about a point; the published tables name neither "
-        "seeds nor intervals nor the number of questions."
+        f"{larger['apart']} exceed {many}. Training seeds vary by about a point; the published tables name "
+        "neither seeds nor intervals nor the number of questions."
     )
 
 
 def _sizes(grid: Grid, ours: dict[str, Table]) -> str:
     n = ", ".join(f"{len(ids)} {domain}" for domain, ids in grid.ids.items())
     rows = next(iter(ours.values())).rows
-    seeds = ", ".join(dict.fromkeys(f"{METHODS.get(row.method, row.method)} {row.seeds}" for row in rows if row.seeds))
+    seeds = ", ".join(dict.fromkeys(f"{method_label(row.method)} {row.seeds}" for row in rows if row.seeds))
     control = "" if CONTROL in {row.method for row in rows} else " There is no control of the sampling temperature."
     return (
         f"Questions: {n}; K={grid.k}. Training seeds (the fewest over the sources): {seeds or 'none'}. Intervals: 95% "
@@ -236,19 +230,18 @@ def _sizes(grid: Grid, ours: dict[str, Table]) -> str:
 
 
 def _title(name: str, table: Table) -> str:
-    against = METHODS.get(table.against, table.against)
+    against = method_label(table.against)
     form = "every source and target" if "every" in name else f"changes against {against}"
     return f"{table.metric.title}, {form}"
 
 
-def _latex(paper: dict[str, Table], grid: Grid | None, ours: dict[str, Table]) -> str:
+def _latex(paper: dict[str, Table], grid: Grid, ours: dict[str, Table]) -> str:
     parts = ["% needs: \\usepackage{booktabs,graphicx,xcolor}\n"]
     for name, table in paper.items():
         caption = f"{table.metric.title}, {name} of arXiv 2607.02460 (poster), as published."
         parts.append(table_text.latex(table, caption=caption, label=f"tab:paper-{table.metric.name}"))
     for index, (name, table) in enumerate(ours.items()):
-        sizes = "" if grid is None else " " + _sizes(grid, ours)
-        caption = f"{_title(name, table)}; in brackets the change and the smallest one that would be found.{sizes}"
+        caption = f"{_title(name, table)}; in brackets the change and the smallest detectable one. {_sizes(grid, ours)}"
         parts.append(table_text.latex(table, caption=caption, label=f"tab:ours-{index}"))
     return "\n".join(parts)
 
@@ -276,11 +269,8 @@ def _chosen(row: Row, columns: tuple[str, ...], chosen: tuple[str, ...]) -> tupl
     return tuple(row.cells[columns.index(column)] for column in chosen)
 
 
-def _draw_changes(paper: dict[str, Table], ours: dict[str, Table], out: Path) -> list[Path]:
-    """Changes in-domain, a panel a table; the published ones over the band that a paired test of 1,000 cannot see."""
-    use_style()
-    import matplotlib.pyplot as plt
-
+def _draw_changes(paper: dict[str, Table], ours: dict[str, Table]) -> Figure:
+    """In-domain changes, one panel per table; bands cover what a paired test of 1,000 questions cannot detect."""
     panels = {f"published, {table.metric.title}": table for table in paper.values()}
     panels |= {
         f"ours, {table.metric.title}": table
@@ -288,26 +278,23 @@ def _draw_changes(paper: dict[str, Table], ours: dict[str, Table], out: Path) ->
         if name in {f"{theirs.metric.name} against {BASE}" for theirs in paper.values()}
     }
     lines = len(panels) // len(paper)
-    figure, axes = plt.subplots(lines, len(paper), figsize=(11, 3.6 * lines), squeeze=False)
+    figure, axes = subplots(lines, len(paper), size=(11, 3.6 * lines), squeeze=False)
     for axis, (title, table) in zip(axes.flat, panels.items(), strict=True):
         _draw_panel(axis, table)
         axis.set_title(title)
     band = 100 * planned_mde(1000, PAPER_K, correlation=1.0), 100 * planned_mde(1000, PAPER_K, correlation=0.85)
-    least = "least seen in one domain of 1,000, systems"
-    bands = zip(reversed(band), ("#eeeeee", "#d9d9d9"), (f"{least} apart", f"{least} alike"), strict=True)
-    for points, shade, systems in bands:
-        axes[0][0].axhspan(-points, points, color=shade, zorder=0, label=f"±{points:.1f}: {systems}")
+    for points, shade, systems in zip(reversed(band), Colour.BANDS, ("dissimilar", "similar"), strict=True):
+        label = f"±{points:.1f}: smallest detectable with 1,000 questions, {systems} systems"
+        axes[0][0].axhspan(-points, points, color=shade, zorder=0, label=label)
     axes[0][0].legend(fontsize=7, loc="upper left")
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return paths
+    return figure
 
 
 def _draw_panel(axis: Axes, table: Table) -> None:
-    rows = [row for row in table.rows if row.scope == "in" and METHODS.get(row.method, row.method) in MARKS]
+    rows = [row for row in table.rows if row.scope == "in" and method_label(row.method) in MARKS]
     axis.axhline(0, color="black", linewidth=0.8)
     for offset, row in enumerate(rows):
-        label = METHODS.get(row.method, row.method)
+        label = method_label(row.method)
         colour, marker = MARKS[label]
         shift = 0.14 * (offset - (len(rows) - 1) / 2)
         for x, cell in enumerate(row.cells):

@@ -1,7 +1,7 @@
 """Reliability diagrams of every evaluation, in the domain that was trained on and across domains.
 
 Reads ``eval/*`` and ``manifest`` of a results folder; writes ``reliability.pdf``, ``.png`` and the plotted numbers as
-``reliability.csv``. Confidence is the majority's share of the K samples, so each possible number of votes is a bin.
+``reliability.csv``. Confidence is the majority's share of the K samples, so each number of votes is a bin.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from figures.notebook.explore import calibration_summary, calibration_table, reliability_diagrams
-from figures.style import caption, finished_export, save_figure, use_style
+from figures.sources import finished_export
+from figures.style import caption, save_figure
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import write_atomic
 
 NAME = "reliability"
 NEEDS = Path("eval/base/summary.json")
@@ -29,35 +29,30 @@ def draw(results: Path, out: Path) -> list[Path]:
     Raises:
         UserError: An evaluation of the base or the export is missing.
     """
-    use_style()
-
     if not (results / NEEDS).is_file():
         folder = (results / NEEDS).parent
         raise UserError(f"{folder}: no finished evaluation; run `python -m distill.evaluate --out {folder}` first")
     finished_export(results / "manifest")
     questions = calibration_table(results)
-    found = sorted(set(questions["method"]) - set(TITLES))
-    order = [*(name for name in TITLES if name in set(questions["method"])), *found]
+    names = set(questions["method"])
+    order = [*(name for name in TITLES if name in names), *sorted(names - set(TITLES))]
     questions = pd.concat([questions[questions["method"] == name] for name in order])
     questions["method"] = questions["method"].map(lambda name: TITLES.get(name, name))
     summary = calibration_summary(questions, seed=SEED, resamples=RESAMPLES)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", _plotted(questions, summary).to_csv(index=False, float_format="%.6g"))
 
     figure = reliability_diagrams(questions, summary)
     seeds = {json.loads(path.read_text())["config"]["seed"] for path in results.glob("eval/*/summary.json")}
     caption(
         figure,
-        f"a point: the questions with one number of votes of K={questions['k'].iloc[0]}, its area how many; line: gap "
-        "to perfect calibration (dashed);\nin brackets: 95% bootstrap interval over questions; sampling seed "
+        f"one point per number of votes (K={questions['k'].iloc[0]}), its area the number of questions; line: gap to "
+        "perfect calibration (dashed);\nin brackets: 95% bootstrap interval over questions; sampling seed "
         f"{', '.join(map(str, sorted(seeds)))}; control: the base at its best temperature",
     )
-    paths = save_figure(figure, out, NAME)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, _plotted(questions, summary).to_csv(index=False, float_format="%.6g"))
 
 
 def _plotted(questions: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
-    """``part`` is ``bin`` (accuracy of the majority at a confidence, and how many questions) or ``summary``."""
+    """``part`` is ``bin`` (accuracy of the majority at a confidence, and the number of questions) or ``summary``."""
     groups = questions.groupby(["scope", "method", "votes"], sort=False)
     bins = groups.agg(k=("k", "first"), accuracy=("accuracy", "mean"), n=("accuracy", "size")).reset_index()
     bins = bins.sort_values(["scope", "method", "votes"], kind="stable")

@@ -1,4 +1,4 @@
-"""Speed beside other ways: tracing, a training step, and neighbours of active sets.
+"""Speed compared with other implementations: tracing, a training step, and nearest neighbours of active sets.
 
 Draws ``figures/data/speed.csv``: what ``make bench`` printed on two idle CPU cores, copied by hand (README, Speed);
 writes ``speed.pdf``, ``.png`` and the numbers as ``speed.csv``. ``ratio`` is the printed one: against a
@@ -11,29 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from figures.style import caption, save_figure, use_style
-from neurosig.runtime.files import write_atomic
+from figures.sources import DATA
+from figures.style import Colour, caption, save_figure, use_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "speed"
 NEEDS = None
-DATA = Path(__file__).parents[1] / "data" / f"{NAME}.csv"
-BLUE, GREY = "#0072B2", "#b0b0b0"
-LINES = (("#0072B2", "D", "-"), ("#56B4E9", "s", "--"), ("#7f7f7f", "o", ":"))
+TABLE = DATA / f"{NAME}.csv"
+LINES = ((Colour.OURS, "D", "-"), (Colour.VARIANT, "s", "--"), (Colour.BASELINE, "o", ":"))
 
 
 def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure into ``out``; it needs no results."""
+    table = pd.read_csv(TABLE)
     use_style()
-    import matplotlib.pyplot as plt
-
-    table = pd.read_csv(DATA)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", DATA.read_text())
-    figure, axes = plt.subplot_mosaic([["tracing", "training"], ["neighbours", "training"]], figsize=(7, 4.9))
+    figure = Figure(figsize=(7, 4.9))
+    axes = figure.subplot_mosaic([["tracing", "training"], ["neighbours", "training"]])
     tracing = table[table["panel"] == "tracing"]
     _draw_bars(axes["tracing"], tracing, "")
     axes["tracing"].set_title("tracing")
@@ -44,26 +41,26 @@ def draw(results: Path, out: Path) -> list[Path]:
     caption(
         figure,
         "SmolLM2-135M in float32 on 2 CPU cores; tracing 32 rollouts x 192 tokens, ratios to the plain forward pass; "
-        "LoRA steps\nof 64 tokens a rollout, the better of two, ratios to neurosig; synthetic sets, seed 0 (usearch "
+        "LoRA steps\nof 64 tokens per rollout, the better of two, ratios to neurosig; synthetic sets, seed 0 (usearch "
         "finds 98.9% or more\nof the nearest); single timings, so no intervals",
     )
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, TABLE.read_text())
 
 
 def _draw_bars(axis: Axes, table: pd.DataFrame, by: str) -> None:
-    """A bar a way, in groups; its ratio beside it."""
+    """One bar per implementation, in groups, with its ratio."""
     groups = table.groupby(by, sort=False) if by else [("", table)]
     ticks: list[tuple[float, str]] = []
     place = 0.0
-    for name, mine in groups:
+    for name, rows in groups:
         if name:
             axis.text(0.3, place, str(name), fontsize=8, fontweight="bold", va="center")
             place += 0.9
-        for row in mine.to_dict("records"):
+        for row in rows.to_dict("records"):
             style: dict[str, Any] = (
-                {"color": BLUE} if row["ours"] else {"color": GREY, "hatch": "///", "edgecolor": "white"}
+                {"color": Colour.OURS}
+                if row["ours"]
+                else {"color": Colour.BACKGROUND, "hatch": "///", "edgecolor": "white"}
             )
             axis.barh(place, row["seconds"], height=0.72, linewidth=0, **style)
             axis.text(row["seconds"], place, f" {row['ratio']:.2f}x", va="center", fontsize=8)
@@ -78,12 +75,12 @@ def _draw_bars(axis: Axes, table: pd.DataFrame, by: str) -> None:
 
 
 def _draw_neighbours(axis: Axes, table: pd.DataFrame) -> None:
-    for (name, mine), (colour, marker, line) in zip(table.groupby("name", sort=False), LINES, strict=True):
-        sizes = mine["setting"].astype(int).tolist()
-        axis.plot(sizes, mine["seconds"], line, marker=marker, color=colour, markersize=5)
+    for (name, rows), (colour, marker, line) in zip(table.groupby("name", sort=False), LINES, strict=True):
+        sizes = rows["setting"].astype(int).tolist()
+        axis.plot(sizes, rows["seconds"], line, marker=marker, color=colour, markersize=5)
         axis.annotate(
             str(name),
-            (sizes[-1], mine["seconds"].iloc[-1]),
+            (sizes[-1], rows["seconds"].iloc[-1]),
             xytext=(6, 0),
             textcoords="offset points",
             fontsize=8,

@@ -13,29 +13,27 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from figures.style import caption, save_figure, use_style
+from figures.style import Colour, caption, save_figure, subplots
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "training_curves"
 NEEDS = Path("nopsd/metrics.jsonl")
-BLUE, GREY, ORANGE = "#0072B2", "#7f7f7f", "#E69F00"
 PANELS: tuple[tuple[str, str, dict[str, tuple[str, str, str, str]]], ...] = (
-    ("divergence of student from teacher", "nats a token", {"divergence": ("divergence", BLUE, "D", "-")}),
+    ("divergence of student from teacher", "nats per token", {"divergence": ("divergence", Colour.OURS, "D", "-")}),
     (
         "entropy and its gap",
-        "nats a token",
+        "nats per token",
         {
-            "student_entropy": ("student", GREY, "o", "--"),
-            "teacher_entropy": ("teacher", BLUE, "D", "-"),
-            "entropy_gap": ("gap", ORANGE, "s", ":"),
+            "student_entropy": ("student", Colour.BASELINE, "o", "--"),
+            "teacher_entropy": ("teacher", Colour.OURS, "D", "-"),
+            "entropy_gap": ("gap", Colour.CONTROL, "s", ":"),
         },
     ),
-    ("length of the student's samples", "tokens, mean", {"mean_length": ("length", BLUE, "D", "-")}),
-    ("norm of the gradient", "before clipping", {"grad_norm": ("norm", BLUE, "D", "-")}),
+    ("length of the student's samples", "tokens, mean", {"mean_length": ("length", Colour.OURS, "D", "-")}),
+    ("norm of the gradient", "before clipping", {"grad_norm": ("norm", Colour.OURS, "D", "-")}),
 )
 """Title, axis label, and column -> label, colour, marker and line."""
 WINDOW = 5
@@ -47,17 +45,12 @@ def draw(results: Path, out: Path) -> list[Path]:
     Raises:
         UserError: There is no training run.
     """
-    use_style()
-    import matplotlib.pyplot as plt
-
     path = results / NEEDS
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `python -m distill.train --out {path.parent}` first")
     columns = ["step", *(column for _, _, series in PANELS for column in series), "rollouts_in_loss"]
     table = pd.read_json(path, lines=True)[columns]
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
-    figure, axes = plt.subplots(2, 2, figsize=(7, 4.4), sharex=True)
+    figure, axes = subplots(2, 2, size=(7, 4.4), sharex=True)
     for axis, (title, label, series) in zip(axes.flat, PANELS, strict=True):
         for column, style in series.items():
             _draw_series(axis, table["step"], table[column], *style)
@@ -72,12 +65,10 @@ def draw(results: Path, out: Path) -> list[Path]:
     caption(
         figure,
         f"one run of {len(table)} steps, {config['questions_per_step']} questions x {config['num_generations']} "
-        f"samples a step, seed {config['seed']}; points: steps, each on other questions, so no interval;\n"
-        f"lines: centred means of {WINDOW} steps; at the ends fewer",
+        f"samples per step, seed {config['seed']}; points: single steps, each on other questions, so no "
+        f"interval;\nlines: centred means of {WINDOW} steps, fewer at the ends",
     )
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 
 
 def _draw_series(

@@ -1,15 +1,15 @@
-"""How good a teacher each context makes, and how much surer: accuracy and entropy gap under every context policy.
+"""Accuracy and entropy gap of the teacher under every context policy.
 
     python -m figures.experiments.context_policies --manifest runs/demo/manifest --out runs/contexts
 
 The manifest's rollouts are selected from again under each policy (`neurosig.export` with ``--reuse``). The teacher
 answers the selected questions on fresh samples, with the same random numbers under every policy, and the entropy gap
-is read on the student's own rollouts (`distill.entropy_gap`). Gold answers are read here, to judge only. ``none`` is
-the student itself; contexts from other pools are shown to the same questions. What was measured is kept in OUT/parts,
-so a second run goes on where the first stopped.
+is measured on the student's own rollouts (`distill.entropy_gap`). Gold answers are read here, to judge only. ``none``
+is the student itself; policies that draw contexts from other pools are measured on the same questions. Each policy's
+measurements are kept in OUT/parts, so a second run resumes the first.
 
 `python -m figures context_policies` draws ``context_policies.csv`` of the results folder, or the committed
-``figures/data/context_policies.csv`` where there is none. The questions one by one are in ``gap_gain.csv``.
+``figures/data/context_policies.csv``. ``gap_gain.csv`` has a row per policy and question.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 NAME = "context_policies"
 POINTS = "gap_gain"
 NEEDS = None
-COMMITTED = Path(__file__).parents[1] / "data" / f"{NAME}.csv"
 CONTROL = "random_within_kind"
 
 POLICIES: Mapping[str, Mapping[str, Any]] = {
@@ -49,7 +48,7 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
     "nearest_vote_only": {"context_policy": "nearest", "clean_filter": "vote_only"},
     "nearest_all": {"context_policy": "nearest", "clean_filter": "all"},
 }
-"""Policy -> options of its selection; the questions asked are those that the manifest's own filter selects."""
+"""Policy -> options of its selection; the questions are always those that the manifest's own filter selects."""
 
 LABELS = {
     "none": "no context",
@@ -61,13 +60,12 @@ LABELS = {
     "nearest_all": "nearest neurons, all questions",
 }
 READS_NEURONS = frozenset({"nearest", "nearest_vote_only", "nearest_all"})
-BLUE, GREY = "#0072B2", "#7f7f7f"
 PANELS = (
     ("teacher", "Avg@{k} of the teacher", None),
     ("over_kind", "difference in Avg@{k} to\nrandom of the same kind", 0.0),
-    ("gap", "entropy gap, student less\nteacher (nats a token)", 0.0),
+    ("gap", "entropy gap, student less\nteacher (nats per token)", 0.0),
 )
-"""Column, axis label, and where nothing lies."""
+"""Column, axis label, and the value of no effect."""
 
 
 @dataclass(kw_only=True)
@@ -75,26 +73,30 @@ class ContextsConfig(CommonConfig):
     """Measure the teacher under every context policy; write context_policies.csv and gap_gain.csv."""
 
     manifest: Path
-    """Finished export whose selected questions are asked."""
+    """Finished export whose selected questions the teacher answers."""
     out: Path = Path("runs/contexts")
     """Folder of the tables and of the other selections."""
     policies: tuple[str, ...] = tuple(POLICIES)
-    """Policies to measure; no context and random ones of the same kind always are."""
+    """Policies to measure; none and random_within_kind are always measured."""
     num_generations: int = 8
-    """Fresh samples a question."""
+    """Fresh samples per question."""
     entropy_rollouts: int = 2
-    """Rollouts of each question on which the entropy gap is read."""
+    """Rollouts per question on which the entropy gap is measured."""
     seed: int = 0
     """Seed of the samples and of the bootstrap."""
 
 
 def main(config: ContextsConfig) -> None:
-    """Measure what ``config`` names and write both tables."""
+    """Measure the policies of ``config`` and write both tables.
+
+    Raises:
+        UserError: A policy is unknown, or the manifest or its gold answers cannot be read.
+    """
     import pandas as pd
 
+    from neurosig.exported import join_gold
     from neurosig.manifest import read_manifest
     from neurosig.models.load import load_model
-    from neurosig.report.data import join_gold
     from neurosig.runtime.errors import UserError
     from neurosig.runtime.files import csv_cell, write_atomic
 
@@ -102,12 +104,12 @@ def main(config: ContextsConfig) -> None:
     if unknown:
         raise UserError(f"--policies {unknown[0]}: no such policy; have {', '.join(POLICIES)}")
     manifest = read_manifest(config.manifest)
-    gold, _ = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    gold, _ = join_gold(manifest, required=True)
     options = manifest.header.options
     loaded = load_model(manifest.header.model["id"], dtype=options["dtype"], template=options["template"])
-    asked = [name for name in POLICIES if name in {"none", CONTROL, *config.policies}]
+    names = [name for name in POLICIES if name in {"none", CONTROL, *config.policies}]
     tables = [
-        _measured(name, manifest, loaded, gold, config) for name in progress(asked, desc="contexts", quiet=config.quiet)
+        _measured(name, manifest, loaded, gold, config) for name in progress(names, desc="contexts", quiet=config.quiet)
     ]
     points = pd.concat(tables, ignore_index=True)
     student = points[points["policy"] == "none"].set_index("question")["teacher"]
@@ -121,15 +123,15 @@ def main(config: ContextsConfig) -> None:
 
 
 def summary(points: pd.DataFrame, *, k: int, seed: int) -> pd.DataFrame:
-    """One row a policy: means over questions with 95% bootstrap intervals, paired where they are differences.
+    """One row per policy: means over questions with 95% bootstrap intervals, paired where they are differences.
 
-    Columns: ``policy``, ``n``, ``k``, ``seed``, ``same_kind`` (share of the examples that are of the question's kind),
+    Columns: ``policy``, ``n``, ``k``, ``seed``, ``same_kind`` (share of the demonstrations of the question's own kind),
     and with ``_low`` and ``_high`` ``teacher`` (accuracy), ``gain`` (over no context), ``over_kind`` (over random
-    contexts of the same kind) and ``gap`` (nats a token).
+    contexts of the same kind) and ``gap`` (nats per token).
 
     Args:
-        points: One row a policy and question: ``policy``, ``question``, ``same_kind``, ``teacher``, ``gain``, ``gap``.
-        k: Samples a question.
+        points: Columns ``policy``, ``question``, ``same_kind``, ``teacher``, ``gain``, ``gap``.
+        k: Samples per question.
         seed: Seed of samples and bootstrap.
     """
     import numpy as np
@@ -137,19 +139,19 @@ def summary(points: pd.DataFrame, *, k: int, seed: int) -> pd.DataFrame:
 
     from neurosig.statistics.metrics import paired_mean_interval
 
-    by_policy = {name: mine.set_index("question") for name, mine in points.groupby("policy", sort=False)}
+    by_policy = {name: rows.set_index("question") for name, rows in points.groupby("policy", sort=False)}
     rows = []
-    for name, mine in by_policy.items():
-        control = by_policy[CONTROL]["teacher"].loc[mine.index].to_numpy()
-        nothing = np.zeros(len(mine))
-        row = {"policy": name, "n": len(mine), "k": k, "seed": seed, "same_kind": mine["same_kind"].mean()}
+    for name, measured in by_policy.items():
+        control = by_policy[CONTROL]["teacher"].loc[measured.index].to_numpy()
+        nothing = np.zeros(len(measured))
+        row = {"policy": name, "n": len(measured), "k": k, "seed": seed, "same_kind": measured["same_kind"].mean()}
         for measure, value, base in (
             ("teacher", "teacher", nothing),
             ("gain", "gain", nothing),
             ("over_kind", "teacher", control),
             ("gap", "gap", nothing),
         ):
-            interval = paired_mean_interval(mine[value].to_numpy(), base, seed=seed)
+            interval = paired_mean_interval(measured[value].to_numpy(), base, seed=seed)
             row |= {measure: interval.estimate, f"{measure}_low": interval.low, f"{measure}_high": interval.high}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -158,7 +160,7 @@ def summary(points: pd.DataFrame, *, k: int, seed: int) -> pd.DataFrame:
 def _measured(
     name: str, manifest: Manifest, loaded: LoadedModel, gold: Mapping[str, Question], config: ContextsConfig
 ) -> pd.DataFrame:
-    """One row a question under one policy, kept from an earlier run where there is one."""
+    """One row per question under one policy, from OUT/parts if an earlier run measured it."""
     import pandas as pd
 
     from distill.entropy_gap import fresh_accuracy, token_entropies
@@ -195,7 +197,7 @@ def _measured(
 
 
 def _only(manifest: Manifest, question_ids: Sequence[str]) -> Manifest:
-    """The manifest with these questions selected and no others; all serve as examples still."""
+    """The manifest with these questions selected and no others; all remain available as demonstrations."""
     kept = set(question_ids)
     rows = tuple(row.model_copy(update={"selected": row.id in kept}) for row in manifest.rows)
     return dataclasses.replace(manifest, rows=rows)
@@ -212,18 +214,12 @@ def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure from ``results`` into ``out``."""
     import pandas as pd
 
-    from figures.style import caption, save_figure, use_style
-    from neurosig.runtime.files import write_atomic
+    from figures.sources import made_or_committed
+    from figures.style import caption, save_figure, subplots
 
-    use_style()
-    import matplotlib.pyplot as plt
-
-    made = results / f"{NAME}.csv"
-    source = made if made.is_file() else COMMITTED
+    source = made_or_committed(results / f"{NAME}.csv", NAME)
     table = pd.read_csv(source)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", source.read_text())
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(7, 3.1), sharey=True, width_ratios=[1, 1, 1.08])
+    figure, axes = subplots(1, len(PANELS), size=(7, 3.1), sharey=True, width_ratios=[1, 1, 1.08])
     n, k, seed = (int(table[column].iloc[0]) for column in ("n", "k", "seed"))
     for axis, (column, label, nothing) in zip(axes, PANELS, strict=True):
         _draw_panel(axis, table, column, nothing)
@@ -233,11 +229,9 @@ def draw(results: Path, out: Path) -> list[Path]:
     caption(
         figure,
         f"{n} selected questions, {k} fresh samples each, seed {seed}; lines: 95% bootstrap intervals over questions\n"
-        "(paired in the middle); diamonds: neurons choose; in brackets: examples of the question's own kind",
+        "(paired in the middle); diamonds: chosen by neurons; in brackets: demonstrations of the same kind",
     )
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, source.read_text())
 
 
 def _label(row: Any) -> str:
@@ -245,10 +239,12 @@ def _label(row: Any) -> str:
 
 
 def _draw_panel(axis: Axes, table: pd.DataFrame, column: str, nothing: float | None) -> None:
+    from figures.style import Colour
+
     where = float(table.set_index("policy")[column]["none"]) if nothing is None else nothing
     axis.axvline(where, color="black", linewidth=0.8, linestyle="--")
     for place, row in enumerate(table.to_dict("records")):
-        colour, marker = (BLUE, "D") if row["policy"] in READS_NEURONS else (GREY, "o")
+        colour, marker = (Colour.OURS, "D") if row["policy"] in READS_NEURONS else (Colour.BASELINE, "o")
         axis.hlines(place, row[f"{column}_low"], row[f"{column}_high"], color=colour, linewidth=1.4)
         axis.plot(row[column], place, marker, color=colour, markersize=5)
     axis.grid(axis="y", visible=False)

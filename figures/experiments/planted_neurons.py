@@ -1,13 +1,13 @@
-"""Does the probe find neurons that are there, and none that are not? Precision and recall on planted neurons.
+"""Precision and recall of the neurons that the probe locates, on planted neurons.
 
-Draws ``figures/data/planted_neurons.csv``, which ``python -m figures.experiments.planted_neurons`` computes again
-(about three minutes on one core): synthetic contributions of 46,080 neurons as sparse as real ones
+Draws ``figures/data/planted_neurons.csv``, which ``python -m figures.experiments.planted_neurons`` recomputes (about
+three minutes on one core): synthetic contributions of 46,080 neurons as sparse as real ones
 (`neurosig.hallucination.planted`), in which 20 neurons depend on the label. Located are the stable neurons
-(`neurosig.hallucination.stability`); beside them, every neuron to which one L1 fit gives a weight. Where the labels are
+(`neurosig.hallucination.stability`); every neuron with a weight in one L1 fit is drawn for comparison. With labels
 shuffled over the questions, every located neuron is false. Bars are 95% t intervals over data sets.
 
-Strong effects cost some precision: a neuron that shares the topics of a planted one helps the probe to read it, and
-is found as well although no label acts on it. The bound is about neurons that predict nothing.
+Strong effects cost some precision: a neuron that shares the topics of a planted one helps the probe to read it, and is
+located too, although the label does not act on it. The bound is about neurons that predict nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from figures.style import save_figure, use_style
+from figures.sources import DATA
+from figures.style import Colour, save_figure, subplots
 from neurosig.runtime.cli import CommonConfig, progress, run_command
 from neurosig.runtime.files import write_atomic
 
@@ -33,23 +34,18 @@ if TYPE_CHECKING:
 
 NAME = "planted_neurons"
 NEEDS = None
-DATA = Path(__file__).parents[1] / "data" / f"{NAME}.csv"
+TABLE = DATA / f"{NAME}.csv"
 EFFECTS = (0.25, 0.5, 1.0, 1.5)
 QUESTIONS = (50, 100, 200, 400)
 GENERATIONS, PLANTED, DATASETS, SHUFFLED_DATASETS, PAIRS = 4, 20, 4, 16, 25
-COLOURS = {50: "#E69F00", 100: "#56B4E9", 200: "#009E73", 400: "#0072B2"}
+COLOURS = {50: Colour.CONTROL, 100: Colour.VARIANT, 200: Colour.GREEN, 400: Colour.OURS}
 MARKERS = {50: "o", 100: "s", 200: "^", 400: "D"}
 
 
 def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure into ``out``; it needs no results."""
-    use_style()
-    import matplotlib.pyplot as plt
-
-    table = pd.read_csv(DATA)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", DATA.read_text())
-    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.6), width_ratios=[1, 1, 0.9])
+    table = pd.read_csv(TABLE)
+    figure, axes = subplots(1, 3, size=(9.6, 3.6), width_ratios=[1, 1, 0.9])
     planted = table[table["data"] == "planted"]
     _draw_curves(axes[0], planted, "recall")
     axes[0].set(ylabel=f"share of the {PLANTED} planted neurons found")
@@ -60,13 +56,11 @@ def draw(results: Path, out: Path) -> list[Path]:
     _draw_shuffled(axes[2], table[table["data"] == "shuffled"])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, TABLE.read_text())
 
 
 def compute(*, quiet: bool = False) -> pd.DataFrame:
-    """One row a data set and number of questions: what was located, and how much of it was planted."""
+    """One row per data set and number of questions: how many neurons were located, and how many of them are planted."""
     from neurosig.hallucination.planted import PlantedConfig, plant
 
     rows = []
@@ -84,7 +78,7 @@ def compute(*, quiet: bool = False) -> pd.DataFrame:
 
 
 def _locate(data: PlantedData, n_questions: int, shuffle: int | None = None) -> dict[str, Any]:
-    """What is located from the first ``n_questions`` questions, their labels shuffled with the seed ``shuffle``."""
+    """Counts for the first ``n_questions`` questions; ``shuffle`` is a seed that shuffles their labels."""
     from neurosig.hallucination.lasso import design, fit_l1
     from neurosig.hallucination.locate import stable_neurons
     from neurosig.hallucination.probe import ProbeConfig
@@ -111,14 +105,14 @@ def _locate(data: PlantedData, n_questions: int, shuffle: int | None = None) -> 
     }
 
 
-def _draw_curves(axis: Axes, table: pd.DataFrame, what: str) -> None:
+def _draw_curves(axis: Axes, table: pd.DataFrame, measure: str) -> None:
     for series, n in enumerate(QUESTIONS):
         for located in ("stable", "weighted"):
             points = []
             for effect in EFFECTS:
                 cell = table[(table["questions"] == n) & (table["effect"] == effect)]
-                hits, found = cell[f"{located}_planted"], cell[located]
-                share = hits / PLANTED if what == "recall" else (hits / found)[found > 0]
+                hits, n_located = cell[f"{located}_planted"], cell[located]
+                share = hits / PLANTED if measure == "recall" else (hits / n_located)[n_located > 0]
                 points.append(_interval(share.to_numpy(np.float64)))
             mean, low, high = (np.array(column) for column in zip(*points, strict=True))
             x = np.arange(len(EFFECTS)) + 0.09 * (series - (len(QUESTIONS) - 1) / 2)
@@ -152,13 +146,13 @@ def _draw_shuffled(axis: Axes, table: pd.DataFrame) -> None:
     axis.text(len(QUESTIONS) - 0.65, 1.03, "stated bound", ha="right", va="bottom", fontsize=8)
     axis.set_xticks(range(len(QUESTIONS)), [str(n) for n in QUESTIONS])
     axis.set(xlim=(-0.5, len(QUESTIONS) - 0.5), ylim=(-0.04, 1.4), xlabel="questions")
-    axis.set(ylabel="false discoveries a data set")
+    axis.set(ylabel="false discoveries per data set")
     axis.set_title(f"labels shuffled, {SHUFFLED_DATASETS} data sets")
     axis.grid(axis="x", visible=False)
 
 
 def _interval(values: Float[np.ndarray, " sets"]) -> tuple[float, float, float]:
-    """Mean over data sets and its 95% t interval; NaN where there is no value."""
+    """Mean over data sets and its 95% t interval; NaN if there is no value."""
     if len(values) < 2:
         return (float(values.mean()) if len(values) else np.nan), np.nan, np.nan
     mean = float(values.mean())
@@ -168,9 +162,9 @@ def _interval(values: Float[np.ndarray, " sets"]) -> tuple[float, float, float]:
 
 @dataclass(kw_only=True)
 class PlantedNeuronsConfig(CommonConfig):
-    """Compute the data of the figure again."""
+    """Recompute the data of the figure."""
 
-    out: Path = DATA
+    out: Path = TABLE
     """CSV file to write."""
 
 

@@ -1,7 +1,7 @@
-"""Neuron features of a manifest's rollouts in every reading that the signal search compares, from one forward pass.
+"""Neuron features of a manifest's rollouts in every reading of the signal search, from one forward pass.
 
-The positions: the prompt's last token, all tokens of the completion, its first three, and those of its answer. The
-scores: CETT, and what a neuron adds to the logit of the token that follows (``logit``), read one position earlier.
+Positions: the prompt's last token, all tokens of the completion, its first three, and those of its answer. Scores:
+CETT, and a neuron's contribution to the logit of the next token (``logit``), read one position earlier.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from neurosig.manifest import Manifest
+from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.models.prefix import pad, run_prompts
 from neurosig.neurons.contributions import cett, masked_mean, neurons_per_layer, unembed
@@ -28,7 +28,6 @@ from neurosig.neurons.nnsight_reader import FFNEnvoy
 from neurosig.neurons.sites import ffn_sites, w_out_norms
 from neurosig.questions.answers import normalise
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
-from neurosig.report.data import rollouts_of, voted
 from neurosig.runtime.cli import progress
 from neurosig.runtime.files import write_atomic
 
@@ -45,10 +44,10 @@ class Features:
         ids: Flat neuron ids, the same number from each layer, largest absolute score first.
         values: Their mean scores; ``logit`` readings are signed.
         hidden: Residual stream two thirds up the layers, mean over the completion.
-        without_answer: Share of the rollouts whose text does not hold its parsed answer word for word; all their
+        without_answer: Share of the rollouts whose text does not contain their parsed answer word for word; all their
             tokens count as answer tokens.
         n_layers: Layers of the model.
-        d_mlp: Neurons a layer.
+        d_mlp: Neurons per layer.
     """
 
     ids: Int[np.ndarray, "n readings size"]
@@ -59,14 +58,14 @@ class Features:
     d_mlp: int
 
 
-def features_of(manifest: Manifest, cache: Path, *, quiet: bool = False) -> Features:
-    """Trace the manifest's rollouts, or read what an earlier run left in the folder ``cache``."""
+def features_of(exported: Exported, cache: Path, *, quiet: bool = False) -> Features:
+    """Trace the manifest's rollouts, or read the features that an earlier run wrote to ``cache``."""
     from safetensors import safe_open
     from safetensors.numpy import save
 
-    path = cache / f"features-{manifest.header.content_sha256[:16]}.safetensors"
+    path = cache / f"features-{exported.manifest.header.content_sha256[:16]}.safetensors"
     if not path.is_file():
-        features = _trace(manifest, quiet)
+        features = _trace(exported, quiet)
         tensors = {name: getattr(features, name) for name in ("ids", "values", "hidden")}
         numbers = {name: getattr(features, name) for name in ("without_answer", "n_layers", "d_mlp")}
         write_atomic(path, save(tensors, metadata={"features": json.dumps(numbers)}))
@@ -76,7 +75,7 @@ def features_of(manifest: Manifest, cache: Path, *, quiet: bool = False) -> Feat
 
 
 def answer_tokens(pieces: Sequence[str], answer: str | None) -> list[bool]:
-    """Which tokens carry the answer: the first run of words that normalises to it; none where it is not there.
+    """Mask of the answer's tokens: the first run of words that normalises to it; all false without one.
 
     Args:
         pieces: The text of each token; joined they are the completion.
@@ -95,26 +94,25 @@ def answer_tokens(pieces: Sequence[str], answer: str | None) -> list[bool]:
 
 
 def _words(text: str) -> Iterator[tuple[str, int, int]]:
-    """Normalised words of a text with their places."""
-
+    """Normalised words of a text with start and end of each in it."""
     for match in re.finditer(r"\w+", text):
         for word in normalise(match[0]).split():
             yield word, match.start(), match.end()
 
 
-def _trace(manifest: Manifest, quiet: bool) -> Features:
-    options = manifest.header.options
-    loaded = load_model(str(manifest.header.model["id"]), dtype=options["dtype"], template=options["template"])
+def _trace(exported: Exported, quiet: bool) -> Features:
+    header = exported.manifest.header
+    options = header.options
+    loaded = load_model(str(header.model["id"]), dtype=options["dtype"], template=options["template"])
     prompt_options = ("system", "instruction", "choice_instruction", "enable_thinking")
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(*(options[name] for name in prompt_options)))
-    rows = voted(manifest)
-    groups = rollouts_of(manifest, rows)
+    rows, groups = list(exported.rows.values()), list(exported.rollouts.values())
     prompts = [builder.student(row.as_question()) for row in rows]
     answers = [row.answers for row in rows]
     completions = [[rollout.body_ids for rollout in group] for group in groups]
     marked = [
-        [answer_tokens(_pieces(loaded, ids), answer) for ids, answer in zip(group, said, strict=True)]
-        for group, said in zip(completions, answers, strict=True)
+        [answer_tokens(_pieces(loaded, ids), answer) for ids, answer in zip(group, texts, strict=True)]
+        for group, texts in zip(completions, answers, strict=True)
     ]
     flat = [mask for group in marked for mask in group]
     without = sum(not any(mask) for mask in flat) / len(flat)
@@ -145,7 +143,7 @@ def _pieces(loaded: LoadedModel, token_ids: Sequence[int]) -> list[str]:
 
 
 class _Tracer:
-    """One forward pass over the completions, each after its prompt's last token, in every reading."""
+    """Runs completions once, each after its prompt's last token, and reduces every reading."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.model = loaded.model
@@ -161,7 +159,7 @@ class _Tracer:
         completions: Sequence[Sequence[Sequence[int]]],
         answers: Sequence[Sequence[Sequence[bool]]],
     ) -> list[Tensor]:
-        """``ids`` and ``values`` [n, readings, size] and ``hidden`` [n, d_model] of all completions in order."""
+        """``ids`` and ``values`` [n, readings, size] and ``hidden`` [n, d_model] of all completions, in order."""
         prefix = run_prompts(self.model, [prompt[:-1] for prompt in prompts])
         owners = torch.tensor([owner for owner, group in enumerate(completions) for _ in group])
         rows = [[prompt[-1], *ids] for prompt, group in zip(prompts, completions, strict=True) for ids in group]
@@ -176,7 +174,7 @@ class _Tracer:
             "early": whole & (position <= EARLY_TOKENS),
             "answer": answer,
         }
-        kept = self.envoy.read(
+        layers, hidden = self.envoy.read(
             prefix.rows(owners).inputs(rows),
             partial(self._reduce, masks=masks, tokens=tokens),
             lambda hidden: masked_mean(hidden.float(), whole),
@@ -185,7 +183,6 @@ class _Tracer:
             with_output=True,
             hidden_layer=self.sites.n_layers * 2 // 3,
         )
-        layers, hidden = kept
         ids, values = (torch.cat(column, dim=-1) for column in zip(*layers, strict=True))
         return [ids, values, hidden]
 

@@ -1,17 +1,17 @@
-"""A search for neuron signals that add to the outputs, with held-out domains: what was tried, and what is left of it.
+"""A search for neuron signals that add to output-level signals, judged on held-out questions and domains.
 
     python -m figures.experiments.signal_search --train runs/demo/manifest --held-out runs/search/geography
     runs/search/language
 
-Every variant is an annotation-free probe fitted on the rollouts of one manifest (geography, training split) and read on
-the rollouts of others: questions of the same domain that it has not seen, and a domain that it has never seen. Gold
-answers are read there only, to judge. Each variant's trust is compared with the vote share and with all output-level
-signals (`neurosig.statistics.auroc`), and the p-values are corrected for all variants, domains and events together
-(Holm). Controls: shuffled labels, a linear probe of hidden states, and probes that were told the training questions'
-gold answers, which show what more is in the neurons than the annotation-free labels bring out.
+Every variant is an annotation-free probe fitted on the rollouts of one manifest (geography, training split) and applied
+to the rollouts of others: unseen questions of the same domain, and an unseen domain. Gold answers are read there only,
+to judge. Each variant's trust is compared with the vote share and with all output-level signals
+(`neurosig.statistics.auroc`), and the p-values are corrected for all variants, domains and events together (Holm).
+Controls: shuffled labels, a linear probe of hidden states, and probes fitted on the gold answers of the training
+questions, which show how much the neurons hold beyond the annotation-free labels.
 
 `python -m figures signal_search` draws the figure from ``signal_search.csv`` of the results folder, or from the
-committed ``figures/data/signal_search.csv`` where there is none.
+committed ``figures/data/signal_search.csv``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from figures.experiments.search_features import Features
-    from neurosig.manifest import Manifest, QuestionRow
+    from neurosig.exported import Exported
+    from neurosig.manifest import QuestionRow
 
     Array = np.ndarray[Any, Any]
 
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 NAME = "signal_search"
 NEEDS = None
-COMMITTED = Path(__file__).parents[1] / "data" / f"{NAME}.csv"
 RESAMPLES = 5000
 PENALTY, MIN_ACTIVE_SHARE = 0.1, 0.02
 HIDDEN_PENALTY = 0.01
@@ -49,14 +49,15 @@ Labels = Literal["agreement", "contrast", "shuffled", "gold"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One reading of the rollouts' neurons and what its probe learns.
+    """One reading of the rollouts' neurons and the labels of its probe.
 
     Attributes:
-        name: As the figure shows it.
+        name: Label in the figure.
         reading: One of `figures.experiments.search_features.READINGS`, or ``hidden``.
-        labels: ``agreement``: the question's rollouts split against agree; ``contrast``: the rollout left the
-            majority of its question against stayed with it; ``gold``: wrong against right.
-        layers: First and last third of the layers that count, of 0, 1 and 2.
+        labels: ``agreement``: questions whose rollouts split against questions whose rollouts agree; ``contrast``:
+            rollouts outside the majority of their question against rollouts inside; ``shuffled``: ``agreement`` in
+            random order; ``gold``: wrong against right rollouts.
+        layers: First and last third of the layers to read, of 0, 1 and 2.
         role: ``tried`` counts in the correction, ``control`` does not.
     """
 
@@ -94,11 +95,11 @@ class SearchConfig(CommonConfig):
     """Fit every variant on one manifest, judge it on others, and write signal_search.csv."""
 
     train: Path
-    """Manifest whose rollouts the probes learn from."""
+    """Manifest whose rollouts the probes are fitted on."""
     held_out: tuple[Path, ...]
     """Manifests to judge on; none may share a question with --train."""
     out: Path = Path("runs/search")
-    """Folder of signal_search.csv and of the traced features, which a second run reads again."""
+    """Folder of signal_search.csv and of the traced features, which a second run reuses."""
     resamples: int = RESAMPLES
     """Bootstrap resamples."""
     seed: int = 0
@@ -106,48 +107,52 @@ class SearchConfig(CommonConfig):
 
 
 def main(config: SearchConfig) -> None:
-    """Run the search described by ``config``."""
+    """Run the search described by ``config``.
+
+    Raises:
+        UserError: A manifest or its gold answers cannot be read, or --held-out shares questions with --train.
+    """
     import pandas as pd
 
     from figures.experiments.search_features import features_of
-    from neurosig.manifest import read_manifest
+    from neurosig.exported import Exported
     from neurosig.runtime.errors import UserError
     from neurosig.runtime.files import write_atomic
 
     config.out.mkdir(parents=True, exist_ok=True)
-    train = read_manifest(config.train)
-    held_out = [read_manifest(folder) for folder in config.held_out]
-    known = {row.text_sha256 for row in train.rows}
-    for manifest in held_out:
-        if known & {row.text_sha256 for row in manifest.rows}:
-            raise UserError(f"--held-out {manifest.folder}: shares questions with --train {config.train}")
+    train = Exported(config.train)
+    held_out = [Exported(folder) for folder in config.held_out]
+    known = {row.text_sha256 for row in train.manifest.rows}
+    for exported in held_out:
+        if known & {row.text_sha256 for row in exported.manifest.rows}:
+            raise UserError(f"--held-out {exported.manifest.folder}: shares questions with --train {config.train}")
     with PhaseTimer() as timer:
         with timer.phase("trace"):
-            learnt = features_of(train, config.out, quiet=config.quiet)
-            seen = [features_of(manifest, config.out, quiet=config.quiet) for manifest in held_out]
+            fitted = features_of(train, config.out, quiet=config.quiet)
+            judged = [features_of(exported, config.out, quiet=config.quiet) for exported in held_out]
         with timer.phase("fit"):
-            trust = _fit_all(train, learnt, seen, config)
+            trust = _fit_all(train, fitted, judged, config)
         with timer.phase("judge"):
-            tables = [_judge(manifest, scores, config) for manifest, scores in zip(held_out, trust, strict=True)]
+            tables = [_judge(exported, scores, config) for exported, scores in zip(held_out, trust, strict=True)]
     table = _corrected(pd.concat(tables, ignore_index=True))
     write_atomic(config.out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
-    without = ", ".join(f"{features.without_answer:.2f}" for features in (learnt, *seen))
+    without = ", ".join(f"{features.without_answer:.2f}" for features in (fitted, *judged))
     logger.info("share of rollouts without the answer's words, train and held out: %s", without)
     print(summary(table))
 
 
 def summary(table: pd.DataFrame) -> str:
-    """What is left of the search, in words."""
+    """The result of the search in words."""
     tried = table[table["role"] == "tried"]
     lines = []
-    for base, spoken in (("over_vote", "the vote share"), ("over_outputs", "all output-level signals")):
+    for base, name in (("over_vote", "the vote share"), ("over_outputs", "all output-level signals")):
         adding = tried[(tried[f"{base}_low"] > 0) & (tried[f"{base}_p_holm"] <= 0.05)]
         alone = int((tried[f"{base}_low"] > 0).sum())
         named = "; ".join(
             f"{row.variant} ({row.domain}, {row.event}) {getattr(row, base):+.3f}" for row in adding.itertuples()
         )
         lines.append(
-            f"Of {len(tried)} tests ({tried['variant'].nunique()} variants) {len(adding)} add to {spoken} after "
+            f"Of {len(tried)} tests ({tried['variant'].nunique()} variants) {len(adding)} add to {name} after "
             f"correction, {alone} before it{': ' if named else ''}{named}."
         )
     return "\n".join(lines)
@@ -157,39 +162,39 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def _fit_all(
-    train: Manifest, learnt: Features, seen: Sequence[Features], config: SearchConfig
+    train: Exported, fitted: Features, judged: Sequence[Features], config: SearchConfig
 ) -> list[dict[str, tuple[Array, int]]]:
-    """For each held-out manifest, variant -> the trust of its rollouts, and how many neurons the probe uses."""
+    """For each held-out manifest, variant -> trust of its rollouts, and number of neurons that the probe uses."""
     labels = _labels(train, config)
-    trust: list[dict[str, tuple[Array, int]]] = [{} for _ in seen]
+    trust: list[dict[str, tuple[Array, int]]] = [{} for _ in judged]
     for variant in progress(VARIANTS, desc="fit", quiet=config.quiet):
         fit = _fit_hidden if variant.reading == "hidden" else _fit_neurons
-        for scores, result in zip(trust, fit(variant, labels[variant.labels], learnt, seen, config), strict=True):
+        for scores, result in zip(trust, fit(variant, labels[variant.labels], fitted, judged, config), strict=True):
             scores[variant.name] = result
     return trust
 
 
-def _labels(manifest: Manifest, config: SearchConfig) -> dict[str, Array]:
-    """Label of each rollout, 1 suspect, 0 trusted, -1 not learnt from, in question order."""
+def _labels(exported: Exported, config: SearchConfig) -> dict[str, Array]:
+    """Labels of the rollouts in question order: 1 suspect, 0 trusted, -1 not used for fitting."""
     import numpy as np
 
+    from neurosig.exported import join_gold
     from neurosig.hallucination.probe import ProbeConfig, agreement_labels
     from neurosig.questions.answers import is_correct
-    from neurosig.report.data import join_gold, voted
 
-    rows = voted(manifest)
+    rows = list(exported.rows.values())
     k = len(rows[0].answers)
     shares = np.array([row.vote.count / row.vote.n for row in rows if row.vote])
     of_question = agreement_labels(shares, ProbeConfig())
     shuffled = of_question.copy()
-    learnt = np.flatnonzero(of_question >= 0)
-    shuffled[learnt] = np.random.default_rng(config.seed).permutation(of_question[learnt])
+    used = np.flatnonzero(of_question >= 0)
+    shuffled[used] = np.random.default_rng(config.seed).permutation(of_question[used])
     contrast = [
         -1 if answer is None or not clear else int(answer != row.pseudo_label)
         for row, clear in zip(rows, _clear_majority(rows), strict=True)
         for answer in row.answers
     ]
-    gold, _ = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    gold, _ = join_gold(exported.manifest, required=True)
     wrong = [int(not is_correct(answer, gold[row.id])) for row in rows for answer in row.answers]
     return {
         "agreement": np.repeat(of_question, k),
@@ -200,12 +205,12 @@ def _labels(manifest: Manifest, config: SearchConfig) -> dict[str, Array]:
 
 
 def _clear_majority(rows: Sequence[QuestionRow]) -> list[bool]:
-    """Whether one answer holds at least half of the votes and no other as many."""
+    """Whether one answer has at least half of the votes, and no other answer as many."""
     return [row.vote is not None and 2 * row.vote.count >= row.vote.n and row.vote.tied == 1 for row in rows]
 
 
 def _fit_neurons(
-    variant: Variant, labels: Array, learnt: Features, seen: Sequence[Features], config: SearchConfig
+    variant: Variant, labels: Array, fitted: Features, judged: Sequence[Features], config: SearchConfig
 ) -> list[tuple[Array, int]]:
     """The L1 probe of `neurosig.hallucination.probe` at its default penalty."""
     import numpy as np
@@ -213,11 +218,11 @@ def _fit_neurons(
     from neurosig.hallucination.lasso import design, fit_l1
 
     known = np.flatnonzero(labels >= 0)
-    prepared = design(_matrix(variant, learnt), MIN_ACTIVE_SHARE)
+    prepared = design(_matrix(variant, fitted), MIN_ACTIVE_SHARE)
     model = fit_l1(prepared.matrix[known], labels[known], PENALTY, config.seed)
     used = int(np.count_nonzero(model.coef_))
     weights = model.coef_[0] / prepared.scale
-    return [(-(_matrix(variant, features)[:, prepared.columns] @ weights), used) for features in seen]
+    return [(-(_matrix(variant, features)[:, prepared.columns] @ weights), used) for features in judged]
 
 
 def _matrix(variant: Variant, features: Features) -> Any:
@@ -227,13 +232,13 @@ def _matrix(variant: Variant, features: Features) -> Any:
     column = READINGS.index(variant.reading)
     ids, values = features.ids[:, column], features.values[:, column].astype(float)
     third = features.n_layers / 3
-    layer = ids[0] // features.d_mlp  # every row holds as many neurons of each layer, layer after layer
+    layer = ids[0] // features.d_mlp  # every row has the same number of neurons per layer, layer after layer
     kept = (layer >= variant.layers[0] * third) & (layer < (variant.layers[1] + 1) * third)
     return contribution_matrix(ids[:, kept], values[:, kept], features.n_layers * features.d_mlp)
 
 
 def _fit_hidden(
-    variant: Variant, labels: Array, learnt: Features, seen: Sequence[Features], config: SearchConfig
+    variant: Variant, labels: Array, fitted: Features, judged: Sequence[Features], config: SearchConfig
 ) -> list[tuple[Array, int]]:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -242,30 +247,31 @@ def _fit_hidden(
     known = labels >= 0
     model = make_pipeline(
         StandardScaler(), LogisticRegression(C=HIDDEN_PENALTY, class_weight="balanced", max_iter=1000)
-    ).fit(learnt.hidden[known], labels[known])
-    return [(-model.decision_function(features.hidden), 0) for features in seen]
+    ).fit(fitted.hidden[known], labels[known])
+    return [(-model.decision_function(features.hidden), 0) for features in judged]
 
 
 # Judging
 
 
-def _judge(manifest: Manifest, trust: Mapping[str, tuple[Array, int]], config: SearchConfig) -> pd.DataFrame:
+def _judge(exported: Exported, trust: Mapping[str, tuple[Array, int]], config: SearchConfig) -> pd.DataFrame:
     """AUROC and gains of every variant for both events on one held-out manifest."""
     import numpy as np
     import pandas as pd
 
-    from neurosig.report.data import join_gold, question_level, read_traced, rollout_level, voted
+    from neurosig.exported import join_gold
+    from neurosig.report.data import question_level, rollout_level
     from neurosig.report.signal_table import Signal, analyse
     from neurosig.statistics.auroc import AnalysisConfig
 
-    rows = voted(manifest)
-    gold, lacking = join_gold(manifest, manifest.header.dataset["sources"], required=True)
+    rows = list(exported.rows.values())
+    gold, lacking = join_gold(exported.manifest, required=True)
     assert lacking is None, lacking
     n, k = len(rows), len(rows[0].answers)
     stays = np.array([[answer == row.pseudo_label for answer in row.answers] for row in rows])
     levels = {
-        "majority is right": question_level(manifest, gold),
-        "rollout is right": rollout_level(manifest, read_traced(manifest), gold),
+        "majority is right": question_level(exported, gold),
+        "rollout is right": rollout_level(exported, gold),
     }
     lines = []
     for event, level in levels.items():
@@ -281,7 +287,7 @@ def _judge(manifest: Manifest, trust: Mapping[str, tuple[Array, int]], config: S
         roles = {variant.name: variant.role for variant in VARIANTS}
         for row in table:
             line = {
-                "domain": manifest.rows[0].domain,
+                "domain": exported.manifest.rows[0].domain,
                 "event": event,
                 "variant": row.signal.name.replace("_", " "),
                 "role": roles.get(row.signal.name, "output"),
@@ -306,7 +312,7 @@ def _columns(name: str, interval: Any) -> dict[str, float | None]:
 
 
 def _corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """With p-values corrected for everything tried: all variants, domains and events."""
+    """The table with p-values corrected over all variants that were tried, domains and events."""
     from neurosig.statistics.significance import holm
 
     tried = table["role"] == "tried"
@@ -322,44 +328,38 @@ def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure from ``results`` into ``out``."""
     import pandas as pd
 
-    from figures.style import save_figure, use_style
-    from neurosig.runtime.files import write_atomic
+    from figures.sources import made_or_committed
+    from figures.style import save_figure, subplots
 
-    use_style()
-    import matplotlib.pyplot as plt
-
-    made = results / f"{NAME}.csv"
-    table = pd.read_csv(made if made.is_file() else COMMITTED)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
+    table = pd.read_csv(made_or_committed(results / f"{NAME}.csv", NAME))
     panels = {"auroc": "AUROC", "over_vote": "adds to vote share", "over_outputs": "adds to all output signals"}
     events = list(dict.fromkeys(table["event"]))
-    figure, axes = plt.subplots(len(events), len(panels), figsize=(11, 4.6 * len(events)), sharey="row", squeeze=False)
+    figure, axes = subplots(len(events), len(panels), size=(11, 4.6 * len(events)), sharey="row", squeeze=False)
     for line, event in zip(axes, events, strict=True):
         for axis, (column, label) in zip(line, panels.items(), strict=True):
             _draw_panel(axis, table[table["event"] == event], column)
             axis.set_xlabel(f"{label} ({event})")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    paths = save_figure(figure, out, NAME)
-    plt.close(figure)
-    return [*paths, out / f"{NAME}.csv"]
+    return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 
 
 def _draw_panel(axis: Axes, table: pd.DataFrame, column: str) -> None:
-    colours = {"tried": "#0072B2", "control": "#E69F00", "output": "#7f7f7f"}
+    from figures.style import Colour
+
+    colours = {"tried": Colour.OURS, "control": Colour.CONTROL, "output": Colour.BASELINE}
     names = list(dict.fromkeys(table["variant"]))
     axis.axvline(0.5 if column == "auroc" else 0.0, color="black", linewidth=0.8, linestyle="--")
     for offset, domain in enumerate(dict.fromkeys(table["domain"])):
-        mine = table[table["domain"] == domain].set_index("variant").loc[names]
+        rows = table[table["domain"] == domain].set_index("variant").loc[names]
         y = [position + 0.2 * (2 * offset - 1) for position in range(len(names))]
-        marks = [colours[role] for role in mine["role"]]
-        axis.hlines(y, mine[f"{column}_low"], mine[f"{column}_high"], colors=marks, linewidth=1.2)
+        marks = [colours[role] for role in rows["role"]]
+        axis.hlines(y, rows[f"{column}_low"], rows[f"{column}_high"], colors=marks, linewidth=1.2)
         marker, faces = ("o", marks) if offset == 0 else ("s", "white")
-        axis.scatter(mine[column], y, color=faces, edgecolors=marks, marker=marker, s=16, zorder=3)
-        shown = "black" if offset == 0 else "white"
-        label = f"{domain} (n={mine['n'].iloc[0]})"
-        axis.scatter([], [], color=shown, edgecolors="black", marker=marker, label=label)
+        axis.scatter(rows[column], y, color=faces, edgecolors=marks, marker=marker, s=16, zorder=3)
+        face = "black" if offset == 0 else "white"
+        label = f"{domain} (n={rows['n'].iloc[0]})"
+        axis.scatter([], [], color=face, edgecolors="black", marker=marker, label=label)
     if column != "auroc":
         proven = table[table["role"].eq("tried") & (table[f"{column}_p_holm"] <= 0.05) & (table[f"{column}_low"] > 0)]
         for row in proven.itertuples():

@@ -1,4 +1,4 @@
-"""What the finished cells of a grid say, in two files: a row a cell and target, and a row a question."""
+"""The results of a grid's finished cells in two files: one row per cell and target, and one row per question."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.train import METRICS as METRICS_FILE
+from figures.grid.config import BASE, CONTROL
 from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from figures.grid.table_text import markdown
-from figures.grid.tables import BASE, METRICS, Layout, scope_table
+from figures.grid.tables import METRICS, Layout, scope_table
 from neurosig.runtime.files import csv_cell, write_atomic
 
 RESULTS = "results.csv"
@@ -23,11 +24,18 @@ AGGREGATES = (
 
 
 def collect(out: Path, targets: Sequence[str]) -> str:
-    """Gather what is finished of the grid in ``out``; returns its tables as Markdown, empty without a whole base.
+    """Collect the finished cells of the grid in ``out``.
 
     Writes ``grid.parquet`` (`figures.grid.rows`) and ``results.csv``, the aggregates of each cell and target with the
     budget of its training. The untrained model at the temperature with the best mean Avg@K on the development
-    questions goes by the name ``control``.
+    questions is named ``control``.
+
+    Args:
+        out: Folder of the grid.
+        targets: Domains in the order of the tables.
+
+    Returns:
+        The tables as Markdown; empty until the base is evaluated on every target.
     """
     chosen = control_temperature(sorted((out / "cells").iterdir()))
     rows, results = [], []
@@ -49,7 +57,7 @@ def collect(out: Path, targets: Sequence[str]) -> str:
 
 
 def control_temperature(cells: Sequence[Path]) -> str | None:
-    """Name of the cell with the best mean Avg@K on the development questions; the first by name of equals."""
+    """Name of the cell with the best mean Avg@K on the development questions; of equals, the first by name."""
     scores: dict[str, float] = {}
     for cell in cells:
         measured = [_summary(path.parent)["avg_at_k"]["estimate"] for path in cell.glob("eval/dev-*/summary.json")]
@@ -59,11 +67,11 @@ def control_temperature(cells: Sequence[Path]) -> str | None:
 
 
 def _run(cell: str, control: str | None) -> Run | None:
-    """The run that a cell's name stands for; none for a temperature that was not chosen."""
+    """The run of the cell of this name; ``None`` for a temperature that was not chosen."""
     method, *trained = cell.split("--")
     if trained:
         return Run(method, trained[0], int(trained[1].removeprefix("seed")))
-    return Run("control" if cell == control else BASE, "", 0) if cell in (BASE, control) else None
+    return Run(CONTROL if cell == control else BASE, "", 0) if cell in (BASE, control) else None
 
 
 def _key(run: Run, target: str) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def _key(run: Run, target: str) -> dict[str, Any]:
 
 
 def _summary(folder: Path) -> Mapping[str, Any]:
-    """The aggregates of an evaluation; where its questions are of several domains, of the largest."""
+    """The aggregates of an evaluation; of its largest domain, where it has several."""
     domains = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["domains"].values()
     return max(domains, key=lambda domain: int(domain["n"]))
 
@@ -80,8 +88,8 @@ def _aggregates(folder: Path) -> dict[str, Any]:
     summary = _summary(folder)
     row: dict[str, Any] = {"n": summary["n"], "k": summary["k"]}
     for name in METRICS:
-        found = summary[name]
-        row |= {name: found["estimate"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+        value = summary[name]
+        row |= {name: value["estimate"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
     row |= {name: summary[name] for name in AGGREGATES}
     row["temperature"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["config"]["temperature"]
     return row

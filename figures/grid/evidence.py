@@ -1,7 +1,7 @@
-"""Keep of a grid of runs what its figures and tests need: ``python -m figures.grid.evidence --grid runs/grid``.
+"""The part of a grid that its figures and tests need: ``python -m figures.grid.evidence --grid runs/grid``.
 
 Copies the grid's rows and aggregates, and adds ``signals.csv``: for every training question of every source, whether
-its majority answer is right (gold answers are read here, nowhere before), and what each signal said.
+its majority answer is right, and the trust that each score puts in it. Gold answers are read here, to judge only.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from figures.grid.__main__ import FIRST, SETTINGS
+from figures.grid.cells import SHARED_EXPORT
 from figures.grid.collect import RESULTS
+from figures.grid.config import SETTINGS
 from figures.grid.rows import FILES, LAYOUT, find_grid
-from neurosig.manifest import read_manifest
-from neurosig.report.data import join_gold, question_level
+from figures.sources import DATA
+from neurosig.exported import Exported, join_gold
+from neurosig.report.data import question_level
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
@@ -25,21 +27,25 @@ from neurosig.runtime.files import write_atomic
 logger = logging.getLogger(__name__)
 
 SIGNALS = "signals.csv"
-KEPT = Path(__file__).parents[1] / "data" / "grid"
+COMMITTED = DATA / "grid"
 
 
 @dataclass(kw_only=True)
 class EvidenceConfig(CommonConfig):
-    """Gather what a grid says into one small folder."""
+    """Copy the results of a grid into one small folder, and add the scores of its training questions."""
 
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
-    out: Path = KEPT
+    out: Path = COMMITTED
     """Folder of grid.parquet, layout.json, results.csv and signals.csv."""
 
 
 def main(config: EvidenceConfig) -> None:
-    """Copy and compute; each file is replaced whole."""
+    """Write the four files, each atomically.
+
+    Raises:
+        UserError: The grid is not finished, or gold answers cannot be read.
+    """
     for name in (FILES[0], LAYOUT, RESULTS, SETTINGS):
         if not (config.grid / name).is_file():
             raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
@@ -47,26 +53,29 @@ def main(config: EvidenceConfig) -> None:
     for name in (FILES[0], LAYOUT, RESULTS):
         write_atomic(config.out / name, (config.grid / name).read_bytes())
     sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()
-    frames = [signals(config.grid / FIRST.format(source=source), source) for source in sources]
+    frames = [signals(config.grid / SHARED_EXPORT.format(source=source), source) for source in sources]
     write_atomic(config.out / SIGNALS, pd.concat(frames).to_csv(index=False, float_format="%.6g"))
     logger.info("%s", config.out)
 
 
-def grid_folder(results: Path) -> Path | None:
-    """Where the grid to draw is: the results folder, or what is kept here of one; none if there is neither."""
-    return next((folder for folder in (results, KEPT) if find_grid(folder) is not None), None)
+def grid_folder(results: Path) -> Path:
+    """The folder of the grid to draw: ``results`` if it holds one, else the committed ``figures/data/grid``."""
+    if find_grid(results) is not None:
+        return results
+    logger.info("%s: there is no %s; drawn from the committed grid", results, FILES[0])
+    return COMMITTED
 
 
 def signals(folder: Path, source: str) -> pd.DataFrame:
-    """A row a question of one manifest: ``source``, ``id``, ``right`` and the trust that each signal puts in it.
+    """One row per question of a manifest: ``source``, ``id``, ``right`` and the trust that each score puts in it.
 
     Raises:
         UserError: The manifest, or the gold answers of its questions, cannot be read.
     """
-    manifest = read_manifest(folder)
-    gold, _ = join_gold(manifest, manifest.header.dataset["sources"], required=True)
-    level = question_level(manifest, gold)
-    ids = [row.id for row in manifest.rows if row.vote is not None and row.id in gold]
+    exported = Exported(folder)
+    gold, _ = join_gold(exported.manifest, required=True)
+    level = question_level(exported, gold)
+    ids = [name for name in exported.rows if name in gold]
     columns = {signal.name: signal.trust for signal in level.signals}
     return pd.DataFrame({"source": source, "id": ids, "right": level.right, **columns})
 

@@ -1,9 +1,9 @@
 """Tables as text: Markdown, LaTeX (booktabs) and CSV in long form.
 
-A cell reads ``74.59 (+0.61 / 1.30)``: the value, its change, and the smallest change that the comparison would find
-with 80% power. Bold is the best value of a column; where the interval of the change holds zero the cell is grey, never
-bold; a star marks a change that outlasts Holm's correction over the domains of its row; a dagger marks a mean over
-fewer domains than the others have.
+A cell reads ``74.59 (+0.61 / 1.30)``: the value, its change, and the smallest change that the comparison would detect
+with 80% power. The best value of a column is bold. A cell is grey, never bold, if the interval of its change contains
+zero. A star marks a change that is significant after Holm's correction over the domains of its row, a dagger a mean
+over fewer domains than the other rows have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 
-from figures.grid.tables import METHODS, Cell, Row, Table
+from figures.grid.tables import Cell, Row, Table, method_label
 from neurosig.runtime.files import csv_cell
 
 DASH, GREY, FEWER, STAR = "—", "~", "†", "\\*"
@@ -24,7 +24,7 @@ FIELDS = (
 
 
 def rounded(value: float, decimals: int) -> str:
-    """``value`` with ``decimals``, halves away from zero, never "-0.00"."""
+    """``value`` with ``decimals``, halves rounded away from zero, never "-0.00"."""
     exact = Decimal(f"{value:.10f}")  # the float error of a mean must not decide a half
     text = str(exact.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP))
     return text.removeprefix("-") if not text.strip("-0.") else text
@@ -36,17 +36,17 @@ def signed(value: float, decimals: int) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
-def markdown(table: Table, labels: Mapping[str, str] = METHODS) -> str:
-    """A Markdown table; a cell whose interval holds zero begins with "~", which stands for grey."""
+def markdown(table: Table) -> str:
+    """A Markdown table; a cell whose interval contains zero begins with "~" instead of being grey."""
     lines = ["| " + " | ".join([*table.heads, *table.columns]) + " |", "|---" * (2 + len(table.columns)) + "|"]
     best = table.best()
     for index, row in enumerate(table.rows):
         cells = [_markdown_cell(cell, table.metric.decimals, (index, c) in best) for c, cell in enumerate(row.cells)]
-        lines.append("| " + " | ".join([_name(row, labels), row.scope, *cells]) + " |")
+        lines.append("| " + " | ".join([_name(row), row.scope, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def latex(table: Table, *, caption: str, label: str, labels: Mapping[str, str] = METHODS) -> str:
+def latex(table: Table, *, caption: str, label: str) -> str:
     """A floating LaTeX table; needs the packages booktabs, graphicx and xcolor."""
     best = table.best()
     lines = [
@@ -64,13 +64,13 @@ def latex(table: Table, *, caption: str, label: str, labels: Mapping[str, str] =
         if index and _block(row) != _block(table.rows[index - 1]):
             lines.append(r"\midrule")
         cells = [_latex_cell(cell, table.metric.decimals, (index, c) in best) for c, cell in enumerate(row.cells)]
-        lines.append(" & ".join([_escaped(_name(row, labels)), _escaped(row.scope), *cells]) + r" \\")
+        lines.append(" & ".join([_escaped(_name(row)), _escaped(row.scope), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table}", ""]
     return "\n".join(lines)
 
 
 def csv_rows(tables: Mapping[str, Table]) -> str:
-    """All cells of all tables, one a line, unrounded; the columns are `FIELDS`."""
+    """All cells of all tables, one per line, unrounded; the columns are `FIELDS`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -93,7 +93,7 @@ def csv_rows(tables: Mapping[str, Table]) -> str:
 
 
 def cell_text(cell: Cell, decimals: int) -> str:
-    """``74.59 (+0.61 / 1.30)`` without marks; a dash where there is no value."""
+    """``74.59 (+0.61 / 1.30)`` without marks; a dash if there is no value."""
     if cell.value is None:
         return DASH
     text = rounded(cell.value, decimals)
@@ -134,12 +134,12 @@ def _proven(cell: Cell) -> bool:
     return cell.p_holm is not None and cell.p_holm <= 0.05 and not cell.unsure
 
 
-def _name(row: Row, labels: Mapping[str, str]) -> str:
-    return labels.get(row.method, row.method) + (" (1 seed)" if row.seeds == 1 else "")
+def _name(row: Row) -> str:
+    return method_label(row.method) + (" (1 seed)" if row.seeds == 1 else "")
 
 
 def _block(row: Row) -> str:
-    """Rows of one block stand without a rule between them."""
+    """The block of a row; rules separate blocks."""
     return "untrained" if row.scope in ("base", "") else row.method
 
 

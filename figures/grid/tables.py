@@ -1,19 +1,19 @@
-"""The tables of methods by domains: values, changes against the untrained model, and what is sure about them.
+"""The tables of methods by domains: values, and changes against the untrained model with their intervals.
 
 A method is trained on a source domain and evaluated on every target, which gives a matrix source x target. The tables
-of the paper (arXiv 2607.02460, poster) condense it, one column a source::
+of the paper (arXiv 2607.02460, poster) condense it, one column per source::
 
     in      the source itself, M[s][s]
-    cross   plain mean over all other targets, of which a domain that a method has not been trained on is one
+    cross   plain mean over all other targets, also those that the method has not been trained on
     groups  plain mean of the row over the group's sources ("SKE_AVG" is biology, material, physics and chemistry)
     AVG     plain mean of the row over the sources that have a value; a missing source is a dash
 
-Changes compare with the reference over the very same cells and come from unrounded values, so they need not be the
+Changes compare with the reference over the same cells and come from unrounded values, so they can differ from the
 difference of two printed numbers. The ECE of an average is the average of the ECEs. These formulas reproduce every
 number of the published Tables 3 and 4 but one (see ``tests/data``).
 
-Every number may come with bootstrap draws: the last axis of all arrays is ``draws``, of which the first is the data's
-own value. `plain` makes such an axis for numbers without draws.
+Every number may have bootstrap draws: the last axis of all arrays is ``draws``, whose first entry is the observed
+value. `plain` makes such an axis for numbers without draws.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jaxtyping import Float
 
+from figures.grid.config import BASE, CONTROL
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.resampling import percentile_ends
 from neurosig.statistics.significance import bootstrap_p, holm, minimum_detectable_effect
 
-BASE, AVERAGE = "base", "AVG"
+AVERAGE = "AVG"
 SCOPES = ("in", "cross")
-METHODS = {
+METHOD_LABELS = {
     BASE: "base",
-    "control": "base, best temperature",
+    CONTROL: "base, best temperature",
     "lmsi": "LMSI",
     "ttrl": "TTRL",
     "intuitor": "Intuitor",
@@ -42,8 +44,13 @@ METHODS = {
     "nopsd-random": "N-OPSD, random context",
     "vote-only-random": "N-OPSD, vote alone, random context",
 }
-"""Methods in the order of the tables, and as they are printed; others follow by name."""
+"""Method -> label, in the order of the tables; other methods follow by name."""
 LEVEL = 0.95
+
+
+def method_label(method: str) -> str:
+    """The label of a method; its own name where it has none."""
+    return METHOD_LABELS.get(method, method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +119,7 @@ PAPER = Layout(
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One number of a table; every field is ``None`` for a dash, and without draws there is no interval.
+    """One number of a table; every field is ``None`` for a dash, and the interval is ``None`` without draws.
 
     Attributes:
         value: In printed units, unrounded.
@@ -121,9 +128,9 @@ class Cell:
         p: Two-sided bootstrap p-value of the change.
         p_holm: The same, corrected for the domains of its row (Holm); ``None`` for groups and averages.
         mde: Smallest change that this paired comparison finds with 80% power at the 5% level.
-        mde_unpaired: The same if the two had been measured on different questions.
-        n: Questions behind it.
-        partial: A mean that lacks some of its domains, and so does not compare with those that have them.
+        mde_unpaired: The same for two measurements on different questions.
+        n: Number of questions it is computed from.
+        partial: Whether it is a mean that lacks some of its domains, and so is not comparable to complete ones.
     """
 
     value: float | None = None
@@ -139,17 +146,17 @@ class Cell:
 
     @property
     def unsure(self) -> bool:
-        """Whether the interval of the change holds zero."""
+        """Whether the interval of the change contains zero."""
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line: the method, its scope (``base``, ``in``, ``cross``, or a source) and a cell a column.
+    """One line: the method, its scope (``base``, ``in``, ``cross``, or a source) and one cell per column.
 
     Attributes:
-        seeds: Training seeds behind it; 0 for untrained models, ``None`` where unknown.
-        rivals: Rows of one name compete for the best value of a column.
+        seeds: Number of training seeds; 0 for untrained models, ``None`` where unknown.
+        rivals: Group of rows that compete for the best value of a column.
     """
 
     method: str
@@ -172,7 +179,7 @@ class Table:
     def best(self) -> set[tuple[int, int]]:
         """Row and column of the best values of each column among rivals; a partial mean does not compete."""
         sign = 1 if self.metric.higher_is_better else -1
-        found = set()
+        best = set()
         for column in range(len(self.columns)):
             for rivals in {row.rivals for row in self.rows}:
                 values = {
@@ -180,21 +187,21 @@ class Table:
                     for index, row in enumerate(self.rows)
                     if row.rivals == rivals and row.cells[column].value is not None and not row.cells[column].partial
                 }
-                found |= {(index, column) for index, value in values.items() if value == max(values.values())}
-        return found
+                best |= {(index, column) for index, value in values.items() if value == max(values.values())}
+        return best
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a table is made from, for one metric, in printed units.
+    """The data of a table, for one metric, in printed units.
 
     Attributes:
-        metric: What was measured.
+        metric: The measure.
         layout: Its domains.
         untrained: Values of untrained models, by name; `BASE` is among them.
         trained: Source x target matrices, by method; ``nan`` where there is no value.
-        seeds: Training seeds of each method, the fewest over its sources.
-        questions: Questions of each domain.
+        seeds: Number of training seeds of each method; the smallest over its sources.
+        questions: Number of questions of each domain.
     """
 
     metric: Metric
@@ -232,7 +239,7 @@ def plain(
 
 
 def scope_table(results: Results, *, against: str = BASE) -> Table:
-    """The form of Tables 3 and 4: untrained rows, then ``in`` and ``cross`` of each method, one column a source.
+    """The form of Tables 3 and 4: untrained rows, then ``in`` and ``cross`` of each method, one column per source.
 
     Args:
         results: The matrices.
@@ -255,7 +262,7 @@ def scope_table(results: Results, *, against: str = BASE) -> Table:
 
 
 def matrix_table(results: Results, *, against: str = BASE) -> Table:
-    """The form of Tables 7 and 8: every source x target value, one row a method and source, one column a target.
+    """The form of Tables 7 and 8: every source x target value, one row per method and source, one column per target.
 
     Raises:
         UserError: There is no such model.
@@ -293,11 +300,11 @@ def _first(
 def _by_source(
     matrix: Float[np.ndarray, "sources targets draws"], base: Float[np.ndarray, "targets draws"], scope: str
 ) -> tuple[Float[np.ndarray, "sources draws"], Float[np.ndarray, "sources draws"]]:
-    """One value a source, and the reference over the same targets."""
+    """One value per source, and the reference over the same targets."""
     n = len(matrix)
     if scope == "in":
         return matrix[np.arange(n), np.arange(n)], base
-    if n == 1:  # nowhere to cross to
+    if n == 1:  # there is no other target
         return np.full_like(base, np.nan), np.full_like(base, np.nan)
     others = [[target for target in range(n) if target != source] for source in range(n)]
     cross = np.stack([matrix[source][targets].mean(axis=0) for source, targets in enumerate(others)])
@@ -307,7 +314,7 @@ def _by_source(
 def _columns(
     by_domain: Float[np.ndarray, "domains draws"], layout: Layout
 ) -> dict[str, Float[np.ndarray, "present draws"]]:
-    """Values of the domains behind each column, those without a value left out."""
+    """Values of the domains of each column; domains without a value are left out."""
     known = ~np.isnan(by_domain[:, 0])
     return {column: by_domain[[i for i in layout.members(column) if known[i]]] for column in layout.columns}
 
@@ -356,13 +363,13 @@ def _cell(values: Float[np.ndarray, "present draws"], reference: Float[np.ndarra
     if len(change) == 1:
         return Cell(float(mean[0]), float(change[0]))
     draws = change[1:]
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = percentile_ends(draws, LEVEL)
     apart = float(np.hypot(mean[1:].std(), other[1:].std()))
     return Cell(
         value=float(mean[0]),
         delta=float(change[0]),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         p=bootstrap_p(draws),
         mde=minimum_detectable_effect(float(draws.std())),
         mde_unpaired=minimum_detectable_effect(apart),
@@ -370,7 +377,7 @@ def _cell(values: Float[np.ndarray, "present draws"], reference: Float[np.ndarra
 
 
 def _questions(counts: Sequence[int] | None, sources: Sequence[int], scope: str, domains: int) -> int | None:
-    """Questions of all targets behind a cell."""
+    """Number of questions of all targets of a cell."""
     if counts is None:
         return None
     if scope == "in":

@@ -1,7 +1,7 @@
 """The notebooks' pictures: one function each, from the numbers to a figure that the notebook shows.
 
-They share the style of the paper's figures (`figures.style`) and say in themselves what n and which interval they
-hold. `calibration_table` reads what the reliability diagrams are made of.
+They share the style of the paper's figures (`figures.style`) and state their n and interval. `calibration_table` reads
+the evaluations behind the reliability diagrams.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.style import use_style
+from figures.style import SERIES, Colour, use_style
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
 
@@ -31,15 +31,12 @@ if TYPE_CHECKING:
     from neurosig.report.signal_table import SignalRow
     from neurosig.statistics.metrics import Interval
 
-BLUE, ORANGE, GREY, GREEN, PURPLE = "#0072B2", "#E69F00", "#7f7f7f", "#009E73", "#CC79A7"
-"""Okabe & Ito 2008."""
-KINDS = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (GREY, "v"), ("#56B4E9", "P"), ("#D55E00", "X"))
-"""Colour and marker of each series; the marker tells them apart without colour."""
-TRUST = {"neuron": (BLUE, "D"), "output": (GREY, "o"), "control": ("#000000", "x")}
+TRUST = {"neuron": (Colour.OURS, "D"), "output": (Colour.BASELINE, "o"), "control": (Colour.BLACK, "x")}
+"""Kind of signal -> colour and marker."""
 
 
 def notebook_style() -> None:
-    """The style of the project's figures, shown inline, and no progress bars; call it first in a notebook."""
+    """Set the style of the project's figures, show them inline, hide progress bars; call it first in a notebook."""
     from IPython import get_ipython
     from transformers.utils import logging
 
@@ -79,7 +76,7 @@ def similarity_map(
 def agreement_scatter(
     share: Sequence[float], agreement: Sequence[float], kinds: Sequence[str], *, seed: int = 0
 ) -> Figure:
-    """Agreement of a question's active sets against that of its answers; shares are jittered to part equal ones."""
+    """Agreement of a question's active sets against that of its answers; shares are jittered to separate equal ones."""
     figure = Figure(figsize=(5.4, 3.4))
     axis = figure.subplots()
     jitter = np.random.default_rng(seed).uniform(-0.012, 0.012, len(share))
@@ -91,12 +88,12 @@ def agreement_scatter(
 
 
 def probe_path(located: Located) -> Figure:
-    """How size and cross-validated quality of the probe change with its penalty, and what stability selection finds."""
+    """Size and cross-validated AUROC of the probe along its penalty, and the frequencies of stability selection."""
     figure = Figure(figsize=(9.4, 3.2))
     size, quality, stable = figure.subplots(1, 3)
     path, probe = located.probe.path, located.probe
     chosen = probe.inverse_penalty
-    size.plot(path["inverse_penalty"], path["neurons"], "-D", color=BLUE, markersize=4)
+    size.plot(path["inverse_penalty"], path["neurons"], "-D", color=Colour.OURS, markersize=4)
     size.set(ylabel="neurons with a weight", ylim=(0, None))
     size.set_title("Size along the path")
     quality.errorbar(
@@ -104,7 +101,7 @@ def probe_path(located: Located) -> Figure:
         path["auroc_mean"],
         yerr=path["auroc_sd"],
         fmt="-o",
-        color=BLUE,
+        color=Colour.OURS,
         capsize=2,
         markersize=4,
     )
@@ -115,10 +112,10 @@ def probe_path(located: Located) -> Figure:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel("inverse penalty C")
-        axis.axvline(chosen, color=ORANGE, linewidth=1.2, linestyle=":", label="chosen")
+        axis.axvline(chosen, color=Colour.CONTROL, linewidth=1.2, linestyle=":", label="chosen")
     size.legend(fontsize=8)
     frequency = np.sort(probe.stability.frequency)[::-1][:60]
-    stable.plot(range(1, len(frequency) + 1), frequency, ".-", color=BLUE, linewidth=1, markersize=4)
+    stable.plot(range(1, len(frequency) + 1), frequency, ".-", color=Colour.OURS, linewidth=1, markersize=4)
     stable.axhline(probe.stability.threshold, color="black", linewidth=0.8, linestyle="--")
     stable.text(len(frequency), probe.stability.threshold + 0.015, "stable from here", ha="right", fontsize=8)
     stable.set(xlabel="neuron, most often selected first", ylabel="share of halves that select it", ylim=(0, 1.02))
@@ -138,12 +135,12 @@ def auroc_forest(rows: Sequence[SignalRow], *, event: str, n: int) -> Figure:
 
 
 def silhouettes(table: pd.DataFrame, k: int) -> Figure:
-    """Silhouette of each number of clusters; the chosen one is marked."""
+    """Silhouette of each number of clusters; the chosen number is marked."""
     figure = Figure(figsize=(4.4, 2.7))
     axis = figure.subplots()
-    axis.plot(table["k"], table["silhouette"], "-o", color=BLUE, markersize=4.5)
+    axis.plot(table["k"], table["silhouette"], "-o", color=Colour.OURS, markersize=4.5)
     best = table.set_index("k")["silhouette"][k]
-    axis.plot([k], [best], "D", color=ORANGE, markersize=8, label=f"chosen: {k}")
+    axis.plot([k], [best], "D", color=Colour.CONTROL, markersize=8, label=f"chosen: {k}")
     axis.set(xlabel="clusters", ylabel="silhouette", xticks=list(table["k"]))
     axis.set_title("How many patterns")
     axis.legend(fontsize=8)
@@ -154,25 +151,27 @@ def silhouettes(table: pd.DataFrame, k: int) -> Figure:
 
 
 def entropy_curves(entropies: Mapping[str, Sequence[TokenEntropies]], *, longest: int = 16) -> Figure:
-    """Mean entropy of student and teacher at each token, a panel a context; bands: 95% interval over questions."""
+    """Mean entropy of student and teacher at each token, one panel per context; bands: 95% interval over questions."""
     figure = Figure(figsize=(2.1 * len(entropies) + 0.6, 3.0))
     axes = np.atleast_1d(figure.subplots(1, len(entropies), sharey=True))
-    for axis, (name, found) in zip(axes, entropies.items(), strict=True):
-        for who, colour, line in (("student", GREY, "--"), ("teacher", BLUE, "-")):
-            mean, low, high = _by_position(found, who, longest)
+    for axis, (name, rollouts) in zip(axes, entropies.items(), strict=True):
+        for who, colour, line in (("student", Colour.BASELINE, "--"), ("teacher", Colour.OURS, "-")):
+            mean, low, high = _by_position(rollouts, who, longest)
             axis.plot(range(1, len(mean) + 1), mean, line, color=colour, label=who)
             axis.fill_between(range(1, len(mean) + 1), low, high, color=colour, alpha=0.2, linewidth=0)
         axis.set(xlabel="token", ylim=(0, None))
         axis.set_title(name.replace("_", " "))
     axes[0].set_ylabel("entropy (nats)")
     axes[0].legend(fontsize=8)
-    n = len({one.question_id for found in entropies.values() for one in found})
-    figure.supxlabel(f"n={n} questions; bands: 95% interval of the mean over the questions that get so far", fontsize=8)
+    n = len({one.question_id for rollouts in entropies.values() for one in rollouts})
+    figure.supxlabel(
+        f"n={n} questions; bands: 95% interval of the mean over the questions of at least this length", fontsize=8
+    )
     return figure
 
 
 def gap_scatter(table: pd.DataFrame, fit: GapFit) -> Figure:
-    """Gain of each question and context against its entropy gap, the fitted line, and its interval in words.
+    """Gain of each question and context against its entropy gap, the fitted line, and its slope with interval.
 
     Args:
         table: Columns ``gap``, ``gain``, ``policy``.
@@ -182,10 +181,7 @@ def gap_scatter(table: pd.DataFrame, fit: GapFit) -> Figure:
     axis = figure.subplots()
     draw_gap(axis, table, fit)
     slope, r = fit.slope, fit.r
-    axis.set_title(
-        f"slope {slope.estimate:+.2f} [{slope.low:+.2f}, {slope.high:+.2f}] a nat, "
-        f"r {r.estimate:+.2f} [{r.low:+.2f}, {r.high:+.2f}]"
-    )
+    axis.set_title(f"slope {slope:+.2f} per nat, r {r:+.2f}")
     axis.legend(fontsize=8, title_fontsize=8, title=f"context (n={slope.n} questions)")
     return figure
 
@@ -194,9 +190,9 @@ def gap_scatter(table: pd.DataFrame, fit: GapFit) -> Figure:
 
 
 def calibration_table(run: Path) -> pd.DataFrame:
-    """Every question of every evaluation below ``run/eval``: one row each.
+    """Every question of every evaluation in ``run/eval``, one row each.
 
-    Columns: ``method``, ``temperature``, ``scope`` (``in-domain`` where the manifest holds the domain), ``domain``,
+    Columns: ``method``, ``temperature``, ``scope`` (``in-domain`` if the manifest has the domain), ``domain``,
     ``id``, ``k``, ``votes`` and ``accuracy`` (of the majority, in expectation over ties).
 
     Raises:
@@ -231,35 +227,35 @@ def calibration_table(run: Path) -> pd.DataFrame:
 
 
 def calibration_summary(questions: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
-    """ECE with its 95% bootstrap interval over questions, smooth ECE, Brier and signed gap of each method and scope.
+    """ECE with its 95% bootstrap interval over questions, smooth ECE, Brier and signed gap, per method and scope.
 
-    ``ece_floor`` is what a perfectly calibrated sampler shows at this K and n
+    ``ece_floor`` is the ECE of a perfectly calibrated sampler at this K and n
     (`neurosig.statistics.metrics.ece_floor`).
     """
     rows = []
-    for (scope, method), mine in questions.groupby(["scope", "method"], sort=False):
-        votes, k = mine["votes"].to_numpy(np.int64), int(mine["k"].iloc[0])
-        accuracy = mine["accuracy"].to_numpy(np.float64)
+    for (scope, method), group in questions.groupby(["scope", "method"], sort=False):
+        votes, k = group["votes"].to_numpy(np.int64), int(group["k"].iloc[0])
+        accuracy = group["accuracy"].to_numpy(np.float64)
 
         def value(
             chosen: Int[np.ndarray, " questions"], votes: Any = votes, k: int = k, accuracy: Any = accuracy
         ) -> float:
             return metrics.ece(votes[chosen], k, accuracy[chosen])
 
-        interval = metrics.bootstrap_interval(value, len(mine), seed=seed, resamples=resamples)
+        interval = metrics.bootstrap_interval(value, len(group), seed=seed, resamples=resamples)
         rows.append(
             {
                 "scope": scope,
                 "method": method,
-                "temperature": float(mine["temperature"].iloc[0]),
-                "n": len(mine),
+                "temperature": float(group["temperature"].iloc[0]),
+                "n": len(group),
                 "k": k,
                 "maj_at_k": float(accuracy.mean()),
                 "confidence": float((votes / k).mean()),
                 "ece": interval.estimate,
                 "ece_low": interval.low,
                 "ece_high": interval.high,
-                "ece_floor": metrics.ece_floor(k, len(mine), seed=seed),
+                "ece_floor": metrics.ece_floor(k, len(group), seed=seed),
                 "smooth_ece": metrics.smooth_ece(votes, k, accuracy),
                 "brier": metrics.brier(votes, k, accuracy),
                 "signed_gap": metrics.signed_gap(votes, k, accuracy),
@@ -269,7 +265,7 @@ def calibration_summary(questions: pd.DataFrame, *, seed: int = 0, resamples: in
 
 
 def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """Accuracy of the majority at each confidence, a row a scope and a column a method; area: how many questions."""
+    """Accuracy of the majority at each confidence, one row per scope, one column per method; area: questions."""
     scopes, methods = list(dict.fromkeys(summary["scope"])), list(dict.fromkeys(summary["method"]))
     figure = Figure(figsize=(2.2 * len(methods) + 0.4, 2.5 * len(scopes)))
     axes = figure.subplots(len(scopes), len(methods), squeeze=False, sharex=True, sharey=True)
@@ -277,21 +273,26 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
     for row, scope in enumerate(scopes):
         for column, method in enumerate(methods):
             axis = axes[row, column]
-            mine = questions[(questions["scope"] == scope) & (questions["method"] == method)]
+            cell = questions[(questions["scope"] == scope) & (questions["method"] == method)]
             axis.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
-            groups = mine.groupby("votes")["accuracy"].agg(["mean", "size"])
-            confidence = groups.index.to_numpy() / int(mine["k"].iloc[0])
-            axis.vlines(confidence, confidence, groups["mean"], color=ORANGE, linewidth=2)
+            groups = cell.groupby("votes")["accuracy"].agg(["mean", "size"])
+            confidence = groups.index.to_numpy() / int(cell["k"].iloc[0])
+            axis.vlines(confidence, confidence, groups["mean"], color=Colour.CONTROL, linewidth=2)
             axis.scatter(
-                confidence, groups["mean"], s=14 + 130 * groups["size"] / most, color=BLUE, edgecolors="white", zorder=3
+                confidence,
+                groups["mean"],
+                s=14 + 130 * groups["size"] / most,
+                color=Colour.OURS,
+                edgecolors="white",
+                zorder=3,
             )
-            found = summary[(summary["scope"] == scope) & (summary["method"] == method)].iloc[0]
-            axis.set_title(f"{method} (T={found['temperature']:g}), {scope}", fontsize=8.5)
+            values = summary[(summary["scope"] == scope) & (summary["method"] == method)].iloc[0]
+            axis.set_title(f"{method} (T={values['temperature']:g}), {scope}", fontsize=8.5)
             axis.text(
                 0.03,
                 0.97,
-                f"ECE {found['ece']:.3f} [{found['ece_low']:.3f}, {found['ece_high']:.3f}]\n"
-                f"smooth ECE {found['smooth_ece']:.3f}\nn={found['n']}",
+                f"ECE {metrics.format_interval(values['ece'], values['ece_low'], values['ece_high'], '.3f')}\n"
+                f"smooth ECE {values['smooth_ece']:.3f}\nn={values['n']}",
                 transform=axis.transAxes,
                 va="top",
                 fontsize=7.5,
@@ -309,9 +310,9 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
 
 def draw_similarity(axis: Axes, similarity: Float[np.ndarray, "n n"], labels: Sequence[str]) -> AxesImage:
     """Similarities without the diagonal; blocks of equal labels are framed."""
-    shown = similarity.copy()
-    np.fill_diagonal(shown, np.nan)
-    image = axis.imshow(shown, cmap="cividis", interpolation="nearest")
+    off_diagonal = similarity.copy()
+    np.fill_diagonal(off_diagonal, np.nan)
+    image = axis.imshow(off_diagonal, cmap="cividis", interpolation="nearest")
     for low, high in itertools.pairwise(_edges(labels)):
         corners = [low - 0.5, high - 0.5]
         axis.plot(
@@ -322,54 +323,53 @@ def draw_similarity(axis: Axes, similarity: Float[np.ndarray, "n n"], labels: Se
 
 
 def draw_forest(axis: Axes, signals: Sequence[tuple[str, str, Interval]]) -> None:
-    """AUROC with its interval of every (name, kind, AUROC), best on top; the kinds get handles for a legend."""
+    """AUROC of every (name, kind, AUROC) with its interval, best on top; each kind gets a handle for the legend."""
     ranked = sorted(signals, key=lambda signal: signal[2].estimate)
     for place, (_, kind, auroc) in enumerate(ranked):
         colour, marker = TRUST[kind]
         axis.hlines(place, auroc.low, auroc.high, color=colour, linewidth=1.4)
         axis.plot(auroc.estimate, place, marker, color=colour, markersize=5.5)
     for kind, (colour, marker) in TRUST.items():
-        spoken = {"neuron": "reads neurons", "output": "reads outputs"}.get(kind, kind)
-        axis.plot([], [], marker, color=colour, label=spoken)
+        label = {"neuron": "reads neurons", "output": "reads outputs"}.get(kind, kind)
+        axis.plot([], [], marker, color=colour, label=label)
     axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(ranked)), [name.replace("_", " ") for name, _, _ in ranked])
     axis.grid(axis="y", visible=False)
 
 
 def draw_gap(axis: Axes, table: pd.DataFrame, fit: GapFit) -> None:
-    """Points of ``gap`` and ``gain``, a series a ``policy``, and the fitted line."""
+    """Points of ``gap`` and ``gain``, one series per ``policy``, and the fitted line."""
     draw_series(axis, table["gap"].to_numpy(), table["gain"].to_numpy(), list(table["policy"]), alpha=0.75)
     ends = np.array([table["gap"].min(), table["gap"].max()])
     axis.plot(ends, fit.intercept + fit.slope.estimate * ends, color="black", linewidth=1.4)
-    axis.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
-    axis.set(xlabel="entropy gap (nats a token)", ylabel="teacher's minus student's accuracy")
+    axis.axhline(0, color=Colour.ZERO, linewidth=0.8, zorder=0)
+    axis.set(xlabel="entropy gap (nats per token)", ylabel="teacher's minus student's accuracy")
 
 
 def _edges(labels: Sequence[str]) -> list[int]:
-    """Where runs of equal labels begin, and the end."""
+    """Index of the start of each run of equal labels, and the end."""
     return [0, *(i for i in range(1, len(labels)) if labels[i] != labels[i - 1]), len(labels)]
 
 
 def draw_series(
     axis: Axes, x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], labels: Sequence[str], alpha: float = 0.9
 ) -> None:
-    """A scatter of one colour and marker a label."""
+    """A scatter plot with one colour and marker per label."""
     for place, label in enumerate(dict.fromkeys(labels)):
-        colour, marker = KINDS[place % len(KINDS)]
-        mine = np.array([other == label for other in labels])
+        colour, marker = SERIES[place % len(SERIES)]
+        mask = np.array([other == label for other in labels])
         axis.scatter(
-            x[mine], y[mine], color=colour, marker=marker, s=30, alpha=alpha, edgecolors="white", linewidths=0.5,
+            x[mask], y[mask], color=colour, marker=marker, s=30, alpha=alpha, edgecolors="white", linewidths=0.5,
             label=label.replace("_", " "),
         )  # fmt: skip
 
 
 def _by_position(
-    found: Sequence[TokenEntropies], who: str, longest: int
+    rollouts: Sequence[TokenEntropies], who: str, longest: int
 ) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
-    """Mean over questions at each position with a normal 95% interval; positions that under three questions reach are
-    left out."""
+    """Mean over questions at each position and its normal 95% interval, up to the last position of three questions."""
     by_question: dict[str, list[Float[np.ndarray, " tokens"]]] = {}
-    for one in found:
+    for one in rollouts:
         by_question.setdefault(one.question_id, []).append(getattr(one, who))
     rows = []
     for position in range(longest):

@@ -1,8 +1,8 @@
-"""The runs that the notebooks look at: finished ones where there are some, else small ones made on the spot.
+"""The runs that the notebooks look at: a finished one if there is one, else a small one made on the spot.
 
-``NEUROSIG_RUN`` names a folder as ``make demo`` writes it; without it ``runs/demo`` serves once it holds an export, and
-else ``runs/small`` is made: the same commands on fewer questions, two minutes on two CPU cores. What a notebook adds
-to a run (another selection, a short intervention) lies in its subfolder ``notebooks``.
+``NEUROSIG_RUN`` names a folder as ``make demo`` writes it. Without it the notebooks use ``runs/demo`` if it holds an
+export, else they make ``runs/small``: the same commands on fewer questions, two minutes on two CPU cores. They write
+what they add to a run (another selection, a short intervention) to its subfolder ``notebooks``.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ ORGANISM_EXPORT: Mapping[str, Any] = {"limit": 48, "num_generations": 4, "probe_
 
 
 def run_folder(*parts: Part) -> Path:
-    """The run of the embedded model: its ``manifest``, and for ``evaluations`` its ``eval`` folders too.
+    """Folder of a run of the embedded model, with a ``manifest``, and for ``evaluations`` with ``eval`` folders.
 
     Raises:
-        UserError: ``NEUROSIG_RUN`` names a folder without a finished export, or without what is asked for.
+        UserError: ``NEUROSIG_RUN`` names a folder without a finished export or without evaluations.
     """
     named, demo = os.environ.get(VARIABLE), _root() / "runs" / "demo"
     for place in [Path(named)] if named else [demo]:
@@ -52,7 +52,7 @@ def run_folder(*parts: Part) -> Path:
 
 
 def small_run(folder: Path, *parts: Part) -> Path:
-    """Make a small run, or what is left of it to make."""
+    """Make a small run in ``folder``; finished parts are kept."""
     _export(folder / "manifest", {"model": "smollm2-135m", "questions": ("world-facts",), **SMALL_EXPORT})
     if "evaluations" in parts:
         from distill.config import TrainConfig
@@ -75,7 +75,7 @@ def small_run(folder: Path, *parts: Part) -> Path:
 
 
 def organism_folder() -> Path:
-    """A small run of the model organism, whose procedures are known: a folder with a ``manifest``."""
+    """Folder of a small run of the model organism, whose procedures are known, with a ``manifest``."""
     from neurosig.export import PRESETS
 
     folder = _root() / "runs" / "small-organism"
@@ -84,17 +84,17 @@ def organism_folder() -> Path:
 
 
 def another_selection(run: Path, **options: Any) -> Manifest:
-    """The run's rollouts and traces under other options of selection, such as ``context_policy="random"``."""
+    """Select again from the run's rollouts and traces under other options, such as ``context_policy="random"``."""
     return select_again(run / "manifest", run / "notebooks", **options)
 
 
 def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
-    """Another selection on a finished export's rollouts and traces.
+    """Select again from a finished export's rollouts and traces.
 
     Args:
         manifest: Folder of the finished export.
-        into: Folder that keeps the other selection, under a name of its own.
-        options: The options that differ.
+        into: Parent folder of the new selection, which is named after its options.
+        options: Options of `neurosig.export` that differ from the finished export.
     """
     from neurosig.export import ExportConfig
     from neurosig.export import main as export
@@ -113,7 +113,7 @@ def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
 
 
 def intervention_run(run: Path) -> Path:
-    """A folder whose ``intervene`` is finished: the run (``make intervene``), or a short one made on the spot."""
+    """Folder with a finished ``intervene``: the run itself (``make intervene``), or a short one made on the spot."""
     if (run / "intervene" / "results.json").is_file():
         return run
     from neurosig.intervene.__main__ import InterveneConfig
@@ -128,7 +128,7 @@ def intervention_run(run: Path) -> Path:
 
 
 def _root() -> Path:
-    """Where ``runs`` lies: the working directory, or its parent when that is ``notebooks``."""
+    """Parent of ``runs``: the working directory, or its parent if that is ``notebooks``."""
     here = Path.cwd()
     return here.parent if here.name == "notebooks" else here
 

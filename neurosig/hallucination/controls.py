@@ -1,15 +1,11 @@
-"""What a located set of neurons must be compared with: random neurons, and signals that need no neuron.
-
-After the comparison of H-Neurons (arXiv 2512.01797), with intervals over draws and questions (reconstruction).
-"""
+"""The control of a located set of neurons: probes on random neurons, after H-Neurons (arXiv 2512.01797)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float, Int
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
@@ -17,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 from neurosig.hallucination.lasso import design
 from neurosig.hallucination.probe import ProbeConfig, chosen_penalty, cross_fit, regularisation_path, too_few
 from neurosig.runtime.errors import UserError
-from neurosig.statistics.metrics import bootstrap_interval
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,39 +72,3 @@ def random_neuron_auroc(
         aurocs.append(roc_auc_score(labels[rows], scores[rows]))
     low, high = np.quantile(aurocs, [0.025, 0.975])
     return RandomNeurons(float(np.mean(aurocs)), float(low), float(high), np.array(aurocs), n_neurons, config.seed)
-
-
-def signal_aurocs(
-    signals: Mapping[str, Float[np.ndarray, " rollouts"]],
-    labels: Int[np.ndarray, " rollouts"],
-    question_ids: Sequence[str],
-    *,
-    seed: int,
-    resamples: int = 1000,
-) -> pd.DataFrame:
-    """AUROC of each signal for label 1, with its 95% bootstrap interval over questions: the probe beside baselines.
-
-    Columns: ``signal``, ``auroc``, ``low``, ``high``, ``questions``, ``resamples``, ``seed``. Unlabelled rollouts are
-    left out; a resample without both labels counts as 0.5.
-
-    Args:
-        signals: Name -> one value a rollout, higher for hallucination: cross-fitted probe scores, 1 - vote share,
-            minus the mean log-probability, ...
-        labels: 1 guessed, 0 known, -1 unlabelled.
-        question_ids: The rollout's question; questions are resampled with all their rollouts.
-        seed: Seed of the bootstrap, the same resamples for every signal.
-        resamples: Bootstrap resamples.
-    """
-    labelled = np.flatnonzero(labels >= 0)
-    groups = np.unique(np.asarray(question_ids)[labelled], return_inverse=True)[1]
-    rows_of = np.split(labelled[np.argsort(groups, kind="stable")], np.cumsum(np.bincount(groups))[:-1])
-
-    def auroc(values: Float[np.ndarray, " rollouts"], questions: Int[np.ndarray, " questions"]) -> float:
-        rows = np.concatenate([rows_of[question] for question in questions])
-        return float(roc_auc_score(labels[rows], values[rows])) if len(np.unique(labels[rows])) == 2 else 0.5
-
-    table = []
-    for name, values in signals.items():
-        interval = bootstrap_interval(lambda q, v=values: auroc(v, q), len(rows_of), seed=seed, resamples=resamples)  # type: ignore[misc]
-        table.append([name, interval.estimate, interval.low, interval.high, interval.n, resamples, seed])
-    return pd.DataFrame(table, columns=["signal", "auroc", "low", "high", "questions", "resamples", "seed"])

@@ -36,7 +36,7 @@ class QuestionSignals:
         rollouts: Its K rollouts.
         answers: Their parsed answers, ``None`` where there is none.
         vote: The majority vote over ``answers``.
-        ids: Active set of each rollout (`neurosig.neurons.tracer.ActiveSets`), [K, size].
+        ids: Active set of each rollout (`neurosig.neurons.contributions.ActiveSets`), [K, size].
         values: Contributions of those neurons, [K, size].
         hidden: Mean hidden state of each rollout, [K, d_model].
     """

@@ -27,6 +27,7 @@ from neurosig.runtime.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from neurosig.exported import Exported
     from neurosig.intervene.dose_response import Cell
     from neurosig.intervene.interventions import NeuronSet
     from neurosig.manifest import Manifest
@@ -63,8 +64,7 @@ class InterveneConfig(GenerationOptions):
     limit: int | None = None
     """Use the first N questions only."""
     table: Path | None = None
-    """CSV of neurons (layer, index, weight) in place of the manifest's, such as neurosig.hallucination.locate writes.
-    """
+    """CSV of neurons (layer, index, weight) to use instead of the manifest's, such as report/located_neurons.csv."""
     neurons: Literal["positive", "negative", "all"] = "positive"
     """Sign of the probe's weight: positive points to guessing."""
     factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -118,8 +118,8 @@ def main(config: InterveneConfig) -> None:
 
 
 def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
+    from neurosig.exported import Exported
     from neurosig.intervene.dose_response import dose_response
-    from neurosig.manifest import read_manifest
     from neurosig.neurons.nnsight_reader import NeuronScaler
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.prompts import PromptBuilder
@@ -128,11 +128,12 @@ def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
     config.sampling_config()  # options out of range are refused before the model loads
     questions = _questions(config)
     with timer.phase("load"):
-        manifest = read_manifest(config.manifest)
+        exported = Exported(config.manifest)
+        manifest = exported.manifest
         loaded = _load(config, manifest)
         sites = ffn_sites(loaded.model)
         _warn_of_known_questions(questions, manifest)
-        sets, contributions = _neuron_sets(config, sites)
+        sets, contributions = _neuron_sets(config, exported, sites)
         scaler = NeuronScaler(loaded.model, sites)
     builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
@@ -181,7 +182,7 @@ def _warn_of_known_questions(questions: Sequence[Question], manifest: Manifest) 
         logger.warning("%d of %d questions are among those the neurons were located on", known, len(questions))
 
 
-def _neuron_sets(config: InterveneConfig, sites: FFNSites) -> tuple[list[NeuronSet], np.ndarray]:
+def _neuron_sets(config: InterveneConfig, exported: Exported, sites: FFNSites) -> tuple[list[NeuronSet], np.ndarray]:
     """The located neurons and their controls, and every neuron's mean contribution."""
     import numpy as np
 
@@ -193,11 +194,11 @@ def _neuron_sets(config: InterveneConfig, sites: FFNSites) -> tuple[list[NeuronS
         mean_contributions,
         strongest,
     )
-    from neurosig.manifest import NEURONS, SIGNALS
+    from neurosig.manifest import NEURONS
 
     table = config.manifest / NEURONS if config.table is None else config.table
     located, every = choose_neurons(table, sites, config.neurons)
-    contributions = mean_contributions(config.manifest / SIGNALS, sites.n_layers * sites.d_mlp)
+    contributions = mean_contributions(exported.signals)
     sets = [NeuronSet("located", 0, tuple(located))]
     for kind in config.matching:
         for draw in range(config.controls):
@@ -373,14 +374,17 @@ def _write(
 
 
 def _report(rows: Sequence[Mapping[str, Any]]) -> None:
-    """What the located neurons do to accuracy, and how that differs from the controls."""
+    """Log what the located neurons do to accuracy, and how that differs from the controls."""
+    from neurosig.statistics.metrics import format_interval
+
     for row in rows:
         if row["measure"] != "avg_at_k" or "change" not in row:
             continue
         line = f"{row['group']} x{row['factor']:g}: accuracy {row['value']:.3f}"
         for name, text in (("change", "against unscaled"), ("difference", "located minus these")):
             if name in row:
-                line += f", {row[name]:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}] {text}"
+                interval = format_interval(row[name], row[f"{name}_low"], row[f"{name}_high"], "+.3f")
+                line += f", {interval} {text}"
         logger.info("%s (n=%d)", line, row["n"])
 
 

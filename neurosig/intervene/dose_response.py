@@ -16,10 +16,18 @@ from einops import einsum
 from jaxtyping import Float
 
 from neurosig.intervene.interventions import NeuronSet
-from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, is_refusal, majority_vote
+from neurosig.questions.answers import (
+    AnswerFormat,
+    extract_answer,
+    is_correct,
+    is_refusal,
+    majority_vote,
+    right_winners,
+)
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
+from neurosig.statistics.resampling import resample_weights
 
 MEASURES: Mapping[str, str] = {
     "avg_at_k": "share of right samples",
@@ -65,10 +73,9 @@ def measure(
     answers = [extract_answer(rollout.text, question, answer_format) for rollout in group]
     refused = [is_refusal(rollout.text) for rollout in group]
     vote = majority_vote(answers, question.id)
-    right = sum(is_correct(candidate, question) for candidate in vote.tied)
     return {
         "avg_at_k": _mean(is_correct(answer, question) for answer in answers),
-        "maj_at_k": right / max(len(vote.tied), 1),
+        "maj_at_k": right_winners(vote, question) / max(len(vote.tied), 1),
         "agreement": vote.share,
         "unparsed": _mean(answer is None for answer in answers),
         "refusal": _mean(refused),
@@ -138,13 +145,11 @@ def _draws(cells: Sequence[Cell], group: str, factor: float) -> list[Cell]:
 def _interval(name: str, delta: Float[np.ndarray, "draws questions"], seed: int) -> dict[str, float]:
     """Mean of paired differences with its 95% percentile bootstrap interval, over draws and questions.
 
-    As `neurosig.statistics.metrics.hierarchical_interval`, for a mean: a resample is how often each draw and each
-    question came.
+    A resample is how often each draw and each question is drawn.
     """
     draws, questions = delta.shape
     rng = np.random.default_rng(seed)
-    by_draw = rng.multinomial(draws, np.full(draws, 1 / draws), size=RESAMPLES) / draws
-    by_question = rng.multinomial(questions, np.full(questions, 1 / questions), size=RESAMPLES) / questions
+    by_draw, by_question = (resample_weights(n, RESAMPLES, rng) for n in (draws, questions))
     means = einsum(by_draw, delta, by_question, "resample draw, draw question, resample question -> resample")
     low, high = np.quantile(means, [0.025, 0.975])
     return {name: float(delta.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -19,7 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from neurosig.models.prefix import pad
+from neurosig.neurons.contributions import PAD
 from neurosig.neurons.nnsight_reader import NeuronScaler
+from neurosig.neurons.signals_file import Signals
 from neurosig.neurons.sites import FFNSites
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
@@ -87,22 +89,11 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
     return sorted(ids[wanted].tolist()), sorted(ids.tolist())
 
 
-def mean_contributions(path: str | Path, n_neurons: int) -> Float[np.ndarray, " n_neurons"]:
-    """Each neuron's mean absolute contribution over a manifest's rollouts.
-
-    A rollout that does not have it in its active set counts 0.
-
-    Raises:
-        UserError: ``path`` holds no active sets of flat ids.
-    """
-    from safetensors.numpy import load_file
-
-    tensors = load_file(path)
-    ids, values = tensors["ids"], np.abs(tensors["values"].astype(np.float64))
-    if ids.ndim != 2 or ids.max() >= n_neurons:
-        raise UserError(f"{path}: shape {ids.shape}, largest id {ids.max()}: not active sets of {n_neurons} neurons")
-    held = ids >= 0
-    return np.bincount(ids[held], weights=values[held], minlength=n_neurons) / len(ids)
+def mean_contributions(signals: Signals) -> Float[np.ndarray, " n_neurons"]:
+    """Each neuron's mean absolute contribution over an export's rollouts; a rollout without it counts as 0."""
+    ids, values = signals.ids.numpy(), np.abs(signals.values.numpy().astype(np.float64))
+    active = ids != PAD
+    return np.bincount(ids[active], weights=values[active], minlength=signals.n_neurons) / len(ids)
 
 
 def layer_matched(

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from neurosig.models.load import LoadedModel
-    from neurosig.neurons.tracer import ActiveSets, NeuronTracer, TraceConfig
+    from neurosig.neurons.contributions import ActiveSets
+    from neurosig.neurons.tracer import NeuronTracer, TraceConfig
 
 Backend = Literal["nnsight", "transformer_lens"]
 

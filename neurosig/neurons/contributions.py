@@ -6,6 +6,9 @@ neurons belong, and each neuron's mean score over the rollout's positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int32
@@ -13,6 +16,20 @@ from torch import Tensor
 
 PAD = -1
 """Fills the rows of active sets that are smaller than the largest."""
+
+
+class ActiveSets(NamedTuple):
+    """What is kept of each rollout.
+
+    Attributes:
+        ids: Its active set as flat ids, ``layer * d_mlp + index``, ascending; shorter rows end in -1.
+        values: Mean score of each of these neurons over the rollout's positions; 0 where ``ids`` is -1.
+        hidden: Residual stream two thirds up the layers, mean over the same positions.
+    """
+
+    ids: Int32[Tensor, "n size"]
+    values: Float[Tensor, "n size"]
+    hidden: Float[Tensor, "n d_model"]
 
 
 def magnitude(
@@ -108,3 +125,17 @@ def pack_sets(
 def neurons_per_layer(n_layers: int, d_mlp: int, set_size: int = 1000) -> int:
     """Each layer's share of a set of about ``set_size`` neurons: rounded up, at most ``d_mlp``."""
     return min(-(-set_size // n_layers), d_mlp)
+
+
+def concat_sets(parts: Sequence[ActiveSets]) -> ActiveSets:
+    """The rollouts of all parts, in order, padded to the widest set among them."""
+    width = max(part.ids.shape[1] for part in parts)
+
+    def widened(tensor: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
+
+    return ActiveSets(
+        torch.cat([widened(part.ids, PAD) for part in parts]),
+        torch.cat([widened(part.values, 0) for part in parts]),
+        torch.cat([part.hidden for part in parts]),
+    )

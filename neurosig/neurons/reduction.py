@@ -90,7 +90,7 @@ def finish(
     active: str,
     set_size: int,
 ) -> tuple[Int32[Tensor, "n size"], Float[Tensor, "n size"], Float[Tensor, "n d_model"], Bool[Tensor, "n n_layers"]]:
-    """The fields of `neurosig.neurons.tracer.ActiveSets`, and of which layers the scores are finite; all on the CPU."""
+    """The fields of `neurosig.neurons.contributions.ActiveSets`, and whether each layer's scores are finite."""
     member, mean = (torch.stack([part.cpu() for part in parts], dim=1) for parts in zip(*layers, strict=True))
     finite = mean.isfinite().all(dim=-1)
     member, mean = (rearrange(part, "n layer neuron -> n (layer neuron)") for part in (member, mean))

@@ -1,7 +1,7 @@
-"""Traced rollouts on disk: shards while tracing runs, one file in the finished manifest.
+"""The signals file of an export, ``signals.safetensors``: written in shards while tracing runs, then as one file.
 
-Tensors of ``signals.safetensors``, rows in the order of ``rollouts.jsonl``: ``ids`` and ``values`` are the active sets
-(`neurosig.neurons.tracer.ActiveSets`), ``hidden`` the mean hidden states, ``probe`` the cross-fitted probe score.
+Its tensors have one row per rollout, in the order of ``rollouts.jsonl``; `Signals` lists them. Reading it needs neither
+transformers nor nnsight.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,18 +19,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from neurosig.neurons.sites import FFNSites
-from neurosig.neurons.tracer import ActiveSets, NeuronTracer, concat_sets
+from neurosig.neurons.contributions import ActiveSets, concat_sets
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text, write_atomic
 
+if TYPE_CHECKING:
+    from neurosig.neurons.sites import FFNSites
+    from neurosig.neurons.tracer import NeuronTracer
+
 CHUNK = 512
-"""Rollouts traced between two saves."""
+"""Rollouts per shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """``signals.safetensors`` in memory; a neuron's flat id is ``layer * d_mlp + index``."""
+    """``signals.safetensors`` in memory.
+
+    Attributes:
+        ids: Active set of each rollout as flat ids ``layer * d_mlp + index``, ascending; shorter sets end in -1.
+        values: Mean contribution of each of these neurons; 0 where ``ids`` is -1.
+        hidden: Mean hidden state of each rollout.
+        probe: Cross-fitted probe score of each rollout; higher points to hallucination.
+        n_layers: Layers of the model.
+        d_mlp: FFN neurons per layer.
+    """
 
     ids: Int32[Tensor, "n size"]
     values: Float16[Tensor, "n size"]
@@ -37,6 +50,11 @@ class Signals:
     probe: Float32[Tensor, " n"]
     n_layers: int
     d_mlp: int
+
+    @property
+    def n_neurons(self) -> int:
+        """FFN neurons of the model."""
+        return self.n_layers * self.d_mlp
 
 
 def trace_to_shards(
@@ -49,28 +67,28 @@ def trace_to_shards(
 ) -> list[Path]:
     """Trace (prompt ids, completion ids) pairs and write each chunk as soon as it is done.
 
-    A shard that an earlier run left is kept when it holds these rollouts under this model and configuration. Memory
-    does not grow with the number of rollouts.
+    A shard of an interrupted run is kept if its rollouts, model and trace options are the same. Memory does not grow
+    with the number of rollouts.
 
     Args:
         tracer: The tracer.
         rollouts: Pairs of prompt and completion ids.
         folder: An existing folder.
         weights: Fingerprint of the model's weights.
-        advance: Called at each shard with its rollouts and the completion tokens traced for it, 0 if it was kept.
+        advance: Called after each shard with its number of rollouts and of traced completion tokens (0 if it was kept).
     """
     shards = []
     for start in range(0, len(rollouts), CHUNK):
         part = rollouts[start : start + CHUNK]
         key = sha256_text(repr((weights, tracer.config, part)))
         shard = folder / f"signals-{start:08d}.safetensors"
-        held = _holds(shard, key)
-        if not held:
+        kept = _has_key(shard, key)
+        if not kept:
             sets = tracer.trace(*zip(*part, strict=True))
             tensors = {"ids": sets.ids, "values": sets.values.half(), "hidden": sets.hidden.half()}
             write_atomic(shard, save(tensors, metadata={"key": key}))
         shards.append(shard)
-        advance(len(part), 0 if held else sum(len(completion) for _, completion in part))
+        advance(len(part), 0 if kept else sum(len(completion) for _, completion in part))
     return shards
 
 
@@ -95,7 +113,7 @@ def read_signals(path: str | Path) -> Signals:
     """Read ``signals.safetensors``.
 
     Raises:
-        UserError: The file is missing, damaged, or lacks one of its tensors.
+        UserError: The file is missing or damaged, lacks a tensor, or names a neuron outside the model.
     """
     path = Path(path)
     if not path.is_file():
@@ -104,12 +122,15 @@ def read_signals(path: str | Path) -> Signals:
         with safe_open(path, framework="pt") as stored:
             shape = json.loads((stored.metadata() or {})["sites"])
             tensors = {name: stored.get_tensor(name) for name in ("ids", "values", "hidden", "probe")}
-            return Signals(**tensors, **shape)
+        signals = Signals(**tensors, **shape)
+        if len(signals.ids) and int(signals.ids.max()) >= signals.n_neurons:
+            raise ValueError(f"active sets name neuron {int(signals.ids.max())} of {signals.n_neurons}")
+        return signals
     except (SafetensorError, LookupError, ValueError, TypeError) as error:
         raise UserError(f"signals {path}: not what neurosig.export writes ({error}); export again") from error
 
 
-def _holds(shard: Path, key: str) -> bool:
+def _has_key(shard: Path, key: str) -> bool:
     if not shard.exists():
         return False
     with safe_open(shard, framework="pt") as stored:

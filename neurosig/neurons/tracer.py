@@ -17,16 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int32
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from neurosig.models.prefix import Prefix, distinct_rows, pad, run_prompts
-from neurosig.neurons.contributions import PAD, neurons_per_layer
+from neurosig.neurons.contributions import ActiveSets, concat_sets, neurons_per_layer
 from neurosig.neurons.reduction import finish, pool, reduce_layer
 from neurosig.neurons.sites import ffn_sites, w_out_norms
 from neurosig.runtime.errors import UserError
@@ -60,20 +59,6 @@ class TraceConfig:
         for name in ("set_size", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"TraceConfig.{name} is {getattr(self, name)}; it must be at least 1")
-
-
-class ActiveSets(NamedTuple):
-    """What is kept of each rollout.
-
-    Attributes:
-        ids: Its active set as flat ids, ``layer * d_mlp + index``, ascending; shorter rows end in -1.
-        values: Mean score of each of these neurons over the rollout's positions; 0 where ``ids`` is -1.
-        hidden: Residual stream two thirds up the layers, mean over the same positions.
-    """
-
-    ids: Int32[Tensor, "n size"]
-    values: Float[Tensor, "n size"]
-    hidden: Float[Tensor, "n d_model"]
 
 
 @runtime_checkable
@@ -294,20 +279,6 @@ class NeuronTracer:
                     f"rollout {i}: a token mask of {len(mask)} with {sum(mask)} tokens for a completion of "
                     f"{len(completion)}; give one flag a token, at least one of them set"
                 )
-
-
-def concat_sets(parts: Sequence[ActiveSets]) -> ActiveSets:
-    """The rollouts of all parts, in order, padded to the widest set among them."""
-    width = max(part.ids.shape[1] for part in parts)
-
-    def widened(tensor: Tensor, fill: int) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
-
-    return ActiveSets(
-        torch.cat([widened(part.ids, PAD) for part in parts]),
-        torch.cat([widened(part.values, 0) for part in parts]),
-        torch.cat([part.hidden for part in parts]),
-    )
 
 
 def _whole_inputs(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -27,8 +27,7 @@ from neurosig.runtime.cli import CommonConfig, PhaseTimer, run_command
 from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from neurosig.manifest import Manifest
-    from neurosig.sampling.rollouts import Rollout
+    from neurosig.exported import Exported
     from neurosig.statistics.metrics import Interval
 
 logger = logging.getLogger(__name__)
@@ -101,11 +100,11 @@ def main(config: StudyConfig) -> None:
         )
 
 
-def _export(config: StudyConfig, name: str, questions: str) -> Manifest:
+def _export(config: StudyConfig, name: str, questions: str) -> Exported:
     """Sample and trace one set; those whose majority holds half of the answers may serve as solved examples."""
     from neurosig.export import PRESETS, ExportConfig
     from neurosig.export import main as export
-    from neurosig.manifest import read_manifest
+    from neurosig.exported import Exported
 
     options: dict[str, Any] = {
         **PRESETS["organism"],
@@ -119,25 +118,10 @@ def _export(config: StudyConfig, name: str, questions: str) -> Manifest:
         "context_policy": "none",
     }
     export(ExportConfig(**options, out=config.out / name, resume=True, quiet=config.quiet))
-    return read_manifest(config.out / name)
+    return Exported(config.out / name)
 
 
-def representatives(manifest: Manifest) -> list[int | None]:
-    """Of each question, the index in ``rollouts.jsonl`` order of the rollout that stands for it."""
-    from neurosig.neurons.signals_file import read_signals
-    from neurosig.questions.answers import majority_vote
-    from neurosig.selection.choose import representative
-
-    probe = read_signals(manifest.folder / "signals.safetensors").probe.numpy()
-    k = len(manifest.rows[0].answers)
-    chosen = []
-    for index, row in enumerate(manifest.rows):
-        found = representative(row.answers, majority_vote(row.answers, row.id), probe[index * k : (index + 1) * k])
-        chosen.append(None if found is None else index * k + found)
-    return chosen
-
-
-def pattern_rows(manifest: Manifest, seed: int) -> tuple[list[Row], dict[str, Float[np.ndarray, "n n"]]]:
+def pattern_rows(exported: Exported, seed: int) -> tuple[list[Row], dict[str, Float[np.ndarray, "n n"]]]:
     """How well each distance between representative rollouts finds the procedure; and the distances.
 
     ``purity`` and ``ari`` are of k-medoids with as many clusters as there are procedures (the intervals resample
@@ -147,18 +131,16 @@ def pattern_rows(manifest: Manifest, seed: int) -> tuple[list[Row], dict[str, Fl
     """
     from neurosig.patterns.clusters import k_medoids
 
-    chosen = [index for index in representatives(manifest) if index is not None]
-    rollouts = [list(manifest.rollouts.values())[index] for index in chosen]
-    kind_of = {row.id: row.kind for row in manifest.rows}
-    kinds = np.unique([str(kind_of[rollout.question_id]) for rollout in rollouts], return_inverse=True)[1]
-    hands = np.array([rollout.text.startswith("Answer") for rollout in rollouts])
-    distances = _distances(manifest, chosen)
+    representatives = exported.representatives
+    kinds = np.unique([str(exported.rows[name].kind) for name in representatives], return_inverse=True)[1]
+    hands = np.array([exported.rollouts[name][k].text.startswith("Answer") for name, k in representatives.items()])
+    distances = _distances(exported)
     clusters = {
         name: k_medoids(distance, len(set(kinds)), restarts=5, seed=seed).labels for name, distance in distances.items()
     }
     rows: list[Row] = []
     for name, distance in distances.items():
-        nearest = np.argsort(distance + np.diag([np.inf] * len(chosen)), axis=1, kind="stable")[:, :NEIGHBOURS]
+        nearest = np.argsort(distance + np.diag([np.inf] * len(kinds)), axis=1, kind="stable")[:, :NEIGHBOURS]
         same = (kinds[nearest] == kinds[:, None]).mean(axis=1)
         intervals = _pattern_intervals(clusters[name], clusters["neurons"], kinds, hands, same, seed)
         for metric, interval in intervals.items():
@@ -194,21 +176,20 @@ def _pattern_intervals(
     }
 
 
-def _distances(manifest: Manifest, chosen: Sequence[int]) -> dict[str, Float[np.ndarray, "n n"]]:
+def _distances(exported: Exported) -> dict[str, Float[np.ndarray, "n n"]]:
     """Distance of every pair of representative rollouts by neurons, hidden states (centred) and tokens."""
-    from neurosig.neurons.signals_file import read_signals
     from neurosig.patterns.clusters import cosine_distances, jaccard_distances
 
-    signals = read_signals(manifest.folder / "signals.safetensors")
-    hidden = signals.hidden[chosen].float()
-    rollouts = [list(manifest.rollouts.values())[index] for index in chosen]
-    asked = {row.id: row.question.split() for row in manifest.rows}
+    representatives = exported.representatives
+    places = [exported.place[item] for item in representatives.items()]
+    hidden = exported.signals.hidden[places].float()
+    completions = [exported.rollouts[name][k].body_ids for name, k in representatives.items()]
     return {
-        "neurons": jaccard_distances(signals.ids[chosen]),
+        "neurons": jaccard_distances(exported.signals.ids[places]),
         "hidden": cosine_distances(hidden - hidden.mean(dim=0)),
-        "completion tokens": _overlap([set(rollout.body_ids) for rollout in rollouts]),
-        "completion bigrams": _overlap([set(pairwise(rollout.body_ids)) for rollout in rollouts]),
-        "question words": _overlap([set(asked[rollout.question_id]) for rollout in rollouts]),
+        "completion tokens": _overlap([set(ids) for ids in completions]),
+        "completion bigrams": _overlap([set(pairwise(ids)) for ids in completions]),
+        "question words": _overlap([set(exported.rows[name].question.split()) for name in representatives]),
     }
 
 
@@ -216,7 +197,7 @@ def _overlap(sets: Sequence[set[Any]]) -> Float[np.ndarray, "n n"]:
     return np.array([[1 - len(a & b) / max(1, len(a | b)) if a is not b else 0.0 for b in sets] for a in sets])
 
 
-def hallucination_rows(manifest: Manifest, seed: int) -> list[Row]:
+def hallucination_rows(exported: Exported, seed: int) -> list[Row]:
     """AUROC of every hallucination score for made-up (1) against trained (0) facts.
 
     ``auroc`` is over all facts; ``auroc_agreeing`` over those whose majority holds at least 7 of 8 answers, which
@@ -226,11 +207,12 @@ def hallucination_rows(manifest: Manifest, seed: int) -> list[Row]:
     from neurosig.statistics.auroc import AnalysisConfig, auroc_interval
 
     config = AnalysisConfig(seed=seed, resamples=RESAMPLES)
-    made_up = np.array([not was_trained(row.id) for row in manifest.rows])
-    agreeing = np.array([row.vote is not None and row.vote.count / row.vote.n >= 7 / 8 for row in manifest.rows])
+    questions = list(exported.rows.values())
+    made_up = np.array([not was_trained(row.id) for row in questions])
+    agreeing = np.array([row.vote is not None and row.vote.count / row.vote.n >= 7 / 8 for row in questions])
     rows = []
-    for name in manifest.rows[0].scores:
-        scores = np.array([row.scores[name] for row in manifest.rows])
+    for name in questions[0].scores:
+        scores = np.array([row.scores[name] for row in questions])
         for metric, mask in (("auroc", np.ones_like(agreeing)), ("auroc_agreeing", agreeing)):
             if len(set(made_up[mask])) == 2:
                 interval = auroc_interval(-scores[mask], ~made_up[mask], np.arange(mask.sum()), config)
@@ -239,7 +221,7 @@ def hallucination_rows(manifest: Manifest, seed: int) -> list[Row]:
 
 
 def teacher_rows(
-    manifest: Manifest, distances: Mapping[str, Float[np.ndarray, "n n"]], config: StudyConfig
+    exported: Exported, distances: Mapping[str, Float[np.ndarray, "n n"]], config: StudyConfig
 ) -> list[Row]:
     """Avg@K of the model on the same questions under different contexts, and its change against random ones.
 
@@ -249,8 +231,7 @@ def teacher_rows(
     """
     from neurosig.statistics.metrics import paired_mean_interval
 
-    kept = [index for index, chosen in enumerate(representatives(manifest)) if chosen is not None]
-    rows = [manifest.rows[index] for index in kept]
+    rows = [exported.rows[name] for name in exported.representatives]
     kinds = np.array([row.kind for row in rows])
     allowed = np.array([row.selected for row in rows])[None, :] & ~np.eye(len(rows), dtype=bool)
     if allowed.sum(axis=1).min() < DEMONSTRATIONS:
@@ -269,9 +250,9 @@ def teacher_rows(
         name: np.argsort(-np.where(allowed, preference, -np.inf), axis=1, kind="stable")[:, DEMONSTRATIONS - 1 :: -1]
         for name, preference in preferences.items()
     }
-    accuracy = {"no context": _accuracy(manifest, config, kept, None)}
+    accuracy = {"no context": _accuracy(exported, config, None)}
     for name, context in contexts.items():
-        accuracy[name] = _accuracy(manifest, config, kept, context)
+        accuracy[name] = _accuracy(exported, config, context)
     found = []
     for name, right in accuracy.items():
         found.append(_row("teacher", name, "avg_at_k", _mean_interval(right, config.seed)))
@@ -294,7 +275,7 @@ def _mean_interval(values: Float[np.ndarray, " n"], seed: int) -> Interval:
 
 
 def _accuracy(
-    manifest: Manifest, config: StudyConfig, kept: Sequence[int], context: Int[np.ndarray, "n m"] | None
+    exported: Exported, config: StudyConfig, context: Int[np.ndarray, "n m"] | None
 ) -> Float[np.ndarray, " n"]:
     """Share of right answers of each question when its prompt holds these solved examples, in this order."""
     from neurosig.models.load import load_model
@@ -306,16 +287,13 @@ def _accuracy(
     loaded = load_model(config.model)
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(instruction=""))
     gold = {question.id: question for question in load_questions("procedures")}
-    chosen = representatives(manifest)
-    rollouts: list[Rollout] = list(manifest.rollouts.values())
-    ids = [manifest.rows[index].id for index in kept]
-
-    def demonstration(position: int) -> Demonstration:
-        rollout = rollouts[chosen[kept[position]] or 0]
-        return Demonstration(gold[rollout.question_id], rollout.text)
-
-    shown = [[] if context is None else [demonstration(int(p)) for p in context[i]] for i in range(len(ids))]
-    prompts = [Prompt(name, builder.teacher(gold[name], demos)) for name, demos in zip(ids, shown, strict=True)]
+    representatives = exported.representatives
+    ids = list(representatives)
+    solved = [Demonstration(gold[name], exported.rollouts[name][k].text) for name, k in representatives.items()]
+    demonstrations = [[] if context is None else [solved[place] for place in context[i]] for i in range(len(ids))]
+    prompts = [
+        Prompt(name, builder.teacher(gold[name], shown)) for name, shown in zip(ids, demonstrations, strict=True)
+    ]
     sampling = SamplingConfig(config.num_generations, config.temperature, max_new_tokens=96, seed=config.seed)
     right = {}
     for group in sample(loaded, prompts, sampling, salt="teacher"):

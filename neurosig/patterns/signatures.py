@@ -1,4 +1,4 @@
-"""The pattern signature of a question: the neurons that stand for how its majority answer was reached."""
+"""The representative rollout of a question and its pattern signature: the neurons behind its majority answer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,27 @@ from neurosig.neurons.contributions import PAD
 Signature = Literal["representative", "union", "intersection", "frequency", "hidden_state"]
 
 
+def representative(answers: Sequence[str | None], winner: str | None, probe_scores: Sequence[float]) -> int | None:
+    """Index of a question's representative: of the rollouts with the majority answer the one with the lowest score.
+
+    Args:
+        answers: The K parsed answers.
+        winner: The majority answer.
+        probe_scores: Probe score of each rollout, higher is less trustworthy; on ties the first rollout is chosen.
+
+    Returns:
+        The index; ``None`` without a majority answer.
+    """
+    majority = [index for index, answer in enumerate(answers) if answer is not None and answer == winner]
+    return min(majority, key=lambda index: probe_scores[index], default=None)
+
+
 def signature(
     ids: Int32[Tensor, "k size"], majority: Sequence[int], representative: int | None, kind: Signature
 ) -> Int32[Tensor, " neurons"]:
     """Neurons of a question's signature, ascending.
 
-    ``representative`` is the active set of the rollout that stands for the question; ``union``, ``intersection`` and
+    ``representative`` is the active set of the `representative` rollout; ``union``, ``intersection`` and
     ``frequency`` keep the neurons in any, in all, and in at least half of the majority's rollouts (NeuFS and the
     author's later code; reconstruction). ``hidden_state`` compares mean hidden states instead, the embedding baseline,
     and names the representative's neurons.
@@ -26,7 +41,7 @@ def signature(
     Args:
         ids: Active sets of the K rollouts.
         majority: Rollouts that gave the majority answer.
-        representative: The rollout that stands for the question; ``None`` without a majority gives an empty signature.
+        representative: Index of the representative rollout; ``None`` gives an empty signature.
         kind: The option.
     """
     if representative is None:

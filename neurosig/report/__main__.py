@@ -22,6 +22,7 @@ from neurosig.runtime.cli import CommonConfig, PhaseTimer, printable, run_comman
 from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from neurosig.exported import Exported
     from neurosig.manifest import Manifest
     from neurosig.report.data import Bin, Layer, Level
     from neurosig.report.patterns import Patterns
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PAGE, SIGNALS_CSV, NEURONS_CSV, LAYERS_CSV = "report.html", "signals.csv", "neurons.csv", "layers.csv"
+PAGE, SIGNALS_CSV, NEURONS_CSV, LAYERS_CSV = "report.html", "signals.csv", "located_neurons.csv", "layers.csv"
 PATH_CSV, PROBE = "path.csv", "probe.safetensors"
 
 
@@ -59,9 +60,10 @@ class ReportConfig(CommonConfig):
 
 def main(config: ReportConfig) -> None:
     """Write the report described by ``config``."""
+    from neurosig.exported import Exported, join_gold
     from neurosig.hallucination.locate import write_neurons
-    from neurosig.manifest import HEADER, read_manifest
-    from neurosig.report.data import join_gold, layer_profile, question_level, read_neurons, read_traced, rollout_level
+    from neurosig.manifest import HEADER
+    from neurosig.report.data import layer_profile, question_level, rollout_level
     from neurosig.report.html import render
     from neurosig.report.patterns import patterns
     from neurosig.report.probe import Located, locate
@@ -74,25 +76,23 @@ def main(config: ReportConfig) -> None:
         raise UserError(f"--run {config.run}: not a manifest folder; its subfolder manifest is one")
     with PhaseTimer() as timer:
         with timer.phase("read"):
-            manifest = read_manifest(config.run)
-            if not manifest.rollouts:
+            exported = Exported(config.run)
+            if not exported.rows:
                 raise UserError(f"--run {config.run}: every question was too long, so there are no signals to report")
-            traced, neurons = read_traced(manifest), read_neurons(config.run)
-            sources = config.questions or tuple(manifest.header.dataset["sources"])
-            gold, lacking = join_gold(manifest, sources, required=bool(config.questions))
+            gold, lacking = join_gold(exported.manifest, config.questions, required=bool(config.questions))
         with timer.phase("analyse"):
-            levels = {"question": question_level(manifest, gold), "rollout": rollout_level(manifest, traced, gold)}
+            levels = {"question": question_level(exported, gold), "rollout": rollout_level(exported, gold)}
             tables = {
                 name: analyse(level.signals, level.right, level.owners, level.confounders, analysis)
                 for name, level in levels.items()
             }
-            layers = layer_profile(manifest, traced, neurons)
+            layers = layer_profile(exported)
         with timer.phase("locate"):
-            located = locate(manifest, traced, seed=config.seed, quiet=config.quiet)
+            located = locate(exported, seed=config.seed, quiet=config.quiet)
         with timer.phase("cluster"):
-            clustered = patterns(manifest, traced, seed=config.seed)
+            clustered = patterns(exported, seed=config.seed)
         with timer.phase("write"):
-            page = _page(config, manifest, levels, tables, lacking, layers, located, clustered, gold, analysis)
+            page = _page(config, exported, levels, tables, lacking, layers, located, clustered, gold, analysis)
             out = config.run / "report" if config.out is None else config.out
             out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / SIGNALS_CSV, _signals_csv(levels, tables))
@@ -109,7 +109,7 @@ def main(config: ReportConfig) -> None:
 
 def _page(
     config: ReportConfig,
-    manifest: Manifest,
+    exported: Exported,
     levels: Mapping[str, Level],
     tables: Mapping[str, Sequence[SignalRow]],
     lacking: str | None,
@@ -124,11 +124,12 @@ def _page(
     from neurosig.report.html import layer_charts, table_of
     from neurosig.report.signal_table import headline
 
-    bins = reliability(manifest, gold)
+    manifest = exported.manifest
+    bins = reliability(exported, gold)
     events = {"question": "the majority is right", "rollout": "a rollout is right"}
     samples = {name: _sample(name, level, lacking, analysis) for name, level in levels.items()}
     findings = [headline(tables[name], event) for name, event in events.items()]
-    clean, suspect = examples(manifest, gold, config.examples)
+    clean, suspect = examples(exported, gold, config.examples)
     options = manifest.header.options
     return {
         "run": {

@@ -5,24 +5,19 @@ Everything but the gold answers is in the manifest. They are read again from the
 
 from __future__ import annotations
 
-import csv
-import json
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
 from scipy import stats
 
-from neurosig.manifest import NEURONS, SIGNALS, Manifest, QuestionRow
+from neurosig.exported import Exported
+from neurosig.manifest import QuestionRow
 from neurosig.questions.answers import is_correct
-from neurosig.questions.load import Question, load_questions
+from neurosig.questions.load import Question
 from neurosig.report.signal_table import Signal, SignalKind
-from neurosig.runtime.errors import UserError
-from neurosig.sampling.rollouts import Rollout
 from neurosig.statistics.auroc import token_overlap
 
 OUTPUT_LEVEL = frozenset({"vote_share", "mean_logprob", "entropy", "self_certainty", "length", "token_overlap"})
@@ -78,22 +73,8 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Traced:
-    """What the report reads of ``signals.safetensors``, in the order of the rollouts; see
-    `neurosig.neurons.signals_file`.
-    """
-
-    ids: Int[np.ndarray, "n size"]
-    values: Float[np.ndarray, "n size"]
-    hidden: Float[np.ndarray, "n d_model"]
-    probe: Float[np.ndarray, " n"]
-    n_layers: int
-    d_mlp: int
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """A rollout as an example shows it."""
+class RolloutExample:
+    """A rollout of an example."""
 
     text: str
     answer: str | None
@@ -101,8 +82,8 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """A solved question in an example's context, and why it is there."""
+class DemonstrationExample:
+    """A demonstration in an example's context, and how similar its question is."""
 
     question: str
     text: str
@@ -117,96 +98,17 @@ class Example:
     score: float
     gold: str | None
     right: bool | None
-    rollouts: tuple[Said, ...]
-    context: tuple[Shown, ...]
+    rollouts: tuple[RolloutExample, ...]
+    context: tuple[DemonstrationExample, ...]
 
 
-def voted(manifest: Manifest) -> list[QuestionRow]:
-    """The questions that were sampled and traced: all but those too long."""
-    return [row for row in manifest.rows if row.vote is not None]
-
-
-def rollouts_of(manifest: Manifest, rows: Sequence[QuestionRow]) -> list[list[Rollout]]:
-    """The K rollouts of each question."""
-    return [[manifest.rollouts[row.id, index] for index in range(len(row.answers))] for row in rows]
-
-
-def join_gold(
-    manifest: Manifest, sources: Sequence[str], *, required: bool = False
-) -> tuple[dict[str, Question], str | None]:
-    """Questions with gold answers by id, and why some or all are missing (``None`` when none is).
-
-    Args:
-        manifest: The manifest.
-        sources: Question files or bundled sets; see `neurosig.questions.load.load_questions`.
-        required: Raise when they cannot be read.
-
-    Raises:
-        UserError: ``required``, and a source is missing or malformed.
-    """
-    try:
-        found = {q.id: q for q in load_questions(sources, split=str(manifest.header.options.get("split", "all")))}
-    except UserError as error:
-        if required:
-            raise
-        return {}, f"{error}; name the question files with --questions"
-    rows = voted(manifest)
-    gold = {}
-    lacking: defaultdict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        match = found.get(row.id)
-        if match is None:
-            lacking["not in the question files"].append(f'"{row.id}"')
-        elif match.text_sha256 != row.text_sha256:
-            lacking["there with another text"].append(f'"{row.id}" on line {match.line}')
-        elif match.answer is None:
-            lacking["there without an answer"].append(f'"{row.id}" on line {match.line}')
-        else:
-            gold[row.id] = match
-    if not lacking:
-        return gold, None
-    parts = ", ".join(f"{len(which)} {what} (the first is {which[0]})" for what, which in lacking.items())
-    return gold, f"of {len(rows)} questions {parts} ({', '.join(sources)})"
-
-
-def read_traced(manifest: Manifest) -> Traced:
-    """The traced signals of a manifest.
-
-    Raises:
-        UserError: The file is damaged, lacks a tensor, or has another number of rollouts.
-    """
-    path = manifest.folder / SIGNALS
-    try:
-        with safe_open(path, framework="numpy") as stored:
-            sites = json.loads((stored.metadata() or {})["sites"])
-            traced = Traced(
-                stored.get_tensor("ids"),
-                stored.get_tensor("values").astype(np.float32),
-                stored.get_tensor("hidden").astype(np.float32),
-                stored.get_tensor("probe"),
-                sites["n_layers"],
-                sites["d_mlp"],
-            )
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path}: not what neurosig.export writes ({error}); export again") from error
-    if len(traced.ids) != len(manifest.rollouts):
-        raise UserError(f"{path}: {len(traced.ids)} rows for {len(manifest.rollouts)} rollouts; export again")
-    return traced
-
-
-def read_neurons(folder: Path) -> list[dict[str, float]]:
-    """The probe's neurons, heaviest first, with every column that ``neurons.csv`` has."""
-    with (folder / NEURONS).open(newline="", encoding="utf-8") as handle:
-        return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(handle)]
-
-
-def question_level(manifest: Manifest, gold: Mapping[str, Question]) -> Level:
+def question_level(exported: Exported, gold: Mapping[str, Question]) -> Level:
     """Every hallucination score of the manifest, turned into trust, and text overlap; right: the majority is.
 
     With any gold answers only the questions that have one are used.
     """
-    rows = [row for row in voted(manifest) if not gold or row.id in gold]
-    groups = rollouts_of(manifest, rows)
+    rows = [row for row in exported.rows.values() if not gold or row.id in gold]
+    groups = [exported.rollouts[row.id] for row in rows]
     length = np.array([np.mean([len(rollout.body_ids) for rollout in group]) for group in groups])
     overlap = np.array([token_overlap([rollout.body_ids for rollout in group]).mean() for group in groups])
     trust = {name: -np.array([row.scores[name] for row in rows]) for name in rows[0].scores}
@@ -217,10 +119,10 @@ def question_level(manifest: Manifest, gold: Mapping[str, Question]) -> Level:
     return Level(_signals(trust), right, np.arange(len(rows)), confounders)
 
 
-def rollout_level(manifest: Manifest, traced: Traced, gold: Mapping[str, Question]) -> Level:
+def rollout_level(exported: Exported, gold: Mapping[str, Question]) -> Level:
     """Signals of single rollouts; right: the rollout is. ``vote_share`` is that of the rollout's own answer."""
-    rows = [row for row in voted(manifest) if not gold or row.id in gold]
-    groups = rollouts_of(manifest, rows)
+    rows = [row for row in exported.rows.values() if not gold or row.id in gold]
+    groups = [exported.rollouts[row.id] for row in rows]
     flat = [rollout for group in groups for rollout in group]
     votes = [Counter[str | None](answer for answer in row.answers if answer is not None) for row in rows]
     share = np.array(
@@ -228,9 +130,8 @@ def rollout_level(manifest: Manifest, traced: Traced, gold: Mapping[str, Questio
     )
     length = np.array([float(len(rollout.body_ids)) for rollout in flat])
     overlap = np.concatenate([token_overlap([rollout.body_ids for rollout in group]) for group in groups])
-    place = {key: index for index, key in enumerate(manifest.rollouts)}
-    probe = traced.probe[[place[rollout.question_id, rollout.rollout_id] for rollout in flat]]
-    trust = {"probe": -probe.astype(np.float64), "vote_share": share}
+    places = [exported.place[rollout.question_id, rollout.rollout_id] for rollout in flat]
+    trust = {"probe": -exported.signals.probe[places].double().numpy(), "vote_share": share}
     for name, sign in (("mean_logprob", 1), ("mean_entropy", -1), ("mean_self_certainty", 1)):
         values = [getattr(rollout, name) for rollout in flat]
         if None not in values:
@@ -243,10 +144,10 @@ def rollout_level(manifest: Manifest, traced: Traced, gold: Mapping[str, Questio
     return Level(_signals(trust), right, owners, {"length": length, "vote_share": share, "token_overlap": overlap})
 
 
-def reliability(manifest: Manifest, gold: Mapping[str, Question]) -> list[Bin]:
+def reliability(exported: Exported, gold: Mapping[str, Question]) -> list[Bin]:
     """How often a majority of each size is right."""
     found: dict[tuple[int, int], list[bool]] = {}
-    for row in voted(manifest):
+    for row in exported.rows.values():
         if row.vote is not None and row.id in gold:
             found.setdefault((row.vote.count, row.vote.n), []).append(is_correct(row.pseudo_label, gold[row.id]))
     bins = []
@@ -256,21 +157,21 @@ def reliability(manifest: Manifest, gold: Mapping[str, Question]) -> list[Bin]:
     return bins
 
 
-def layer_profile(manifest: Manifest, traced: Traced, neurons: Sequence[Mapping[str, float]]) -> list[Layer]:
-    """Probe neurons and contributions of each layer; agreeing and split questions as the probe was told."""
-    rows = voted(manifest)
-    owner_of = {row.id: index for index, row in enumerate(rows)}
-    owners = np.array([owner_of[question_id] for question_id, _ in manifest.rollouts])
-    flat, size = traced.ids.ravel(), len(rows) * traced.n_layers
-    cells = np.repeat(owners, traced.ids.shape[1]) * traced.n_layers + flat // traced.d_mlp
+def layer_profile(exported: Exported) -> list[Layer]:
+    """Probe neurons and contributions of each layer, for agreeing and split questions as the probe defines them."""
+    signals, neurons, options = exported.signals, exported.neurons, exported.manifest.header.options
+    index_of = {name: index for index, name in enumerate(exported.rows)}
+    owners = np.array([index_of[question_id] for question_id, _ in exported.place])
+    flat, size = signals.ids.numpy().ravel(), len(index_of) * signals.n_layers
+    cells = np.repeat(owners, signals.ids.shape[1]) * signals.n_layers + flat // signals.d_mlp
     kept = flat >= 0
-    counts = np.bincount(cells[kept], minlength=size).reshape(len(rows), traced.n_layers)
-    totals = np.bincount(cells[kept], traced.values.ravel()[kept], minlength=size).reshape(counts.shape)
+    counts = np.bincount(cells[kept], minlength=size).reshape(len(index_of), signals.n_layers)
+    totals = np.bincount(cells[kept], signals.values.float().numpy().ravel()[kept], minlength=size)
+    totals = totals.reshape(counts.shape)
     means = np.divide(totals, counts, out=np.zeros_like(totals), where=counts > 0)
-    shares = np.array([row.vote.count / row.vote.n for row in rows if row.vote is not None])
-    agree = shares >= manifest.header.options["probe_agree_share"]
-    split = shares < manifest.header.options["probe_split_share"]
-    signs = Counter((int(neuron["layer"]), neuron["weight"] > 0) for neuron in neurons)
+    shares = np.array([row.vote.count / row.vote.n for row in exported.rows.values() if row.vote is not None])
+    agree, split = shares >= options["probe_agree_share"], shares < options["probe_split_share"]
+    signs = Counter(zip(neurons["layer"].tolist(), (neurons["weight"] > 0).tolist(), strict=True))
     return [
         Layer(
             layer,
@@ -279,51 +180,44 @@ def layer_profile(manifest: Manifest, traced: Traced, neurons: Sequence[Mapping[
             float(totals[:, layer].sum() / max(1, counts[:, layer].sum())),
             _standardised_difference(means[split, layer], means[agree, layer]),
         )
-        for layer in range(traced.n_layers)
+        for layer in range(signals.n_layers)
     ]
 
 
 def examples(
-    manifest: Manifest, gold: Mapping[str, Question], count: int
+    exported: Exported, gold: Mapping[str, Question], count: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """The cleanest selected questions and the most suspect of all, by the score that the clean filter ranked by."""
-    score = str(manifest.header.options["hallucination_score"])
-    ranked = sorted(voted(manifest), key=lambda row: (row.scores[score], row.id))
+    score = str(exported.manifest.header.options["hallucination_score"])
+    ranked = sorted(exported.rows.values(), key=lambda row: (row.scores[score], row.id))
     clean = [row for row in ranked if row.selected][:count]
     suspect = [row for row in reversed(ranked) if row not in clean][:count]
-    by_id = {row.id: row for row in manifest.rows}
     return (
-        tuple(_example(manifest, by_id, gold, row, row.scores[score]) for row in clean),
-        tuple(_example(manifest, by_id, gold, row, row.scores[score]) for row in suspect),
+        tuple(_example(exported, gold, row, row.scores[score]) for row in clean),
+        tuple(_example(exported, gold, row, row.scores[score]) for row in suspect),
     )
 
 
-def _example(
-    manifest: Manifest,
-    by_id: Mapping[str, QuestionRow],
-    gold: Mapping[str, Question],
-    row: QuestionRow,
-    score: float,
-) -> Example:
+def _example(exported: Exported, gold: Mapping[str, Question], row: QuestionRow, score: float) -> Example:
     question = gold.get(row.id)
 
     def judged(answer: str | None) -> bool | None:
         return None if question is None else is_correct(answer, question)
 
-    said = tuple(
-        Said(rollout.text, answer, judged(answer))
-        for rollout, answer in zip(rollouts_of(manifest, [row])[0], row.answers, strict=True)
+    rollouts = tuple(
+        RolloutExample(rollout.text, answer, judged(answer))
+        for rollout, answer in zip(exported.rollouts[row.id], row.answers, strict=True)
     )
     context = tuple(
-        Shown(
-            by_id[item.question_id].question,
-            manifest.rollouts[item.question_id, item.rollout_id].text,
+        DemonstrationExample(
+            exported.rows[item.question_id].question,
+            exported.rollouts[item.question_id][item.rollout_id].text,
             item.similarity,
         )
         for item in row.context
     )
     answer = None if question is None else question.answer
-    return Example(row, score, answer, judged(row.pseudo_label), said, context)
+    return Example(row, score, answer, judged(row.pseudo_label), rollouts, context)
 
 
 def _signals(trust: Mapping[str, Float[np.ndarray, " n"]]) -> tuple[Signal, ...]:

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from neurosig.report.data import Layer, Level
-from neurosig.report.signal_table import DISGUISE, SignalRow, signed
+from neurosig.report.signal_table import DISGUISE, SignalRow
 
 TEMPLATE = "report.html.jinja"
 _INVISIBLE = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
@@ -86,7 +86,7 @@ def render(page: Mapping[str, Any]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["signed"] = signed
+    environment.filters["signed"] = "{:+.3f}".format
     environment.filters["spoken"] = lambda name: name.replace("_", " ")
     environment.filters["within"] = lambda value, low, high: min(max(value, low), high)
     return environment.get_template(TEMPLATE).render(page, disguise=f"{DISGUISE:g}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from neurosig.manifest import Manifest, QuestionRow
+from neurosig.exported import Exported
+from neurosig.manifest import QuestionRow
 from neurosig.neurons.contributions import PAD
 from neurosig.patterns.clusters import (
     ClusterConfig,
@@ -20,7 +21,7 @@ from neurosig.patterns.clusters import (
     jaccard_distances,
     pattern_clusters,
 )
-from neurosig.report.data import Traced, voted
+from neurosig.statistics.metrics import format_interval
 
 SHOWN_MARKERS = 5
 
@@ -43,7 +44,7 @@ class Patterns:
         found: The clusters.
         clusters: What the page shows of them.
         rows: The questions.
-        places: Row of each question's representative in the traced signals.
+        places: Row of each question's representative in the export's signals.
     """
 
     found: PatternClusters
@@ -67,30 +68,36 @@ class Patterns:
         text = f"{self.n} questions, each by its representative rollout: {k} clusters, silhouette {silhouette[k]:.2f}."
         rows = {row["clustering"]: row for row in self.comparison}
         if "purity" in rows["neurons"]:
-            said = ", ".join(
-                f"{name} {row['purity']:.2f} [{row['purity_low']:.2f}, {row['purity_high']:.2f}]"
+            purities = ", ".join(
+                f"{name} {format_interval(row['purity'], row['purity_low'], row['purity_high'], '.2f')}"
                 for name, row in rows.items()
             )
             single = rows["neurons"]["largest_kind"]
-            text += f" Purity against the kinds of question: {said}; a single cluster would have {single:.2f}."
+            text += f" Purity against the kinds of question: {purities}; a single cluster would have {single:.2f}."
         return text
 
 
-def patterns(manifest: Manifest, traced: Traced, *, seed: int) -> Patterns | str:
-    """Cluster every question with a majority answer; or say why that cannot be done."""
-    rows = [row for row in voted(manifest) if row.pseudo_label is not None]
+def patterns(exported: Exported, *, seed: int, selected_only: bool = False) -> Patterns | str:
+    """Clusters of the questions with a majority answer, or of the selected among them; or why there are none."""
+    representatives = {
+        name: rollout_id
+        for name, rollout_id in exported.representatives.items()
+        if exported.rows[name].selected or not selected_only
+    }
+    rows = [exported.rows[name] for name in representatives]
     if len(rows) < 3:
         return f"{len(rows)} questions have a majority answer; patterns need three."
-    chosen = representatives(manifest, rows, traced)
-    keys = list(manifest.rollouts)
+    places = np.array([exported.place[item] for item in representatives.items()])
+    completions = [exported.manifest.rollouts[item].body_ids for item in representatives.items()]
     kinds = [row.kind or row.domain for row in rows]
+    signals = exported.signals
     found = pattern_clusters(
-        torch.from_numpy(traced.ids[chosen]),
-        traced.d_mlp,
+        signals.ids[places],
+        signals.d_mlp,
         ClusterConfig(seed=seed),
         others={
-            "hidden states": cosine_distances(torch.from_numpy(traced.hidden[chosen])),
-            "tokens": jaccard_distances(_token_sets([manifest.rollouts[keys[index]].body_ids for index in chosen])),
+            "hidden states": cosine_distances(signals.hidden[places].float()),
+            "tokens": jaccard_distances(_token_sets(completions)),
         },
         kinds=kinds if len(set(kinds)) > 1 else None,
     )
@@ -107,23 +114,7 @@ def patterns(manifest: Manifest, traced: Traced, *, seed: int) -> Patterns | str
                 ", ".join(f"{m.layer}.{m.index} (lift {m.lift:.1f})" for m in markers.itertuples()) or "none",
             )
         )
-    return Patterns(found, tuple(clusters), tuple(rows), chosen)
-
-
-def representatives(manifest: Manifest, rows: Sequence[QuestionRow], traced: Traced) -> Int[np.ndarray, " n"]:
-    """Row in the traced signals of each question's representative, as in `neurosig.selection.choose.representative`.
-
-    Args:
-        manifest: The manifest.
-        rows: Questions with a majority answer.
-        traced: The manifest's signals.
-    """
-    place = {key: index for index, key in enumerate(manifest.rollouts)}
-    chosen = []
-    for row in rows:
-        majority = [place[row.id, index] for index, answer in enumerate(row.answers) if answer == row.pseudo_label]
-        chosen.append(min(majority, key=lambda index: traced.probe[index]))
-    return np.array(chosen)
+    return Patterns(found, tuple(clusters), tuple(rows), places)
 
 
 def _token_sets(rollouts: list[tuple[int, ...]]) -> Int[torch.Tensor, "n size"]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from neurosig.exported import Exported
 from neurosig.hallucination.controls import RandomNeurons, random_neuron_auroc
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe
 from neurosig.hallucination.probe import ProbeConfig, agreement_labels, contribution_matrix, too_few
-from neurosig.manifest import Manifest
-from neurosig.report.data import Traced
+from neurosig.statistics.metrics import format_interval
 
 RANDOM_DRAWS = 10
 
@@ -54,7 +54,7 @@ class Located:
             low, high = self.random.low, self.random.high
             verdict = "more" if probe.auroc > high else "less" if probe.auroc < low else "no more that can be told"
             text += (
-                f"; as many random neurons with {self.random.auroc:.3f} [{low:.3f}, {high:.3f}] "
+                f"; as many random neurons with {format_interval(self.random.auroc, low, high, '.3f')} "
                 f"({len(self.random.draws)} draws), so the located ones tell {verdict}"
             )
         return (
@@ -64,9 +64,9 @@ class Located:
         )
 
 
-def locate(manifest: Manifest, traced: Traced, *, seed: int, quiet: bool) -> Located | str:
+def locate(exported: Exported, *, seed: int, quiet: bool) -> Located | str:
     """Fit the probe with the labels and shares that the export used; or say why that cannot be done."""
-    options: Mapping[str, Any] = manifest.header.options
+    options: Mapping[str, Any] = exported.manifest.header.options
     config = ProbeConfig(
         agree_share=options["probe_agree_share"],
         split_share=options["probe_split_share"],
@@ -74,14 +74,15 @@ def locate(manifest: Manifest, traced: Traced, *, seed: int, quiet: bool) -> Loc
         folds=options["probe_folds"],
         seed=seed,
     )
-    share = {row.id: row.vote.count / row.vote.n for row in manifest.rows if row.vote is not None}
-    owners = [question_id for question_id, _ in manifest.rollouts]
+    share = {row.id: row.vote.count / row.vote.n for row in exported.rows.values() if row.vote is not None}
+    owners = [question_id for question_id, _ in exported.place]
     labels = agreement_labels(np.array([share[owner] for owner in owners]), config)
     shortage = too_few(labels, np.unique(owners, return_inverse=True)[1], config)
     if shortage:
         return f"Single neurons cannot be located: {shortage}."
-    contributions = contribution_matrix(traced.ids, traced.values, traced.n_layers * traced.d_mlp)
-    probe = HallucinationProbe(config).fit(contributions, labels, owners, d_mlp=traced.d_mlp, quiet=quiet)
+    signals = exported.signals
+    contributions = contribution_matrix(signals.ids.numpy(), signals.values.float().numpy(), signals.n_neurons)
+    probe = HallucinationProbe(config).fit(contributions, labels, owners, d_mlp=signals.d_mlp, quiet=quiet)
     random = None
     if len(probe.columns):
         random = random_neuron_auroc(

@@ -157,14 +157,9 @@ def headline(rows: Sequence[SignalRow], event: str) -> str:
         ("all output-level signals", [(row, row.over_outputs if row.adds_to_outputs else None) for row in neuron]),
     ):
         if any(row.over_outputs is not None for row in neuron):
-            named = [f"{_spoken(row)} {signed(gain.auroc)}" for row, gain in gains if gain is not None]
+            named = [f"{_spoken(row)} {gain.auroc:+.3f}" for row, gain in gains if gain is not None]
             text += f" Neuron signals that add to {base}: {', '.join(named) or 'none'} (of {len(neuron)})."
     return text
-
-
-def signed(interval: Interval) -> str:
-    """``+0.012 [+0.004, +0.020]``."""
-    return f"{interval.estimate:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def _gains(
@@ -205,7 +200,7 @@ def _adds(gain: Gain | None, corrected: float) -> bool:
 
 def _reading(gain: Gain, corrected: float, base: str) -> str:
     if _adds(gain, corrected):
-        return f"adds {signed(gain.auroc)} to {base}"
+        return f"adds {gain.auroc:+.3f} to {base}"
     if gain.auroc.low > 0:
         return f"may add to {base}, but not after correction for the number of signals"
     return f"adds {'only noise' if gain.auroc.high < 0 else 'nothing'} to {base}"

@@ -111,12 +111,6 @@ class Demonstrated:
     similarity: float
 
 
-def representative(answers: Sequence[str | None], vote: Vote, rollout_scores: Float[np.ndarray, " k"]) -> int | None:
-    """Index of the rollout that stands for a question: majority answer, lowest hallucination score, first on ties."""
-    majority = [index for index, answer in enumerate(answers) if answer is not None and answer == vote.winner]
-    return min(majority, key=lambda index: rollout_scores[index], default=None)
-
-
 def clean_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> list[Reason]:
     """``selected``, or why a question is not clean, for each candidate."""
     if config.clean_filter == "all":

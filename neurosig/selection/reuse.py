@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neurosig.manifest import SIGNALS, read_manifest
+from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel
-from neurosig.neurons.signals_file import read_signals
-from neurosig.neurons.tracer import ActiveSets
+from neurosig.neurons.contributions import ActiveSets
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
@@ -49,8 +48,8 @@ def reused(
     Raises:
         UserError: The finished export was made otherwise; what differs is named.
     """
-    manifest = read_manifest(folder)
-    header = manifest.header
+    exported = Exported(folder)
+    header = exported.manifest.header
     made = {**header.model, "tokenizer": header.tokenizer["sha256"], "dataset": header.dataset["sha256"]}
     here = {**loaded.info.as_dict(), "tokenizer": loaded.info.tokenizer_sha256, "dataset": dataset_sha256}
     changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if made.get(name) != here[name]]
@@ -60,7 +59,7 @@ def reused(
         asked = {question.id: question for question in questions}
         other = [
             f'"{row.id}" on line {asked[row.id].line}'
-            for row in manifest.rows
+            for row in exported.manifest.rows
             if row.id in asked and asked[row.id].text_sha256 != row.text_sha256
         ]
         texts = f" ({len(other)} questions have another text, the first is {other[0]})" if other else ""
@@ -68,8 +67,5 @@ def reused(
             f"--reuse {folder}: its rollouts and traces are not those of this export, these differ: "
             f"{', '.join(changed)}{texts}; give the same options or leave --reuse out"
         )
-    groups: dict[str, list[Rollout]] = {}
-    for rollout in manifest.rollouts.values():
-        groups.setdefault(rollout.question_id, []).append(rollout)
-    signals = read_signals(folder / SIGNALS)
-    return groups, ActiveSets(signals.ids, signals.values, signals.hidden)
+    signals = exported.signals
+    return dict(exported.rollouts), ActiveSets(signals.ids, signals.values, signals.hidden)

@@ -12,7 +12,7 @@ from torch import Tensor
 from neurosig.hallucination.probe import ProbeResult
 from neurosig.hallucination.scores import HallucinationScore, QuestionSignals, Scores
 from neurosig.manifest import ContextItem, QuestionRow, Reason, VoteRecord
-from neurosig.patterns.signatures import signature
+from neurosig.patterns.signatures import representative, signature
 from neurosig.questions.load import Question
 from neurosig.selection.choose import (
     Candidate,
@@ -20,7 +20,6 @@ from neurosig.selection.choose import (
     SelectionConfig,
     choose_contexts,
     clean_reasons,
-    representative,
 )
 
 
@@ -49,7 +48,7 @@ def manifest_rows(
             by_id[name],
             signal,
             float(scores.by_name[ranked_by][index]),
-            representative(signal.answers, signal.vote, scores.rollout_probe[index]),
+            representative(signal.answers, signal.vote.winner, scores.rollout_probe[index].tolist()),
             selection,
             prompt_tokens[name],
         )

@@ -10,6 +10,7 @@ independent; and the draws depend on the seed alone, so that any two statistics 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -24,7 +25,8 @@ from sklearn.preprocessing import StandardScaler
 
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import Interval
-from neurosig.statistics.significance import CELLS_AT_ONCE, bootstrap_p, question_counts
+from neurosig.statistics.resampling import CELLS_AT_ONCE, percentile_ends, question_counts
+from neurosig.statistics.significance import bootstrap_p
 
 LEVEL = 0.95
 
@@ -261,9 +263,9 @@ def _interval(
     estimate: float, draws: Float[np.ndarray, " draws"], owners: Int[np.ndarray, " n"], config: AnalysisConfig
 ) -> Interval:
     """The percentile interval; draws without a value (one class only) are left out."""
-    low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    n = int(owners.max()) + 1
-    return Interval(float(estimate), float(low), float(high), n, config.resamples, config.seed)
+    known = draws[~np.isnan(draws)]
+    low, high = percentile_ends(known, LEVEL) if len(known) else (math.nan, math.nan)
+    return Interval(float(estimate), low, high, int(owners.max()) + 1, config.resamples, config.seed)
 
 
 def _correlation(sums: Float[np.ndarray, "draws 6"]) -> Float[np.ndarray, " draws"]:

@@ -11,7 +11,7 @@ test sees 2.6 to 4.7, about 3 at a correlation of .98. See `planned_mde`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -20,35 +20,7 @@ from scipy import stats
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import calibration_bins
 
-CELLS_AT_ONCE = 4_000_000
-"""Resamples times questions held in memory."""
-
-
 # Draws
-
-
-def question_counts(
-    n: int, resamples: int, *, seed: int | Sequence[int], block: int | None = None
-) -> Iterator[Int[np.ndarray, "draws questions"]]:
-    """How often each bootstrap draw holds each question, a block of draws at a time; one seed and n, one set of draws.
-
-    Args:
-        n: Questions.
-        resamples: Draws in all.
-        seed: Of the draws; several numbers make one seed.
-        block: Draws at a time; the draws do not depend on it.
-
-    Raises:
-        UserError: Fewer than two questions.
-    """
-    if n < 2:
-        raise UserError(f"resampling over questions: {n} question; at least 2 are needed")
-    rng = np.random.default_rng(seed)
-    block = max(1, CELLS_AT_ONCE // n) if block is None else block
-    for start in range(0, resamples, block):
-        rows = min(block, resamples - start)
-        drawn = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
 
 
 def mean_draws(
@@ -118,38 +90,6 @@ def minimum_detectable_effect(standard_error: float, *, alpha: float = 0.05, pow
     return float((stats.norm.isf(alpha / 2) + stats.norm.ppf(power)) * standard_error)
 
 
-def paired_mde(
-    a: Float[np.ndarray, " questions"],
-    b: Float[np.ndarray, " questions"],
-    *,
-    alpha: float = 0.05,
-    power: float = 0.8,
-) -> float:
-    """Minimum detectable effect of ``mean(a) - mean(b)`` over the same questions, from their observed differences.
-
-    Raises:
-        UserError: Arrays of different length, or of fewer than two questions.
-    """
-    if len(a) != len(b):
-        raise UserError(f"paired_mde: arrays of {len(a)} and {len(b)} questions; give the same questions to both")
-    return minimum_detectable_effect(_standard_error(np.asarray(a) - b), alpha=alpha, power=power)
-
-
-def unpaired_mde(
-    a: Float[np.ndarray, " questions"],
-    b: Float[np.ndarray, " others"],
-    *,
-    alpha: float = 0.05,
-    power: float = 0.8,
-) -> float:
-    """Minimum detectable effect of ``mean(a) - mean(b)`` if the two had been measured on different questions.
-
-    Raises:
-        UserError: Fewer than two questions in an array.
-    """
-    return minimum_detectable_effect(math.hypot(_standard_error(a), _standard_error(b)), alpha=alpha, power=power)
-
-
 def planned_mde(
     n: int,
     k: int,
@@ -189,9 +129,3 @@ def planned_mde(
         )
     variance = 2 * spread * (1 - correlation) + 2 * (bernoulli - spread) / k
     return minimum_detectable_effect(math.sqrt(variance / n), alpha=alpha, power=power)
-
-
-def _standard_error(values: Float[np.ndarray, " n"]) -> float:
-    if len(values) < 2:
-        raise UserError(f"minimum detectable effect: {len(values)} questions; at least 2 are needed")
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))

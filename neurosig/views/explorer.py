@@ -89,7 +89,7 @@ class Explorer(ExportedRun):
         views: dict[str, View] = {}
         for layer in range(self.signals.n_layers):
             indices, contributions = largest_neurons(trace, layer, count)
-            mine = self.table[self.table["layer"] == layer]
+            mine = self.neurons[self.neurons["layer"] == layer]
             weights = dict(zip(mine["index"].tolist(), mine["weight"].tolist(), strict=True))
             views[str(layer)] = LayerNeurons(
                 self.row(question_id).question, layer, texts, indices.tolist(), contributions.tolist(), weights

@@ -1,4 +1,4 @@
-"""A finished export as the views read it: rows, rollouts, traced neurons, and the model that made them."""
+"""A finished export together with the model that made it, as the views need it."""
 
 from __future__ import annotations
 
@@ -12,34 +12,28 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from neurosig.exported import Exported, join_gold
 from neurosig.hallucination.locate import read_neurons
-from neurosig.manifest import NEURONS, SIGNALS, QuestionRow, read_manifest
+from neurosig.manifest import QuestionRow
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.neurons.contributions import PAD
-from neurosig.neurons.signals_file import read_signals
 from neurosig.neurons.token_trace import TokenTrace, trace_tokens
 from neurosig.neurons.tracer import NeuronTracer, TraceConfig
 from neurosig.patterns.similarity import mean_pairwise_jaccard
 from neurosig.questions.answers import is_correct
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
-from neurosig.report.data import join_gold, voted
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 
 
-class ExportedRun:
+class ExportedRun(Exported):
     """A finished export with its model.
 
     Attributes:
-        manifest: The export.
-        signals: Its traced neurons.
         loaded: The model.
         tracer: Traces it as the export did.
-        table: The probe's neurons (``neurons.csv``).
         gold: Questions with gold answers by id, for verdicts only; empty without.
-        rows: The questions that were traced, by id.
-        place: Row of each (question id, rollout id) in the signals.
         weights: The probe's weights on raw contributions: it scaled each neuron's to a largest magnitude of 1.
     """
 
@@ -56,17 +50,16 @@ class ExportedRun:
         Args:
             folder: Folder of ``neurosig.export``.
             model: The model, if it is loaded already or lies elsewhere here.
-            neurons: Table of neurons in place of the manifest's, such as ``report/neurons.csv``.
+            neurons: Table of neurons to use instead of the manifest's, such as ``report/located_neurons.csv``.
             gold: Whether to look up gold answers, to call rollouts right or wrong instead of majority or minority.
 
         Raises:
             UserError: The export cannot be read, or the model is not the one that made it.
         """
-        folder = Path(folder)
-        self.manifest = read_manifest(folder)
+        super().__init__(folder)
         header, options = self.manifest.header, self.manifest.header.options
-        self.signals = read_signals(folder / SIGNALS)
-        self.table = read_neurons(folder / NEURONS if neurons is None else neurons)
+        if neurons is not None:
+            self.neurons = read_neurons(neurons)
         if not isinstance(model, LoadedModel):
             name = str(header.model["id"]) if model is None else model
             model = load_model(name, dtype=options["dtype"], template=options["template"])
@@ -87,11 +80,7 @@ class ExportedRun:
         )
         wording = (options[name] for name in ("system", "instruction", "choice_instruction", "enable_thinking"))
         self._builder = PromptBuilder(model.tokenizer, PromptConfig(*wording))
-        self.gold: Mapping[str, Question] = {}
-        if gold:
-            self.gold = join_gold(self.manifest, [str(source) for source in header.dataset["sources"]])[0]
-        self.rows = {row.id: row for row in voted(self.manifest)}
-        self.place: Mapping[tuple[str, int], int] = {key: place for place, key in enumerate(self.manifest.rollouts)}
+        self.gold: Mapping[str, Question] = join_gold(self.manifest)[0] if gold else {}
         self.weights = self._dense_weights()
 
     @property
@@ -112,13 +101,13 @@ class ExportedRun:
     @property
     def located(self) -> list[tuple[int, int]]:
         """Layer and index of the probe's neurons, heaviest first."""
-        order = self.table["weight"].abs().sort_values(ascending=False, kind="stable").index
-        return [(int(self.table["layer"][i]), int(self.table["index"][i])) for i in order]
+        order = self.neurons["weight"].abs().sort_values(ascending=False, kind="stable").index
+        return [(int(self.neurons["layer"][i]), int(self.neurons["index"][i])) for i in order]
 
     @property
     def represented(self) -> list[str]:
         """Ids of the questions with a majority answer, in input order."""
-        return [name for name, row in self.rows.items() if row.pseudo_label is not None]
+        return list(self.representatives)
 
     def representative_sets(self, question_ids: Sequence[str]) -> Int[Tensor, "questions size"]:
         """Active set of each question's representative rollout."""
@@ -150,10 +139,11 @@ class ExportedRun:
         return self._builder.student(self.row(question_id).as_question())
 
     def representative(self, question_id: str) -> int:
-        """The rollout that stands for a question: majority answer, lowest probe score; without a majority, any."""
+        """Rollout id of the representative; without a majority answer, of the rollout with the lowest probe score."""
         row = self.row(question_id)
-        majority = [k for k, answer in enumerate(row.answers) if row.pseudo_label in (answer, None)]
-        return min(majority, key=lambda k: float(self.signals.probe[self.place[row.id, k]]))
+        if row.id in self.representatives:
+            return self.representatives[row.id]
+        return min(range(len(row.answers)), key=lambda k: float(self.signals.probe[self.place[row.id, k]]))
 
     def trace(self, question_id: str, rollout_id: int | None = None) -> TokenTrace:
         """Every neuron at every token of a rollout, the representative one by default."""
@@ -210,13 +200,13 @@ class ExportedRun:
     def active(self, place: int) -> Bool[Tensor, "layer neuron"]:
         """Active set of the rollout in this row of the signals as a mask."""
         ids = self.signals.ids[place]
-        mask = torch.zeros(self.signals.n_layers * self.signals.d_mlp, dtype=torch.bool)
+        mask = torch.zeros(self.signals.n_neurons, dtype=torch.bool)
         mask[ids[ids != PAD].long()] = True
         return mask.view(self.signals.n_layers, self.signals.d_mlp)
 
     def facts(self, layer: int, index: int) -> dict[str, float | bool]:
         """The neuron's row of the table; a weight of 0 for one that is not in it."""
-        found: pd.DataFrame = self.table[(self.table["layer"] == layer) & (self.table["index"] == index)]
+        found: pd.DataFrame = self.neurons[(self.neurons["layer"] == layer) & (self.neurons["index"] == index)]
         if found.empty:
             return {"weight": 0.0}
         record: dict[Any, Any] = found.drop(columns=["layer", "index"]).to_dict("records")[0]
@@ -227,11 +217,11 @@ class ExportedRun:
 
     def _dense_weights(self) -> Float[Tensor, "layer neuron"]:
         signals = self.signals
-        largest = torch.zeros(signals.n_layers * signals.d_mlp)
+        largest = torch.zeros(signals.n_neurons)
         kept = signals.ids != PAD
         largest.scatter_reduce_(0, signals.ids[kept].long(), signals.values[kept].float().abs(), reduce="amax")
         weights = torch.zeros_like(largest)
-        flat = torch.from_numpy((self.table["layer"] * signals.d_mlp + self.table["index"]).to_numpy(copy=True))
-        raw = torch.from_numpy(self.table["weight"].to_numpy(copy=True)).float()
+        flat = torch.from_numpy((self.neurons["layer"] * signals.d_mlp + self.neurons["index"]).to_numpy(copy=True))
+        raw = torch.from_numpy(self.neurons["weight"].to_numpy(copy=True)).float()
         weights[flat] = torch.where(largest[flat] > 0, raw / largest[flat].clamp(min=1e-12), 0.0)
         return weights.view(signals.n_layers, signals.d_mlp)

@@ -39,7 +39,7 @@ def test_the_same_numbers_give_the_same_picture(tmp_path: Path) -> None:
         ("before_after", "no such file; run `python -m distill.compare"),
     ],
 )
-def test_a_figure_asked_for_by_name_must_be_drawn(tmp_path: Path, name: str, message: str) -> None:
+def test_a_figure_given_by_name_must_be_drawn(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(FiguresConfig(names=(name,), results=tmp_path))
     assert not (tmp_path / "figures").exists()

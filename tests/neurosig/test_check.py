@@ -14,7 +14,7 @@ from neurosig.neurons.contributions import cett
 from neurosig.neurons.parity import agreement, hooked_means
 from neurosig.neurons.sites import ffn_sites, w_out_norms
 from neurosig.runtime.cli import run_command
-from tests.promises.test_imports import loaded_after
+from tests.support.commands import loaded_after
 from tests.support.flow import save_tiny, write_questions
 from tests.support.tiny import Arch, MixtureArch, OtherArch, tiny_model, tiny_tokenizer
 

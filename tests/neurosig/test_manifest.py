@@ -29,6 +29,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import make_manifest
+from tests.support.manifests import edit_header, edit_row, rehash
 
 
 @pytest.fixture(scope="module")
@@ -39,33 +40,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "manifest"))
-
-
-def rehash(folder: Path, header: dict[str, Any] | None = None) -> None:
-    """Make header and hashes fit the files as they now are, so that only the content itself can be at fault."""
-    header = header or json.loads((folder / HEADER).read_text())
-    for name, entry in header["files"].items():
-        if (folder / name).exists():
-            data = (folder / name).read_bytes()
-            entry |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    header.pop("content_sha256", None)
-    header["content_sha256"] = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-    (folder / HEADER).write_text(json.dumps(header))
-
-
-def edit_row(folder: Path, line: int, change: Callable[[dict[str, Any]], Any], name: str = QUESTIONS) -> None:
-    lines = (folder / name).read_text().splitlines()
-    row = json.loads(lines[line - 1])
-    change(row)
-    lines[line - 1] = json.dumps(row)
-    (folder / name).write_text("\n".join(lines) + "\n")
-    rehash(folder)
-
-
-def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    header = json.loads((folder / HEADER).read_text())
-    change(header)
-    rehash(folder, header)
 
 
 def test_a_manifest_holds_what_was_decided(folder: Path) -> None:

@@ -18,9 +18,8 @@ import distill.evaluate
 import distill.train
 import neurosig.export
 from neurosig.manifest import read_manifest
-from tests.distill.test_evaluate import evaluate_config
-from tests.distill.test_train import train_config
 from tests.support.flow import export_config, file_bytes, save_tiny, write_questions
+from tests.support.runs import evaluate_config, train_config
 
 TOLERANCE = 1e-4
 """Of mean log-probabilities (nats) and contributions (relative): float32 sums of other batch shapes round elsewhere."""

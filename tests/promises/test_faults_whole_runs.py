@@ -22,9 +22,8 @@ from figures.grid.tables import METRICS, Cell, Row, Table
 from neurosig.manifest import read_manifest
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
-from tests.distill.test_evaluate import evaluate_config
-from tests.distill.test_train import train_config
 from tests.support.flow import export_config, save_tiny, write_questions
+from tests.support.runs import evaluate_config, train_config
 from tests.support.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 ODD = [
@@ -80,7 +79,7 @@ def test_dollar_signs_in_figures_are_no_formula(tmp_path: Path) -> None:
         literal, formula = axis.text(0, 0.2, r"$\alpha$"), axis.text(0, 0.4, r"$\alpha$", parse_math=True)
         axis.set_title(r"$\frac{1}{ costs $5")
         assert literal.get_window_extent().width > 3 * formula.get_window_extent().width
-        assert all(path.stat().st_size > 1000 for path in save_figure(figure, tmp_path, "odd"))
+        assert all(path.stat().st_size > 1000 for path in save_figure(figure, tmp_path, "odd", "")[:2])
         pyplot.close(figure)
 
 

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import loaded_after
+from tests.support.paths import ROOT
+
 HEAVY = ("nnsight", "transformer_lens", "sklearn", "pandas", "matplotlib", "trl")
-
-
-def loaded_after(statement: str, *names: str) -> set[str]:
-    code = f"import sys\n{statement}\nprint(*[name for name in {names!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    return set(done.stdout.split())
 
 
 def test_the_import_contracts_hold() -> None:
@@ -30,20 +27,26 @@ def test_the_import_contracts_hold() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["neurosig", "neurosig.export", "neurosig.intervene", "distill.train", "distill.evaluate", "distill.compare"],
+    [
+        "neurosig",
+        "neurosig.export",
+        "neurosig.intervene.__main__",
+        "distill.train",
+        "distill.evaluate",
+        "distill.compare",
+    ],
 )
 def test_commands_answer_before_the_heavy_libraries_load(module: str) -> None:
     assert loaded_after(f"import {module}", "torch", "transformers", *HEAVY) == set()
 
 
 def test_training_loads_neither_nnsight_nor_the_analysis_libraries(tmp_path: Path) -> None:
-    """A real export is made by one process; another trains and evaluates on it and looks at what it loaded."""
+    """This process exports; a new one trains and evaluates on the manifest."""
     from tests.support.flow import make_manifest
 
     manifest = make_manifest(tmp_path)
     statement = f"""
 from pathlib import Path
-from tests.support.paths import ROOT
 from distill.config import TrainConfig; from distill.train import main as train
 from distill.evaluate import EvaluateConfig, main as evaluate
 train(TrainConfig(manifest=Path({str(manifest)!r}), out=Path({str(tmp_path / "run")!r}), steps=1, quiet=True,
@@ -51,8 +54,8 @@ train(TrainConfig(manifest=Path({str(manifest)!r}), out=Path({str(tmp_path / "ru
 evaluate(EvaluateConfig(model={str(tmp_path / "model")!r}, questions=({str(tmp_path / "questions.jsonl")!r},),
     out=Path({str(tmp_path / "eval")!r}), max_new_tokens=3, quiet=True))
 """
-    ours = [name for name in HEAVY if name != "pandas"]  # pyarrow loads pandas by itself where it is installed
-    assert loaded_after(statement, "torch", *ours) == {"torch"}
+    names = [name for name in HEAVY if name != "pandas"]  # pyarrow loads pandas by itself where it is installed
+    assert loaded_after(statement, "torch", *names) == {"torch"}
 
 
 def test_public_names_resolve_lazily() -> None:

@@ -1,17 +1,18 @@
-"""The README's commands are commands, and the tests it names exist."""
+"""Commands, make targets, tests and files that the README names exist."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from neurosig.runtime.cli import parse_config
 from tests.benchmarks import memory
+from tests.support.commands import command_module
 from tests.support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,15 +30,17 @@ CONFIGS = {
 
 
 def commands() -> list[str]:
-    """Every shell line of the README's sh blocks, continued lines joined, comments left out."""
+    """The lines of the README's sh blocks, continued lines joined, without comments."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", " ")
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in blocks.splitlines())
     return [" ".join(line.removeprefix("$ ").split()) for line in lines if line]
 
 
-@pytest.mark.parametrize("command", [line for line in commands() if "-m neurosig." in line or "-m distill." in line])
+@pytest.mark.parametrize(
+    "command", [line for line in commands() if re.search(r"-m (neurosig\.|distill\.|figures\.grid )", line)]
+)
 def test_every_command_parses(command: str) -> None:
-    """As the command itself would parse it; `accelerate launch` and what it is given by its own parser too."""
+    """The command's own parser takes its options, and accelerate's parser those of `accelerate launch`."""
     words = shlex.split(command)
     if words[:2] == ["accelerate", "launch"]:
         from accelerate.commands.launch import launch_command_parser
@@ -49,7 +52,7 @@ def test_every_command_parses(command: str) -> None:
         place = words.index("-m")
         assert words[place - 1] == "python"
         module, argv = words[place + 1], words[place + 2 :]
-    loaded = importlib.import_module(module)
+    loaded = command_module(module)
     parse_config(getattr(loaded, CONFIGS[module]), presets=getattr(loaded, "PRESETS", {}), prog=module, argv=argv)
 
 
@@ -68,22 +71,30 @@ def test_every_test_named_as_evidence_exists() -> None:
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
 
 
-def test_every_file_of_the_layout_exists_and_none_is_left_out() -> None:
-    layout = README[README.index("## Layout") :]
-    layout = layout[layout.index("```\n") + 4 :]
-    layout = layout[: layout.index("```")]
-    named: dict[str, set[str]] = {}
-    folder = ""
-    for line in layout.splitlines():
-        if not line.startswith(" "):
-            folder = line.split("/")[0]
-        named.setdefault(folder, set()).update(re.findall(r"[\w*]+\.py", line))
-    for package in ("neurosig", "distill"):
-        present = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
-        for name in named[package]:
-            assert list((ROOT / package).glob(name)), f"{package}/{name}"
-        left_out = {name for name in present if not any(Path(name).match(pattern) for pattern in named[package])}
-        assert not left_out, package
+def layout() -> Iterator[tuple[Path, str]]:
+    """Each name of the tree under Layout that ends in ``/`` or ``.py``, with the folder in whose line or block it is."""
+    section = README[README.index("## Layout") :]
+    block = section.split("```")[1].partition("\n")[2]
+    parents: list[tuple[int, Path]] = [(-1, ROOT)]
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while parents[-1][0] >= indent:
+            parents.pop()
+        for name in re.findall(r"(?<!\S)[\w./*-]+(?:/|\.py)(?=[\s,;]|$)", line):
+            yield parents[-1][1], name
+            if name.endswith("/") and line.lstrip().startswith(name):
+                parents.append((indent, parents[-1][1] / name))
+
+
+def test_the_layout_names_every_folder_and_what_it_names_exists() -> None:
+    named = set()
+    for folder, name in layout():
+        places = {path for parent in (folder, folder.parent, ROOT) for path in parent.glob(name)}
+        assert places, f"{folder.relative_to(ROOT)}/{name}"
+        named |= {path.relative_to(ROOT) for path in places}
+    packages = ("neurosig", "distill", "figures")
+    present = {path.parent.relative_to(ROOT) for package in packages for path in (ROOT / package).rglob("*.py")}
+    assert present <= named, sorted(map(str, present - named))
 
 
 def test_the_memory_table_is_the_arithmetic() -> None:

@@ -28,6 +28,7 @@ with atheris.instrument_imports(include=["neurosig.questions.load", "neurosig.qu
     import neurosig.questions.load
 
 from neurosig.runtime.errors import UserError
+from tests.support.paths import ROOT
 
 CUT = b"\n#####\n"
 """Between the files of a manifest."""

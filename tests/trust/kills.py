@@ -279,7 +279,7 @@ def jobs(folder: Path) -> dict[str, Job]:
 
         # a fork made by a thread of the grid's pool would wait for that thread, which it is, before it ends
         os.register_at_fork(after_in_child=concurrent.futures.thread._threads_queues.clear)
-        figures.grid.__main__._forkserver = lambda: multiprocessing.get_context("fork")  # the imports are here already
+        figures.grid.__main__.forkserver = lambda: multiprocessing.get_context("fork")  # the imports are here already
         figures.grid.__main__.main(
             GridConfig(
                 out=folder / "grid", model=str(model), methods=("nopsd", "nopsd-random"), jobs=2,
@@ -311,7 +311,10 @@ def jobs(folder: Path) -> dict[str, Job]:
             "evaluate", evaluate, folder / "evaluate", {"evaluation": "distill.evaluate:_rollouts"},
             "neurosig.sampling.rollouts:RolloutLog.append",
         ),
-        "grid": Job("grid", grid, folder / "grid", {"grid": "figures.grid:_run"}, "figures.grid:_Works._call"),
+        "grid": Job(
+            "grid", grid, folder / "grid", {"grid": "figures.grid.__main__:run_cells"},
+            "figures.grid.processes:_Runner._call",
+        ),
     }  # fmt: skip
 
 

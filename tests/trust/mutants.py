@@ -36,10 +36,11 @@ class Mutant:
 
 
 LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "distill/completion_hidden.py"
-ANSWERS, METRICS, STATISTICS = (
+ANSWERS, METRICS, STATISTICS, RESAMPLING = (
     "neurosig/questions/answers.py",
     "neurosig/statistics/metrics.py",
     "neurosig/statistics/significance.py",
+    "neurosig/statistics/resampling.py",
 )
 CONTRIBUTIONS, REDUCTION, SAMPLING = (
     "neurosig/neurons/contributions.py",
@@ -97,13 +98,11 @@ MUTANTS = (
     Mutant("ECE over bins instead of questions", METRICS, "weights=votes / k - accuracy)).sum() / len(votes))", "weights=votes / k - accuracy)).sum() / len(set(keys)))", "neurosig/statistics/test_metrics.py", "ece_by_hand"),
     Mutant("Brier score of ties", METRICS, "(votes / k - accuracy) ** 2 + accuracy * (1 - accuracy)", "(votes / k - accuracy) ** 2", "neurosig/statistics/test_metrics.py", "brier"),
     Mutant("gap of the wrong sign", METRICS, "return float(np.mean(votes / k - accuracy))", "return float(np.mean(accuracy - votes / k))", "neurosig/statistics/test_metrics.py", ""),
-    Mutant("interval of the wrong level", METRICS, "np.quantile(values, [(1 - level) / 2, (1 + level) / 2])", "np.quantile(values, [1 - level, level])", "neurosig/statistics/test_metrics.py", "hierarchical or hierarchy"),
-    Mutant("one seed for all seeds of a draw", METRICS, "rng.integers(seeds, size=seeds), rng.integers(n, size=n)", "rng.integers(seeds, size=1).repeat(seeds), rng.integers(n, size=n)", "neurosig/statistics/test_metrics.py trust/test_numeric_core.py", "hierarchical or hierarchy or seeds_are_drawn"),
+    Mutant("interval of the wrong level", RESAMPLING, "np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])", "np.quantile(draws, [1 - level, level])", "neurosig/statistics/test_metrics.py", "scipy"),
     Mutant("p-value of one side", STATISTICS, "return min(1.0, 2 * (1 + tail) / (1 + len(draws)))", "return min(1.0, (1 + tail) / (1 + len(draws)))", "neurosig/statistics/test_significance.py", "by_hand"),
     Mutant("p-value that can be zero", STATISTICS, "2 * (1 + tail) / (1 + len(draws))", "2 * tail / len(draws)", "neurosig/statistics/test_significance.py", "by_hand"),
     Mutant("Holm without its steps", STATISTICS, "(len(p_values) - rank) * p_values[index]", "p_values[index]", "neurosig/statistics/test_significance.py", "by_hand"),
-    Mutant("spread with the wrong normaliser", STATISTICS, "np.std(values, ddof=1)", "np.std(values, ddof=0)", "neurosig/statistics/test_significance.py", "by_hand"),
-    Mutant("draws that are no resamples", STATISTICS, "rng.integers(n, size=(rows, n))", "rng.permuted(np.tile(np.arange(n), (rows, 1)), axis=1)", "neurosig/statistics/test_significance.py", "draws or covers"),
+    Mutant("draws that are no resamples", RESAMPLING, "rng.integers(n, size=(min(block, resamples - start), n))", "rng.permuted(np.tile(np.arange(n), (min(block, resamples - start), 1)), axis=1)", "neurosig/statistics/test_significance.py", "draws or covers"),
     # neurons
     Mutant("CETT without its norm", CONTRIBUTIONS, "return magnitude(value, w_out_norm).div_(ffn_out.float().norm(dim=-1, keepdim=True))", "return magnitude(value, w_out_norm)", "neurosig/neurons/test_contributions.py", "cett"),
     Mutant("CETT with one norm for all positions", CONTRIBUTIONS, "ffn_out.float().norm(dim=-1, keepdim=True)", "ffn_out.float().norm(dim=(-2, -1), keepdim=True)", "neurosig/neurons/test_contributions.py", "cett"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +17,8 @@ from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.questions.answers import majority_vote
 from neurosig.sampling.rollouts import Rollout
-from neurosig.statistics.metrics import hierarchical_interval
-from tests.neurosig.test_manifest import edit_row
 from tests.support.flow import make_manifest
+from tests.support.manifests import edit_row
 from tests.trust import mutants
 
 
@@ -42,15 +41,6 @@ def test_the_end_token_carries_no_answer() -> None:
         assert Rollout("q", 0, "text", ids, reason).body_ids == body  # type: ignore[arg-type]
 
 
-def test_seeds_are_drawn_one_by_one() -> None:
-    """Two seeds that say 0 and 1: half of all draws hold one of each, so the middle 40% are at one half."""
-    delta = np.repeat([[0.0], [1.0]], 50, axis=1)
-    found = hierarchical_interval(lambda s, q: float(delta[np.ix_(s, q)].mean()), 2, 50, seed=0, level=0.4)
-    assert (found.low, found.estimate, found.high) == (0.5, 0.5, 0.5)
-    wide = hierarchical_interval(lambda s, q: float(delta[np.ix_(s, q)].mean()), 2, 50, seed=0, level=0.6)
-    assert (wide.low, wide.high) == (0.0, 1.0)
-
-
 def named(name: str) -> mutants.Mutant:
     (mutant,) = (mutant for mutant in mutants.MUTANTS if mutant.name == name)
     return mutant
@@ -62,14 +52,15 @@ def test_mutants_are_caught(tmp_path: Path, name: str) -> None:
 
 
 def test_a_mutant_whose_text_is_gone_is_told_and_the_copy_is_left_as_it_was(tmp_path: Path) -> None:
-    (tmp_path / "neurosig").mkdir()
-    (tmp_path / "neurosig" / "answers.py").write_text("x = 1\n")
-    with pytest.raises(LookupError, match=r"ties by the alphabet: its text is not in neurosig/answers\.py"):
+    source = tmp_path / mutants.ANSWERS
+    source.parent.mkdir(parents=True)
+    source.write_text("x = 1\n")
+    with pytest.raises(LookupError, match=f"ties by the alphabet: its text is not in {re.escape(mutants.ANSWERS)}"):
         mutants.caught(named("ties by the alphabet"), tmp_path)
     harmless = dataclasses.replace(named("ties by the alphabet"), old="x = 1", new="x = 2", tests="gone.py")
     with pytest.raises(RuntimeError, match="the tests did not run"):
         mutants.caught(harmless, tmp_path)
-    assert (tmp_path / "neurosig" / "answers.py").read_text() == "x = 1\n"
+    assert source.read_text() == "x = 1\n"
 
 
 def test_every_mutant_replaces_text_that_is_there_once() -> None:

@@ -118,7 +118,7 @@ def test_more_questions_and_larger_effects_find_more() -> None:
 def test_the_figure_shows_the_table_beside_it(tmp_path: Path) -> None:
     paths = planted_neurons.draw(tmp_path, tmp_path / "figures")
     assert {path.name for path in paths} == {"planted_neurons.pdf", "planted_neurons.png", "planted_neurons.csv"}
-    table = pd.read_csv(planted_neurons.DATA)
+    table = pd.read_csv(planted_neurons.TABLE)
     cells = table[table["data"] == "planted"].groupby(["effect", "questions"]).size()
     assert len(cells) == len(planted_neurons.EFFECTS) * len(planted_neurons.QUESTIONS)
     assert (cells == planted_neurons.DATASETS).all()
@@ -130,7 +130,7 @@ def test_the_figure_shows_the_table_beside_it(tmp_path: Path) -> None:
 
 def test_a_row_of_the_table_is_computed_again() -> None:
     """The smallest cell of the first data set, from its seed."""
-    table = pd.read_csv(planted_neurons.DATA)
+    table = pd.read_csv(planted_neurons.TABLE)
     row = table[(table["effect"] == 1.5) & (table["seed"] == 0) & (table["questions"] == 50)].iloc[0]
     data = plant(PlantedConfig(400, planted_neurons.GENERATIONS, planted_neurons.PLANTED, 1.5, seed=0))
     again = planted_neurons._locate(data, 50)

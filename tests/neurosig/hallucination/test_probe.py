@@ -14,7 +14,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from neurosig.hallucination.controls import random_neuron_auroc, signal_aurocs
+from neurosig.hallucination.controls import random_neuron_auroc
 from neurosig.hallucination.lasso import design, entry_penalty, fit_l1
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe, read_neurons, write_neurons
 from neurosig.hallucination.probe import (
@@ -313,27 +313,3 @@ def test_random_neurons_know_nothing_and_the_located_ones_are_left_out(fitted: F
     np.testing.assert_array_equal(again.draws, control.draws)
     with pytest.raises(UserError, match="random neurons: 4 of 3 to draw from"):
         random_neuron_auroc(matrix, labels, owners, 4, config, exclude=others)
-
-
-def test_signal_aurocs_resample_questions_not_rollouts() -> None:
-    n, k = 40, 8
-    rng = np.random.default_rng(0)
-    by_question = rng.permutation(n) % 2
-    labels, owners = np.repeat(by_question, k), [f"q{i:02}" for i in range(n) for _ in range(k)]
-    noisy = by_question + rng.normal(0, 1, n)
-    signals = {"noisy": np.repeat(noisy, k), "inverse": -np.repeat(noisy, k), "constant": np.ones(n * k)}
-    table = signal_aurocs(signals, labels, owners, seed=0, resamples=100).set_index("signal")
-    assert table.loc["noisy", "auroc"] == pytest.approx(roc_auc_score(by_question, noisy))
-    assert table.loc["inverse", "low"] == pytest.approx(1 - table.loc["noisy", "high"])
-    assert table.loc["constant", ["auroc", "low", "high"]].tolist() == [0.5, 0.5, 0.5]
-    assert table.loc["noisy", "questions"] == n
-    # as wide as for one rollout a question: eight copies are no evidence
-    single = signal_aurocs({"noisy": noisy}, by_question, [f"q{i:02}" for i in range(n)], seed=0, resamples=100)
-    assert single["low"].iloc[0] == pytest.approx(table.loc["noisy", "low"])
-    shuffled = rng.permutation(n * k)
-    hidden = np.where(np.arange(n * k) < 80, -1, labels)
-    part = signal_aurocs(
-        {"noisy": np.repeat(noisy, k)[shuffled]}, hidden[shuffled], [owners[i] for i in shuffled], seed=0, resamples=20
-    )
-    assert part["questions"].iloc[0] == n - 10
-    assert part["auroc"].iloc[0] == pytest.approx(roc_auc_score(by_question[10:], noisy[10:]))

@@ -1,27 +1,19 @@
-"""Scaling neurons through nnsight against plain hooks and edited weights; controls; measures; the command."""
+"""Scaling neurons through nnsight against plain hooks and edited weights; their controls; likelihoods."""
 
 from __future__ import annotations
 
 import copy
-import csv
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 import neurosig.intervene.interventions
-from figures.draw.dose_response import draw
-from neurosig.intervene.__main__ import InterveneConfig, main
-from neurosig.intervene.dose_response import MEASURES, Cell, _interval, dose_response, measure, repetition
 from neurosig.intervene.interventions import (
-    NeuronSet,
     activity_matched,
     choose_neurons,
     completion_nll,
@@ -30,17 +22,15 @@ from neurosig.intervene.interventions import (
     scale_neurons,
     strongest,
 )
-from neurosig.manifest import read_manifest, write_manifest
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.neurons.nnsight_reader import NeuronScaler
+from neurosig.neurons.signals_file import Signals
 from neurosig.neurons.sites import FFNSites, ffn_sites, w_out
-from neurosig.questions.load import Question, load_questions
+from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
-from neurosig.statistics.metrics import hierarchical_interval, paired_mean_interval
-from tests.support.flow import make_manifest, save_tiny, write_questions
 from tests.support.tiny import ALL_ARCHS, ARCHS, EOS_ID, VOCAB_SIZE, Arch, OtherArch, tiny_model, tiny_tokenizer
 
 COLUMNS = {0: [3, 17, 40], 1: [5]}
@@ -219,14 +209,11 @@ def test_bad_neurons_are_named(tmp_path: Path, text: str, problem: str) -> None:
         choose_neurons(tmp_path / "other.csv", sites(), "positive")
 
 
-def test_mean_contributions_count_absence_as_zero(tmp_path: Path) -> None:
-    path = tmp_path / "signals.safetensors"
-    ids = np.array([[0, 2, -1], [2, 1, 3]], dtype=np.int32)
-    values = np.array([[1.0, 0.5, 0.0], [1.5, -2.0, 0.25]], dtype=np.float16)
-    save_file({"ids": ids, "values": values}, path)
-    assert mean_contributions(path, 5).tolist() == [0.5, 1.0, 1.0, 0.125, 0.0]
-    with pytest.raises(UserError, match="largest id 3"):
-        mean_contributions(path, 3)
+def test_mean_contributions_count_absence_as_zero() -> None:
+    ids = torch.tensor([[0, 2, -1], [2, 1, 3]], dtype=torch.int32)
+    values = torch.tensor([[1.0, 0.5, 0.0], [1.5, -2.0, 0.25]], dtype=torch.float16)
+    signals = Signals(ids, values, torch.zeros(2, 1).half(), torch.zeros(2), n_layers=1, d_mlp=5)
+    assert mean_contributions(signals).tolist() == [0.5, 1.0, 1.0, 0.125, 0.0]
 
 
 def test_layer_matched_controls_have_the_profile_and_never_a_located_neuron() -> None:
@@ -263,7 +250,7 @@ def test_a_layer_without_enough_others_is_named() -> None:
         layer_matched(range(11), range(11), sites(), np.random.default_rng(0))
 
 
-# What is measured
+# Likelihoods
 
 
 def test_the_likelihood_of_completions_is_that_of_one_plain_forward_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,230 +274,6 @@ def test_the_likelihood_of_completions_is_that_of_one_plain_forward_each(monkeyp
     with hooked(model, 4.0):
         hooks = completion_nll(model, prompts(), groups)
     assert completion_nll(scaled(model, 4.0), prompts(), groups) == hooks != ours
-
-
-def rollout(text: str, ids: tuple[int, ...] = (5, 6), reason: Any = "stop") -> Rollout:
-    return Rollout("q", 0, text, ids, reason, mean_entropy=0.5)
-
-
-def test_measures_of_one_question_by_hand() -> None:
-    question = Question("q", "geography", "What is the capital of France?", answer="Paris")
-    group = [
-        rollout("The capital of France is Paris."),
-        rollout("The capital of France is Lyon.", (5, 6, 7, 8)),
-        rollout("The capital of France is Paris.", (5, 5, 5, 5), "length"),
-        rollout("I'm sorry, but I cannot say."),
-    ]
-    assert measure(question, group, 1.25) == {
-        "avg_at_k": 0.5,
-        "maj_at_k": 1.0,
-        "agreement": 0.5,
-        "unparsed": 0.25,
-        "refusal": 0.25,
-        "no_answer": 0.25,
-        "nll": 1.25,
-        "entropy": 0.5,
-        "length": 3.0,
-        "truncated": 0.25,
-        "repetition": 0.125,
-    }
-    tied = measure(question, [group[0], group[1]], 0.0)
-    assert (tied["maj_at_k"], tied["agreement"]) == (0.5, 0.5)
-
-
-def test_repetition_counts_trigrams_said_before() -> None:
-    assert repetition((1, 2)) == repetition((1, 2, 3, 4)) == 0
-    assert repetition((7, 7, 7, 7, 7)) == pytest.approx(2 / 3)
-    assert repetition((1, 2, 3, 1, 2, 3)) == 0.25
-
-
-def cell(neurons: NeuronSet | None, factor: float, **values: list[float]) -> Cell:
-    zero = np.zeros(4)
-    return Cell(neurons, factor, {name: np.array(values[name]) if name in values else zero for name in MEASURES})
-
-
-def test_changes_and_differences_are_paired() -> None:
-    located = NeuronSet("located", 0, (1,))
-    cells = [
-        cell(None, 1.0, avg_at_k=[1.0, 0.0, 0.5, 0.5]),
-        cell(located, 4.0, avg_at_k=[0.75, -0.25, 0.25, 0.25]),
-        cell(NeuronSet("layer", 0, (2,)), 4.0, avg_at_k=[1.0, 0.0, 0.5, 0.5]),
-        cell(NeuronSet("layer", 1, (3,)), 4.0, avg_at_k=[0.9, -0.1, 0.4, 0.4]),
-    ]
-    rows = {(row["group"], row["factor"]): row for row in dose_response(cells, seed=0) if row["measure"] == "avg_at_k"}
-    assert set(rows) == {("located", 1.0), ("located", 4.0), ("layer", 1.0), ("layer", 4.0)}
-    assert "change" not in rows["located", 1.0] and rows["layer", 1.0]["value"] == 0.5
-    change = rows["located", 4.0]
-    assert [change[name] for name in ("change", "change_low", "change_high")] == pytest.approx([-0.25] * 3)
-    assert "difference" not in change
-    control = rows["layer", 4.0]
-    assert (control["draws"], control["n"]) == (2, 4)
-    assert control["value"] == pytest.approx(0.45) and control["change"] == pytest.approx(-0.05)
-    assert control["difference"] == pytest.approx(-0.2)
-    # every question differs by the same, so the interval is that of the draws
-    assert (control["difference_low"], control["difference_high"]) == pytest.approx((-0.25, -0.15))
-    with pytest.raises(UserError, match="no cell of the unscaled model"):
-        dose_response(cells[1:], seed=0)
-
-
-def test_intervals_are_those_of_the_metrics_module() -> None:
-    """Against the loop over resamples, and for one draw against the paired bootstrap, up to their own noise."""
-    delta = np.random.default_rng(3).normal(0.1, 0.5, (3, 30)) + np.array([[0.0], [0.3], [-0.2]])
-    several = hierarchical_interval(lambda d, q: float(delta[np.ix_(d, q)].mean()), *delta.shape, seed=1)
-    one = paired_mean_interval(delta[0], np.zeros(30), seed=1)
-    for mine, theirs in ((delta, several), (delta[:1], one)):
-        ours = _interval("change", mine, 0)
-        assert ours["change"] == pytest.approx(theirs.estimate)
-        assert (ours["change_low"], ours["change_high"]) == pytest.approx((theirs.low, theirs.high), abs=0.015)
-
-
-# The command
-
-
-NEURONS_CSV = "layer,index,weight,active_share\n0,3,0.5,0.5\n0,17,0.25,0.5\n1,5,0.5,0.5\n1,9,-0.5,0.5\n"
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real export of a tiny model, with neurons: its probe has nothing to learn from."""
-    folder = make_manifest(tmp_path_factory.mktemp("intervene"))
-    read = read_manifest(folder)
-    header = {name: getattr(read.header, name) for name in ("tool", "model", "tokenizer", "dataset", "sampling")}
-    write_manifest(
-        folder,
-        read.rows,
-        read.rollouts.values(),
-        signals=(folder / "signals.safetensors").read_bytes(),
-        neurons_csv=NEURONS_CSV,
-        header=header | {"options": read.header.options},
-    )
-    return folder
-
-
-def config(manifest: Path, out: Path, **changes: Any) -> InterveneConfig:
-    defaults: dict[str, Any] = {
-        "questions": (str(manifest.parent / "questions.jsonl"),),
-        "factors": (0.0, 4.0),
-        "controls": 2,
-        "num_generations": 2,
-        "max_new_tokens": 4,
-        "limit": 5,
-        "quiet": True,
-    }
-    return InterveneConfig(manifest=manifest, out=out, **{**defaults, **changes})
-
-
-def table(out: Path) -> list[dict[str, str]]:
-    with (out / "results.csv").open() as handle:
-        return list(csv.DictReader(handle))
-
-
-def test_the_command_writes_every_cell_and_a_table(manifest: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    main(config(manifest, out))
-    names = ["located", "layer-0", "layer-1", "activity-0", "activity-1", "strongest"]
-    files = {"unscaled.json", *(f"{name}-x{factor}.json" for name in names for factor in (0, 4))}
-    assert {path.name for path in (out / "cells").iterdir()} == files
-    rows = table(out)
-    assert len(rows) == 4 * 3 * len(MEASURES)
-    record = json.loads((out / "results.json").read_text())
-    assert {name: entry["neurons"] for name, entry in record["sets"].items()} == dict.fromkeys(names, 3)
-    assert record["config"]["seed"] == 0 and record["run"]["libraries"]["nnsight"]
-    assert len(json.loads((out / "plan.json").read_text())["neurons"]["located"]) == 3
-    # the table says what the cells say
-    content = {path.stem: json.loads(path.read_text())["measures"] for path in (out / "cells").iterdir()}
-    mean = {name: np.mean([values["nll"] for values in cells.values()]) for name, cells in content.items()}
-    nll = {(row["group"], row["factor"]): row for row in rows if row["measure"] == "nll"}
-    assert float(nll["located", "4"]["value"]) == pytest.approx(mean["located-x4"], abs=1e-4)
-    assert float(nll["located", "4"]["change"]) == pytest.approx(mean["located-x4"] - mean["unscaled"], abs=1e-4)
-    pooled = (mean["layer-0-x4"] + mean["layer-1-x4"]) / 2
-    assert float(nll["layer", "4"]["difference"]) == pytest.approx(mean["located-x4"] - pooled, abs=1e-4)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    main(config(manifest, out, resume=True))
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-
-
-def test_the_figure_shows_the_table(manifest: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no finished run; run `python -m neurosig\.intervene"):
-        draw(tmp_path, tmp_path / "figures")
-    main(config(manifest, tmp_path / "intervene", controls=1))
-    pdf, png, plotted = draw(tmp_path, tmp_path / "figures")
-    assert pdf.read_bytes().startswith(b"%PDF") and png.read_bytes().startswith(b"\x89PNG")
-    drawn_rows = pd.read_csv(plotted)
-    assert set(drawn_rows["group"]) == {"located", "layer", "activity", "strongest"}
-    results = {(row["group"], float(row["factor"]), row["measure"]): row for row in table(tmp_path / "intervene")}
-    for row in drawn_rows.to_dict("records"):
-        source = results[row["group"], row["factor"], row["measure"]]
-        value, change, low = (float(source[name] or 0) for name in ("value", "change", "change_low"))
-        shown = np.log([row["value"], row["low"]]) if row["measure"] == "nll" else [row["value"], row["low"]]
-        assert shown == pytest.approx([value, value - change + low], abs=1e-4)
-
-
-def test_an_interrupted_run_resumes_cell_by_cell(
-    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    main(config(manifest, tmp_path / "straight"))
-    scored = completion_nll
-    calls: list[int] = []
-
-    def killed(*args: Any) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return scored(*args)
-
-    monkeypatch.setattr(neurosig.intervene.interventions, "completion_nll", killed)
-    with pytest.raises(KeyboardInterrupt):
-        main(config(manifest, tmp_path / "broken"))
-    assert len(list((tmp_path / "broken" / "cells").iterdir())) == 4
-    with pytest.raises(UserError, match="differ from the interrupted run: factors, sampling"):
-        main(config(manifest, tmp_path / "broken", resume=True, factors=(0.0,), temperature=1.0))
-    with pytest.raises(UserError, match="holds an earlier run"):
-        main(config(manifest, tmp_path / "broken"))
-    main(config(manifest, tmp_path / "broken", resume=True))
-    assert len(calls) == 5 + 13 - 4
-    straight, broken = (
-        {path.name: path.read_bytes() for path in sorted((tmp_path / name).rglob("*.json")) if path.stem != "results"}
-        for name in ("straight", "broken")
-    )
-    assert straight == broken
-    assert table(tmp_path / "straight") == table(tmp_path / "broken")
-
-
-def test_bad_requests_are_refused(manifest: Path, tmp_path: Path) -> None:
-    for changes, problem in (
-        ({"factors": (1.0,)}, "--factors: expected a factor other than 1"),
-        ({"factors": (0.0, 0.0)}, "--factors: expected each factor once"),
-        ({"factors": (float("nan"), 2.0)}, "--factors: expected finite numbers"),
-        ({"matching": ("layer", "layer")}, "--matching: expected each kind once"),
-        ({"controls": 0}, "--controls: expected at least 1"),
-        ({"reference_rollouts": 3}, "--reference-rollouts: expected 1 to --num-generations"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            config(manifest, tmp_path / "run", **changes)
-    unlabelled = write_questions(tmp_path / "unlabelled.jsonl", answer=None)
-    with pytest.raises(UserError, match=r'question "q0" \(line 1\) has no answer'):
-        main(config(manifest, tmp_path / "run", questions=(str(unlabelled),)))
-    with pytest.raises(UserError, match="1 question; an interval needs at least 2"):
-        main(config(manifest, tmp_path / "run", limit=1))
-    other = save_tiny(tmp_path / "gpt2", "gpt2")
-    with pytest.raises(UserError, match="not the architecture of the manifest's model"):
-        main(config(manifest, tmp_path / "run", model=str(other)))
-    assert not (tmp_path / "run").exists()
-
-
-def test_other_weights_of_the_same_architecture_are_allowed_with_a_warning(
-    manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    other = save_tiny(tmp_path / "trained", seed=1)
-    mine = tmp_path / "mine.csv"
-    mine.write_text("layer,index,weight\n0,8,1\n1,9,1\n")
-    changes: dict[str, Any] = {"factors": (0.0,), "controls": 1, "matching": ("layer",), "table": mine}
-    main(config(manifest, tmp_path / "run", model=str(other), **changes))
-    assert json.loads((tmp_path / "run" / "plan.json").read_text())["neurons"]["located"] == [8, 64 + 9]
-    assert "its weights differ from those the neurons were located in" in caplog.text
-    assert "5 of 5 questions are among those the neurons were located on" in caplog.text
-    assert {row["group"] for row in table(tmp_path / "run")} == {"located", "layer", "strongest"}
 
 
 @pytest.mark.smollm2

@@ -13,26 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from neurosig.neurons.contributions import ActiveSets
 from neurosig.neurons.sites import ffn_sites
-from neurosig.neurons.tracer import ActiveSets, NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer, TraceConfig
 from neurosig.runtime.errors import UserError
-from tests.support.tiny import ARCHS, CONTEXT, D_MLP, EOS_ID, VOCAB_SIZE, Arch, tiny_model
+from tests.support.tiny import ARCHS, CONTEXT, D_MLP, LENGTHS, VOCAB_SIZE, Arch, rollouts, tiny_model
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
 
 EVERY_NEURON = 10**6
-LENGTHS = [(6, 4), (11, 1), (3, 9), (1, 2), (7, 7), (12, 3)]  # prompt and completion tokens
-
-
-def rollouts(lengths: list[tuple[int, int]] = LENGTHS) -> tuple[list[list[int]], list[list[int]]]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> list[int]:
-        return torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()
-
-    prompts, completions = zip(*((draw(p), [*draw(c - 1), EOS_ID]) for p, c in lengths), strict=True)
-    return list(prompts), list(completions)
 
 
 def tracer_of(model: PreTrainedModel, **options: object) -> NeuronTracer:

@@ -13,56 +13,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 
 from neurosig.export import main as export
-from neurosig.hallucination.locate import FittedProbe
-from neurosig.hallucination.locate import read_neurons as locate_neurons
+from neurosig.exported import Exported, join_gold
+from neurosig.hallucination.locate import FittedProbe, read_neurons
 from neurosig.hallucination.probe import contribution_matrix
 from neurosig.manifest import read_manifest
 from neurosig.patterns.clusters import ClusterConfig, pattern_clusters
 from neurosig.report.__main__ import ReportConfig, main
-from neurosig.report.data import join_gold, layer_profile, read_neurons, read_traced, rollout_level
+from neurosig.report.data import layer_profile, rollout_level
 from neurosig.report.html import visible
 from neurosig.report.patterns import patterns
 from neurosig.runtime.cli import run_command
 from neurosig.runtime.errors import UserError
-from tests.support.flow import export_config, file_bytes, make_manifest, save_tiny
+from tests.support.exports import BIDI, K, N, write_lines, write_world
+from tests.support.flow import export_config, file_bytes, make_manifest
 from tests.support.paths import ROOT
 
-N, K = 40, 4
-BIDI, ANSI = "\u202egpj.exe\u2069", "\x1b[31mred\x1b[0m"
-HOSTILE_QUESTION = f'Is <img src="http://evil.test/x.png" onerror="alert(1)"> {BIDI} nice?'
-HOSTILE_TEXT = f"<script src=https://evil.test/a.js>alert(2)</script>\n{ANSI} &amp; {{{{ 7 * 7 }}}}\u200b Answer: "
 VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-def write_world(folder: Path, first: int = 0) -> Path:
-    """A tiny model, questions with gold answers, and rollouts: the more of a question's rollouts agree, the more often
-    they are right. The first question and all rollouts of the second are hostile text."""
-    save_tiny(folder / "model")
-    rng = np.random.default_rng(first)
-    questions, rollouts = [], []
-    for index in range(first, first + N):
-        text = HOSTILE_QUESTION if index == 0 else f"Is number {index} nice?"
-        answer = f"gold{index}"
-        questions.append({"id": f"q{index:02d}", "domain": "made up", "question": text, "answer": answer})
-        known = rng.random() < 0.5
-        for rollout in range(K):
-            right = rng.random() < (0.9 if known else 0.2)
-            said = answer if right else f"guess{rollout}"
-            prefix = HOSTILE_TEXT if index == 1 else "I would say. Answer: "
-            rollouts.append({"question_id": f"q{index:02d}", "text": prefix + said})
-    write_lines(folder / "questions.jsonl", questions)
-    write_lines(folder / "rollouts.jsonl", rollouts)
-    return folder
-
-
-def write_lines(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +106,7 @@ class Page(HTMLParser):
 
 def test_the_report_says_what_the_signals_are_worth(world: Path, told: tuple[Path, str]) -> None:
     out, printed = told
-    written = ["layers.csv", "neurons.csv", "path.csv", "probe.safetensors", "report.html", "signals.csv"]
+    written = ["layers.csv", "located_neurons.csv", "path.csv", "probe.safetensors", "report.html", "signals.csv"]
     assert sorted(path.name for path in out.iterdir()) == written
     rows, manifest = table(out), read_manifest(world)
     gold = {f"q{index:02d}": f"gold{index}" for index in range(N)}
@@ -228,7 +198,7 @@ def test_gold_is_joined_by_id_and_text(world: Path, tmp_path: Path) -> None:
         f'of {N} questions 1 there with another text (the first is "q03" on line 4), 10 not in the question files '
         f'(the first is "q30") ({path})'
     )
-    level = rollout_level(manifest, read_traced(manifest), gold)
+    level = rollout_level(Exported(world), gold)
     assert len(level.owners) == 29 * K and level.owners.max() == 28
     trust = {signal.name: signal.trust for signal in level.signals}
     probe = load_file(world / "signals.safetensors")["probe"].reshape(N, K)
@@ -257,21 +227,21 @@ def test_one_class_is_said_and_does_no_harm(tmp_path: Path) -> None:
     text = Page((report(run, tmp_path / "right", questions=(str(path),)) / "report.html").read_text()).text
     assert f"{len(records)} questions, {len(records)} majorities right. All majorities are right" in text
     assert "Single neurons cannot be located: of 8 questions, the rollouts of" in text
-    assert not (tmp_path / "right" / "neurons.csv").exists()
+    assert not (tmp_path / "right" / "located_neurons.csv").exists()
 
 
 def test_the_layer_profile_by_hand(world: Path) -> None:
-    manifest = read_manifest(world)
-    traced, neurons = read_traced(manifest), read_neurons(world)
-    layers = layer_profile(manifest, traced, neurons)
+    exported = Exported(world)
+    manifest, neurons, d_mlp = exported.manifest, exported.neurons.to_dict("records"), exported.signals.d_mlp
+    layers = layer_profile(exported)
     stored = load_file(world / "signals.safetensors")
     for layer in layers:
         mine = [neuron["weight"] for neuron in neurons if neuron["layer"] == layer.layer]
         assert (layer.to_hallucination, layer.to_trust) == (sum(w > 0 for w in mine), sum(w < 0 for w in mine))
-        inside = (stored["ids"] >= 0) & (stored["ids"] // traced.d_mlp == layer.layer)
+        inside = (stored["ids"] >= 0) & (stored["ids"] // d_mlp == layer.layer)
         assert layer.contribution == pytest.approx(stored["values"][inside].astype(np.float64).mean(), rel=1e-5)
     per_question = [
-        stored["values"][K * i : K * i + K][(stored["ids"][K * i : K * i + K] // traced.d_mlp) == 1].mean(dtype=float)
+        stored["values"][K * i : K * i + K][(stored["ids"][K * i : K * i + K] // d_mlp) == 1].mean(dtype=float)
         for i in range(N)
     ]
     shares = np.array([row.vote.count / K for row in manifest.rows if row.vote])
@@ -301,11 +271,11 @@ def test_a_wrong_folder_is_one_sentence(
 def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, told: tuple[Path, str]) -> None:
     """The page's sentence, the CSV and the saved probe agree, and the probe scores the run's own rollouts as fitted."""
     out, _ = told
-    probe, neurons = FittedProbe.load(out / "probe.safetensors"), locate_neurons(out / "neurons.csv")
+    probe, neurons = FittedProbe.load(out / "probe.safetensors"), read_neurons(out / "located_neurons.csv")
     pd.testing.assert_frame_equal(neurons, probe.neurons, check_exact=True)
-    traced = read_traced(read_manifest(world))
-    scores = probe.score(contribution_matrix(traced.ids, traced.values, traced.n_layers * traced.d_mlp))
-    assert scores.shape == traced.probe.shape and np.corrcoef(scores, traced.probe)[0, 1] > 0.5
+    signals = Exported(world).signals
+    scores = probe.score(contribution_matrix(signals.ids.numpy(), signals.values.float().numpy(), signals.n_neurons))
+    assert scores.shape == signals.probe.shape and np.corrcoef(scores, signals.probe)[0, 1] > 0.5
     text = Page((out / "report.html").read_text()).text
     assert f"Cross-validation by question keeps {len(probe.columns)} neurons" in text
     assert f"AUROC {probe.auroc:.3f} where they did not see it" in text
@@ -316,9 +286,9 @@ def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, told: tup
 
 
 def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, told: tuple[Path, str]) -> None:
-    manifest = read_manifest(world)
-    traced = read_traced(manifest)
-    found = patterns(manifest, traced, seed=0)
+    exported = Exported(world)
+    manifest, signals = exported.manifest, exported.signals
+    found = patterns(exported, seed=0)
     assert not isinstance(found, str)
     answered = [row for row in manifest.rows if row.pseudo_label is not None]
     assert found.n == len(answered) == sum(cluster.size for cluster in found.clusters)
@@ -326,13 +296,12 @@ def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, tol
     chosen = []
     for row in answered:
         scores = {
-            index: traced.probe[keys.index((row.id, index))]
+            index: float(signals.probe[keys.index((row.id, index))])
             for index, answer in enumerate(row.answers)
             if answer == row.pseudo_label
         }
         chosen.append(keys.index((row.id, min(scores, key=lambda index: (scores[index], index)))))
-    sets = torch.from_numpy(traced.ids[chosen])
-    expected = pattern_clusters(sets, traced.d_mlp, ClusterConfig(seed=0))
+    expected = pattern_clusters(signals.ids[chosen], signals.d_mlp, ClusterConfig(seed=0))
     assert np.array_equal(found.found.clustering.labels, expected.clustering.labels)
     assert {row["clustering"] for row in found.comparison} == {"neurons", "hidden states", "tokens"}
     text = Page((told[0] / "report.html").read_text()).text

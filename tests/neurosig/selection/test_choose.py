@@ -11,10 +11,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from neurosig.hallucination.probe import ProbeConfig, agreement_labels, contribution_matrix, fit_probe
+from neurosig.patterns.signatures import representative
 from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard, rank_neighbours
 from neurosig.questions.answers import Vote, majority_vote
 from neurosig.runtime.errors import UserError
-from neurosig.selection.choose import Candidate, SelectionConfig, choose_contexts, clean_reasons, representative
+from neurosig.selection.choose import Candidate, SelectionConfig, choose_contexts, clean_reasons
 
 # patterns
 
@@ -243,8 +244,8 @@ def test_random_contexts_are_seeded_and_may_keep_to_the_kind() -> None:
 
 def test_the_representative_is_the_cleanest_majority_rollout() -> None:
     answers = ["x", None, "x", "y", "x"]
-    assert representative(answers, majority_vote(answers, "q"), np.array([0.4, 0.0, 0.2, 0.0, 0.2])) == 2
-    assert representative([None], majority_vote([None], "q"), np.array([0.1])) is None
+    assert representative(answers, majority_vote(answers, "q").winner, [0.4, 0.0, 0.2, 0.0, 0.2]) == 2
+    assert representative([None], None, [0.1]) is None
 
 
 def test_signatures_of_different_sizes_are_compared_by_their_own_union() -> None:

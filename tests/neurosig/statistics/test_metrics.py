@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from scipy import stats
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
 from neurosig.runtime.errors import UserError
@@ -271,35 +272,20 @@ def test_interval_of_an_ece_difference_uses_the_same_questions_for_both_runs():
     assert 0 < worse.low < worse.estimate < worse.high
 
 
-def test_seeds_that_disagree_widen_the_hierarchical_interval():
-    rng = np.random.default_rng(0)
-    noise = 0.5 * rng.normal(size=(4, 100))
-    noise -= noise.mean(axis=1, keepdims=True)
-
-    def width(seed_effect: np.ndarray) -> float:
-        delta = noise + seed_effect[:, None]
-        interval = metrics.hierarchical_interval(
-            lambda s, q: float(delta[np.ix_(s, q)].mean()), *delta.shape, seed=0, resamples=1000
-        )
-        assert interval.estimate == pytest.approx(delta.mean())
-        return interval.high - interval.low
-
-    assert width(floats(-0.3, -0.1, 0.1, 0.3)) > 1.5 * width(np.zeros(4))
+def test_intervals_are_those_of_scipy_to_the_bit():
+    a, b = np.random.default_rng(0).normal(size=(2, 41))
+    expected = stats.bootstrap(
+        (a - b,), np.mean, n_resamples=999, confidence_level=0.95, method="percentile", rng=np.random.default_rng(7)
+    ).confidence_interval
+    for found in (
+        metrics.paired_mean_interval(a, b, seed=7, resamples=999),
+        metrics.bootstrap_interval(lambda q: float((a - b)[q].mean()), 41, seed=7, resamples=999),
+    ):
+        assert (found.low, found.high) == tuple(expected)
 
 
-def test_one_seed_reduces_the_hierarchy_to_questions():
-    delta = np.random.default_rng(0).normal(size=(1, 100))
-    nested = metrics.hierarchical_interval(
-        lambda s, q: float(delta[np.ix_(s, q)].mean()), 1, 100, seed=0, resamples=2000
-    )
-    flat = metrics.paired_mean_interval(delta[0], np.zeros(100), seed=0, resamples=2000)
-    assert (nested.low, nested.high) == pytest.approx((flat.low, flat.high), abs=0.03)
-
-
-def test_paired_permutation_p_by_enumeration():
-    # five differences of one sign: 2 of the 2^5 swaps are as extreme
-    assert metrics.paired_permutation_p(floats(1, 2, 3, 4, 5), np.zeros(5), seed=0) == pytest.approx(2 / 32)
-    assert metrics.paired_permutation_p(floats(1, 2, 1, 2), floats(2, 1, 2, 1), seed=0) == pytest.approx(1.0)
+def test_an_interval_is_formatted_by_one_spec():
+    assert f"{metrics.Interval(0.0123, -0.004, 0.02, 10, 100, 0):+.3f}" == "+0.012 [-0.004, +0.020]"
 
 
 def test_one_question_has_no_interval():

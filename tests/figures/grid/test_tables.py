@@ -18,12 +18,13 @@ from distill.evaluate import EvaluateConfig
 from distill.evaluate import main as evaluate
 from figures.draw import paper_tables
 from figures.draw.paper_tables import averages_without
+from figures.grid.config import BASE
 from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from figures.grid.table_text import FIELDS, markdown, rounded, signed
-from figures.grid.tables import BASE, METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
+from figures.grid.tables import METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
-from neurosig.statistics.significance import paired_mde, unpaired_mde
+from neurosig.statistics.significance import minimum_detectable_effect
 from tests.support.flow import save_tiny, write_questions
 from tests.support.paths import FIGURE_DATA, TESTS
 
@@ -107,7 +108,7 @@ def test_halves_go_up_and_zero_has_no_minus(value: float, decimals: int, text: s
     assert (rounded(value, decimals), signed(value, decimals)) == (text, change)
 
 
-def test_columns_stand_as_in_the_paper() -> None:
+def test_columns_are_in_the_papers_order() -> None:
     assert PAPER.columns == ("BIO", "MAT", "PHYS", "CHEM", "SKE_AVG", "EDU", "MMLU_PRO", "AVG")
     ours = Layout(("geography", "language", "chemistry"), {"facts": ("geography", "chemistry")})
     assert ours.columns == ("geography", "language", "chemistry", "facts", "AVG")
@@ -218,11 +219,11 @@ def test_matrices_are_the_metrics_of_the_rows(folder: Path) -> None:
         expected: dict[str, list[float]] = {"avg_at_k": [], "maj_at_k": [], "ece": []}
         runs = frame[(frame["method"] == "nopsd") & (frame["source"] == source) & (frame["target"] == target)]
         for seed in seeds:
-            mine = runs[runs["seed"] == seed]
-            majority = metrics.maj_at_k(mine["right_winners"].to_numpy(), mine["winners"].to_numpy())
-            expected["avg_at_k"].append(100 * (mine["n_correct"] / K).mean())
+            run = runs[runs["seed"] == seed]
+            majority = metrics.maj_at_k(run["right_winners"].to_numpy(), run["winners"].to_numpy())
+            expected["avg_at_k"].append(100 * (run["n_correct"] / K).mean())
             expected["maj_at_k"].append(100 * majority.mean())
-            expected["ece"].append(metrics.ece(mine["votes"].to_numpy(), K, majority))
+            expected["ece"].append(metrics.ece(run["votes"].to_numpy(), K, majority))
         for name, values in expected.items():
             matrix = results[name].trained["nopsd"][DOMAINS.index(source), DOMAINS.index(target)]
             assert matrix[0] == pytest.approx(np.mean(values))
@@ -241,8 +242,10 @@ def test_cells_have_paired_intervals(folder: Path) -> None:
     interval = metrics.paired_mean_interval(after, before, seed=1, resamples=4000)
     assert cell.delta == pytest.approx(100 * interval.estimate)
     assert (cell.low, cell.high) == pytest.approx((100 * interval.low, 100 * interval.high), abs=0.8)
-    assert cell.mde == pytest.approx(100 * paired_mde(after, before), rel=0.06)
-    assert cell.mde_unpaired == pytest.approx(100 * unpaired_mde(after, before), rel=0.06)
+    paired, apart = (after - before).std(ddof=1), np.hypot(after.std(ddof=1), before.std(ddof=1))
+    for mde, spread in ((cell.mde, paired), (cell.mde_unpaired, apart)):
+        expected = minimum_detectable_effect(float(100 * spread / np.sqrt(len(after))))
+        assert mde == pytest.approx(expected, rel=0.06)
     assert cell.mde is not None and cell.mde_unpaired is not None and cell.mde < 0.75 * cell.mde_unpaired
     assert (cell.n, cell.unsure) == (30, False)
     assert cell.p is not None and cell.p_holm is not None and cell.p < cell.p_holm <= 0.05
@@ -294,12 +297,12 @@ def test_the_page_of_a_grid(folder: Path, tmp_path: Path) -> None:
     assert all(path.read_bytes() == (tmp_path / "out" / path.name).read_bytes() for path in again)
 
 
-def test_the_papers_domains_stand_beside_the_papers_numbers() -> None:
+def test_our_rows_are_next_to_the_papers() -> None:
     ours, theirs = scope_table(witness(3)), paper_tables.published()["Table 3"]
-    lines = markdown(paper_tables.beside(ours, theirs)).splitlines()[2:]
+    lines = markdown(paper_tables.next_to(ours, theirs)).splitlines()[2:]
     assert len(lines) == 18
-    for mine, paper in zip(lines[::2], lines[1::2], strict=True):
-        assert mine.replace(" |", " (paper) |", 1) == paper
+    for own, paper in zip(lines[::2], lines[1::2], strict=True):
+        assert own.replace(" |", " (paper) |", 1) == paper
 
 
 def test_rows_come_from_evaluations(tmp_path: Path) -> None:
@@ -346,7 +349,7 @@ def _without(name: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]
     [
         (_without("votes"), 'no column "votes"'),
         (lambda rows: [], "no rows"),
-        (lambda rows: [*rows, rows[0]], 'nopsd, geography, seed 0: question "geography-0" of geography is there twice'),
+        (lambda rows: [*rows, rows[0]], 'nopsd, geography, seed 0: question "geography-0" of geography appears twice'),
         (lambda rows: [row for row in rows if row["method"] != "base"], 'no rows of method "base" for chemistry'),
         (lambda rows: [*rows[1:], {**rows[0], "id": "other"}], "nopsd, geography, seed 0: not the questions"),
         (

@@ -12,7 +12,6 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
-import figures.style
 from distill.entropy_gap import gap_fit
 from figures.__main__ import FiguresConfig, main
 from figures.draw import (
@@ -26,13 +25,10 @@ from figures.draw import (
     training_curves,
 )
 from figures.experiments import context_policies
-from neurosig.export import main as export
 from neurosig.manifest import read_manifest
 from neurosig.runtime.errors import UserError
-from tests.neurosig.report.test_report import K, N, write_lines, write_world
-from tests.support.flow import export_config
+from tests.support.exports import N
 
-STEPS = 7
 NAMES = (
     "clusters",
     "context_policies",
@@ -45,64 +41,10 @@ NAMES = (
 )
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder: an export with known rollouts, half of it selected, evaluations and a training log by hand."""
-    folder = write_world(tmp_path_factory.mktemp("results"))
-    lines = (folder / "questions.jsonl").read_text().splitlines()
-    kinds = [{**json.loads(line), "kind": f"kind_{index % 2}"} for index, line in enumerate(lines)]
-    questions = write_lines(folder / "questions.jsonl", kinds)
-    files = {"rollouts": folder / "rollouts.jsonl", "num_generations": K, "clean_filter": "neuron"}
-    export(export_config(folder, folder / "model", questions, **files))
-    rng = np.random.default_rng(0)
-    for method in ("nopsd", "base", "control"):
-        place = folder / "eval" / method
-        place.mkdir(parents=True)
-        rows = {"id": [f"q{i}" for i in range(30)], "domain": ["made up"] * 20 + ["shape"] * 10, "k": 4}
-        rows |= {"votes": rng.integers(1, 5, 30), "winners": np.ones(30, int), "right_winners": rng.integers(0, 2, 30)}
-        pd.DataFrame(rows).to_parquet(place / "results.parquet")
-        (place / "summary.json").write_text(json.dumps({"config": {"temperature": 0.8, "seed": 3}}))
-    (folder / "nopsd").mkdir()
-    (folder / "nopsd" / "train.json").write_text(
-        json.dumps({"config": {"questions_per_step": 8, "num_generations": 2, "seed": 5}})
-    )
-    names = ("divergence", "student_entropy", "teacher_entropy", "entropy_gap", "mean_length", "grad_norm")
-    log = [
-        {"step": step, "rollouts_in_loss": 16.0, **dict(zip(names, rng.uniform(0, 1, len(names)), strict=True))}
-        for step in range(1, STEPS + 1)
-    ]
-    write_lines(folder / "nopsd" / "metrics.jsonl", log)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (clusters, hallucination_sign, reliability):
         monkeypatch.setattr(module, "RESAMPLES", 100)
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved."""
-    saved: list[Figure] = []
-    save = figures.style.save_figure
-
-    def seen(figure: Figure, folder: Path, name: str) -> list[Path]:
-        saved.append(figure)
-        return save(figure, folder, name)
-
-    for module in (
-        figures.style,
-        clusters,
-        gap_gain,
-        hallucination_sign,
-        overview,
-        reliability,
-        speed,
-        training_curves,
-    ):
-        monkeypatch.setattr(module, "save_figure", seen)
-    return saved
 
 
 def caption_of(figure: Figure) -> str:
@@ -114,7 +56,10 @@ def test_the_sign_shows_the_scores_and_their_auroc(results: Path, tmp_path: Path
     table = pd.read_csv(tmp_path / "hallucination_sign.csv")
     scores = table[table["part"] == "score"]
     rows = {row.id: row for row in read_manifest(results / "manifest").rows}
-    gold = {record["id"]: record["answer"] for record in map(json.loads, (results / "questions.jsonl").open())}
+    gold = {
+        record["id"]: record["answer"]
+        for record in map(json.loads, (results / "questions.jsonl").read_text().splitlines())
+    }
     for row in scores.itertuples():
         assert row.value == pytest.approx(rows[row.name].scores["probe"], rel=1e-5)
         assert row.right == (rows[row.name].pseudo_label == gold[row.name])
@@ -177,8 +122,8 @@ def test_reliability_is_that_of_the_evaluations(results: Path, tmp_path: Path, d
     expected = raw.groupby("votes")["right_winners"].mean()
     cross = drawn[0].axes[5].collections[-1].get_offsets()
     np.testing.assert_allclose(cross, np.column_stack([expected.index / 4, expected]))
-    mine = bins.query("scope == 'cross-domain' and method == 'N-OPSD'")
-    np.testing.assert_allclose(cross, mine[["confidence", "accuracy"]], rtol=1e-5)
+    cross_bins = bins.query("scope == 'cross-domain' and method == 'N-OPSD'")
+    np.testing.assert_allclose(cross, cross_bins[["confidence", "accuracy"]], rtol=1e-5)
     assert "K=4" in caption_of(drawn[0]) and "sampling seed 3" in caption_of(drawn[0])
 
 
@@ -192,7 +137,7 @@ def test_training_curves_are_the_logged_steps(results: Path, tmp_path: Path, dra
             np.testing.assert_array_equal(steps.get_xydata(), log[["step", name]])
             assert smooth.get_ydata()[3] == pytest.approx(log[name][1:6].mean())
             assert smooth.get_ydata()[0] == pytest.approx(log[name][:3].mean())
-    assert f"{STEPS} steps" in caption_of(drawn[0]) and "seed 5" in caption_of(drawn[0])
+    assert f"{len(log)} steps" in caption_of(drawn[0]) and "seed 5" in caption_of(drawn[0])
 
 
 def test_the_overview_follows_one_selected_question(results: Path, tmp_path: Path, drawn: list[Figure]) -> None:
@@ -212,35 +157,6 @@ def test_the_overview_follows_one_selected_question(results: Path, tmp_path: Pat
     context = manifest.rollouts[row.context[0].question_id, row.context[0].rollout_id].text
     assert question in shown and " ".join(context.split())[:8] in " ".join(table["label"].dropna())
     assert "gold answers none" in " ".join(shown.split())
-
-
-def test_contexts_are_measured_and_drawn(results: Path, tmp_path: Path, drawn: list[Figure]) -> None:
-    config = context_policies.ContextsConfig(
-        manifest=results / "manifest", out=tmp_path, policies=("nearest_all",), num_generations=2, quiet=True
-    )
-    context_policies.main(config)
-    made = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
-    points = pd.read_csv(tmp_path / "gap_gain.csv")
-    selected = [row.id for row in read_manifest(results / "manifest").selected]
-    assert set(points["policy"]) == {"none", "random_within_kind", "nearest_all"}
-    for policy, mine in points.groupby("policy"):
-        assert list(mine["question"]) == selected, policy
-    none = points[points["policy"] == "none"]
-    assert (none["gap"].abs() < 1e-4).all() and (none["gain"] == 0).all()
-    assert (points[points["policy"] == "random_within_kind"]["same_kind"] == 1).all()
-    table = pd.read_csv(tmp_path / "context_policies.csv").set_index("policy")
-    nearest = points[points["policy"] == "nearest_all"]
-    assert table.loc["nearest_all", "gap"] == pytest.approx(nearest["gap"].mean(), abs=2e-6)
-    assert table.loc["nearest_all", "n"] == len(selected) and table.loc["random_within_kind", "over_kind"] == 0
-    context_policies.draw(tmp_path, tmp_path / "out")
-    for axis, (column, *_) in zip(drawn[0].axes, context_policies.PANELS, strict=True):
-        assert [line.get_xdata()[0] for line in axis.lines[1:]] == list(table[column])
-    for part in (tmp_path / "parts").iterdir():
-        part.write_text(part.read_text())
-    context_policies.main(config)  # from its parts: nothing is sampled again
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")} == made
-    with pytest.raises(UserError, match="--policies nonesuch: no such policy; have none, random"):
-        context_policies.main(context_policies.ContextsConfig(manifest=tmp_path, policies=("nonesuch",)))
 
 
 def test_the_line_of_gap_and_gain_is_the_fit(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -265,24 +181,24 @@ def test_the_line_of_gap_and_gain_is_the_fit(tmp_path: Path, drawn: list[Figure]
     expected = shown.groupby("policy", sort=False)[["gap", "gain"]].mean().to_numpy()
     assert all(any(np.allclose(mean, row) for mean in means) for row in expected)
     assert f"slope {fit.slope.estimate:+.2f}" in caption_of(drawn[0]) and "12 questions" in caption_of(drawn[0])
-    assert "nat, r" in caption_of(drawn[0]) and "(n.s.)" not in caption_of(drawn[0])
+    assert "per nat, r" in caption_of(drawn[0]) and "(n.s.)" not in caption_of(drawn[0])
 
 
 def test_the_bars_of_speed_are_the_committed_seconds(tmp_path: Path, drawn: list[Figure]) -> None:
     speed.draw(tmp_path, tmp_path)
-    table = pd.read_csv(speed.DATA)
+    table = pd.read_csv(speed.TABLE)
     axes = {axis.get_title(loc="left").split()[0]: axis for axis in drawn[0].axes}
     for panel, axis in (("tracing", axes["tracing"]), ("training", axes["one"])):
-        mine = table[table["panel"] == panel]
-        assert [bar.get_width() for bar in axis.patches] == list(mine["seconds"])
+        bars = table[table["panel"] == panel]
+        assert [bar.get_width() for bar in axis.patches] == list(bars["seconds"])
     trl = table[(table["panel"] == "training") & (table["setting"] == "2 questions x 8 rollouts")]["seconds"].to_numpy()
     texts = [text.get_text().strip() for text in axes["one"].texts]
     assert [f"{value / trl[0]:.2f}x" for value in trl] == texts[1:5]
 
 
 def test_the_report_may_have_moved(results: Path, tmp_path: Path) -> None:
-    found = before_after._evaluation(tmp_path / "old" / "eval" / "base", results)
-    assert found == results / "eval" / "base" / "results.parquet"
+    path = before_after._evaluation(tmp_path / "old" / "eval" / "base", results)
+    assert path == results / "eval" / "base" / "results.parquet"
     with pytest.raises(UserError, match="no finished evaluation; run `python -m distill"):
         before_after._evaluation(tmp_path / "old" / "eval" / "base", tmp_path)
 

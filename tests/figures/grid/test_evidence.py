@@ -5,17 +5,18 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from figures.draw import findings, methods
-from figures.grid.__main__ import METHODS
 from figures.grid.collect import RESULTS
+from figures.grid.config import METHODS
 from figures.grid.evidence import SIGNALS
 from figures.grid.rows import grid_results, read_grid, write_grid
 from figures.grid.tables import Layout
+from figures.style import save_figure
 from neurosig.runtime.errors import UserError
 
 K, N = 8, 120
@@ -115,9 +116,14 @@ def test_a_method_that_was_not_run_is_named(folder: Path, tmp_path: Path) -> Non
 
 
 def test_figures_show_the_table(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = []
-    monkeypatch.setattr(plt, "close", shown.append)
+    shown: list[Figure] = []
+
+    def seen(figure: Figure, folder: Path, name: str, numbers: str) -> list[Path]:
+        shown.append(figure)
+        return save_figure(figure, folder, name, numbers)
+
     for figure in (findings, methods):
+        monkeypatch.setattr(figure, "save_figure", seen)
         paths = figure.draw(folder, tmp_path)
         again = figure.draw(folder, tmp_path / "again")
         assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]

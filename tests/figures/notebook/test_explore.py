@@ -55,9 +55,9 @@ def test_every_evaluation_is_read_by_scope(run: Path) -> None:
         ("nopsd", "in-domain"): 20,
     }
     raw = pd.read_parquet(run / "eval" / "nopsd" / "results.parquet")
-    mine = table[table["method"] == "nopsd"]
-    np.testing.assert_array_equal(mine["accuracy"], raw["right_winners"] / raw["winners"])
-    assert set(mine["temperature"]) == {0.5}
+    rows = table[table["method"] == "nopsd"]
+    np.testing.assert_array_equal(rows["accuracy"], raw["right_winners"] / raw["winners"])
+    assert set(rows["temperature"]) == {0.5}
 
 
 def test_the_summary_is_that_of_the_metrics(run: Path) -> None:
@@ -65,18 +65,18 @@ def test_the_summary_is_that_of_the_metrics(run: Path) -> None:
     summary = calibration_summary(table, resamples=200)
     assert list(summary["scope"]) == ["in-domain", "in-domain", "cross-domain", "cross-domain"]
     for row in summary.itertuples():
-        mine = table[(table["scope"] == row.scope) & (table["method"] == row.method)]
-        assert row.ece == pytest.approx(ece(mine["votes"].to_numpy(), 4, mine["accuracy"].to_numpy()))
-        assert row.ece_low <= row.ece <= row.ece_high and row.smooth_ece <= row.ece + 1e-9 and row.n == len(mine)
+        rows = table[(table["scope"] == row.scope) & (table["method"] == row.method)]
+        assert row.ece == pytest.approx(ece(rows["votes"].to_numpy(), 4, rows["accuracy"].to_numpy()))
+        assert row.ece_low <= row.ece <= row.ece_high and row.smooth_ece <= row.ece + 1e-9 and row.n == len(rows)
 
 
 def test_the_reliability_diagrams_plot_the_accuracy_of_each_number_of_votes(run: Path) -> None:
     table = calibration_table(run)
     figure = reliability_diagrams(table, calibration_summary(table, resamples=200))
     assert len(figure.axes) == 4
-    mine = table[(table["scope"] == "in-domain") & (table["method"] == "base")].groupby("votes")["accuracy"].mean()
+    rows = table[(table["scope"] == "in-domain") & (table["method"] == "base")].groupby("votes")["accuracy"].mean()
     points = figure.axes[0].collections[-1].get_offsets()
-    np.testing.assert_allclose(points, np.column_stack([mine.index / 4, mine]))
+    np.testing.assert_allclose(points, np.column_stack([rows.index / 4, rows]))
 
 
 def test_without_an_evaluation_there_is_nothing_to_draw(tmp_path: Path) -> None:

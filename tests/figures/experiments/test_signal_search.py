@@ -10,7 +10,7 @@ import pytest
 from figures.experiments.signal_search import VARIANTS, SearchConfig, draw, main
 from neurosig.export import main as export
 from neurosig.runtime.errors import UserError
-from tests.neurosig.report.test_report import K, N, write_world
+from tests.support.exports import K, N, write_world
 from tests.support.flow import export_config, save_tiny
 
 

@@ -1,4 +1,4 @@
-"""The grid: cells run in processes of their own, are skipped when done, and end in two files of results."""
+"""The grid: cells run in processes of their own, finished ones are skipped, and the results are two files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ import pandas
 import pyarrow.parquet
 import pytest
 
-from figures.grid.__main__ import PRESETS, GridConfig, main
+from figures.grid.__main__ import main
 from figures.grid.collect import control_temperature
+from figures.grid.config import PRESETS, GridConfig
 from figures.grid.evidence import EvidenceConfig
 from figures.grid.evidence import main as keep
 from neurosig.runtime.cli import command_words, parse_config
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder
 from tests.support.flow import save_tiny, write_questions
+from tests.support.paths import ROOT
 
 TINY = {"num_generations": 3, "max_new_tokens": 4, "temperature": 1.0}
 
@@ -56,8 +60,20 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_the_command_starts_its_processes_and_names_what_failed(tmp_path: Path) -> None:
+    """Through ``python -m``, where `__main__` is no module that a process of its own could import."""
+    questions = write_questions(tmp_path / "questions.jsonl")
+    command = [sys.executable, "-m", "figures.grid", "--model", "none", "--sources", f"a={questions}", "--quiet"]
+    command += ["--methods", "lmsi", "--out", str(tmp_path / "grid")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    assert "base: distill.evaluate: error: model none" in run.stderr
+    assert "2 cells failed (base, lmsi--a--seed0): see log.txt in each; fix it and run again" in run.stderr
+
+
 def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="distill")
+    caplog.set_level(logging.INFO, logger="figures")
     (folder / "model" / "config.json").rename(folder / "away")
     with pytest.raises(UserError, match=r"4 cells failed \(base, control-T0.5, .*nopsd-random--red--seed0\): see log"):
         main(grid(folder))
@@ -72,11 +88,11 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
 
     cells = folder / "grid" / "cells"
     answers = pyarrow.parquet.read_table(folder / "grid" / "grid.parquet").to_pandas()
-    for (method, target), mine in answers[answers.method != "control"].groupby(["method", "target"]):
+    for (method, target), run in answers[answers.method != "control"].groupby(["method", "target"]):
         cell = method if method == "base" else f"{method}--red--seed0"
         summary = json.loads((cells / cell / "eval" / target / "summary.json").read_text())["domains"][target]
-        assert (mine.n_correct / mine.k).mean() == pytest.approx(summary["avg_at_k"]["estimate"])
-        assert len(mine) == summary["n"] == 8
+        assert (run.n_correct / run.k).mean() == pytest.approx(summary["avg_at_k"]["estimate"])
+        assert len(run) == summary["n"] == 8
     policies = {
         name: json.loads((folder / "grid" / "manifests" / "red" / name / "manifest.json").read_text())
         for name in ("nopsd", "nopsd-random")
