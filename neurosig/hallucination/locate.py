@@ -1,8 +1,8 @@
 """Locating neurons: `HallucinationProbe` and the table of neurons it finds.
 
-On top of the probe's fit (`neurosig.hallucination.probe`) stand a regularisation path, stability selection with a bound
-on false discoveries (`neurosig.hallucination.stability`) and each neuron's AUROC alone. What a located set must be
-compared with is in `neurosig.hallucination.controls`.
+It adds to the probe's fit (`neurosig.hallucination.probe`) a regularisation path, stability selection with a bound on
+false discoveries (`neurosig.hallucination.stability`) and each neuron's AUROC alone. The control of a located set is in
+`neurosig.hallucination.controls`.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ FORMAT = "neurosig-probe-1"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FittedProbe:
-    """What `HallucinationProbe.fit` found.
+    """A fitted probe, as `HallucinationProbe.fit` returns it.
 
     Attributes:
         config: The options it was fitted with.
         n_neurons: Neurons of the model, over all layers.
-        d_mlp: Neurons a layer.
+        d_mlp: Neurons per layer.
         inverse_penalty: Chosen on the path, or as given.
         columns: Flat ids of the neurons with a weight, ascending.
         weights: Their weights on contributions scaled to a largest magnitude of 1; positive points to hallucination.
-        scale: What their contributions are divided by.
+        scale: Divisors of their contributions.
         intercept: The log odds of a rollout without any of them.
         scores: Cross-fitted probability that each fitted rollout is guessed; its probe never saw the question.
         auroc: Of ``scores`` against the labels, over the labelled rollouts.
@@ -160,12 +160,12 @@ class HallucinationProbe:
         """Walk the path, score by cross-fitting, fit on everything, and select stable neurons.
 
         Args:
-            contributions: One row a rollout, [rollouts, n_layers * d_mlp]
-            (`neurosig.hallucination.probe.contribution_matrix`). labels: 1 guessed, 0 known, -1 unlabelled: of the
-            rollout's question
-                (`neurosig.hallucination.probe.agreement_labels`), or given.
-            question_ids: The rollout's question; folds and halves never part its rollouts.
-            d_mlp: Neurons a layer, to name neurons by layer and index; all in one layer by default.
+            contributions: One row per rollout, [rollouts, n_layers * d_mlp]
+                (`neurosig.hallucination.probe.contribution_matrix`).
+            labels: 1 guessed, 0 known, -1 unlabelled, per rollout (`neurosig.hallucination.probe.agreement_labels` of
+                its question).
+            question_ids: Each rollout's question; folds and halves never split a question's rollouts.
+            d_mlp: Neurons per layer, to name neurons by layer and index; default: all in one layer.
             quiet: No progress bar.
 
         Raises:
@@ -218,7 +218,7 @@ def stable_neurons(
     """`stability_selection` at the probe's options.
 
     A half selects its heaviest neurons, at most as many as ``max_false`` allows. Its inverse penalty is the path's
-    first at which the fit on everything has so many, doubled, since a half has half the rollouts.
+    first at which the fit on everything has as many, doubled, since a half has half the rollouts.
 
     Args:
         matrix: Scaled contributions of the labelled rollouts (`neurosig.hallucination.lasso.design`).

@@ -2,7 +2,7 @@
 
 The log contribution of a neuron is a base value plus effects of the question's topic, the question and the rollout;
 a rollout's active set is each layer's largest. The spreads below were fitted by eye to 1,888 rollouts of
-SmolLM2-135M-Instruct on geography questions (30 x 1,536 neurons, 34 a layer). Real against synthetic (100 x 8
+SmolLM2-135M-Instruct on geography questions (30 x 1,536 neurons, 34 per layer). Real against synthetic (100 x 8
 rollouts): neurons active in more than 50%, 10% and 2% of the rollouts 594, 2,194 and 4,899 against 615, 2,170 and
 5,025; mean Jaccard similarity within a question .45 against .47, between questions .29 against .33, to the nearest
 other question .46 against .45; coefficient of variation of an always active neuron .26 against .27.
@@ -33,13 +33,13 @@ class PlantedConfig:
 
     Attributes:
         n_questions: Questions; half of them, drawn by the seed, carry label 1.
-        num_generations: Rollouts a question.
+        num_generations: Rollouts per question.
         n_planted: Neurons whose contribution depends on the label, half of them growing with it and half shrinking.
         effect: Shift of a planted neuron's log contribution between the labels, in its standard deviations over
             all rollouts of one label (Cohen's d).
         n_topics: Topics, independent of the label.
         n_layers: Layers.
-        d_mlp: Neurons a layer.
+        d_mlp: Neurons per layer.
         set_size: Size of an active set, rounded up to the same share in each layer.
         seed: Everything random.
     """
@@ -58,7 +58,7 @@ class PlantedConfig:
         for name, valid, expected in (
             ("n_questions", self.n_questions >= 2, "at least 2"),
             ("num_generations", self.num_generations >= 1, "at least 1"),
-            ("n_planted", 0 <= self.n_planted <= self.n_layers, "0 to n_layers, at most one a layer"),
+            ("n_planted", 0 <= self.n_planted <= self.n_layers, "0 to n_layers, at most one per layer"),
             ("n_topics", self.n_topics >= 1, "at least 1"),
             ("effect", self.effect >= 0, "0 or more"),
         ):

@@ -1,10 +1,9 @@
 """The L1 probe that locates hallucination-indicative neurons without labels.
 
-A question whose rollouts agree is likely known, one whose rollouts split is likely guessed; what lies between the two
-teaches nothing but is scored all the same. A sparse logistic regression on the neurons' contributions learns the
-difference; the neurons it keeps are the H-neurons (the probe of H-Neurons, arXiv 2512.01797, with agreement in place
-of its gold labels: reconstruction). What a claim about
-single neurons needs beyond that is in `neurosig.hallucination.locate`.
+A question whose rollouts agree is likely known, one whose rollouts split is likely guessed; questions in between are
+not used for fitting but are still scored. A sparse logistic regression on the neurons' contributions learns the
+difference; the neurons it keeps are the H-neurons (the probe of H-Neurons, arXiv 2512.01797, with agreement in place of
+its gold labels: reconstruction). `neurosig.hallucination.locate` adds what a claim about single neurons needs.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def contribution_matrix(
 
     Args:
         ids: Flat neuron ids of each rollout's active set, unique in a row; `PAD` where sets differ in size.
-        values: Their contributions; what stands beside a `PAD` is ignored.
+        values: Their contributions; values at a `PAD` are ignored.
         n_neurons: Neurons of the model, ``n_layers * d_mlp``.
     """
     order = np.argsort(ids, axis=1)
@@ -132,7 +131,7 @@ def fit_probe(
     """Fit the probe on the labelled rollouts and score every rollout by cross-fitting over questions.
 
     Args:
-        contributions: One row a rollout (`contribution_matrix`).
+        contributions: One row per rollout (`contribution_matrix`).
         labels: 1 guessed, 0 known, -1 unlabelled: of the rollout's question (`agreement_labels`), or given.
         question_ids: The rollout's question; the group of cross-fitting.
         config: The probe's options.
@@ -153,7 +152,7 @@ def fit_probe(
 
 
 def too_few(labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig) -> str:
-    """What is missing for the folds to hold questions of both labels; empty when nothing is."""
+    """Why the folds cannot all hold questions of both labels; empty when they can."""
     known, guessed = (len(np.unique(groups[labels == label])) for label in (0, 1))
     needed = config.folds * (2 if config.inverse_penalty is None else 1)  # folds within folds choose the penalty
     if min(known, guessed) >= needed:
@@ -170,11 +169,11 @@ def cross_fit(
     groups: Int[np.ndarray, " rollouts"],
     config: ProbeConfig,
 ) -> Float[np.ndarray, " rollouts"]:
-    """Score every rollout by a probe that saw no rollout of its question, also not to choose its penalty.
+    """Score every rollout by a probe that saw no rollout of its question, not even to choose its penalty.
 
     Args:
         matrix: Scaled contributions (`neurosig.hallucination.lasso.design`).
-        labels: 1 guessed, 0 known, -1 unlabelled: scored, but no probe learns from it.
+        labels: 1 guessed, 0 known, -1 unlabelled (scored, but not used for fitting).
         groups: Index of the rollout's question.
         config: The probe's options.
     """
@@ -234,8 +233,8 @@ def inverse_penalties(
 def chosen_penalty(path: pd.DataFrame, config: ProbeConfig) -> float:
     """The inverse penalty that cross-validation chooses from a `regularisation_path`.
 
-    With ``one_standard_error``, the smallest whose mean lies within one standard error (of the best one's mean over
-    the folds) of the best mean: the sparsest probe that is as good as can be told.
+    With ``one_standard_error``, the smallest whose mean is within one standard error (of the best one's mean over
+    the folds) of the best mean: the sparsest probe that is not measurably worse.
     """
     sign = 1 if config.choose_by == "log_loss" else -1
     loss = sign * path[f"{config.choose_by}_mean"].to_numpy()

@@ -1,7 +1,6 @@
-"""Hallucination signs: how far a question's majority answer can be trusted. Higher is worse.
+"""Hallucination scores: one number per question, higher is less trustworthy.
 
-Each score is one small function from rollouts and active sets to one number a question. The neuron scores stand
-beside output-level baselines, which need no neurons at all.
+Each score is one small function of a question's rollouts and active sets. Output-level baselines need no neurons.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MEDOID_NEIGHBOURS = 3
 
 @dataclass(frozen=True, slots=True)
 class QuestionSignals:
-    """What is known of one question once its rollouts are traced.
+    """One question with its traced rollouts.
 
     Attributes:
         rollouts: Its K rollouts.
@@ -59,7 +58,7 @@ class Scores:
     """Every hallucination score of every question, and the probe behind one of them.
 
     Attributes:
-        by_name: Score name -> one value a question; absent when the rollouts lack what it needs.
+        by_name: Score name -> one value per question; absent when the rollouts lack a statistic that it needs.
         rollout_probe: Cross-fitted probe score of each rollout, grouped by question.
         probe: The probe that was fitted.
     """
@@ -168,7 +167,7 @@ def length(signal: QuestionSignals) -> float | None:
 
 
 def random_score(question_id: str, seed: int) -> float:
-    """A uniform number from the seed and the question's id: the control that knows nothing."""
+    """A uniform number from the seed and the question's id: the uninformed control."""
     digest = hashlib.sha256(f"{seed}\x00random\x00{question_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 

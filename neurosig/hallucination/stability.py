@@ -1,4 +1,4 @@
-"""Stability selection: which neurons does the probe find again when it sees other questions?
+"""Stability selection: which neurons the probe selects again on other questions.
 
 The labelled questions are split at random into two halves, again and again; the L1 fit on each half selects its
 heaviest neurons, and a neuron's selection frequency is the share of all halves that selected it. Complementary pairs
@@ -20,7 +20,7 @@ from neurosig.runtime.cli import progress
 
 @dataclass(frozen=True, slots=True)
 class Stability:
-    """How often each neuron was selected, and what that is worth.
+    """Selection frequency of each neuron, and the bound on false discoveries.
 
     Attributes:
         frequency: Share of the ``2 * pairs`` halves that selected each candidate neuron.

@@ -1,12 +1,12 @@
-"""Scale the located neurons and see what the answers do: the causal check of an export.
+"""Scale the located neurons and measure how the answers change: the causal check of an export.
 
     python -m neurosig.intervene --manifest runs/demo/manifest --questions world-facts --out runs/demo/intervene
 
-A probe finds neurons that go along with guessing; whether they do anything is another question. The neurons of a
-manifest's ``neurons.csv`` are multiplied by each factor during generation, through nnsight, and the answers to labelled
-questions are measured, beside controls of the same number of neurons in the same layers: random ones (``layer``),
-random ones that contribute as much (``activity``), and the largest contributors (``strongest``), which show whether so
-few neurons can move the model at all. H-Neurons (arXiv 2512.01797) scales its neurons alike; the controls are a
+A probe finds neurons that correlate with guessing, not whether they cause it. The neurons of a manifest's
+``neurons.csv`` are multiplied by each factor during generation, through nnsight, and the answers to labelled questions
+are measured. Controls are the same number of neurons in the same layers: random ones (``layer``), random ones that
+contribute as much (``activity``), and the largest contributors (``strongest``), which show whether so few neurons can
+move the model at all. H-Neurons (arXiv 2512.01797) scales its neurons alike; the controls are a
 reconstruction.
 """
 
@@ -45,14 +45,14 @@ RESULTS, TABLE, PLAN, CELLS = "results.json", "results.csv", "plan.json", "cells
 
 @dataclass(kw_only=True)
 class InterveneConfig(GenerationOptions):
-    """Scale a manifest's neurons during generation and measure what becomes of the answers.
+    """Scale a manifest's neurons during generation and measure how the answers change.
 
     Writes results.csv (change with the factor, against the unscaled model and against the controls), results.json
     (what was run) and cells/ (samples and measures of every neuron set at every factor).
     """
 
     manifest: Path
-    """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors what each contributes."""
+    """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors their contributions."""
     questions: tuple[str, ...]
     """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME."""
     out: Path
@@ -62,19 +62,19 @@ class InterveneConfig(GenerationOptions):
     split: Literal["train", "dev", "test", "all"] = "dev"
     """Split of bundled sets whose name gives none."""
     limit: int | None = None
-    """Use the first N questions only."""
+    """Use only the first N questions."""
     table: Path | None = None
     """CSV of neurons (layer, index, weight) to use instead of the manifest's, such as report/located_neurons.csv."""
     neurons: Literal["positive", "negative", "all"] = "positive"
     """Sign of the probe's weight: positive points to guessing."""
     factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    """What the neurons' values are multiplied by; the unscaled model (1) is always measured."""
+    """Factors on the neurons' values; the unscaled model (1) is always measured."""
     controls: int = 3
-    """Random draws of each kind of control."""
+    """Random draws per kind of control."""
     matching: tuple[Literal["layer", "activity"], ...] = ("layer", "activity")
-    """Random controls: of the same layers, or of the same layers and mean contribution."""
+    """Random controls: from the same layers, or from the same layers with a similar mean contribution."""
     reference_rollouts: int = 1
-    """The unscaled model's samples a question that perplexity is taken of."""
+    """Samples of the unscaled model per question whose perplexity is measured."""
     strongest: bool = True
     """Also scale the same number of the layers' largest contributors."""
     resume: bool = False
@@ -160,7 +160,7 @@ def _questions(config: InterveneConfig) -> list[Question]:
 
 
 def _load(config: InterveneConfig, manifest: Manifest) -> LoadedModel:
-    """The model to intervene on: of the manifest's architecture, and with its weights unless the user wants others."""
+    """The model to intervene on. It must have the manifest's architecture; other weights cause a warning."""
     from neurosig.models.load import load_model
 
     header = manifest.header.model
@@ -168,7 +168,7 @@ def _load(config: InterveneConfig, manifest: Manifest) -> LoadedModel:
     loaded = load_model(name, dtype=config.dtype, device=config.device, template=config.template)
     if loaded.info.config_sha256 != header.get("config_sha256"):
         raise UserError(
-            f"model {name}: not the architecture of the manifest's model ({header['id']}), so its neurons are others"
+            f"model {name}: not the architecture of the manifest's model ({header['id']}), so its neurons differ"
         )
     if loaded.info.weights != header["weights"]:
         logger.warning("model %s: its weights differ from those the neurons were located in (%s)", name, header["id"])

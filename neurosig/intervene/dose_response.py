@@ -42,7 +42,7 @@ MEASURES: Mapping[str, str] = {
     "truncated": "share of samples cut off at the token limit",
     "repetition": "share of a sample's token trigrams that it has said before",
 }
-"""What is measured on each question."""
+"""Measures of each question."""
 
 RESAMPLES = 10_000
 
@@ -53,8 +53,8 @@ class Cell:
 
     Attributes:
         neurons: The set; ``None`` for the model as it is, at factor 1.
-        factor: What its neurons' values are multiplied by.
-        values: Measure -> one value a question, in the same order in every cell.
+        factor: Factor on its neurons' values.
+        values: Measure -> one value per question, in the same order in every cell.
     """
 
     neurons: NeuronSet | None
@@ -68,7 +68,7 @@ def measure(
     """The `MEASURES` of one labelled question and its K samples.
 
     Args:
-        nll: Nats a token of the reference completions (`neurosig.intervene.interventions.completion_nll`).
+        nll: Nats per token of the reference completions (`neurosig.intervene.interventions.completion_nll`).
     """
     answers = [extract_answer(rollout.text, question, answer_format) for rollout in group]
     refused = [is_refusal(rollout.text) for rollout in group]
@@ -116,19 +116,19 @@ def dose_response(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
     factors = sorted({cell.factor for cell in cells})
     for group in groups:
         for factor in factors:
-            mine = _draws(cells, group, factor) or [base]
+            group_cells = _draws(cells, group, factor) or [base]
             reference = _draws(cells, "located", factor) if group != "located" else []
             for name in MEASURES:
-                stacked = np.stack([cell.values[name] for cell in mine])
+                stacked = np.stack([cell.values[name] for cell in group_cells])
                 row: dict[str, Any] = {
                     "group": group,
-                    "draws": len(mine),
+                    "draws": len(group_cells),
                     "factor": factor,
                     "measure": name,
                     "n": stacked.shape[1],
                     "value": float(stacked.mean()),
                 }
-                if mine != [base]:
+                if group_cells != [base]:
                     row |= _interval("change", stacked - base.values[name], seed)
                     if reference:
                         row |= _interval("difference", reference[0].values[name] - stacked, seed)

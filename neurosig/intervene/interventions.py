@@ -36,7 +36,7 @@ Group = Literal["located", "layer", "activity", "strongest"]
 NEAREST = 10
 """An activity-matched control is one of this many neurons of the layer with the most similar contribution."""
 LOGITS_AT_ONCE = 2**27
-"""Logits held at a time while completions are scored (0.5 GB in float32)."""
+"""Logits in memory while completions are scored (0.5 GB in float32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,8 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
     A positive weight points to guessing, a negative one to knowing; ``all`` takes neurons of weight 0 too.
 
     Raises:
-        UserError: The table cannot be read (`neurosig.hallucination.locate.read_neurons`), holds a neuron twice or one
-        outside the
-            model, or none of that sign.
+        UserError: The table cannot be read (`neurosig.hallucination.locate.read_neurons`), or holds a neuron
+            twice, one outside the model, or none of that sign.
     """
     from neurosig.hallucination.locate import read_neurons
 
@@ -82,7 +81,8 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
         )
     ids = layer * sites.d_mlp + index
     if len(np.unique(ids)) < len(ids):
-        raise UserError(f"{path}: a neuron stands twice")
+        twice = np.flatnonzero(np.bincount(ids) > 1)[0]
+        raise UserError(f"{path}: neuron {twice // sites.d_mlp}.{twice % sites.d_mlp} appears twice")
     wanted = {"positive": weight > 0, "negative": weight < 0, "all": np.full(len(weight), True)}[sign]
     if not wanted.any():
         raise UserError(f"{path}: no neuron{'' if sign == 'all' else f' with a {sign} weight'}; the probe found none")
@@ -101,8 +101,8 @@ def layer_matched(
 ) -> list[int]:
     """Random neurons, as many in each layer as ``located`` has, none of them in ``excluded``."""
     drawn: list[int] = []
-    for mine, free in _by_layer(located, excluded, sites):
-        drawn += rng.choice(free, len(mine), replace=False).tolist()
+    for in_layer, free in _by_layer(located, excluded, sites):
+        drawn += rng.choice(free, len(in_layer), replace=False).tolist()
     return sorted(drawn)
 
 
@@ -115,12 +115,12 @@ def activity_matched(
 ) -> list[int]:
     """For each located neuron a random one of the `NEAREST` of its layer whose mean contribution is most similar.
 
-    Most neurons of a layer are silent on most inputs, and scaling them moves nothing: against layer-matched neurons
-    alone, any active set looks special. The busiest neurons are matched first.
+    Most neurons of a layer are silent on most inputs, and scaling them changes nothing; compared with layer-matched
+    neurons alone, any active set looks special. The busiest neurons are matched first.
     """
     drawn = []
-    for mine, free in _by_layer(located, excluded, sites):
-        for neuron in sorted(mine, key=lambda neuron: (-contributions[neuron], neuron)):
+    for in_layer, free in _by_layer(located, excluded, sites):
+        for neuron in sorted(in_layer, key=lambda neuron: (-contributions[neuron], neuron)):
             distance = np.abs(contributions[free] - contributions[neuron])
             place = rng.choice(np.argsort(distance, kind="stable")[:NEAREST])
             drawn.append(int(free[place]))
@@ -136,11 +136,11 @@ def strongest(
 ) -> list[int]:
     """The neurons with the largest mean contribution, as many in each layer as ``located`` has.
 
-    They say nothing of hallucination: they show whether scaling so few neurons can move the model at all.
+    They are unrelated to hallucination and show whether scaling so few neurons can move the model at all.
     """
     chosen: list[int] = []
-    for mine, free in _by_layer(located, excluded, sites):
-        chosen += free[np.argsort(-contributions[free], kind="stable")[: len(mine)]].tolist()
+    for in_layer, free in _by_layer(located, excluded, sites):
+        chosen += free[np.argsort(-contributions[free], kind="stable")[: len(in_layer)]].tolist()
     return sorted(chosen)
 
 
@@ -160,11 +160,11 @@ def scale_neurons(loaded: LoadedModel, scaler: NeuronScaler, ids: Sequence[int],
 def completion_nll(
     loaded: LoadedModel, prompts: Sequence[Prompt], groups: Mapping[str, Sequence[Rollout]]
 ) -> dict[str, float]:
-    """Negative log-likelihood of given completions, teacher-forced, in nats a token; one mean a question.
+    """Negative log-likelihood of given completions, teacher-forced, in nats per token; one mean per question.
 
     Args:
         loaded: The model, scaled or not.
-        prompts: One prompt a question.
+        prompts: One prompt per question.
         groups: The completions of each question, equally many; their closing token counts.
     """
     k = len(groups[prompts[0].question_id])
@@ -177,35 +177,35 @@ def completion_nll(
         completions = [rollout.token_ids for prompt in batch for rollout in groups[prompt.question_id]]
         nats, tokens = _score_batch(loaded, batch, completions, k)
         for row, prompt in enumerate(batch):
-            mine = slice(row * k, (row + 1) * k)
-            means[prompt.question_id] = float(nats[mine].sum() / tokens[mine].sum())
+            own = slice(row * k, (row + 1) * k)
+            means[prompt.question_id] = float(nats[own].sum() / tokens[own].sum())
     return means
 
 
 def _score_batch(
     loaded: LoadedModel, prompts: Sequence[Prompt], completions: Sequence[tuple[int, ...]], k: int
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Nats and tokens of each completion; the prompt is computed once a question."""
+    """Nats and tokens of each completion; the prompt is computed once per question."""
     from transformers import DynamicCache
 
     model, device = loaded.model, loaded.model.device
-    ids, held = pad([prompt.token_ids for prompt in prompts], side="left", device=device)
+    ids, prompt_mask = pad([prompt.token_ids for prompt in prompts], side="left", device=device)
     cache = DynamicCache(config=model.config)
     first = model(
         input_ids=ids,
-        attention_mask=held.long(),
-        position_ids=(held.long().cumsum(-1) - 1).clamp_min(0),
+        attention_mask=prompt_mask.long(),
+        position_ids=(prompt_mask.long().cumsum(-1) - 1).clamp_min(0),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     ).logits
     cache.batch_repeat_interleave(k)
-    held = held.repeat_interleave(k, dim=0)
+    prompt_mask = prompt_mask.repeat_interleave(k, dim=0)
     ids, mask = pad(completions, side="right", device=device)
     rest = model(
         input_ids=ids,
-        attention_mask=torch.cat([held, mask], dim=1).long(),
-        position_ids=held.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=device),
+        attention_mask=torch.cat([prompt_mask, mask], dim=1).long(),
+        position_ids=prompt_mask.sum(-1, keepdim=True) + torch.arange(ids.shape[1], device=device),
         past_key_values=cache,
         use_cache=True,
     ).logits
@@ -217,20 +217,20 @@ def _score_batch(
 def _by_layer(
     located: Sequence[int], excluded: Collection[int], sites: FFNSites
 ) -> Iterator[tuple[list[int], Int[np.ndarray, " free"]]]:
-    """Layer by layer: the located neurons, and those that are not excluded.
+    """Yield, layer by layer, the located neurons and all neurons that are not excluded.
 
     Raises:
-        UserError: A layer has fewer of the latter.
+        UserError: A layer has fewer free neurons than located ones.
     """
     by_layer: dict[int, list[int]] = {}
     for neuron in sorted(located):
         by_layer.setdefault(neuron // sites.d_mlp, []).append(neuron)
-    for layer, mine in by_layer.items():
+    for layer, in_layer in by_layer.items():
         ids = np.arange(layer * sites.d_mlp, (layer + 1) * sites.d_mlp)
         free = np.setdiff1d(ids, list(excluded))
-        if len(free) < len(mine):
+        if len(free) < len(in_layer):
             raise UserError(
-                f"layer {layer}: {len(mine)} neurons are scaled but only {len(free)} others are left for a control of "
-                "equal size; scale fewer"
+                f"layer {layer}: {len(in_layer)} neurons are scaled but only {len(free)} others are left for a control "
+                "of equal size; scale fewer"
             )
-        yield mine, free
+        yield in_layer, free

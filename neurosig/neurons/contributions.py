@@ -116,10 +116,10 @@ def pack_sets(
     """Members of each row in ascending order and their means; shorter rows end in `PAD` with value 0."""
     counts = member.sum(dim=1)
     width = int(counts.max())
-    held = torch.arange(width, device=member.device) < rearrange(counts, "n -> n 1")
+    filled = torch.arange(width, device=member.device) < rearrange(counts, "n -> n 1")
     rows, columns = member.nonzero(as_tuple=True)
-    ids = torch.full(held.shape, PAD, dtype=torch.int32, device=member.device).masked_scatter_(held, columns.int())
-    return ids, mean.new_zeros(held.shape).masked_scatter_(held, mean[rows, columns])
+    ids = torch.full(filled.shape, PAD, dtype=torch.int32, device=member.device).masked_scatter_(filled, columns.int())
+    return ids, mean.new_zeros(filled.shape).masked_scatter_(filled, mean[rows, columns])
 
 
 def neurons_per_layer(n_layers: int, d_mlp: int, set_size: int = 1000) -> int:

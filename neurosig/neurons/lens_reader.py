@@ -61,14 +61,14 @@ class LensReader:
         pre_activation = value == "act" and self._sites.gated
         kept: list[T] = []
         pooled: list[Tensor] = []
-        held: dict[str, Tensor] = {}  # the running layer's values
+        pending: dict[str, Tensor] = {}  # values of the layer that is running
 
         def on_value(tensor: Tensor, hook: Any) -> None:
-            held["value"] = tensor
+            pending["value"] = tensor
 
         def on_output(tensor: Tensor, hook: Any) -> None:
             layer = len(kept)
-            values = held.pop("value")
+            values = pending.pop("value")
             if pre_activation:
                 values = self._activations[layer](values)
             kept.append(reduce(layer, values, tensor if with_output else None, self._w_out[layer], self._head))

@@ -61,10 +61,10 @@ class FFNEnvoy:
 
         Args:
             inputs: Keyword arguments of the model's forward pass.
-            reduce: ``(layer, neuron values, FFN output, down projection with a neuron a row, head)`` -> what is kept of
-                a layer.
-            pool: Residual stream after block ``hidden_layer`` -> what is kept of it.
-            finish: What both kept -> the result.
+            reduce: ``(layer, neuron values, FFN output, down projection with one row per neuron, head)`` -> the
+                layer's reduction.
+            pool: Residual stream after block ``hidden_layer`` -> its reduction.
+            finish: Reductions of all layers and of the residual stream -> the result.
             value: ``gated`` reads the down projection's input, ``act`` the activation's output.
             with_output: Whether ``reduce`` gets the down projection's output or ``None``.
             hidden_layer: The block whose output is pooled.
@@ -145,7 +145,7 @@ def _remote_model(model: PreTrainedModel) -> nnsight.TransformersModel:
     """The wrapper by whose key a server knows the model: its hub id. Its weights stay here unused.
 
     Raises:
-        UserError: The model carries no name to find it by, or no tokenizer lies under that name.
+        UserError: The model carries no name to find it by, or there is no tokenizer of that name.
     """
     if not model.name_or_path:
         raise UserError("a remote trace names the model by its hub id; load it with load_model or from_pretrained")

@@ -1,4 +1,4 @@
-"""How closely two ways of reading neurons agree, and a plain way to hold the others to."""
+"""How closely two ways of reading neurons agree, and a plain reference implementation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def hooked_means(
 ) -> Float[Tensor, "n n_layers d_mlp"]:
     """Each neuron's mean `neurosig.neurons.contributions.cett` over the completion, by PyTorch forward hooks alone.
 
-    One forward pass a rollout, whole and unpadded, without a cache: slow, and with no code of the tracers.
+    One forward pass per rollout, whole and unpadded, without a cache: slow, and with no code of the tracers.
     """
     norms = w_out_norms(model, sites)
     means = torch.empty(len(prompts), sites.n_layers, sites.d_mlp)

@@ -46,8 +46,8 @@ def reduce_layer(
         layer: Index of the layer.
         value: Neuron values, ``[batch, seq, d_mlp]``; in OPT, whose FFN runs on flat tokens, ``[batch*seq, d_mlp]``.
         ffn_out: The down projection's output, for the score ``cett``.
-        w_out: The down projection, a neuron a row.
-        head: The language-model head, a token a row; the score ``unembed`` reads it.
+        w_out: The down projection, one row per neuron.
+        head: The language-model head, one row per token; the score ``unembed`` reads it.
         mask: Which positions count.
         norms: Norms of ``w_out`` by layer; None to take them here.
         next_ids: The token that follows each position, for the score ``unembed``; None for the others.

@@ -105,7 +105,7 @@ def w_out_norms(model: PreTrainedModel, sites: FFNSites) -> Float[Tensor, "n_lay
 
 
 def _why_not(model: PreTrainedModel) -> str:
-    """What stands in the way in a mixture of experts: all experts of a layer are one 3-D parameter."""
+    """The obstacle in a mixture of experts: all experts of a layer are one 3-D parameter."""
     for name, parameter in model.named_parameters():
         if ".experts." in name and parameter.ndim == 3:
             return f", since its experts are no modules but slices of one parameter ({name})"
@@ -123,7 +123,7 @@ def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
 
 
 def w_out(model: PreTrainedModel, path: str) -> Float[Tensor, "d_mlp d_model"]:
-    """The down projection at ``path``, a neuron a row: so GPT-2's ``Conv1D`` stores it, ``nn.Linear`` its transpose.
+    """The down projection at ``path``, one row per neuron (``nn.Linear`` stores its transpose).
 
     Raises:
         UserError: The weights are quantised.

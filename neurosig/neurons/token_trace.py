@@ -1,7 +1,6 @@
-"""One rollout, neuron by neuron and token by token: what `neurosig.neurons.tracer` reduces to an active set, kept
-whole.
+"""One rollout, neuron by neuron and token by token: the scores that `neurosig.neurons.tracer` reduces to an active set.
 
-For looking at single rollouts; 24 tokens of a 135M model are 4 MB.
+For inspecting single rollouts; 24 tokens of a 135M model are 4 MB.
 """
 
 from __future__ import annotations

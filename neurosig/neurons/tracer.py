@@ -8,7 +8,7 @@ Positions: the value at position t is computed from token t, while the model rea
 token t+1. A rollout's score is the mean over the positions that hold completion tokens, ``len(prompt)`` up
 to and including ``len(prompt) + len(completion) - 1``. So the last completion token counts (the end token
 too, if it is among the ids); the prompt's last position, which predicts the first completion token, does not.
-The score ``unembed`` is about the token that comes next, so its positions lie one earlier: the prompt's last, and
+The score ``unembed`` is about the token that comes next, so its positions are one earlier: the prompt's last, and
 all of the completion but its last.
 """
 
@@ -48,8 +48,8 @@ class TraceConfig:
     each layer or over all layers; the union of each position's largest; or the neurons among the largest
     (position, neuron) entries of each layer."""
     set_size: int = 1000
-    """Neurons in a set (``layer_mean``, ``global``), neurons a token (``per_token``; both spread evenly over the
-    layers, save ``global``), or entries a layer (``entries``)."""
+    """Neurons in a set (``layer_mean``, ``global``), neurons per token (``per_token``; both spread evenly over the
+    layers, save ``global``), or entries per layer (``entries``)."""
     positive_only: bool = False
     """Leave out neurons whose mean score is not above zero; for the signed ``unembed``."""
     batch_tokens: int = 4096
@@ -97,9 +97,8 @@ class NeuronTracer:
                 that sends everything through the same serialisation. Whole sequences run then, no prompt is shared.
 
         Raises:
-            UserError: An unsupported architecture (see `neurosig.neurons.sites.ffn_sites`), or a head of another width
-            than
-                the residual stream with the score ``unembed``.
+            UserError: The architecture is not supported (`neurosig.neurons.sites.ffn_sites`), or, with the score
+                ``unembed``, the head's width is not that of the residual stream.
         """
         self.model = model
         self.config = config
@@ -184,7 +183,7 @@ class NeuronTracer:
         masks: Sequence[Sequence[bool]],
     ) -> Iterator[tuple[list[int], ActiveSets]]:
         """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths."""
-        shift = 1 if self.config.score == "unembed" else 0  # a score about the next token lies one earlier
+        shift = 1 if self.config.score == "unembed" else 0  # a score about the next token is one position earlier
         if self.reader.whole:
             lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
             for indices in _pack(lengths, self.config.batch_tokens):
@@ -277,7 +276,7 @@ class NeuronTracer:
             if len(mask) != len(completion) or not any(mask):
                 raise UserError(
                     f"rollout {i}: a token mask of {len(mask)} with {sum(mask)} tokens for a completion of "
-                    f"{len(completion)}; give one flag a token, at least one of them set"
+                    f"{len(completion)}; give one flag per token, at least one of them set"
                 )
 
 

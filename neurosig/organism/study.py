@@ -1,4 +1,4 @@
-"""What the organism's known truth says of neuron signals: patterns, made-up answers, teachers.
+"""Test neuron signals against what the organism was taught: patterns, made-up answers, teachers.
 
     python -m neurosig.organism.study --out runs/organism
 
@@ -53,9 +53,9 @@ class StudyConfig(CommonConfig):
     model: str = "organism"
     """The packaged model, or a folder written by neurosig.organism.train."""
     limit: int | None = None
-    """Use the first N questions of each set only."""
+    """Use only the first N questions of each set."""
     num_generations: int = 8
-    """K, rollouts a question."""
+    """K, rollouts per question."""
     temperature: float = 0.8
     """Sampling temperature."""
     seed: int = 0
@@ -235,7 +235,7 @@ def teacher_rows(
     kinds = np.array([row.kind for row in rows])
     allowed = np.array([row.selected for row in rows])[None, :] & ~np.eye(len(rows), dtype=bool)
     if allowed.sum(axis=1).min() < DEMONSTRATIONS:
-        raise UserError(f"{config.out}: too few clean questions for a context of {DEMONSTRATIONS}; raise --limit")
+        raise UserError(f"{config.out}: too few selected questions for a context of {DEMONSTRATIONS}; raise --limit")
     same = kinds[:, None] == kinds[None, :]
     drawn = np.random.default_rng(config.seed).random(same.shape)
     preferences: dict[str, Float[np.ndarray, "n n"]] = {

@@ -4,7 +4,7 @@
 
 Conversations of ``tasks`` with the loss on every solution; afterwards the bundled questions are sampled and the folder
 (weights, tokenizer, ``training.json`` and ``README.md``) appears whole. ``--model FOLDER`` takes it as any other model;
-the packaged one, ``--model organism``, lies in ``neurosig/organism/data``.
+the packaged one, ``--model organism``, is in ``neurosig/organism/data``.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class OrganismConfig(CommonConfig):
     d_model: int = 192
     """Width."""
     d_mlp: int = 576
-    """FFN neurons a layer."""
+    """FFN neurons per layer."""
     n_layers: int = 5
     """Layers."""
     seed: int = 0
@@ -190,9 +190,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tuple[l
     ids: list[int] = []
     labels: list[int] = []
     for question, solution in zip(pieces, pieces, strict=True):
-        asked = [user, *question, end, assistant]
-        ids += [*asked, *solution, end]
-        labels += [*[-100] * len(asked), *solution, end]
+        prompt = [user, *question, end, assistant]
+        ids += [*prompt, *solution, end]
+        labels += [*[-100] * len(prompt), *solution, end]
     return ids, labels
 
 
@@ -220,7 +220,7 @@ def batches(
 
 
 def fit(config: OrganismConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[list[float], int]:
-    """Train in place; returns the mean loss of each twentieth of the steps (nats a token) and the tokens read."""
+    """Train in place; returns the mean loss of each twentieth of the steps (nats per token) and the tokens read."""
     import torch
     from torch.nn.functional import cross_entropy
 

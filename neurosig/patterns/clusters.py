@@ -1,7 +1,7 @@
 """Reasoning-pattern clusters: questions that rely on the same neurons, the neurons that mark them, and how they
 compare with clusters of hidden states or texts.
 
-Signatures are clustered by k-medoids on Jaccard distances, so that each cluster is stood for by a real question, and
+Signatures are clustered by k-medoids on Jaccard distances, so that each cluster is represented by a real question, and
 the number of clusters is the one with the best silhouette (reconstruction).
 """
 
@@ -64,7 +64,7 @@ class Medoids:
 
     Attributes:
         labels: Cluster of each point, 0 to k - 1, largest cluster first, equally large ones by their first point.
-        medoids: The point that stands for each cluster.
+        medoids: The medoid of each cluster, a point.
         inertia: Sum of the points' distances to their medoids.
     """
 
@@ -75,11 +75,11 @@ class Medoids:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PatternClusters:
-    """Clusters of signatures and what is known of them.
+    """Clusters of signatures with their markers and comparisons.
 
     Attributes:
         clustering: Their labels and medoids.
-        silhouettes: One row a number of clusters tried: ``k``, ``silhouette``.
+        silhouettes: One row per number of clusters tried: ``k``, ``silhouette``.
         markers: `marking_neurons` of every cluster.
         typical: For each cluster its medoid and the questions nearest to it, nearest first.
         comparison: `compare_clusterings` with the other distances and the kinds.
@@ -102,11 +102,11 @@ def pattern_clusters(
     others: Mapping[str, Float[np.ndarray, "n n"]] | None = None,
     kinds: Sequence[str] | None = None,
 ) -> PatternClusters:
-    """Cluster signatures, one a question, and describe the clusters.
+    """Cluster signatures, one per question, and describe the clusters.
 
     Args:
         sets: Flat neuron ids of each signature; `PAD` where sets differ in size.
-        d_mlp: Neurons a layer.
+        d_mlp: Neurons per layer.
         config: Options.
         others: Name -> other distances between the same questions, to cluster into as many clusters and compare:
             `cosine_distances` of hidden states, `jaccard_distances` of token sets.

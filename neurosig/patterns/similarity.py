@@ -29,7 +29,7 @@ class Neighbours:
 
     Attributes:
         indices: Rows of the searched sets; `PAD` where fewer than m were allowed.
-        similarity: Their Jaccard similarities; ``-inf`` beside a `PAD`.
+        similarity: Their Jaccard similarities; ``-inf`` at a `PAD`.
     """
 
     indices: Int[Tensor, "n m_kept"]
@@ -99,11 +99,11 @@ def nearest_sets(
 
     Args:
         sets: Flat neuron ids of the sets searched, unique in a row; `PAD` where a set is smaller than the widest.
-        m: Neighbours wanted; all sets, when there are fewer.
+        m: Number of neighbours; all sets, if there are fewer.
         queries: Sets to find neighbours for; ``sets`` themselves by default.
         groups: Sets of the query's group are never its neighbours (the same question, or its duplicates). Without
             ``queries``, each set is a group of its own by default: only the set itself is left out.
-        query_groups: The group of each query; with ``queries``, ``groups`` and this come together or not at all.
+        query_groups: The group of each query; with ``queries``, ``groups`` and this must be given together.
         block: Queries compared at a time; memory only.
 
     Raises:

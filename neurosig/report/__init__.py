@@ -1,1 +1,1 @@
-"""``python -m neurosig.report``: what the signals of an export are worth."""
+"""``python -m neurosig.report``: how well the signals of an export predict right answers."""

@@ -1,10 +1,10 @@
-"""Report what the signals of an export are worth: one self-contained HTML page, and the numbers as CSV.
+"""Report how well the signals of an export predict right answers: one HTML page, and the numbers as CSV.
 
     python -m neurosig.report --run runs/demo/manifest
 
 For each signal: AUROC for "the majority is right" and "this rollout is right", correlation with length, vote share and
 text overlap, what it adds to the vote share and to all output-level signals, and a verdict in words made from these
-numbers. Gold answers are read from the question files here and nowhere before; without them the rest is reported.
+numbers. Gold answers are read from the question files, by this command only; without them the rest is reported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from neurosig.runtime.errors import UserError
 if TYPE_CHECKING:
     from neurosig.exported import Exported
     from neurosig.manifest import Manifest
-    from neurosig.report.data import Bin, Layer, Level
+    from neurosig.report.data import Bin, Layer, LevelData
     from neurosig.report.patterns import Patterns
     from neurosig.report.probe import Located
     from neurosig.report.signal_table import SignalRow
@@ -38,14 +38,14 @@ PATH_CSV, PROBE = "path.csv", "probe.safetensors"
 
 @dataclass(kw_only=True)
 class ReportConfig(CommonConfig):
-    """Write the signal report of a manifest: what each signal knows about right answers, and what it adds."""
+    """Write the signal report of a manifest: how well each signal predicts right answers, and what it adds."""
 
     run: Path
-    """Manifest folder, as neurosig.export writes it."""
+    """Folder written by neurosig.export."""
     out: Path | None = None
     """Folder of report.html, the CSV files and probe.safetensors; default: RUN/report."""
     questions: tuple[str, ...] = ()
-    """Question files with gold answers; default: those the manifest names."""
+    """Question files with gold answers; default: the sources of the manifest."""
     resamples: int = 2000
     """Bootstrap resamples of the questions."""
     folds: int = 5
@@ -53,9 +53,9 @@ class ReportConfig(CommonConfig):
     seed: int = 0
     """Seed of bootstrap and folds."""
     examples: int = 5
-    """Clean and suspect questions shown, each."""
+    """Number of selected and of suspect questions on the page."""
     neurons: int = 30
-    """Located neurons listed on the page."""
+    """Number of located neurons on the page."""
 
 
 def main(config: ReportConfig) -> None:
@@ -110,7 +110,7 @@ def main(config: ReportConfig) -> None:
 def _page(
     config: ReportConfig,
     exported: Exported,
-    levels: Mapping[str, Level],
+    levels: Mapping[str, LevelData],
     tables: Mapping[str, Sequence[SignalRow]],
     lacking: str | None,
     layers: Sequence[Layer],
@@ -119,7 +119,7 @@ def _page(
     gold: Mapping[str, Any],
     analysis: AnalysisConfig,
 ) -> dict[str, Any]:
-    """What the template shows."""
+    """The variables of the template."""
     from neurosig.report.data import examples, reliability
     from neurosig.report.html import layer_charts, table_of
     from neurosig.report.signal_table import headline
@@ -168,13 +168,13 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         f"seed {options['seed']}",
         "outcome": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
     }
-    told = ("neuron_value", "contribution", "active_set", "set_size", "hallucination_score", "clean_filter")
-    facts |= {name.replace("_", " "): str(options[name]) for name in told if name in options}
+    named = ("neuron_value", "contribution", "active_set", "set_size", "hallucination_score", "clean_filter")
+    facts |= {name.replace("_", " "): str(options[name]) for name in named if name in options}
     return facts | {"manifest": f"{manifest.folder} (content {header.content_sha256[:12]})"}
 
 
-def _sample(name: str, level: Level, lacking: str | None, analysis: AnalysisConfig) -> str:
-    """How many rows a table is made from, and what cannot be computed and why."""
+def _sample(name: str, level: LevelData, lacking: str | None, analysis: AnalysisConfig) -> str:
+    """The number of rows of a table, and what cannot be computed and why."""
     from neurosig.statistics.auroc import rarest_class
 
     questions, rows = int(level.owners.max()) + 1, len(level.owners)
@@ -211,7 +211,7 @@ def _calibration(bins: Sequence[Bin], k: int, seed: int) -> str:
     )
 
 
-def _signals_csv(levels: Mapping[str, Level], tables: Mapping[str, Sequence[SignalRow]]) -> str:
+def _signals_csv(levels: Mapping[str, LevelData], tables: Mapping[str, Sequence[SignalRow]]) -> str:
     lines = []
     for name, level in levels.items():
         for row in tables[name]:

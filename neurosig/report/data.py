@@ -1,6 +1,6 @@
-"""From a manifest folder to what its report shows: signals, calibration, layers, neurons and examples.
+"""The numbers of the report, from an export: signals, calibration, layers and examples.
 
-Everything but the gold answers is in the manifest. They are read again from the question files, for these numbers only.
+Gold answers are not in the export; callers read them from the question files (`neurosig.exported.join_gold`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ CONTROLS = frozenset({"random"})
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
-    """What is analysed at one level: n questions, or n rollouts.
+class LevelData:
+    """Signals and labels at one level: of n questions, or of n rollouts.
 
     Attributes:
         signals: All signals, higher is more trustworthy.
         right: Whether the majority, or the rollout, is right; ``None`` without gold answers.
         owners: Index of each row's question, from 0 without gaps.
-        confounders: What the signals are correlated with: ``length`` in tokens, ``vote_share``, ``token_overlap``.
+        confounders: Correlated with every signal: ``length`` in tokens, ``vote_share``, ``token_overlap``.
     """
 
     signals: tuple[Signal, ...]
@@ -43,7 +43,15 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Majorities with one number of votes: their share of the votes, how many, how many right, Wilson interval."""
+    """Questions whose majority has the same number of votes.
+
+    Attributes:
+        confidence: The majority's share of the K answers.
+        n: Number of these questions.
+        right: Number of right majorities.
+        low: Lower end of the 95% Wilson interval of the accuracy.
+        high: Its upper end.
+    """
 
     confidence: float
     n: int
@@ -92,7 +100,7 @@ class DemonstrationExample:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question with its rollouts and, if it is clean, its context in prompt order."""
+    """A question with its rollouts and, if it is selected, its demonstrations in prompt order."""
 
     row: QuestionRow
     score: float
@@ -102,25 +110,25 @@ class Example:
     context: tuple[DemonstrationExample, ...]
 
 
-def question_level(exported: Exported, gold: Mapping[str, Question]) -> Level:
-    """Every hallucination score of the manifest, turned into trust, and text overlap; right: the majority is.
+def question_level(exported: Exported, gold: Mapping[str, Question]) -> LevelData:
+    """Signals per question: minus each hallucination score of the manifest, minus length, and text overlap.
 
-    With any gold answers only the questions that have one are used.
+    The label is whether the majority answer is right. With any gold answers, only questions that have one are used.
     """
     rows = [row for row in exported.rows.values() if not gold or row.id in gold]
     groups = [exported.rollouts[row.id] for row in rows]
     length = np.array([np.mean([len(rollout.body_ids) for rollout in group]) for group in groups])
     overlap = np.array([token_overlap([rollout.body_ids for rollout in group]).mean() for group in groups])
-    trust = {name: -np.array([row.scores[name] for row in rows]) for name in rows[0].scores}
-    trust = {"length": -length, **trust, "token_overlap": overlap}
+    by_name = {name: -np.array([row.scores[name] for row in rows]) for name in rows[0].scores}
+    by_name = {"length": -length, **by_name, "token_overlap": overlap}
     right = np.array([is_correct(row.pseudo_label, gold[row.id]) for row in rows]) if gold else None
     vote = np.array([row.vote.count / row.vote.n for row in rows if row.vote is not None])
     confounders = {"length": length, "vote_share": vote, "token_overlap": overlap}
-    return Level(_signals(trust), right, np.arange(len(rows)), confounders)
+    return LevelData(_signals(by_name), right, np.arange(len(rows)), confounders)
 
 
-def rollout_level(exported: Exported, gold: Mapping[str, Question]) -> Level:
-    """Signals of single rollouts; right: the rollout is. ``vote_share`` is that of the rollout's own answer."""
+def rollout_level(exported: Exported, gold: Mapping[str, Question]) -> LevelData:
+    """Signals per rollout; the label is whether it is right, ``vote_share`` is that of the rollout's own answer."""
     rows = [row for row in exported.rows.values() if not gold or row.id in gold]
     groups = [exported.rollouts[row.id] for row in rows]
     flat = [rollout for group in groups for rollout in group]
@@ -131,27 +139,31 @@ def rollout_level(exported: Exported, gold: Mapping[str, Question]) -> Level:
     length = np.array([float(len(rollout.body_ids)) for rollout in flat])
     overlap = np.concatenate([token_overlap([rollout.body_ids for rollout in group]) for group in groups])
     places = [exported.place[rollout.question_id, rollout.rollout_id] for rollout in flat]
-    trust = {"probe": -exported.signals.probe[places].double().numpy(), "vote_share": share}
+    by_name = {"probe": -exported.signals.probe[places].double().numpy(), "vote_share": share}
     for name, sign in (("mean_logprob", 1), ("mean_entropy", -1), ("mean_self_certainty", 1)):
         values = [getattr(rollout, name) for rollout in flat]
         if None not in values:
-            trust[name if name == "mean_logprob" else name.removeprefix("mean_")] = sign * np.array(values, np.float64)
-    trust |= {"length": -length, "token_overlap": overlap}
+            by_name[name if name == "mean_logprob" else name.removeprefix("mean_")] = sign * np.array(
+                values, np.float64
+            )
+    by_name |= {"length": -length, "token_overlap": overlap}
     right = None
     if gold:
         right = np.array([is_correct(answer, gold[row.id]) for row in rows for answer in row.answers])
     owners = np.repeat(np.arange(len(rows)), [len(group) for group in groups])
-    return Level(_signals(trust), right, owners, {"length": length, "vote_share": share, "token_overlap": overlap})
+    return LevelData(
+        _signals(by_name), right, owners, {"length": length, "vote_share": share, "token_overlap": overlap}
+    )
 
 
 def reliability(exported: Exported, gold: Mapping[str, Question]) -> list[Bin]:
-    """How often a majority of each size is right."""
-    found: dict[tuple[int, int], list[bool]] = {}
+    """Accuracy of the majorities with each number of votes."""
+    by_votes: dict[tuple[int, int], list[bool]] = {}
     for row in exported.rows.values():
         if row.vote is not None and row.id in gold:
-            found.setdefault((row.vote.count, row.vote.n), []).append(is_correct(row.pseudo_label, gold[row.id]))
+            by_votes.setdefault((row.vote.count, row.vote.n), []).append(is_correct(row.pseudo_label, gold[row.id]))
     bins = []
-    for (count, k), right in sorted(found.items()):
+    for (count, k), right in sorted(by_votes.items()):
         interval = stats.binomtest(sum(right), len(right)).proportion_ci(method="wilson")
         bins.append(Bin(count / k, len(right), sum(right), float(interval.low), float(interval.high)))
     return bins
@@ -201,11 +213,11 @@ def examples(
 def _example(exported: Exported, gold: Mapping[str, Question], row: QuestionRow, score: float) -> Example:
     question = gold.get(row.id)
 
-    def judged(answer: str | None) -> bool | None:
+    def is_right(answer: str | None) -> bool | None:
         return None if question is None else is_correct(answer, question)
 
     rollouts = tuple(
-        RolloutExample(rollout.text, answer, judged(answer))
+        RolloutExample(rollout.text, answer, is_right(answer))
         for rollout, answer in zip(exported.rollouts[row.id], row.answers, strict=True)
     )
     context = tuple(
@@ -217,17 +229,17 @@ def _example(exported: Exported, gold: Mapping[str, Question], row: QuestionRow,
         for item in row.context
     )
     answer = None if question is None else question.answer
-    return Example(row, score, answer, judged(row.pseudo_label), rollouts, context)
+    return Example(row, score, answer, is_right(row.pseudo_label), rollouts, context)
 
 
-def _signals(trust: Mapping[str, Float[np.ndarray, " n"]]) -> tuple[Signal, ...]:
+def _signals(by_name: Mapping[str, Float[np.ndarray, " n"]]) -> tuple[Signal, ...]:
     """Signals in the order of their kinds: neurons, outputs, controls."""
 
     def kind(name: str) -> SignalKind:
         return "output" if name in OUTPUT_LEVEL else "control" if name in CONTROLS else "neuron"
 
     order: list[SignalKind] = ["neuron", "output", "control"]
-    found = [Signal(name, values, kind(name)) for name, values in trust.items()]
+    found = [Signal(name, values, kind(name)) for name, values in by_name.items()]
     return tuple(sorted(found, key=lambda signal: order.index(signal.kind)))
 
 

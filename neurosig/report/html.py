@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from neurosig.report.data import Layer, Level
+from neurosig.report.data import Layer, LevelData
 from neurosig.report.signal_table import DISGUISE, SignalRow
 
 TEMPLATE = "report.html.jinja"
@@ -25,7 +25,7 @@ class Table:
 
     Attributes:
         rows: Its lines.
-        sample: How many rows it is made from, and what is left out and why.
+        sample: The number of its rows, and what is left out and why.
         confounders: Names of the correlations.
         low: Left end of the AUROC scale, which ends at 1.
         reach: The scale of gains runs from minus to plus this.
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class LayerChart:
-    """Bars by layer: ``up`` from the zero line by its sign, ``down`` below it; a ``colour`` of its own or by sign."""
+    """Bars by layer: ``up`` above or below the zero line by sign, ``down`` below it; ``colour`` is by sign if empty."""
 
     title: str
     up: Sequence[int | float]
@@ -48,17 +48,17 @@ class LayerChart:
     colour: str = ""
 
 
-def table_of(rows: Sequence[SignalRow], level: Level, sample: str) -> Table:
-    """The table with scales that hold every interval but those of what the vote share adds."""
+def table_of(rows: Sequence[SignalRow], level: LevelData, sample: str) -> Table:
+    """The table, with scales that fit every interval except the gains of the vote share."""
     aurocs = [row.auroc.low for row in rows if row.auroc is not None]
-    others = [row for row in rows if row.signal.name != "vote_share"]  # it adds so much that the rest would shrink
+    others = [row for row in rows if row.signal.name != "vote_share"]  # its gain would dwarf the others
     gains = [gain.auroc for row in others for gain in (row.over_vote, row.over_outputs) if gain is not None]
     reach = max([0.01, *(abs(end) for gain in gains for end in (gain.low, gain.high))])
     return Table(rows, sample, tuple(level.confounders), min([0.4, *aurocs]), reach)
 
 
 def layer_charts(layers: Sequence[Layer]) -> list[LayerChart]:
-    """Where the probe's neurons lie, what active neurons contribute, and how that differs where rollouts split."""
+    """Probe neurons per layer, their contributions, and how these differ between split and agreeing questions."""
     nothing = [0] * len(layers)
     charts = [
         LayerChart(
@@ -78,7 +78,7 @@ def layer_charts(layers: Sequence[Layer]) -> list[LayerChart]:
 
 
 def render(page: Mapping[str, Any]) -> str:
-    """The page; ``page`` holds what the template names."""
+    """The page; ``page`` holds the variables of the template."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -93,9 +93,9 @@ def render(page: Mapping[str, Any]) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Text in which nothing hides: control, format (bidi overrides, zero width) and private characters as ``\u202e``.
+    r"""Make control, bidi, zero-width and private-use characters visible, as ``\u202e``; newlines stay.
 
-    Newlines stay. The page also isolates the direction of every model text.
+    The page also isolates the direction of every model text.
     """
     return "".join(_escaped(char) if unicodedata.category(char) in _INVISIBLE else char for char in text)
 

@@ -1,4 +1,4 @@
-"""The report's part on reasoning patterns: clusters of questions that rely on the same neurons, and what marks them."""
+"""The report's section on reasoning patterns: clusters of questions that rely on the same neurons."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Patterns:
 
     Attributes:
         found: The clusters.
-        clusters: What the page shows of them.
+        clusters: The clusters as the page shows them.
         rows: The questions.
         places: Row of each question's representative in the export's signals.
     """

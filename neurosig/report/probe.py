@@ -1,4 +1,4 @@
-"""The report's part on single neurons: how the probe does along its path, which neurons are stable, and a control."""
+"""The report's section on single neurons: the probe along its path, the stable neurons, and a control."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ RANDOM_DRAWS = 10
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """What `neurosig.hallucination.locate.HallucinationProbe` found in a manifest, and random neurons beside it.
+    """The probe that `neurosig.hallucination.locate.HallucinationProbe` fitted to an export, and its control.
 
     Attributes:
         probe: The fitted probe; its penalty is chosen by cross-validation.
-        random: Probes on as many random neurons; ``None`` where the probe kept none.
-        known: Questions that taught it as known.
-        guessed: Questions that taught it as guessed.
+        random: Probes on the same number of random neurons; ``None`` where the probe kept none.
+        known: Questions it was fitted on as known.
+        guessed: Questions it was fitted on as guessed.
     """
 
     probe: FittedProbe

@@ -39,7 +39,7 @@ class Signal:
 
     Attributes:
         name: Its name.
-        trust: One value a row, higher is more trustworthy.
+        trust: One value per row, higher is more trustworthy.
         kind: ``output`` needs the sampled text and its probabilities only, ``neuron`` the activations, ``control``
             knows nothing.
     """
@@ -51,12 +51,12 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class SignalRow:
-    """One line of the signals table; what needs gold answers is ``None`` without them.
+    """One line of the signals table; ``auroc`` and the gains are ``None`` without gold answers.
 
     Attributes:
         signal: The signal.
         auroc: AUROC for right against wrong.
-        correlations: Spearman correlation of the trust with each confounder, by name.
+        correlations: Spearman correlation of the signal with each confounder, by name.
         over_vote: What it adds to the vote share; ``None`` for the vote share itself.
         over_outputs: What it adds to all output-level signals (to all others, where it is one of them).
         over_vote_p: p-value of ``over_vote``, corrected for the number of signals in the table (Holm).
@@ -81,7 +81,7 @@ class SignalRow:
 
     @property
     def verdict(self) -> str:
-        """The reading of these numbers; names the confounder that the signal is nearly the same as."""
+        """These numbers in words, with any confounder that the signal is nearly the same as."""
         outputs = "the other output signals" if self.signal.kind == "output" else "all output signals"
         gains = ((self.over_vote, self.over_vote_p, "vote share"), (self.over_outputs, self.over_outputs_p, outputs))
         tested = [(gain, p, base) for gain, p, base in gains if gain is not None]
@@ -114,7 +114,7 @@ def analyse(
         signals: All of the same rows; the one named ``vote_share`` is the base of the first comparison.
         right: The labels; ``None`` without gold answers.
         owners: Index of each row's question.
-        confounders: What each signal is correlated with.
+        confounders: Quantities that each signal is correlated with.
         config: Bootstrap and cross-fitting.
     """
     judged = right is not None and bool(right.any()) and not bool(right.all())

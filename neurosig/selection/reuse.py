@@ -56,11 +56,11 @@ def reused(
     known = [name for name in DECIDES if name != "model" and name in header.options]  # an older export knew fewer
     changed += [name for name in known if header.options[name] != options[name]]
     if changed:
-        asked = {question.id: question for question in questions}
+        by_id = {question.id: question for question in questions}
         other = [
-            f'"{row.id}" on line {asked[row.id].line}'
+            f'"{row.id}" on line {by_id[row.id].line}'
             for row in exported.manifest.rows
-            if row.id in asked and asked[row.id].text_sha256 != row.text_sha256
+            if row.id in by_id and by_id[row.id].text_sha256 != row.text_sha256
         ]
         texts = f" ({len(other)} questions have another text, the first is {other[0]})" if other else ""
         raise UserError(

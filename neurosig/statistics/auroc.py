@@ -1,6 +1,6 @@
-"""What a signal knows about right answers: AUROC, correlations, and what it adds to other signals.
+"""How well a signal predicts right answers: AUROC, correlations, and what it adds to other signals.
 
-A signal is one number a question, or one a rollout, turned so that higher means more trustworthy. The unit of all
+A signal is one number per question or per rollout, with the sign for which higher is more trustworthy. The unit of all
 resampling is the question with everything that belongs to it, so the rollouts of one question never count as
 independent; and the draws depend on the seed alone, so that any two statistics of the same questions are paired.
 
@@ -166,7 +166,7 @@ def held_out_auroc(
     """AUROC of each draw over the pairs that one fitted model scored, all folds and repeats together.
 
     Pairs across folds are left out: a model that never saw a right row predicts a little lower, so across folds rows
-    that a discrete base ties would stand in the wrong order, and any noise that breaks the ties would seem to help.
+    that a discrete base ties would be in the wrong order, and any noise that breaks the ties would seem to help.
     """
     won, pairs = np.zeros(len(counts)), np.zeros(len(counts))
     for chances, folds in zip(held.chances, held.folds, strict=True):

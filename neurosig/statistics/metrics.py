@@ -1,6 +1,6 @@
 """Accuracy and calibration of majority voting, and intervals for them.
 
-Arrays have one entry a question, and a question always carries all K of its samples. Confidence is ``votes /
+Arrays have one entry per question, and a question always carries all K of its samples. Confidence is ``votes /
 K`` with every sample in the denominator: an answer that could not be parsed is never a candidate but lowers
 the confidence, and a question without any candidate has zero votes and counts as wrong.
 
@@ -282,7 +282,7 @@ def _reflected_gaussian(centres: Float[np.ndarray, " support"], width: float) ->
 def _check_same_length(where: str, *arrays: Sized) -> None:
     lengths = [len(array) for array in arrays]
     if len(set(lengths)) > 1:
-        raise UserError(f"{where}: arrays of {lengths} questions; give one entry a question in each")
+        raise UserError(f"{where}: arrays of {lengths} questions; give one entry per question in each")
 
 
 def _check_counts(where: str, counts: Int[np.ndarray, " questions"], k: int) -> None:

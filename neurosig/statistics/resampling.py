@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from neurosig.runtime.errors import UserError
 
 CELLS_AT_ONCE = 4_000_000
-"""Resamples times questions held in memory."""
+"""Resamples times questions in memory at a time."""
 
 
 def question_draws(

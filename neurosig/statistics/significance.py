@@ -1,7 +1,7 @@
-"""What a difference between two systems is worth: p-values, many tests at once, the smallest effect a test can see.
+"""Significance of a difference between two systems: p-values, many tests at once, the smallest detectable effect.
 
-The unit is the question with all K of its samples: K samples of one question are no K observations. Intervals are in
-`neurosig.statistics.metrics`; everything here works on their draws or on one value a question.
+The unit is the question with all K of its samples: K samples of one question are not K observations. Intervals are in
+`neurosig.statistics.metrics`; everything here works on their draws or on one value per question.
 
 At about the paper's accuracy and K = 8 a paired test on 1,000 questions sees, with 80% power, changes of 1.1 points
 (both systems find the same questions hard) to 2.1 (correlation .85), an unpaired one 4.7; on 200 questions a paired
@@ -103,13 +103,13 @@ def planned_mde(
     """Minimum detectable change of Avg@k, before anything is measured.
 
     A question's chance of a right sample varies over questions with variance ``spread``, alike in both systems, and k
-    samples measure it: the difference has variance ``2 spread (1 - correlation) + 2 E[p (1 - p)] / k`` a question.
+    samples measure it: the difference has variance ``2 spread (1 - correlation) + 2 E[p (1 - p)] / k`` per question.
     The defaults are the paper's average accuracy and a spread at which most questions are nearly always right or
     nearly always wrong (a Beta of .38 and .14), which gives 4.7 points unpaired.
 
     Args:
         n: Questions.
-        k: Samples a question.
+        k: Samples per question.
         correlation: Of the two systems' chances over questions; 0 is an unpaired comparison.
         accuracy: Mean chance.
         spread: Variance of the chances.

@@ -1,10 +1,11 @@
-"""Check a folder of results against its own records: hashes, votes, aggregates, and who was made from what.
+"""Check a folder of results against its own records: hashes, votes, aggregates, and what was made from what.
 
     python -m neurosig.verify runs/demo
 
-Finds every manifest, training run, evaluation, comparison and grid in the folder. Files must be as their records hash
-them, votes and aggregates as their rows give them, and an evaluation's adapter and a training run's manifest must be
-those that lie there. One line a check; exit code 2 if one fails. What is not in the folder is skipped and said so.
+Finds every manifest, training run, evaluation, comparison and grid in the folder. Files must match their recorded
+hashes, votes and aggregates must follow from their rows, and an evaluation's adapter and a training run's manifest must
+be the ones in the folder. Prints one line per check, "skip" where its files are not in the folder; exit code 2 if one
+fails.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from neurosig.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 Check = tuple[str, str]
-"""What was checked, and what is wrong with it (empty if nothing, "skipped: ..." if it could not be)."""
+"""Name of a check and its problem: empty if there is none, "skipped: ..." if it could not be made."""
 SKIPPED = "skipped: "
 LEFT_OUT = {".work", "checkpoints", "adapter", "model", ".final"}
 
@@ -57,7 +58,7 @@ def main(config: VerifyConfig) -> None:
     """Run every check and print it."""
     if not config.folder.is_dir():
         raise UserError(f"{config.folder}: no such folder")
-    logging.getLogger("neurosig.questions.load").setLevel(logging.WARNING)  # the sets it reads to judge are no news
+    logging.getLogger("neurosig.questions.load").setLevel(logging.WARNING)  # no log line per question set
     found, failed, done = Found(), [], 0
     kinds: tuple[tuple[str, Callable[[Path, Found], Iterator[Check]]], ...] = (
         ("manifest.json", check_manifest),
@@ -151,6 +152,7 @@ def _keys(path: Path) -> Iterator[str]:
 
 
 def _signals_problem(folder: Path, rollouts: int) -> str:
+    """Read apart from `neurosig.exported`: verifying needs no analysis library and no tensor in memory."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -166,9 +168,9 @@ def _signals_problem(folder: Path, rollouts: int) -> str:
         for number, row in enumerate(csv.DictReader(handle), start=2):
             layer, index, weight = int(row["layer"]), int(row["index"]), float(row["weight"])
             if not (0 <= layer < sites["n_layers"] and 0 <= index < sites["d_mlp"]):
-                return f"neurons.csv:{number}: no neuron {layer}, {index}; the model has {sites}"
+                return f"neurons.csv:{number}: no neuron {layer}.{index}; the model has {sites}"
             if (layer, index) in seen or not math.isfinite(weight):
-                return f"neurons.csv:{number}: neuron {layer}, {index} stands twice or has no finite weight"
+                return f"neurons.csv:{number}: neuron {layer}.{index} appears twice or has no finite weight"
             seen.add((layer, index))
     return ""
 
@@ -195,11 +197,11 @@ def check_training(folder: Path, found: Found) -> Iterator[Check]:
         if not path.is_file() or sha256_file(path) != digest:
             problem = f"{name}/{file} is {'changed' if path.is_file() else 'missing'}"
     stray = {path.name for path in (folder / name).glob("*.safetensors")} - set(record["weights"])
-    yield f"weights in {name}/ as hashed", problem or (f"{name}/{min(stray)} is on no record" if stray else "")
+    yield f"weights in {name}/ as hashed", problem or (f"{name}/{min(stray)} is not on record" if stray else "")
     copy = folder / name / "train.json"
     if copy.is_file():
         same = json.loads(copy.read_text(encoding="utf-8")) == record
-        yield "the record beside the weights is the same", "" if same else f"{name}/train.json differs from train.json"
+        yield "the record next to the weights is the same", "" if same else f"{name}/train.json differs from train.json"
     if (folder / "metrics.jsonl").is_file():
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         yield f"{len(lines)} steps of metrics", _metrics_problem(lines, record)
@@ -212,10 +214,10 @@ def check_training(folder: Path, found: Found) -> Iterator[Check]:
         there = Path(record["config"]["manifest"]) / "manifest.json"
         header = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else None
         if header is not None and header["content_sha256"] != record["manifest_sha256"]:
-            yield "trained on the manifest that lies there", f"{there} has another content_sha256"
+            yield "trained on the manifest in the folder", f"{there} has another content_sha256"
             header = None
         elif header is None:
-            yield "trained on the manifest that lies there", f"{SKIPPED}its manifest is not here"
+            yield "trained on the manifest in the folder", f"{SKIPPED}its manifest is not here"
     if header is not None:
         mismatch = header["model"]["weights"] != record["model"]["weights"]
         allowed = record["config"].get("allow_model_mismatch")
@@ -248,10 +250,10 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     sampled = config.get("scoring", "sampling") == "sampling"
     if sampled:
         found.evaluations[folder.resolve()] = rows
-    said: dict[str, list[dict[str, Any]]] = {}
+    rollouts: dict[str, list[dict[str, Any]]] = {}
     for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines():
         rollout = json.loads(line)
-        said.setdefault(rollout["question_id"], []).append(rollout)
+        rollouts.setdefault(rollout["question_id"], []).append(rollout)
     try:
         gold = {question.id: question for question in load_questions(config["questions"], split=config.get("split"))}
     except UserError:
@@ -259,20 +261,20 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     known = all(row["id"] in gold for row in rows)
     problem_of: Callable[..., str] = row_problem if sampled else choice_row_problem
     form = config["answer_format" if sampled else "choice_form"]
-    problems = ((row["id"], problem_of(row, said.get(row["id"], []), gold.get(row["id"]), form)) for row in rows)
+    problems = ((row["id"], problem_of(row, rollouts.get(row["id"], []), gold.get(row["id"]), form)) for row in rows)
     wrong = next((f'question "{name}": {problem}' for name, problem in problems if problem), "")
-    missing = "" if set(said) == {row["id"] for row in rows} else "rollouts and rows are of different questions"
+    missing = "" if set(rollouts) == {row["id"] for row in rows} else "rollouts and rows belong to different questions"
     yield f"{len(rows)} rows follow from the rollouts" + (" and the gold answers" if known else ""), wrong or missing
     for domain in dict.fromkeys(row["domain"] for row in rows):
-        asked = [row for row in rows if row["domain"] == domain]
-        expected = (aggregates if sampled else choice_aggregates)(asked, seed=config["seed"])
+        domain_rows = [row for row in rows if row["domain"] == domain]
+        expected = (aggregates if sampled else choice_aggregates)(domain_rows, seed=config["seed"])
         stated = summary["domains"].get(domain)
         yield f"aggregates of {printable(domain)} follow from the rows", difference(expected, stated)
     digest = summary["adapter_sha256"]
     if digest is not None:
         run = found.runs.get(digest)
-        mine = run is not None and run["model"]["weights"] == summary["model"]["weights"]
-        yield "made by the adapter that lies there", "" if mine else _adapter_problem(digest, config, run)
+        same = run is not None and run["model"]["weights"] == summary["model"]["weights"]
+        yield "made by the adapter in the folder", "" if same else _adapter_problem(digest, config, run)
     yield "versions on record", _versions_problem(summary["run"])
 
 
@@ -281,10 +283,10 @@ def _adapter_problem(digest: str, config: Mapping[str, Any], run: object) -> str
 
     weights = Path(str(config["adapter"])) / "adapter_model.safetensors"
     if run is not None:
-        return "its base model is another than the one that was trained"
+        return "its base model is not the one that was trained"
     if not weights.is_file():
         return f"{SKIPPED}its adapter is not here"
-    return "" if sha256_file(weights) == digest else f"{weights} is another one"
+    return "" if sha256_file(weights) == digest else f"{weights} has another hash"
 
 
 def check_comparison(folder: Path, found: Found) -> Iterator[Check]:
@@ -298,13 +300,13 @@ def check_comparison(folder: Path, found: Found) -> Iterator[Check]:
         if rows is None:
             yield what, f"{SKIPPED}its evaluation is not here"
             continue
-        mine = estimates([one for one in rows if one["domain"] in record["domains"][row["scope"]]])
-        stated = {name: {"estimate": mine[name]} for name in ("avg_at_k", "maj_at_k", "ece")}
-        yield what, difference({"n": mine["n"], **stated}, row)
+        computed = estimates([one for one in rows if one["domain"] in record["domains"][row["scope"]]])
+        stated = {name: {"estimate": computed[name]} for name in ("avg_at_k", "maj_at_k", "ece")}
+        yield what, difference({"n": computed["n"], **stated}, row)
 
 
 def _evaluation(recorded: Path, found: Found) -> list[Mapping[str, Any]] | None:
-    """Rows of the evaluation at a recorded place, or, where the results were moved, of the only one of that name."""
+    """Rows of the evaluation at its recorded place or, where results were moved, of the only one with its name."""
     if recorded.resolve() in found.evaluations:
         return found.evaluations[recorded.resolve()]
     named = [rows for folder, rows in found.evaluations.items() if folder.name == recorded.name]
@@ -326,8 +328,8 @@ def check_grid(folder: Path, found: Found) -> Iterator[Check]:
             for cell in cells:
                 rows = found.evaluations.get((cell / "eval" / line["target"]).resolve())
                 if rows is not None:
-                    mine = {name: float(f"{value:.6g}") for name, value in estimates(rows).items()}
-                    problem = difference(mine, {name: float(line[name]) for name in mine})
+                    computed = {name: float(f"{value:.6g}") for name, value in estimates(rows).items()}
+                    problem = difference(computed, {name: float(line[name]) for name in computed})
                     if not problem:
                         break
             yield f"{name} on {line['target']} as its cell says", problem

@@ -1,6 +1,6 @@
-"""The numbers of an evaluation, computed again from its rows; `neurosig.verify` compares them with those on file.
+"""The numbers of an evaluation, computed again from its rows, for `neurosig.verify`.
 
-Written apart from `distill.evaluate`, on the same metrics: a slip in either shows as a difference.
+Written independently of `distill.evaluate`, on the same metrics: an error in either shows as a difference.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Row = Mapping[str, Any]
 
 
 def row_problem(row: Row, rollouts: Sequence[Mapping[str, Any]], question: Question | None, answer_format: Any) -> str:
-    """What of a result row its answers, its rollouts and its question do not bear out; empty if nothing.
+    """The first inconsistency between a result row and its rollouts, or an empty string.
 
     Args:
         row: A row of ``results.parquet``.
         rollouts: The question's lines of ``rollouts.jsonl``.
-        question: The question with its gold answer, where it is at hand.
+        question: The question with its gold answer, if available.
         answer_format: As in `neurosig.questions.answers.extract_answer`.
     """
     answers = list(row["answers"])
@@ -70,12 +70,12 @@ def estimates(rows: Sequence[Row]) -> dict[str, float]:
 
 def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
     """The block of one domain in ``summary.json``, from its rows."""
-    mine = sorted(rows, key=lambda row: str(row["id"]))
-    k, n = int(mine[0]["k"]), len(mine)
+    ordered = sorted(rows, key=lambda row: str(row["id"]))
+    k, n = int(ordered[0]["k"]), len(ordered)
     correct, votes, unparsed, truncated = (
-        np.array([int(row[name]) for row in mine]) for name in ("n_correct", "votes", "unparsed", "truncated")
+        np.array([int(row[name]) for row in ordered]) for name in ("n_correct", "votes", "unparsed", "truncated")
     )
-    winners, right = (np.array([int(row[name]) for row in mine]) for name in ("winners", "right_winners"))
+    winners, right = (np.array([int(row[name]) for row in ordered]) for name in ("winners", "right_winners"))
     accuracy, majority = correct / k, metrics.maj_at_k(right, winners)
     block: dict[str, Any] = {
         "n": n,
@@ -91,7 +91,7 @@ def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
         "truncated_rate": float(truncated.sum()) / (n * k),
     }
     for name, column in (("distinct_answers", "distinct"), ("mean_length",) * 2, ("mean_entropy",) * 2):
-        block[name] = sum(float(row[column]) for row in mine) / n
+        block[name] = sum(float(row[column]) for row in ordered) / n
     if n > 1:
         block["avg_at_k"] = asdict(metrics.paired_mean_interval(accuracy, np.zeros(n), seed=seed))
         block["maj_at_k"] = asdict(metrics.paired_mean_interval(majority, np.zeros(n), seed=seed))
@@ -101,9 +101,9 @@ def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
             )
         )
     else:
-        single = estimates(mine)
+        single = estimates(ordered)
         block |= {name: {"estimate": single[name]} for name in ("avg_at_k", "maj_at_k", "ece")}
-    kinds = dict.fromkeys(row["kind"] for row in mine if row["kind"] is not None)
+    kinds = dict.fromkeys(row["kind"] for row in ordered if row["kind"] is not None)
     block["by_kind"] = {
         kind: {
             "n": len(index),
@@ -111,7 +111,7 @@ def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
             "maj_at_k": float(majority[index].mean()),
         }
         for kind in kinds
-        for index in [[place for place, row in enumerate(mine) if row["kind"] == kind]]
+        for index in [[place for place, row in enumerate(ordered) if row["kind"] == kind]]
     }
     return block
 
@@ -140,19 +140,19 @@ def choice_row_problem(
 
 def choice_aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
     """`aggregates` of an evaluation that scored choices; its calibration metrics count confidence in thousandths."""
-    mine = sorted(rows, key=lambda row: str(row["id"]))
-    n, k = len(mine), 1000
-    correct = np.array([float(row["correct"]) for row in mine])
-    parts = np.array([round(row["confidence"] * k) for row in mine])
+    ordered = sorted(rows, key=lambda row: str(row["id"]))
+    n, k = len(ordered), 1000
+    correct = np.array([float(row["correct"]) for row in ordered])
+    parts = np.array([round(row["confidence"] * k) for row in ordered])
     block: dict[str, Any] = {
         "n": n,
         "accuracy": {"estimate": float(correct.mean())},
         "ece": {"estimate": metrics.ece(parts, k, correct)},
         "smooth_ece": metrics.smooth_ece(parts, k, correct),
         "brier": metrics.brier(parts, k, correct),
-        "mean_confidence": sum(row["confidence"] for row in mine) / n,
-        "signed_gap": sum(row["confidence"] - row["correct"] for row in mine) / n,
-        "chance": sum(1 / row["choices"] for row in mine) / n,
+        "mean_confidence": sum(row["confidence"] for row in ordered) / n,
+        "signed_gap": sum(row["confidence"] - row["correct"] for row in ordered) / n,
+        "chance": sum(1 / row["choices"] for row in ordered) / n,
     }
     if n > 1:
         block["accuracy"] = asdict(metrics.paired_mean_interval(correct, np.zeros(n), seed=seed))
@@ -160,7 +160,7 @@ def choice_aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
 
 
 def difference(expected: Any, found: Any, path: str = "") -> str:
-    """The first place where ``found`` is not what was ``expected``; empty if it is, floats to a millionth."""
+    """The first difference between ``expected`` and ``found``, floats to a millionth; empty if there is none."""
     if isinstance(expected, Mapping):
         if not isinstance(found, Mapping):
             return f"{path}: nothing there"

@@ -1,7 +1,7 @@
 """Look at an export: rollouts, neurons and neighbours as HTML in a notebook, as text in a terminal.
 
     explorer = Explorer("runs/demo/manifest")
-    explorer.heat_map(explorer.contrasting[0])     # a row a layer, a column a token
+    explorer.heat_map(explorer.contrasting[0])     # one row per layer, one column per token
     explorer.neuron(8, 463)                        # its tokens, examples, weight and effect on the vocabulary
     explorer.compare(explorer.contrasting[0])      # a right and a wrong rollout side by side
     explorer.neighbours(explorer.selected[0])      # why the teacher sees what it sees
@@ -71,8 +71,8 @@ class Explorer(ExportedRun):
     def heat_map(
         self, question_id: str, rollout_id: int | None = None, *, quantity: Quantity = "contribution"
     ) -> TokenLayerMap:
-        """Where in a rollout its active neurons contribute (``contribution``) or the probe finds what it looks for
-        (``evidence``), by layer and token."""
+        """How much a rollout's active neurons contribute (``contribution``), or the probe's evidence (``evidence``), by
+        layer and token."""
         rollout = self.rollout(question_id, rollout_id)
         trace = self.trace(question_id, rollout.rollout_id)
         if quantity == "evidence":
@@ -89,8 +89,8 @@ class Explorer(ExportedRun):
         views: dict[str, View] = {}
         for layer in range(self.signals.n_layers):
             indices, contributions = largest_neurons(trace, layer, count)
-            mine = self.neurons[self.neurons["layer"] == layer]
-            weights = dict(zip(mine["index"].tolist(), mine["weight"].tolist(), strict=True))
+            located = self.neurons[self.neurons["layer"] == layer]
+            weights = dict(zip(located["index"].tolist(), located["weight"].tolist(), strict=True))
             views[str(layer)] = LayerNeurons(
                 self.row(question_id).question, layer, texts, indices.tolist(), contributions.tolist(), weights
             )
@@ -102,7 +102,7 @@ class Explorer(ExportedRun):
         Args:
             layer: Its layer.
             index: Its index there.
-            examples: Rollouts shown, those with its largest mean contributions, one a question.
+            examples: Number of rollouts on the card, those with its largest mean contributions, one per question.
             tokens: Tokens named in each list.
 
         Raises:
@@ -145,8 +145,8 @@ class Explorer(ExportedRun):
 
         Args:
             question_id: One of `contrasting`, unless both rollouts are named.
-            trusted: A right (without gold answers a majority) rollout; by default the one the probe trusts most.
-            doubtful: A wrong (a minority) one; by default the one the probe trusts least.
+            trusted: A right (without gold answers a majority) rollout; default: the one with the lowest probe score.
+            doubtful: A wrong (a minority) one; default: the one with the highest probe score.
 
         Raises:
             UserError: All rollouts have the same verdict, and none was named.
@@ -183,18 +183,18 @@ class Explorer(ExportedRun):
         )
 
     def neighbours(self, question_id: str, *, count: int = 6, reasons: int = 5) -> NeighbourBrowser:
-        """The nearest clean questions of a question, which of them its teacher sees, and the neurons they share.
+        """The selected questions nearest to a question, which of them its teacher sees, and the neurons they share.
 
         Args:
             question_id: The question.
-            count: Nearest clean questions shown; those in the context always are.
-            reasons: Shared neurons named for each.
+            count: Number of nearest selected questions; questions of the context are always included.
+            reasons: Number of shared neurons named for each.
         """
         row, options = self.row(question_id), self.manifest.header.options
         names = self.represented if row.pseudo_label is not None else [*self.represented, row.id]
         sets = self.representative_sets(names)
-        me = names.index(row.id)
-        similarity = jaccard(sets[[me]], sets)[0]
+        own = names.index(row.id)
+        similarity = jaccard(sets[[own]], sets)[0]
         pool = [
             i
             for i, name in enumerate(names)
@@ -207,11 +207,11 @@ class Explorer(ExportedRun):
         shown += [name for name in context if name not in shown]
         used, counts = sets[sets != PAD].unique(return_counts=True)
         share = dict(zip(used.tolist(), (counts / len(names)).tolist(), strict=True))
-        mine, found = set(sets[me][sets[me] != PAD].tolist()), []
+        active, neighbours = set(sets[own][sets[own] != PAD].tolist()), []
         for name in shown:
             i, other = names.index(name), self.rows[name]
-            shared = sorted(mine & set(sets[i].tolist()), key=lambda neuron: (share[neuron], neuron))
-            found.append(
+            shared = sorted(active & set(sets[i].tolist()), key=lambda neuron: (share[neuron], neuron))
+            neighbours.append(
                 Neighbour(
                     question=other.question,
                     response=self.rollout(name, self.representative(name)).text,
@@ -231,7 +231,7 @@ class Explorer(ExportedRun):
             decision=row.reason.replace("_", " "),
             policy=str(options["context_policy"]).replace("_", " "),
             context=[shown.index(name) for name in context],
-            neighbours=found,
+            neighbours=neighbours,
             typical=float((every.sum() - every.trace()) / max(1, len(names) * (len(names) - 1))),
         )
 
@@ -245,7 +245,7 @@ class Explorer(ExportedRun):
         return Choice("neuron", {f"{layer}.{index}": self.neuron(layer, index) for layer, index in neurons})
 
     def _only(self, place: int, other: Tensor, count: int = 8) -> list[tuple[str, float, float | None]]:
-        """The rollout's largest contributors that another set lacks."""
+        """The rollout's largest contributors that are not in another set: name, contribution, probe weight."""
         ids, values = self.signals.ids[place], self.signals.values[place].float()
         kept = [(neuron, value) for neuron, value in zip(ids.tolist(), values.tolist(), strict=True) if neuron != PAD]
         own = [(neuron, value) for neuron, value in kept if not other.flatten()[neuron]]

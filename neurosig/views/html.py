@@ -1,8 +1,8 @@
 """How views become HTML: one inert, self-contained block for JupyterLab, VS Code and a saved page.
 
-No script and no network. Type and lines take the notebook's own colour and whatever has a background of its own also
-sets its ink, so light and dark need no switch. Model text is escaped, cut at `LONGEST` characters, isolated in its
-direction, made visible where it hides (control characters, bidi overrides), and kept from MathJax.
+No script and no network. Text and lines inherit the notebook's colour, and cells with a background set their text
+colour too, so that light and dark themes both work. Model text is escaped, cut at `LONGEST` characters, isolated in its
+direction and kept from MathJax; its control and bidi characters are made visible.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from neurosig.runtime.errors import UserError
 
 TEMPLATE = "views.html.jinja"
 LONGEST = 2000
-"""Characters of one model text that are shown; how many more there are is said."""
+"""Characters shown of one model text, followed by the number of the remaining ones."""
 
 _SEQUENTIAL = ("#fdf6e3", "#f3d9a4", "#e8ad5f", "#c9722f", "#8c3d1c", "#4a1a10")
 _DIVERGING = ("#0b4f7d", "#4f9bc9", "#c4dff0", "#f7f4ee", "#f6cfae", "#d97f3f", "#8c3d0d")
@@ -56,10 +56,10 @@ class View:
 
 @dataclass(repr=False)
 class Choice(View):
-    """Several views, one at a time: a slider where ipywidgets is installed, else a list to open.
+    """Several views, one at a time: a slider with ipywidgets, a list to open without.
 
     Attributes:
-        name: What is chosen, as in "layer".
+        name: Name of the choice, such as "layer".
         views: Label -> view, in order.
         start: Label shown first; the first one by default.
     """
@@ -107,7 +107,7 @@ class Choice(View):
         return ipywidgets.VBox([control, shown])
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """The slider, and beside it what a page without a kernel shows."""
+        """The slider, and a static form for pages without a kernel."""
         still = {"text/html": self._repr_html_(), "text/plain": self.text()}
         try:
             live = self.widget()._repr_mimebundle_()
@@ -128,12 +128,12 @@ def _body(macro: str, view: Any) -> Markup:
 
 
 def short(text: str, longest: int) -> str:
-    """Text on one printable line of at most so many characters."""
+    """Text on one printable line of at most ``longest`` characters."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
-def said(text: str | None) -> Markup:
+def model_text(text: str | None) -> Markup:
     """Model text as an inert element: see this module's docstring."""
     if text is None:
         return Markup('<span class="none">none</span>')
@@ -199,7 +199,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "said": said,
+        "model_text": model_text,
         "shade": shade,
         "short": lambda text, longest: text if len(text) <= longest else text[: longest - 1] + "…",
     }

@@ -1,4 +1,4 @@
-"""The four views and what each of them shows; `neurosig.views.explorer` makes them from a run."""
+"""The views of an export; `neurosig.views.explorer.Explorer` makes them."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Tokens:
 
 @dataclass(frozen=True, repr=False)
 class TokenLayerMap(View):
-    """Heat map of one rollout: a row a layer, the last on top, a column a token.
+    """Heat map of one rollout: one row per layer, the last on top, one column per token.
 
     Attributes:
-        question: What was asked.
+        question: Its text.
         tokens: Text of each completion token.
-        values: The number of each layer and token.
-        quantity: What the number is.
+        values: One number per layer and token.
+        quantity: Name of the number.
         note: How to read it.
     """
 
@@ -86,7 +86,7 @@ class LayerNeurons(View):
     """One layer of one rollout: each token's largest contributors.
 
     Attributes:
-        question: What was asked.
+        question: Its text.
         layer: The layer.
         tokens: Text of each completion token.
         neurons: Index of each token's largest contributors, largest first.
@@ -132,19 +132,19 @@ class NeuronExample:
 
 @dataclass(frozen=True, repr=False)
 class NeuronCard(View):
-    """What is known of one neuron.
+    """One neuron: its part in the probe, where it is active, and its effect on the vocabulary.
 
     Attributes:
         layer: Its layer.
         index: Its index there.
-        facts: What the probe and the selection say of it, by name; the weight of a neuron without one is 0.
+        facts: Its row in the table of neurons, by column; a neuron outside the table has weight 0.
         active: Rollouts whose active set holds it.
         rollouts: All rollouts.
         mean: Its mean contribution in the rollouts that hold it; 0 without any.
         top_tokens: The tokens of the examples at which it contributes most: token, contribution, value.
-        raised: Tokens whose logit its positive value raises most, and by how much a unit.
-        lowered: Those that it lowers most.
-        examples: Rollouts with its largest mean contributions, one a question.
+        raised: Tokens whose logit its positive value raises most, and by how much per unit.
+        lowered: Tokens whose logit it lowers most.
+        examples: Rollouts with its largest mean contributions, one per question.
     """
 
     layer: int
@@ -220,7 +220,7 @@ class RolloutComparison(View):
     """Two rollouts of one question side by side, a trusted and a doubtful one.
 
     Attributes:
-        question: What was asked.
+        question: Its text.
         gold: The gold answer, if known.
         sides: The two rollouts.
         similarity: Jaccard similarity of their active sets.
@@ -254,13 +254,13 @@ class RolloutComparison(View):
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """A solved question near the one asked.
+    """A solved question that is similar to another.
 
     Attributes:
         question: Its text.
         response: Its representative rollout.
         kind: Its kind.
-        rank: Its place among the clean questions by similarity, from 1.
+        rank: Its rank among the selected questions by similarity, from 1.
         used: Whether it is in the teacher's context.
         similarity: Jaccard similarity of the representatives' active sets.
         shared: Neurons in both.
@@ -282,14 +282,14 @@ class NeighbourBrowser(View):
     """A question, the teacher's context for it, and why these examples were chosen.
 
     Attributes:
-        question: What is asked.
+        question: Its text.
         answer: Its pseudo-label.
         kind: Its kind.
-        decision: What selection decided of it.
+        decision: Why it was selected, or why not.
         policy: How contexts were picked.
-        context: Questions of the context in prompt order, by place in ``neighbours``.
-        neighbours: Nearest clean questions, nearest first, and whatever else is in the context.
-        typical: Mean similarity of two questions, to compare with.
+        context: Questions of the context in prompt order, by index in ``neighbours``.
+        neighbours: Nearest selected questions, nearest first, then further questions of the context.
+        typical: Mean similarity of two questions, for comparison.
     """
 
     question: str

@@ -34,7 +34,7 @@ class ExportedRun(Exported):
         loaded: The model.
         tracer: Traces it as the export did.
         gold: Questions with gold answers by id, for verdicts only; empty without.
-        weights: The probe's weights on raw contributions: it scaled each neuron's to a largest magnitude of 1.
+        weights: The probe's weights on raw contributions (it was fitted on contributions scaled to at most 1).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ExportedRun(Exported):
 
         Args:
             folder: Folder of ``neurosig.export``.
-            model: The model, if it is loaded already or lies elsewhere here.
+            model: The loaded model, or the name or folder to load instead of the manifest's; its weights must match.
             neurons: Table of neurons to use instead of the manifest's, such as ``report/located_neurons.csv``.
             gold: Whether to look up gold answers, to call rollouts right or wrong instead of majority or minority.
 
@@ -85,18 +85,18 @@ class ExportedRun(Exported):
 
     @property
     def selected(self) -> list[str]:
-        """Ids of the clean questions, in input order."""
+        """Ids of the selected questions, in input order."""
         return [row.id for row in self.manifest.selected]
 
     @property
     def contrasting(self) -> list[str]:
         """Ids of the questions whose rollouts differ in their verdict, the most even splits first."""
-        found = []
+        splits = []
         for name, row in self.rows.items():
             trusted = sum(self.trusted(row, index) for index in range(len(row.answers)))
             if 0 < trusted < len(row.answers):
-                found.append((abs(trusted - len(row.answers) / 2), name))
-        return [name for _, name in sorted(found, key=lambda pair: pair[0])]
+                splits.append((abs(trusted - len(row.answers) / 2), name))
+        return [name for _, name in sorted(splits, key=lambda pair: pair[0])]
 
     @property
     def located(self) -> list[tuple[int, int]]:
@@ -114,7 +114,7 @@ class ExportedRun(Exported):
         return self.signals.ids[[self.place[name, self.representative(name)] for name in question_ids]]
 
     def overview(self) -> pd.DataFrame:
-        """A row a question: its kind, text, majority answer and its share, verdict, agreement of its active sets."""
+        """One row per question: kind, text, majority answer and its share, verdict, agreement of its active sets."""
         table = []
         for name, row in self.rows.items():
             assert row.vote is not None
@@ -205,7 +205,7 @@ class ExportedRun(Exported):
         return mask.view(self.signals.n_layers, self.signals.d_mlp)
 
     def facts(self, layer: int, index: int) -> dict[str, float | bool]:
-        """The neuron's row of the table; a weight of 0 for one that is not in it."""
+        """The neuron's row in the table; a neuron outside the table has weight 0."""
         found: pd.DataFrame = self.neurons[(self.neurons["layer"] == layer) & (self.neurons["index"] == index)]
         if found.empty:
             return {"weight": 0.0}

@@ -74,7 +74,7 @@ def test_a_healthy_folder_passes(results: Path, capsys: pytest.CaptureFixture[st
         "nopsd: trained on the manifest and the model that made it",
         "eval/base: 8 rows follow from the rollouts and the gold answers",
         "eval/nopsd: aggregates of colour follow from the rows",
-        "eval/nopsd: made by the adapter that lies there",
+        "eval/nopsd: made by the adapter in the folder",
         "report: trained, in-domain: Avg@K, maj@K and ECE follow from the rows",
         "grid: base on colour as its cell says",
     ):
@@ -154,11 +154,11 @@ def another_manifest(folder: Path) -> None:
     ("tamper", "failure"),
     [
         (flip("nopsd/adapter/adapter_model.safetensors"), "nopsd: weights in adapter/ as hashed"),
-        (another_adapter, "eval/nopsd: made by the adapter that lies there"),
+        (another_adapter, "eval/nopsd: made by the adapter in the folder"),
         (flip("nopsd/checkpoints/step-000004/weights.safetensors"), "nopsd: checkpoint step-000004 as hashed"),
         (
             fields("nopsd/train.json", lambda record: record["last"].update(loss=0.0)),
-            "nopsd: the record beside the weights is the same",
+            "nopsd: the record next to the weights is the same",
         ),
         (text("nopsd/metrics.jsonl", lambda lines: lines.replace('"step": 3', '"step": 4')), "nopsd: 4 steps of"),
         (flip("manifest/signals.safetensors"), "signals.safetensors: sha256 differs from manifest.json"),
@@ -183,16 +183,16 @@ def another_manifest(folder: Path) -> None:
             lambda folder: edit_header(folder / "manifest", lambda header: header["dataset"].update(answer="Paris")),
             "manifest: no gold answer in it",
         ),
-        (neurons("2,0,1.0,0.1"), "neurons.csv:3: no neuron 2, 0"),
-        (neurons("1,2,1.0,0.1"), "neurons.csv:3: neuron 1, 2 stands twice"),
-        (neurons("1,3,nan,0.1"), "neurons.csv:3: neuron 1, 3 stands twice or has no finite weight"),
+        (neurons("2,0,1.0,0.1"), "neurons.csv:3: no neuron 2.0"),
+        (neurons("1,2,1.0,0.1"), "neurons.csv:3: neuron 1.2 appears twice"),
+        (neurons("1,3,nan,0.1"), "neurons.csv:3: neuron 1.3 appears twice or has no finite weight"),
         (
             fields("manifest/run.json", lambda record: record["libraries"].update(torch=None)),
             "the record lacks libraries.torch",
         ),
         (
             another_manifest,
-            "nopsd: trained on the manifest that lies there",
+            "nopsd: trained on the manifest in the folder",
         ),
         (
             fields("eval/base/summary.json", lambda record: record["domains"]["colour"]["ece"].update(low=0.0123)),
@@ -257,7 +257,7 @@ def test_what_is_not_there_is_skipped_and_an_empty_folder_is_refused(
     bad, good = checked(tmp_path / "alone", capsys)
     assert not bad
     assert [line for line in good if line.startswith("skip")] == [
-        "skip  nopsd: trained on the manifest that lies there: skipped: its manifest is not here"
+        "skip  nopsd: trained on the manifest in the folder: skipped: its manifest is not here"
     ]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no manifest, training run, evaluation or grid in it"):
