@@ -181,3 +181,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+LENGTHS = [(6, 4), (11, 1), (3, 9), (1, 2), (7, 7), (12, 3)]  # prompt and completion tokens
+
+
+def rollouts(lengths: list[tuple[int, int]] = LENGTHS) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompt and completion ids of these lengths, drawn at random; each completion ends in the end token."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()
+
+    prompts, completions = zip(*((draw(p), [*draw(c - 1), EOS_ID]) for p, c in lengths), strict=True)
+    return list(prompts), list(completions)
