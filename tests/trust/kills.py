@@ -1,10 +1,10 @@
-"""SIGKILL at random moments of every phase, then --resume: the end must be that of a run nobody disturbed.
+"""SIGKILL at random moments of every phase, then --resume: the files must equal those of an undisturbed run.
 
     python -m tests.trust.kills --kills 50
 
-Imports happen once; every run is a fork, so one costs a second instead of ten. A phase starts when its function is
-entered; the killed run gets the signal after a random share of what the phase took undisturbed, so that early, late and
-in-between moments are equally likely. After the kill, the last line of an append-only log is sometimes torn.
+Every run is a fork of a process that has imported the packages, which takes a second instead of ten. A phase starts
+when its function is called; the signal comes after a random share of the phase's undisturbed time. After some kills the
+last line of an append-only log is torn as well.
 """
 
 from __future__ import annotations
