@@ -76,8 +76,8 @@ test-fast: setup ## a minute: answers, losses, metrics, selection, manifest, num
 		--deselect tests/trust/test_numeric_core.py::test_mutants_are_caught $(FAST)
 
 test: setup ## all tests, on two cores (TEST_JOBS=4 for more)
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) --dist loadfile
-	OMP_NUM_THREADS=1 $(RUN) pytest -m forks
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) -m forks
 
 trust: setup ## faults, kills, mutants and fuzzing at full length (an hour); prints the counts
 	$(RUN) tests.trust.cases

@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; the comma
 
 @pytest.fixture(scope="session")
 def smollm2() -> "LoadedModel":
-    """The embedded SmolLM2-135M-Instruct, loaded once; leave it as it was found."""
+    """The embedded SmolLM2-135M-Instruct, loaded once; a test must not change it."""
     from neurosig.models.load import load_model
 
     return load_model("smollm2-135m")
@@ -35,7 +35,7 @@ def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def running(served_folder: Path) -> "Iterator[ServerProcess]":
-    """The server of the tests; one that died is started again by whoever let it die."""
+    """The tests' server; a test that lets it die starts it again."""
     from tests.support.served import lora_server
 
     process = lora_server(served_folder / "model")

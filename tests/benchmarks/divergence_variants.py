@@ -1,7 +1,7 @@
-"""One way to the divergence of 1,024 tokens and its gradient; prints seconds, GEMM floor and memory as JSON.
+"""One implementation of the divergence of 1,024 tokens and its gradient; prints seconds, floor and memory as JSON.
 
-The floor is the time of the three projections that every way needs: student, teacher, and the gradient of the
-student's hidden states.
+The floor is the time of the three projections that all implementations need: student, teacher, and the gradient of
+the student's hidden states.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     make bench-gpu
 
-bfloat16, no download. Every number is printed and written to a CSV with the device's name; the measured peak stands
-beside the README's memory arithmetic (`memory`). Without a GPU it says so and is done.
+bfloat16, no download. Every number is printed and written to a CSV with the device's name, the measured peak next to
+the README's memory arithmetic (`memory`). Without a GPU a message says so and nothing is measured.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from tests.support.tiny import tiny_tokenizer
 
 @dataclass(kw_only=True)
 class Options:
-    """Sizes of what is measured; the defaults are those of the committed CSV."""
+    """Sizes of the measurements; the defaults are those of the committed CSV."""
 
     shapes: tuple[str, ...] = ("qwen3-0.6b", "qwen3-4b")
     """Model shapes: tiny, qwen3-0.6b, qwen3-4b."""
     device: str = "cuda"
-    """Where to run; cpu is for trying the script out."""
+    """Device; cpu is for trying the script."""
     questions: int = 4
-    """Questions of a step."""
+    """Questions per step."""
     k: int = 8
-    """Rollouts of a question."""
+    """Rollouts per question."""
     tokens: int = 128
-    """Tokens of a rollout."""
+    """Tokens per rollout."""
     prompt: int = 128
     """Tokens of the bare prompt."""
     teacher_prompt: int = 1024
@@ -52,9 +52,9 @@ class Options:
     micro: int = 16
     """Rollouts in one forward and backward pass, ours and TRL's."""
     trl: bool = True
-    """Take the same step with TRL's trainers."""
+    """Also take the step with TRL's trainers."""
     out: Path | None = None
-    """CSV of the results."""
+    """CSV for the results."""
 
 
 def main(options: Options) -> None:
@@ -80,7 +80,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def measure(shape: str, options: Options) -> Iterator[tuple[str, float]]:
-    """Each name, with its unit, and value as it is known; what runs out of memory is not a number."""
+    """Names with units, and values, one by one; NaN where memory runs out."""
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     tokenizer = tiny_tokenizer()
     info = load_model((random_model("tiny", "cpu", dtype), tokenizer)).info
@@ -99,14 +99,14 @@ def measure(shape: str, options: Options) -> Iterator[tuple[str, float]]:
     yield from _tracing(loaded, options)
     yield from _sampling(loaded, options)
     del loaded
-    taken: list[dict[str, float]] = []
+    runs: list[dict[str, float]] = []
 
-    def mine() -> float:
-        taken.append(ours(step))
-        return sum(taken[-1].values())
+    def our_step() -> float:
+        runs.append(ours(step))
+        return sum(runs[-1].values())
 
-    yield from _run("step: ours", mine)
-    parts = min(taken, key=lambda parts: sum(parts.values()), default={})
+    yield from _run("step: ours", our_step)
+    parts = min(runs, key=lambda parts: sum(parts.values()), default={})
     yield from ((f"step: ours, {name} (s)", seconds) for name, seconds in parts.items())
     arithmetic = Arithmetic(
         shape=shape, prompt=options.prompt, teacher_prompt=options.teacher_prompt, new_tokens=options.tokens,
@@ -138,7 +138,7 @@ def _prompts(options: Options) -> list[tuple[int, ...]]:
 
 
 def _tracing(loaded: LoadedModel, options: Options) -> Iterator[tuple[str, float]]:
-    """Tracing K rollouts a prompt against a plain forward over the same tokens."""
+    """Tracing K rollouts per prompt against a plain forward pass over the same tokens."""
     prompts = [prompt for prompt in _prompts(options) for _ in range(options.k)]
     completions = [[7] * options.tokens for _ in prompts]
     tracer = NeuronTracer(loaded.model, TraceConfig(set_size=100))
@@ -158,18 +158,18 @@ def _tracing(loaded: LoadedModel, options: Options) -> Iterator[tuple[str, float
 
 
 def _sampling(loaded: LoadedModel, options: Options) -> Iterator[tuple[str, float]]:
-    """Our sampler and transformers' `generate`, which gets all rows at once."""
+    """Our sampler against transformers' `generate`, which gets all rows in one batch."""
     endless = Endless(loaded.model, loaded.tokenizer, loaded.info)
     prompts = [Prompt(str(n), ids) for n, ids in enumerate(_prompts(options) * 4)]
     config = SamplingConfig(num_generations=options.k, max_new_tokens=options.tokens)
-    counted: list[int] = []
+    lengths: list[int] = []
 
     def run() -> None:
-        counted[:] = [len(r.token_ids) for group in sample(endless, prompts, config) for r in group]
+        lengths[:] = [len(r.token_ids) for group in sample(endless, prompts, config) for r in group]
 
     seconds = _best(run)
     rows = len(prompts) * options.k
-    yield f"sampling, {rows} rows (tokens/s)", sum(counted) / seconds
+    yield f"sampling, {rows} rows (tokens/s)", sum(lengths) / seconds
     ids = torch.tensor([prompt.token_ids for prompt in prompts], device=loaded.model.device)
 
     def generate() -> None:

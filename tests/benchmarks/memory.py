@@ -1,10 +1,10 @@
-"""The README's memory arithmetic: what a training run holds on a device, term by term.
+"""The README's memory arithmetic: the memory of a training run on one device, term by term.
 
     python -m tests.benchmarks.memory --shape qwen3-4b
 
-Weights, adapter, optimizer and caches follow from the shape. What the student's forward keeps for its backward is
-counted, not guessed: a one-layer and a two-layer model of the real width run one short micro-batch on the CPU, every
-tensor that autograd saves is weighed once, and their difference is one layer.
+Weights, adapter, optimizer and caches follow from the shape. The student's activations are counted: a one-layer and a
+two-layer model of the real width run one short micro-batch on the CPU, the bytes of all tensors that autograd saves are
+added up, and the difference of the two sums is one layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distill.completion_hidden import completion_hidden
 from tests.benchmarks.shapes import config, random_model
 
 SCALE = 16
-"""Sequences are this much shorter while counting; without an attention matrix everything is linear in their length."""
+"""Sequences are shorter by this factor while counting: without an attention matrix all terms are linear in length."""
 
 
 @dataclass(kw_only=True)
@@ -36,15 +36,15 @@ class Arithmetic:
     new_tokens: int = 1024
     """Tokens of a completion."""
     rows: int = 32
-    """Rollouts sampled together; the qwen3-4b preset's."""
+    """Rollouts sampled together, as in the qwen3-4b preset."""
     micro: int = 4
-    """Rollouts in one forward and backward; the same."""
+    """Rollouts in one forward and backward pass, as in the preset."""
     rank: int = 64
-    """LoRA rank; the same."""
+    """LoRA rank, as in the preset."""
 
 
 def gigabytes(options: Arithmetic) -> dict[str, float]:
-    """Name -> GB (10^9 bytes) of what a run holds at its peaks."""
+    """Term -> GB (10^9 bytes)."""
     shape = config(options.shape)
     rows, micro = options.rows, options.micro
     heads, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -68,7 +68,7 @@ def gigabytes(options: Arithmetic) -> dict[str, float]:
 
 
 def activations(options: Arithmetic) -> float:
-    """Bytes that one layer of the student keeps for the backward pass of a micro-batch."""
+    """Bytes that one layer of the student saves for the backward pass of a micro-batch."""
     one, two = (_saved_bytes(options, layers) for layers in (1, 2))
     return (two - one) * SCALE
 
@@ -79,26 +79,26 @@ def _saved_bytes(options: Arithmetic, layers: int) -> int:
     model = random_model(options.shape, "cpu", torch.bfloat16, num_hidden_layers=layers, vocab_size=512)
     get_peft_model(model, LoraConfig(r=options.rank, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def weigh(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
         if place not in own:
-            kept[place] = tensor  # held, so that no later tensor takes its place
+            saved[place] = tensor  # a reference keeps later tensors from its address
         return tensor
 
     prompts = [tuple(range(row, row + options.prompt // SCALE)) for row in range(options.micro)]
     with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
         hidden = completion_hidden(model, prompts, [[1] * (options.new_tokens // SCALE)] * options.micro)
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) if hidden.requires_grad else 0
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) if hidden.requires_grad else 0
 
 
 def peak(terms: dict[str, float]) -> float:
     """The larger of both peaks, sampling and learning, without gradient checkpointing."""
-    held = terms["weights"] + terms["adapter, gradient, Adam"]
+    always = terms["weights"] + terms["adapter, gradient, Adam"]
     sampling = sum(value for name, value in terms.items() if name.startswith("sampling"))
     learning = terms["learning: teacher's keys and values"] + terms["learning: student's activations"]
-    return held + max(sampling, learning + terms["loss: two chunks of logits"])
+    return always + max(sampling, learning + terms["loss: two chunks of logits"])
 
 
 def main(options: Arithmetic) -> None:

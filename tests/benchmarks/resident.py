@@ -1,4 +1,4 @@
-"""Resident memory of this process (Linux). ``ru_maxrss`` will not do: a child begins with the peak of its parent."""
+"""Resident memory of this process (Linux). ``ru_maxrss`` starts at the parent's peak, so it cannot be used."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 
 
 def resident_mb(which: Literal["VmRSS", "VmHWM"]) -> float:
-    """What is resident now, or was at the peak since `restart_peak`, in MB."""
+    """Resident memory in MB, now or at its peak since `restart_peak`."""
     return int(re.findall(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
 
 
 def restart_peak() -> None:
-    """The peak starts at what is resident now."""
+    """Reset the peak to the present value."""
     Path("/proc/self/clear_refs").write_text("5")

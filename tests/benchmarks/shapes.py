@@ -1,4 +1,4 @@
-"""Public model shapes with random weights, so that speed and memory can be measured without a download."""
+"""Public model shapes with random weights, to measure speed and memory without a download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "qwen3-4b": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
                  "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936},
 }  # fmt: skip
-"""As in the config.json of Qwen/Qwen3-0.6B and Qwen/Qwen3-4B, whose heads are tied to their embeddings."""
+"""From the config.json of Qwen/Qwen3-0.6B and Qwen/Qwen3-4B, whose heads are tied to their embeddings."""
 
 
 def config(shape: str, **changes: int) -> Qwen3Config:

@@ -1,4 +1,4 @@
-"""One training step beside TRL's trainers, as ratios within one run; printed, never asserted. Run with ``make bench``.
+"""One training step against TRL's trainers, as ratios within one run; printed, never asserted. Run with ``make bench``.
 
 SmolLM2, LoRA r16 on every linear layer, fp32, no gradient checkpointing, forward KL on rollouts of exactly 64 tokens,
 a teacher that is the model before training with a prompt of 362 tokens. Each trainer takes its first step: sampling,
@@ -26,7 +26,7 @@ TOKENS, TEACHER_TOKENS = 64, 362
 
 @pytest.fixture(scope="module")
 def texts(smollm2: LoadedModel) -> list[tuple[str, str]]:
-    """Student prompt and what the teacher sees before it, so that both together have 362 tokens."""
+    """Student prompts and their contexts, 362 tokens together."""
     tokenizer, builder = smollm2.tokenizer, PromptBuilder(smollm2.tokenizer, PromptConfig())
     questions = load_questions("world-facts:train")
     facts = " ".join(f"{question.question} {question.answer}." for question in questions[8:])
@@ -70,9 +70,9 @@ def test_a_training_step_against_trl(
     ]
     best = {name: min((turn[name] for turn in turns), key=lambda parts: sum(parts.values())) for name in turns[0]}
     parts = best.pop("ours")
-    mine = sum(parts.values())
+    our_seconds = sum(parts.values())
     with capsys.disabled():
-        print(f"\ntraining step, {questions} questions x {k} rollouts x {TOKENS} tokens: {mine:.1f} s")
+        print(f"\ntraining step, {questions} questions x {k} rollouts x {TOKENS} tokens: {our_seconds:.1f} s")
         print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items()))
         for name, other in best.items():
-            print(f"{mine / other['step']:.2f} of TRL's {name} ({other['step']:.1f} s)")
+            print(f"{our_seconds / other['step']:.2f} of TRL's {name} ({other['step']:.1f} s)")

@@ -1,4 +1,4 @@
-"""Time and memory of the divergence alone, beside its GEMM floor and TRL; printed, never asserted (``make bench``)."""
+"""Time and memory of the divergence alone, against its GEMM floor and TRL; printed, never asserted (``make bench``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAYS = {
 
 
 def test_divergence_against_its_floor(capsys: pytest.CaptureFixture[str]) -> None:
-    """1,024 tokens, 49,152 entries, width 576, forward and backward; each way in a process of its own."""
+    """1,024 tokens, 49,152 entries, width 576, forward and backward; each implementation in its own process."""
     lines = []
     for way, name in WAYS.items():
         command = [sys.executable, "-m", "tests.benchmarks.divergence_variants", way]

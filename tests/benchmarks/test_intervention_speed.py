@@ -1,4 +1,4 @@
-"""What scaling neurons through nnsight costs while decoding; printed, never asserted. Run with ``make bench``."""
+"""Cost of scaling neurons through nnsight while decoding; printed, never asserted. Run with ``make bench``."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def test_decoding_with_scaled_neurons(smollm2: LoadedModel, capsys: pytest.Captu
     with capsys.disabled():
         print(
             f"\nscaling through nnsight: {seconds['scaled'] / seconds['bare']:.2f} of decoding without "
-            f"({tokens / seconds['scaled']:.0f} against {tokens / seconds['bare']:.0f} tokens a CPU second)"
+            f"({tokens / seconds['scaled']:.0f} against {tokens / seconds['bare']:.0f} tokens per CPU second)"
         )

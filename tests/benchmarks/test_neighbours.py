@@ -25,8 +25,8 @@ M = 10
 
 
 def measured(call: Callable[[], object]) -> tuple[object, float, float]:
-    """What ``call`` returns, its seconds, and by how many MB it raised the resident memory at its peak."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory freed earlier would be used again uncounted
+    """The result of ``call``, its seconds, and the rise of peak resident memory in MB."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that was freed earlier is reused without being counted
     restart_peak()
     before, start = resident_mb("VmRSS"), time.perf_counter()
     result = call()
@@ -44,8 +44,8 @@ def scipy_products(sets: Tensor) -> None:
 
 
 def test_nearest_sets_against_the_scipy_product(capsys: pytest.CaptureFixture[str]) -> None:
-    """Sets of 1,020 of 46,080 neurons, as alike as real ones (`neurosig.hallucination.planted`), one a question of 200
-    topics.
+    """Sets of 1,020 of 46,080 neurons, as similar as real ones (`neurosig.hallucination.planted`), one per question,
+    on 200 topics.
     """
     data = plant(PlantedConfig(n_questions=SIZES[-1], num_generations=1, n_planted=0, n_topics=200))
     everything = torch.from_numpy(data.ids)
@@ -66,9 +66,13 @@ def test_nearest_sets_against_the_scipy_product(capsys: pytest.CaptureFixture[st
             scipy_seconds = measured(lambda sets=sets: scipy_products(sets))[1]  # type: ignore[misc]
             line += f"; scipy CSR product {scipy_seconds:7.2f} s: exact takes {seconds / scipy_seconds:.3f} of it"
         if usearch:
-            found, near_seconds, near_megabytes = measured(lambda sets=sets: nearest_sets(sets, M, backend="usearch"))  # type: ignore[misc]
-            assert isinstance(found, Neighbours)
-            recall = (found.similarity >= exact.similarity[:, -1:]).double().mean()  # equally similar sets are as good
+            approximate, near_seconds, near_megabytes = measured(
+                lambda sets=sets: nearest_sets(sets, M, backend="usearch")
+            )  # type: ignore[misc]
+            assert isinstance(approximate, Neighbours)
+            recall = (
+                (approximate.similarity >= exact.similarity[:, -1:]).double().mean()
+            )  # equally similar sets are as good
             line += f"; usearch {near_seconds:7.2f} s, +{near_megabytes:5.0f} MB, recall {recall:.4f}"
         lines.append(line)
     with capsys.disabled():

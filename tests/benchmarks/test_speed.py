@@ -38,36 +38,36 @@ def rollouts(smollm2: LoadedModel, prompts: Sequence[Prompt]) -> list[Rollout]:
 
 
 def generate(smollm2: LoadedModel, prompts: Sequence[Prompt], k: int, **options: object) -> list[list[int]]:
-    """What transformers says, k times a prompt, all in one batch; up to the closing token."""
+    """``generate``'s completions, k per prompt, in one batch, up to and with the end token."""
     width = max(len(prompt.token_ids) for prompt in prompts)
     pad = [0] * width
     ids = torch.tensor([(pad + list(prompt.token_ids))[-width:] for prompt in prompts for _ in range(k)])
     mask = torch.tensor([(pad + [1] * len(prompt.token_ids))[-width:] for prompt in prompts for _ in range(k)])
     with torch.no_grad():
-        said = smollm2.model.generate(
+        rows = smollm2.model.generate(
             ids, attention_mask=mask, top_p=1.0, top_k=0, max_new_tokens=24, pad_token_id=2, **options
         )[:, width:].tolist()
-    ends = [next((n for n, token in enumerate(row) if token in smollm2.eos_token_ids), len(row)) for row in said]
-    return [row[: end + 1] for row, end in zip(said, ends, strict=True)]
+    ends = [next((n for n, token in enumerate(row) if token in smollm2.eos_token_ids), len(row)) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
 
 
 def test_sampling_against_generate(
     smollm2: LoadedModel, prompts: Sequence[Prompt], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """16 questions, 8 rollouts each, 128 rows: the prompt once a question against once a rollout."""
+    """16 questions, 8 rollouts each, 128 rows: the prompt once per question against once per rollout."""
     torch.manual_seed(0)
-    said: list[list[int]] = []
+    generated: list[list[int]] = []
     drawn: list[list[Rollout]] = []
-    theirs = seconds(lambda: said.extend(generate(smollm2, prompts, 8, do_sample=True, temperature=0.8)))
+    theirs = seconds(lambda: generated.extend(generate(smollm2, prompts, 8, do_sample=True, temperature=0.8)))
     ours = seconds(lambda: drawn.extend(sample(smollm2, prompts, CONFIG, batch_rows=128)))
-    their_rate = sum(map(len, said)) / theirs
+    their_rate = sum(map(len, generated)) / theirs
     our_rate = sum(len(rollout.token_ids) for group in drawn for rollout in group) / ours
     greedy = dict(zip([p.question_id for p in prompts], generate(smollm2, prompts, 1, do_sample=False), strict=True))
     settings = SamplingConfig(num_generations=8, temperature=0.0, max_new_tokens=24)
     rows = [rollout for group in sample(smollm2, prompts, settings, batch_rows=128) for rollout in group]
     same = sum(list(rollout.token_ids) == greedy[rollout.question_id] for rollout in rows)
     with capsys.disabled():
-        print(f"\nsampling: {our_rate / their_rate:.2f}x the tokens a second of generate", end=" ")
+        print(f"\nsampling: {our_rate / their_rate:.2f}x the tokens per second of generate", end=" ")
         print(f"({our_rate:.0f} against {their_rate:.0f}; {ours:.1f} s against {theirs:.1f} s)")
         print(f"greedy: {same} of {len(rows)} rollouts are those of generate, token for token")
 
@@ -75,7 +75,7 @@ def test_sampling_against_generate(
 def test_sampling_when_lengths_vary(
     smollm2: LoadedModel, prompts: Sequence[Prompt], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """128 rollouts of up to 96 tokens, 32 rows at a time: waiting questions enter early, or when a batch is done."""
+    """128 rollouts of up to 96 tokens, 32 rows at a time: questions start as soon as rows or batches finish."""
     config = SamplingConfig(num_generations=8, temperature=1.0, max_new_tokens=96)
     times = {}
     for name, share in (("refilled", neurosig.sampling.sampler.REFILL_AT), ("batch by batch", 1.0)):
@@ -89,7 +89,7 @@ def test_sampling_when_lengths_vary(
 def test_tracing_against_a_plain_forward(
     smollm2: LoadedModel, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same rollouts: traced, and run through the model once each in batches of 64 without reading anything."""
+    """The same rollouts, traced, and run through the model in batches of 64 without reading anything."""
     ids_of = {prompt.question_id: prompt.token_ids for prompt in prompts}
     rows = sorted(([*ids_of[r.question_id], *r.body_ids] for r in rollouts), key=len)
 

@@ -1,4 +1,4 @@
-"""What tracing costs in time and memory, beside a plain forward pass and other ways. Run with ``make bench``."""
+"""Time and memory of tracing against a plain forward pass and other ways. Run with ``make bench``."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def measured(script: str, *arguments: str) -> str:
 
 
 def test_tracing_against_other_ways(capsys: pytest.CaptureFixture[str]) -> None:
-    """32 rollouts x 192 tokens in batches of 8: every way twice in a process of its own, the second pass timed."""
+    """32 rollouts x 192 tokens in batches of 8: each way in its own process, its second pass timed."""
     ways = [
         ("plain forward with logits", "plain", 4),
-        ("neurosig, 8 rollouts a prompt", "ours", 4),
-        ("neurosig, 1 rollout a prompt", "ours", 32),
+        ("neurosig, 8 rollouts per prompt", "ours", 4),
+        ("neurosig, 1 rollout per prompt", "ours", 32),
         ("nnsight, save everything", "nnsight_save", 4),
         ("TransformerBridge cache", "transformer_bridge", 4),
         ("H-Neurons' way, one by one", "h_neurons", 4),
         ("NeuFS' way, one by one", "neufs", 4),
     ]
     results = [(name, json.loads(measured("tracing_variants", way, str(n)))) for name, way, n in ways]
-    yardstick = results[0][1]["seconds"]
+    baseline = results[0][1]["seconds"]
     with capsys.disabled():
         print("\n| tracing 32 x 192 tokens | time | ratio | peak memory |\n|---|---|---|---|")
         for name, result in results:
-            ratio = result["seconds"] / yardstick
+            ratio = result["seconds"] / baseline
             print(f"| {name} | {result['seconds']:.1f} s | {ratio:.2f}x | +{result['peak_mb']:.0f} MB |")
 
 

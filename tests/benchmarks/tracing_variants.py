@@ -1,8 +1,7 @@
 """One way of tracing 32 rollouts of 192 tokens through the embedded model, in a process of its own.
 
-Prints one JSON line: seconds of the second pass over the rollouts, and the growth of the peak resident memory over
-what it was with the model loaded and a plain forward pass done. The other ways follow what their sources do; each is
-written anew here.
+Prints one JSON line: seconds of the second pass over the rollouts, and the growth of the peak resident memory after
+loading the model and one plain forward pass. The other ways are rewritten here after their sources.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def batches(prompts: list[list[int]], completions: list[list[int]]) -> list[Tens
 
 @torch.no_grad()
 def plain(model, prompts, completions):  # type: ignore[no-untyped-def]
-    """The forward pass with logits and nothing read: the yardstick."""
+    """The baseline: a forward pass with logits that reads nothing."""
     for ids in batches(prompts, completions):
         model(ids, use_cache=False)
 
@@ -50,7 +49,7 @@ def ours(model, prompts, completions):  # type: ignore[no-untyped-def]
 
 @torch.no_grad()
 def nnsight_save(model, prompts, completions):  # type: ignore[no-untyped-def]
-    """nnsight, every layer's values saved, reduced afterwards."""
+    """nnsight: save every layer's values, reduce them afterwards."""
     sites, envoy = ffn_sites(model), nnsight.NNsight(model)
     norms = w_out_norms(model, sites)
     for ids in batches(prompts, completions):
@@ -83,7 +82,7 @@ def transformer_bridge(model, prompts, completions):  # type: ignore[no-untyped-
 
 @torch.no_grad()
 def h_neurons(model, prompts, completions):  # type: ignore[no-untyped-def]
-    """One rollout at a time, hooks that keep every layer's input and output, reduced afterwards."""
+    """One rollout at a time: hooks keep every layer's input and output, which are reduced afterwards."""
     sites = ffn_sites(model)
     norms = w_out_norms(model, sites)
     kept: dict[str, tuple[Tensor, Tensor]] = {}
@@ -105,7 +104,7 @@ def h_neurons(model, prompts, completions):  # type: ignore[no-untyped-def]
 
 @torch.no_grad()
 def neufs(model, prompts, completions):  # type: ignore[no-untyped-def]
-    """One rollout at a time, activations kept, unembedding scores of every position and neuron, top 2,000 entries."""
+    """One rollout at a time: unembedding scores of every position and neuron, the top 2,000 entries of each layer."""
     sites = ffn_sites(model)
     head = model.get_output_embeddings().weight
     kept: dict[str, Tensor] = {}

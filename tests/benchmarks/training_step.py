@@ -1,4 +1,4 @@
-"""One training step, ours and by TRL's trainers, for the benchmarks on a CPU and on a GPU.
+"""One training step, by us and by TRL's trainers, for the benchmarks on a CPU and on a GPU.
 
 Rollouts of exactly ``Step.tokens`` tokens, a teacher that is the model before training, LoRA on every linear layer,
 forward KL, no gradient checkpointing. Each trainer takes its first step: sampling, teacher, student and optimizer.
@@ -25,7 +25,7 @@ from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
 
 
 class Endless(LoadedModel):
-    """A model whose rollouts nothing ends."""
+    """A model without an end token."""
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ class Endless(LoadedModel):
 
 @dataclass(frozen=True)
 class Step:
-    """What is trained on: the model anew for each trainer, (student prompt, context before it), K, and token counts."""
+    """Input of a step: a fresh model per trainer, (student prompt, its context) pairs, K, token counts."""
 
     make: Callable[[], LoadedModel]
     texts: Sequence[tuple[str, str]]
@@ -46,7 +46,7 @@ class Step:
 
     @property
     def micro_batches(self) -> int:
-        """Forward and backward passes of ``micro`` rollouts in a step."""
+        """Forward and backward passes per step, each of ``micro`` rollouts."""
         return -(-len(self.texts) * self.k // self.micro)
 
 
@@ -69,9 +69,9 @@ class StepTimer:
 
 
 def ours(step: Step) -> dict[str, float]:
-    """Seconds of a step's parts."""
-    made = step.make()
-    loaded = Endless(made.model, made.tokenizer, made.info)
+    """Seconds of sampling and of learning."""
+    fresh = step.make()
+    loaded = Endless(fresh.model, fresh.tokenizer, fresh.info)
     config = TrainConfig(
         manifest=Path(),
         out=Path(),
@@ -86,7 +86,7 @@ def ours(step: Step) -> dict[str, float]:
     teacher = Teacher("base", student, adapter)
 
     def ids(text: str) -> tuple[int, ...]:
-        return tuple(made.tokenizer(text)["input_ids"])
+        return tuple(fresh.tokenizer(text)["input_ids"])
 
     tasks = [Task(f"q{n}", ids(prompt), ids(context + prompt)) for n, (prompt, context) in enumerate(step.texts)]
     sampling = SamplingConfig(num_generations=step.k, max_new_tokens=step.tokens)
@@ -129,14 +129,14 @@ def lora(step: Step) -> Any:
 
 
 def model_and_tokenizer(step: Step) -> tuple[Any, Any]:
-    made = step.make()
-    tokenizer = copy.deepcopy(made.tokenizer)
+    fresh = step.make()
+    tokenizer = copy.deepcopy(fresh.tokenizer)
     tokenizer.padding_side = "left"
-    return made.model, tokenizer
+    return fresh.model, tokenizer
 
 
 def sdft(step: Step, folder: Path, mode: str) -> float:
-    """TRL's SDFT: the teacher is the base model, its prompt is made of the privileged context and the prompt."""
+    """Seconds of TRL's SDFT: the base model, prompted with privileged context and prompt, is the teacher."""
     from datasets import Dataset
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
@@ -173,7 +173,7 @@ def sdft(step: Step, folder: Path, mode: str) -> float:
 
 
 def distillation(step: Step, folder: Path) -> float:
-    """TRL's chunked distillation, its teacher given a prompt of its own: the base model under the adapter."""
+    """Seconds of TRL's chunked distillation, changed so that the base model has a prompt of its own as teacher."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -208,7 +208,7 @@ def distillation(step: Step, folder: Path) -> float:
 
     timer = StepTimer()
     model, tokenizer = model_and_tokenizer(step)
-    rows = [{"prompt": prompt} for prompt, _ in step.texts for _ in range(step.k)]  # it samples once a row
+    rows = [{"prompt": prompt} for prompt, _ in step.texts for _ in range(step.k)]  # it samples once per row
     trainer = Privileged(
         model=model,
         args=DistillationConfig(**common(step, folder), beta=0.0),
@@ -224,7 +224,7 @@ def distillation(step: Step, folder: Path) -> float:
 
 
 def now() -> float:
-    """Seconds, once the accelerator has done what it was given."""
+    """Seconds, after the accelerator has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

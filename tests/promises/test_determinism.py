@@ -1,4 +1,4 @@
-"""What batches, threads and the network may change: no vote, and nothing at all."""
+"""Batches and threads change no vote; the network changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.flow import export_config, file_bytes, save_tiny, write_quest
 from tests.support.runs import evaluate_config, train_config
 
 TOLERANCE = 1e-4
-"""Of mean log-probabilities (nats) and contributions (relative): float32 sums of other batch shapes round elsewhere."""
+"""Of mean log-probabilities (nats) and contributions (relative): float32 sums round differently per batch shape."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def floats(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def decisions(folder: Path) -> list[Any]:
-    """Everything that is not a float: texts, tokens, answers, votes, selection, contexts."""
+    """All fields that are not floats: texts, tokens, answers, votes, selection, contexts."""
     manifest = read_manifest(folder)
     rollouts = [(rollout.text, rollout.token_ids, rollout.finish_reason) for rollout in manifest.rollouts.values()]
     rows = [
@@ -68,21 +68,21 @@ def decisions(folder: Path) -> list[Any]:
 
 
 def test_batches_and_threads_change_no_vote(world: Path) -> None:
-    """Export at 1, 8 and 64 rows a batch and with 1 or 2 threads: the same tokens, votes, neurons and contexts."""
+    """Export at 1, 8 and 64 rows per batch, with 1 or 2 threads: the same tokens, votes, neurons and contexts."""
     reference = exported(world, "reference", batch_rows=64, batch_tokens=4096)
     threads = torch.get_num_threads()
-    for rows, tokens, used in ((1, 64, 1), (8, 512, 1), (64, 4096, 2)):
-        torch.set_num_threads(used)
+    for rows, tokens, n_threads in ((1, 64, 1), (8, 512, 1), (64, 4096, 2)):
+        torch.set_num_threads(n_threads)
         try:
-            other = exported(world, f"rows{rows}-threads{used}", batch_rows=rows, batch_tokens=tokens)
+            other = exported(world, f"rows{rows}-threads{n_threads}", batch_rows=rows, batch_tokens=tokens)
         finally:
             torch.set_num_threads(threads)
         assert decisions(other) == decisions(reference)
-        held, found = load_file(reference / "signals.safetensors"), load_file(other / "signals.safetensors")
-        assert np.array_equal(held["ids"], found["ids"])
+        ids, other_ids = (load_file(folder / "signals.safetensors")["ids"] for folder in (reference, other))
+        assert np.array_equal(ids, other_ids)
         for name, values in floats(other).items():
             expected = floats(reference)[name]
-            half = name in ("values", "hidden")  # stored in float16: a rounding may fall to the other side
+            half = name in ("values", "hidden")  # stored in float16, which may round to either side
             np.testing.assert_allclose(values, expected, rtol=1e-3 if half else TOLERANCE, atol=1e-3 if half else 1e-6)
 
 
@@ -106,7 +106,7 @@ def test_the_same_call_gives_the_same_bytes(world: Path) -> None:
 
 
 def test_nothing_contacts_the_network(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole run, from export to report, with every way to another machine blocked."""
+    """A whole run, from export to comparison, with all network calls blocked."""
     tried: list[object] = []
 
     def blocked(*args: object, **kwargs: object) -> object:
@@ -117,9 +117,7 @@ def test_nothing_contacts_the_network(world: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(socket.socket, name, blocked)
     for name in ("getaddrinfo", "gethostbyname", "create_connection"):
         monkeypatch.setattr(socket, name, blocked)
-    monkeypatch.delenv(
-        "HF_HUB_OFFLINE", raising=False
-    )  # offline because nothing is asked for, not because it is told so
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # the commands must not need it
     folder = exported(world, "offline")
     distill.train.main(train_config(world, folder, "offline-run", steps=1))
     for out, adapter in (("offline-base", None), ("offline-eval", world / "offline-run" / "adapter")):

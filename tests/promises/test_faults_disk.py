@@ -1,4 +1,4 @@
-"""What the machine does to a run: a full disk, a folder that cannot be written, too little memory, a closed pipe."""
+"""Faults of the machine: a full disk, a read-only folder, too little memory, a closed pipe."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MAIN = {"export": neurosig.export.main, "train": distill.train.main, "evaluate":
 
 @contextlib.contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[None]:
-    """A mount for the block; skips where this user may not mount."""
+    """A mount for the block; skips the test where this user may not mount."""
     folder.mkdir(exist_ok=True)
     command = ["mount", *options, str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
@@ -49,7 +49,7 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
 
 
 def in_child(run: Callable[[], None]) -> tuple[int, str]:
-    """Exit code and stderr of a command run in a fork of this process, so that limits on it end with it."""
+    """Exit code and stderr of a command in a fork, so that its memory limit ends with it."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -63,8 +63,8 @@ def in_child(run: Callable[[], None]) -> tuple[int, str]:
             os._exit(code)
     os.close(write)
     with os.fdopen(read, errors="replace") as pipe:
-        shown = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown
+        stderr = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stderr
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def code_of(name: str, config: Any, before: Callable[[], object] = lambda: None)
 
 
 def required(name: str) -> list[str]:
-    """A command line that parses; the command then runs the configuration at hand."""
+    """A command line that parses; the command then runs its given configuration instead."""
     words = {
         "export": ["--model", "m", "--questions", "q", "--out", "o"],
         "train": ["--manifest", "m", "--out", "o"],
@@ -107,24 +107,24 @@ def required(name: str) -> list[str]:
     return [*words[name], "--quiet"]
 
 
-def error_line(shown: str) -> str:
-    lines = [line for line in shown.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in shown, shown
+def error_line(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in stderr, stderr
     return lines[0]
 
 
 @pytest.mark.parametrize("name", ["export", "train", "evaluate"])
 def test_a_full_disk_costs_nothing_that_was_done(world: Path, tmp_path: Path, name: str) -> None:
-    """The command says how much was missing; once there is room, --resume ends in the bytes of a run that had it."""
+    """The error says how many bytes are missing; with room again, --resume gives the bytes of an undisturbed run."""
     MAIN[name](configured(name, world, tmp_path / "straight"))
     size = sum(path.stat().st_size for path in (tmp_path / "straight").rglob("*") if path.is_file())
     room = tmp_path / "room"
     with mounted(room, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
         ballast = room / "ballast"
         fill(ballast, room, leaving=max(8192, size // 3))
-        code, shown = code_of(name, configured(name, world, room / "out"))
-        assert code == 2, shown
-        line = error_line(shown)
+        code, stderr = code_of(name, configured(name, world, room / "out"))
+        assert code == 2, stderr
+        line = error_line(stderr)
         assert "No space left on device" in line, line
         assert re.search(r"\([\d,]+ bytes to write, [\d,]+ free\)", line) and "make room, then run again" in line, line
         assert not [path for pattern in ("**/.*.tmp", "**/.step-*", ".final") for path in (room / "out").glob(pattern)]
@@ -137,7 +137,7 @@ def test_a_full_disk_costs_nothing_that_was_done(world: Path, tmp_path: Path, na
     ("written", "kept"), [("step-000002", "step-000001 is kept"), ("adapter", "the checkpoints are kept")]
 )
 def test_weights_that_do_not_fit_leave_the_last_good_ones(world: Path, tmp_path: Path, written: str, kept: str) -> None:
-    """Room runs out at a checkpoint, or at the final adapter."""
+    """The disk is full at a checkpoint, or at the final adapter."""
     straight, room = tmp_path / "straight", tmp_path / "room"
     options = {"steps": 3, "keep_checkpoints": 9}
     distill.train.main(configured("train", world, straight, **options))
@@ -155,15 +155,15 @@ def test_weights_that_do_not_fit_leave_the_last_good_ones(world: Path, tmp_path:
 
             setattr(place, name, filled)  # in the fork only
 
-        code, shown = code_of("train", configured("train", world, room / "out", **options), fill_in_time)
-        assert code == 2, shown
-        line = error_line(shown)
-        found = re.search(r"([\w-]+): No space left on device \(([\d,]+) bytes to write, ([\d,]+) free\); (.*);", line)
-        assert found is not None and (found[1], found[4]) == (written, kept), line
-        needed, free = (int(number.replace(",", "")) for number in found.groups()[1:3])
+        code, stderr = code_of("train", configured("train", world, room / "out", **options), fill_in_time)
+        assert code == 2, stderr
+        line = error_line(stderr)
+        match = re.search(r"([\w-]+): No space left on device \(([\d,]+) bytes to write, ([\d,]+) free\); (.*);", line)
+        assert match is not None and (match[1], match[4]) == (written, kept), line
+        needed, free = (int(number.replace(",", "")) for number in match.groups()[1:3])
         assert needed > free > 0
-        left = sorted(path.name for path in (room / "out" / "checkpoints").iterdir())
-        assert left == [f"step-{step:06d}" for step in range(1, 4 if written == "adapter" else 2)]
+        checkpoints = sorted(path.name for path in (room / "out" / "checkpoints").iterdir())
+        assert checkpoints == [f"step-{step:06d}" for step in range(1, 4 if written == "adapter" else 2)]
         assert not list((room / "out").glob(".final"))
         ballast.unlink()
         distill.train.main(configured("train", world, room / "out", resume=True, **options))
@@ -187,13 +187,13 @@ def fill(ballast: Path, room: Path, leaving: int) -> None:
 
 
 def same_results(one: Path, other: Path) -> bool:
-    """All final files alike but for the records of the run (times, paths) and the checkpoints."""
-    told = {"run.json", "train.json", "summary.json", "README.md"}
+    """All final files alike, except checkpoints and the records of the run (times, paths)."""
+    records = {"run.json", "train.json", "summary.json", "README.md"}
     folders = [
         {
             str(path.relative_to(folder)): path.read_bytes()
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in told and "checkpoints" not in path.parts
+            if path.is_file() and path.name not in records and "checkpoints" not in path.parts
         }
         for folder in (one, other)
     ]
@@ -230,7 +230,7 @@ def test_a_read_only_folder_is_named_before_the_model_loads(
 
 
 def test_a_read_only_cache_is_named_before_the_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that a read-only cache holds loads from it; one that it lacks is not dequantised in vain."""
+    """A model in a read-only cache loads; one that is not there is not dequantised in vain."""
     loads: list[Any] = []
     monkeypatch.setattr(neurosig.models.load, "_dequantise", lambda gguf: loads.append(gguf))
     monkeypatch.setenv("NEUROSIG_CACHE", str(tmp_path / "fixed" / "cache"))
@@ -239,10 +239,10 @@ def test_a_read_only_cache_is_named_before_the_model_loads(tmp_path: Path, monke
     with mounted(tmp_path / "fixed", "-t", "tmpfs", "-o", "ro", "tmpfs"):
         config = configured("evaluate", tmp_path, tmp_path / "out")
         config.model = str(gguf)
-        code, shown = code_of("evaluate", config)
+        code, stderr = code_of("evaluate", config)
     assert code == 2
     cache = tmp_path / "fixed" / "cache" / "gguf"
-    assert error_line(shown) == (
+    assert error_line(stderr) == (
         f"error: cache {cache}: cannot write there (Read-only file system); set NEUROSIG_CACHE to a folder of yours"
     )
     assert not loads and not (tmp_path / "out").exists()
@@ -257,7 +257,7 @@ def test_a_read_only_cache_is_named_before_the_model_loads(tmp_path: Path, monke
 
 
 def test_out_of_memory_is_one_sentence_and_keeps_the_state(world: Path, tmp_path: Path) -> None:
-    """The limit falls while the second batch is sampled."""
+    """The memory limit is set while the second batch is sampled."""
     straight = configured("export", world, tmp_path / "straight")
     neurosig.export.main(straight)
     append = RolloutLog.append
@@ -273,9 +273,9 @@ def test_out_of_memory_is_one_sentence_and_keeps_the_state(world: Path, tmp_path
 
         RolloutLog.append = starved  # type: ignore[method-assign]  # in the fork only
 
-    code, shown = code_of("export", configured("export", world, tmp_path / "out"), starve)
-    assert code == 2, shown
-    assert "out of memory" in error_line(shown) and "lower the batch size or the token limit" in shown
+    code, stderr = code_of("export", configured("export", world, tmp_path / "out"), starve)
+    assert code == 2, stderr
+    assert "out of memory" in error_line(stderr) and "lower the batch size or the token limit" in stderr
     assert len((tmp_path / "out" / ".work" / "rollouts.log").read_text().splitlines()) == 1 + 2
     neurosig.export.main(configured("export", world, tmp_path / "out", resume=True))
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "straight")
@@ -304,7 +304,7 @@ def test_a_closed_pipe_and_a_terminal_without_unicode() -> None:
 
 
 def test_odd_names_and_a_clock_that_moves_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders with spaces, unicode and quotes work; a name that is too long is the system's sentence."""
+    """Folders with spaces, Unicode and quotes work; for a name that is too long the error is the system's."""
     folder = tmp_path / 'a b\'c "d" 你好 \u202e-x'
     folder.mkdir()
     model = save_tiny(folder / "model")

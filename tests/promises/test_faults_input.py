@@ -54,7 +54,7 @@ COMMANDS: Mapping[str, Command] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet_libraries() -> Iterator[None]:
-    """A command in a process of its own sets this before it imports them."""
+    """No progress bars, as in a command, which turns them off before transformers is imported."""
     transformers.utils.logging.disable_progress_bar()
     yield
     transformers.utils.logging.enable_progress_bar()
@@ -62,12 +62,12 @@ def quiet_libraries() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, questions, rollouts made elsewhere, a manifest, a training run and two evaluations, all small."""
+    """A small model, questions, external rollouts, a manifest, a training run and two evaluations."""
     folder = tmp_path_factory.mktemp("world")
     make_manifest(folder, num_generations=2)
     lines = [json.loads(line) for line in (folder / "manifest" / "rollouts.jsonl").read_text().splitlines()]
-    kept = [{key: line[key] for key in ("question_id", "text", "token_ids", "finish_reason")} for line in lines]
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    rollouts = [{key: line[key] for key in ("question_id", "text", "token_ids", "finish_reason")} for line in lines]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(rollout) + "\n" for rollout in rollouts))
     (folder / "run.toml").write_text("seed = 1\n")
     for command, out, options in (
         ("train", "run", {"--keep-truncated": "", "--lora-r": "2"}),
@@ -79,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(world: Path, name: str, options: Mapping[str, str]) -> int:
-    """Run a command as its command line would; a flag with an empty value is given alone."""
+    """Run a command with these flags; one with an empty value is a switch."""
     command = COMMANDS[name]
     words = []
     for flag, value in {**command.options, "--out": "{w}/out", **options}.items():
@@ -163,12 +163,12 @@ def one_row_each(w: Path) -> None:
 
 
 def question_row(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    """Change the second row of the manifest and make its hashes fit."""
+    """Change the second row of the manifest; the hashes follow."""
     return lambda w: edit_row(w / "manifest", 2, change)
 
 
 def rehashed(spoil: Spoil) -> Spoil:
-    """Spoil a file of the manifest whose hash then fits."""
+    """Spoil a file of the manifest; the hashes follow."""
     return lambda w: (spoil(w), rehash(w / "manifest"))
 
 
@@ -244,7 +244,7 @@ CASES = [
          rehashed(again("manifest/signals.safetensors", lambda data: data[: len(data) // 2]))),
     Case("intervene", "a neuron that is not there", r"neurons\.csv",
          rehashed(text("manifest/neurons.csv", "layer,index,weight,active_share\n7,0,1.0,0.5\n"))),
-    # rollouts made elsewhere
+    # external rollouts
     Case("export", "missing rollouts", r"rollouts \S+: no such file", options={"--rollouts": "{w}/gone.jsonl"}),
     Case("export", "empty rollouts", "every question needs the same number of rollouts, found none",
          text(ROLLOUTS, ""), {"--rollouts": "{w}/rollouts.jsonl"}),
@@ -359,19 +359,19 @@ def test_wrong_input_is_one_sentence(
         if not (flag in ("--manifest", "--run") and flag not in COMMANDS[command].options)
     }
     code = call(w, command, options)
-    shown = capsys.readouterr()
-    lines = [line for line in shown.err.splitlines() if not line.startswith("warning: ")]
-    assert code == 2, shown.err
-    assert len(lines) == 1 and lines[0].startswith("error: "), shown.err
+    output = capsys.readouterr()
+    lines = [line for line in output.err.splitlines() if not line.startswith("warning: ")]
+    assert code == 2, output.err
+    assert len(lines) == 1 and lines[0].startswith("error: "), output.err
     assert re.search(case.message, lines[0]), lines[0]
-    assert "Traceback" not in shown.err + shown.out
+    assert "Traceback" not in output.err + output.out
     after = snapshot(w)
     new = [path for path in after if path not in before and not path.startswith(("out/.work", "out/.rollouts.log"))]
     assert not new and {path: after[path] for path in before} == before, new
 
 
 def relocate(w: Path, world: Path) -> None:
-    """The copied manifest names the copied model, so that a spoiled model is the one that is loaded."""
+    """Make the copied manifest name the copied model, so that a spoiled model is loaded."""
 
     def moved(header: dict[str, Any]) -> None:
         header["model"]["id"] = header["model"]["id"].replace(str(world), str(w))

@@ -1,4 +1,4 @@
-"""Odd but valid input, from export to evaluation: what it leads to is right and said."""
+"""Odd but valid input, from export to evaluation: results are right and warnings say why."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_tables_as_csv_start_no_formula() -> None:
 
 
 def test_dollar_signs_in_figures_are_no_formula(tmp_path: Path) -> None:
-    """A label is as wide as its characters, and one that is no formula at all is drawn."""
+    """A label is as wide as its characters, and malformed TeX is drawn."""
     from matplotlib import pyplot
 
     from figures.style import save_figure, use_style
@@ -83,17 +83,17 @@ def test_dollar_signs_in_figures_are_no_formula(tmp_path: Path) -> None:
         pyplot.close(figure)
 
 
-def said(path: Path, text: Any, k: int = 3) -> Path:
-    """Rollouts made elsewhere that all say ``text(question, rollout)``."""
+def write_rollouts(path: Path, text: Any, k: int = 3) -> Path:
+    """A rollout file with the text ``text(question, rollout)`` for each of 8 questions."""
     lines = [{"question_id": f"q{q}", "text": text(q, r)} for q in range(8) for r in range(k)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 def test_rollouts_that_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The export is written, every question says why it is not selected, and a sample is shown, escaped."""
+    """The export is written, every row has its reason, and one rollout is printed, escaped."""
     model, questions = save_tiny(tmp_path / "model"), write_questions(tmp_path / "questions.jsonl")
-    rollouts = said(tmp_path / "r.jsonl", lambda q, r: "I'm sorry \x1b[2J\u202e")
+    rollouts = write_rollouts(tmp_path / "r.jsonl", lambda q, r: "I'm sorry \x1b[2J\u202e")
     with caplog.at_level(logging.WARNING):
         neurosig.export.main(
             export_config(
@@ -110,10 +110,10 @@ def test_rollouts_that_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_rollouts_that_all_say_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Certain votes carry no signal, which is told; tied votes are decided alike whatever the order."""
+    """Certain votes carry no signal, and a warning says so; the order of rollouts does not decide tied votes."""
     model, questions = save_tiny(tmp_path / "model"), write_questions(tmp_path / "questions.jsonl")
     options: dict[str, Any] = {"hallucination_score": "vote_share"}
-    same = said(tmp_path / "same.jsonl", lambda q, r: "Answer: seven")
+    same = write_rollouts(tmp_path / "same.jsonl", lambda q, r: "Answer: seven")
     with caplog.at_level(logging.WARNING):
         neurosig.export.main(export_config(tmp_path, model, questions, "same", rollouts=same, **options))
     assert "no signal" in caplog.text
@@ -122,7 +122,7 @@ def test_rollouts_that_all_say_the_same(tmp_path: Path, caplog: pytest.LogCaptur
     labels = []
     for name, order in (("ahead", 1), ("back", -1)):
         words = ("one", "two", "six")[::order]
-        tied = said(tmp_path / f"{name}.jsonl", lambda q, r, words=words: f"Answer: {words[r]}")
+        tied = write_rollouts(tmp_path / f"{name}.jsonl", lambda q, r, words=words: f"Answer: {words[r]}")
         neurosig.export.main(export_config(tmp_path, model, questions, name, rollouts=tied, **options))
         rows = read_manifest(tmp_path / name).rows
         assert {row.vote.tied for row in rows if row.vote} == {3}
@@ -143,7 +143,7 @@ def test_one_rollout_a_question(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_larger_than_the_tokenizer(tmp_path: Path) -> None:
-    """Rows of the embedding that no token has (padding to a multiple) are sampled, decoded to nothing and traced."""
+    """Padding rows of the embedding, which have no token, are sampled, decode to nothing and are traced."""
     model = tiny_model("llama")
     torch.manual_seed(0)
     model.resize_token_embeddings(VOCAB_SIZE + 84)

@@ -1,6 +1,6 @@
 """The same numbers on a GPU as on the CPU, and every command whole on it; run by make bench-gpu.
 
-TEST_DEVICE=cpu python -m pytest -m gpu tests/promises/test_gpu.py    tries the tests out where there is no GPU
+TEST_DEVICE=cpu python -m pytest -m gpu tests/promises/test_gpu.py    tries the tests without a GPU
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from neurosig.neurons.nnsight_reader import NeuronScaler
 from neurosig.neurons.sites import ffn_sites
 from neurosig.neurons.tracer import NeuronTracer, TraceConfig
 from neurosig.sampling.rollouts import Rollout
-from tests.distill.test_choice_scoring import write_choices
-from tests.neurosig.sampling.test_sampler import draw, prompts, tokens
 from tests.support.flow import interrupted_at, make_manifest
-from tests.support.runs import evaluate_config
+from tests.support.runs import evaluate_config, write_choices
+from tests.support.sampling import draw, prompts, tokens
 from tests.support.tiny import ARCHS, Arch, rollouts, tiny_model, tiny_tokenizer
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
@@ -69,14 +68,15 @@ def test_sampled_rollouts_take_the_seeds_of_the_cpu() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_scaled_neurons_act_as_on_the_cpu(arch: Arch) -> None:
-    said = []
+    results = []
     for device in ("cpu", DEVICE):
         loaded = load_model((tiny_model(arch).to(device), tiny_tokenizer()))
         scaled = scale_neurons(loaded, NeuronScaler(loaded.model, ffn_sites(loaded.model)), range(12), 0.0)
         groups = draw(scaled, prompts(), temperature=0.0)
-        said.append((tokens(groups), list(completion_nll(scaled, prompts(), groups).values())))
-    assert said[0][0] == said[1][0]
-    assert said[0][1] == pytest.approx(said[1][1], rel=1e-4)
+        results.append((tokens(groups), list(completion_nll(scaled, prompts(), groups).values())))
+    (here, here_nll), (there, there_nll) = results
+    assert here == there
+    assert here_nll == pytest.approx(there_nll, rel=1e-4)
 
 
 OBJECTIVES: list[dict[str, Any]] = [
@@ -92,22 +92,22 @@ OBJECTIVES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OBJECTIVES, ids=lambda options: "-".join(map(str, options.values())) or "default")
 def test_a_step_of_learning_is_that_of_the_cpu(options: dict[str, Any]) -> None:
-    found = []
+    results = []
     for device in ("cpu", DEVICE):
         model = tiny_model("qwen3").to(device)
         tasks = [Task("a", (5, 6, 7), (9, 8, 5, 6, 7)), Task("b", (11, 12), (3, 4, 10, 11, 12))]
-        said = [(tasks[0], (20, 21, 22, 2)), (tasks[0], (30, 31, 2)), (tasks[1], (40, 2))]
-        pairs = [(task, Rollout(task.id, i, "", ids, "stop")) for i, (task, ids) in enumerate(said)]
+        rows = [(tasks[0], (20, 21, 22, 2)), (tasks[0], (30, 31, 2)), (tasks[1], (40, 2))]
+        pairs = [(task, Rollout(task.id, i, "", ids, "stop")) for i, (task, ids) in enumerate(rows)]
         config = TrainConfig(manifest=Path(), out=Path(), micro_batch_size=2, **options)
         still = torch.optim.SGD(model.parameters(), lr=0.0)
         metrics = distill.step.learn(config, model, Teacher("live", model, None), still, pairs)
         gradient = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        found.append((metrics, gradient))
-    (here, mine), (there, others) = found
+        results.append((metrics, gradient))
+    (here, gradient), (there, expected) = results
     assert here["loss"] == pytest.approx(there["loss"], rel=1e-4) and here["loss"] != 0
-    assert mine.keys() == others.keys() and mine
-    for name in mine:
-        torch.testing.assert_close(mine[name], others[name], rtol=1e-3, atol=1e-6)
+    assert gradient.keys() == expected.keys() and gradient
+    for name in gradient:
+        torch.testing.assert_close(gradient[name], expected[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

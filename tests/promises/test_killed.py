@@ -1,4 +1,4 @@
-"""Runs killed by SIGKILL, in processes of their own."""
+"""Training runs killed by SIGKILL in processes of their own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    """Six seeded moments: twice as a checkpoint is written, else anywhere; the first in the real command."""
+    """Six kills, two while a checkpoint is written; the first run is the real command, the others are forks."""
     manifest = make_manifest(tmp_path)
     arguments = {
         name: train_arguments(manifest, tmp_path / name, steps=STEPS, save_steps=2, quiet=True)

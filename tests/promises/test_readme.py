@@ -72,7 +72,7 @@ def test_every_test_named_as_evidence_exists() -> None:
 
 
 def layout() -> Iterator[tuple[Path, str]]:
-    """Each name of the tree under Layout that ends in ``/`` or ``.py``, with the folder in whose line or block it is."""
+    """The names under Layout that end in ``/`` or ``.py``, each with the folder of its line or block."""
     section = README[README.index("## Layout") :]
     block = section.split("```")[1].partition("\n")[2]
     parents: list[tuple[int, Path]] = [(-1, ROOT)]

@@ -1,4 +1,4 @@
-"""The whole method on the embedded SmolLM2-135M-Instruct, small."""
+"""A small run of the whole method on the embedded SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 

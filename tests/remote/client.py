@@ -1,4 +1,4 @@
-"""Trace each model here, as a local dry run, and on a server (server.py) that alone has the weights: the same sets."""
+"""Tracing here, as a local dry run, and on a server (server.py) that alone has the weights gives the same sets."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ payloads: list[int] = []
 
 
 def over_a_file(backend: RemoteBackend, request: RequestModel, tracer: Any) -> dict[str, Any]:
-    """Stands in for the network: the request goes to the server's process by a file, and so does the answer."""
+    """Replaces the network: request and answer go through files."""
     assert server.stdin and server.stdout
     blob = backend._serialize(tracer)
     payloads.append(len(blob))
@@ -55,7 +55,7 @@ def assert_same(sets: ActiveSets, expected: ActiveSets) -> None:
 RemoteBackend.request = over_a_file  # type: ignore[method-assign]
 for name in sys.argv[1:]:
     folder = Path(name)
-    _ID_CACHE[name] = name  # else the hub is asked how the id is spelled
+    _ID_CACHE[name] = name  # else nnsight looks up the id's spelling on the hub
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()

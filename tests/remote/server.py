@@ -1,6 +1,6 @@
-"""What an NDIF server does with a request, less the network: for each line of stdin (model folder, request, answer).
+"""An NDIF server without the network: one request per line of stdin (model folder, request file, answer file).
 
-It has no neurosig and no jaxtyping: what it runs came with the request.
+It has no neurosig and no jaxtyping: all code that it runs comes with the request.
 """
 
 import importlib.abc
@@ -28,7 +28,7 @@ for line in sys.stdin:
     with open(request, "rb") as file:
         tracer = RequestModel.deserialize(file.read(), model._remoteable_persistent_objects(), compress=True)
     before = set(tracer.info.frame.f_locals)
-    inc()  # a trace's scope, in which saved values are what comes back
+    inc()  # a trace's scope: only saved values come back
     tracer.execute(tracer.info.code)
     dec()
     saved = {name: value for name, value in tracer.info.frame.f_locals.items() if name not in before}

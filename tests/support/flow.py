@@ -1,4 +1,4 @@
-"""The commands on a tiny model, for the end-to-end tests."""
+"""Exports of a tiny model, and interruptions of commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save_tiny(folder: Path, arch: Arch = "qwen3", seed: int = 0) -> Path:
 
 
 def write_questions(path: Path, n: int = 8, **changes: Any) -> Path:
-    """``n`` questions; ``changes`` replaces fields of every record, ``None`` removes them."""
+    """``n`` questions; ``changes`` replaces fields of every record, and ``None`` removes them."""
     records = []
     for index, word in enumerate(WORDS[:n]):
         record = {"id": f"q{index}", "domain": "colour", "kind": f"k{index % 2}", "question": f"Is {word} nice?"}
@@ -37,7 +37,7 @@ def write_questions(path: Path, n: int = 8, **changes: Any) -> Path:
 
 
 def export_config(tmp_path: Path, model: Path, questions: Path, out: str = "manifest", **changes: Any) -> ExportConfig:
-    """A quick export: one-token answers of a random model, so every question is kept and none agrees."""
+    """A quick export that selects every question: the answers of a random model never agree."""
     defaults: dict[str, Any] = {
         "num_generations": 3,
         "max_new_tokens": 4,
@@ -62,13 +62,13 @@ def make_manifest(tmp_path: Path, out: str = "manifest", **changes: Any) -> Path
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
-    """Name -> bytes of every file of a folder but the run record."""
+    """Name -> bytes of every file in the folder except the run record."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "run.json"}
 
 
 @contextlib.contextmanager
 def killed_while_sampling(groups: int) -> Iterator[None]:
-    """The body is interrupted once so many groups of rollouts were yielded, as by Ctrl-C."""
+    """Interrupt the body, as Ctrl-C does, after this many groups of rollouts."""
     sample = neurosig.sampling.sampler.sample
 
     def killed(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -84,21 +84,21 @@ def killed_while_sampling(groups: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def decoded_windows() -> Iterator[list[Any]]:
-    """The windows of questions that are decoded in the body."""
+    """Record the windows of questions that the body decodes."""
     decode, windows = neurosig.sampling.sampler._decode_window, []
 
-    def counted(*args: Any) -> Any:
+    def recorded(*args: Any) -> Any:
         windows.append(args)
         return decode(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neurosig.sampling.sampler, "_decode_window", counted)
+        patch.setattr(neurosig.sampling.sampler, "_decode_window", recorded)
         yield windows
 
 
 @contextlib.contextmanager
 def interrupted_at(step: int) -> Iterator[None]:
-    """Ctrl-C in the middle of this training step: the student has moved, the teacher has not."""
+    """Interrupt training, as Ctrl-C does, between the student's and the teacher's update of this step."""
     from distill.teacher import Teacher
 
     update = Teacher.update

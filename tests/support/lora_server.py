@@ -1,9 +1,9 @@
-"""A small server with vLLM's completions API and adapter calls, which can be told to misbehave.
+"""A small server with vLLM's completions API and adapter calls, and faults on request.
 
     python tests/support/lora_server.py FOLDER PORT
 
-It samples with `neurosig.sampling.sampler` from the model in FOLDER, one request at a time. ``POST /control`` sets what
-happens to the next requests, ``GET /seen`` lists those that came.
+It samples with `neurosig.sampling.sampler` from the model in FOLDER, one request at a time. ``POST /control`` sets the
+fault of the next requests, ``GET /seen`` lists the requests so far.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _spoil(answer: dict[str, Any], kind: str) -> None:
 
 @app.post("/v1/chat/completions")
 def chat() -> dict[str, Any]:
-    """Text that no model sampled: what matters is how the client takes it."""
+    """Fixed text: the tests are about how the client reads it."""
     with lock:
         kind = _kind_of_this_request()
     content: dict[str, Any] = {"reasoning": None, "number": 7, "endless": "y" * 50_000, "cut off empty": ""}

@@ -1,4 +1,4 @@
-"""Where the project and its data are."""
+"""Folders of the project and its data."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 FIGURE_DATA = ROOT / "figures" / "data"
 REAL_DATA = Path(os.environ.get("NEUROSIG_REAL_DATA") or ROOT.parent / "shared" / "data")
-"""Real question sets, not part of the project; the tests that read them are skipped without."""
+"""Real question sets, not part of the project; tests that read them are skipped where they are missing."""

@@ -1,4 +1,4 @@
-"""Processes that start at once: forked from a server that has imported what a training run needs."""
+"""Processes that start quickly, forked from a server that has imported what a training run needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train_arguments(manifest: Path, out: Path, **changes: Any) -> list[str]:
 
 
 def run_training(arguments: Sequence[str]) -> int:
-    """The train command in this process; its exit code."""
+    """Run the train command in this process; returns its exit code."""
     from distill.config import PRESETS, TrainConfig
     from distill.train import main
     from neurosig.runtime.cli import run_command
@@ -45,7 +45,7 @@ def run_training(arguments: Sequence[str]) -> int:
 
 
 def start(log: Path, environment: Mapping[str, str], work: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
-    """Call ``work`` in a new process with one thread, its output in ``log``; an int it returns is the exit code."""
+    """Call ``work`` in a new process with one thread; its output goes to ``log``, an int result is the exit code."""
     process = _CONTEXT.Process(target=_child, args=(log, dict(environment), work, arguments))
     process.start()
     return process
@@ -54,7 +54,7 @@ def start(log: Path, environment: Mapping[str, str], work: Callable[..., Any], *
 def start_ranks(
     folder: Path, world: int, work: Callable[..., Any], *arguments: Any, fsdp: bool = False
 ) -> list[ForkServerProcess]:
-    """Call ``work`` in ``world`` processes as accelerate's launcher would start them."""
+    """Call ``work`` in ``world`` processes, started as by accelerate's launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,7 +70,7 @@ def start_ranks(
 
 
 def exit_codes(processes: Sequence[ForkServerProcess], timeout: float = 120) -> list[int | None]:
-    """Wait for the processes; one that does not end in time is killed and has code ``None``."""
+    """Wait for the processes; one that exceeds ``timeout`` seconds is killed and has code ``None``."""
     codes: list[int | None] = []
     for process in processes:
         process.join(timeout)

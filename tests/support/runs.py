@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from distill.config import TrainConfig
 from distill.evaluate import EvaluateConfig
-from tests.support.flow import save_tiny, write_questions
+from tests.support.flow import WORDS, save_tiny, write_questions
 from tests.support.processes import TRAIN
 
 
@@ -26,3 +27,16 @@ def evaluate_config(folder: Path, out: str = "eval", **changes: Any) -> Evaluate
     defaults: dict[str, Any] = {"num_generations": 4, "max_new_tokens": 4, "quiet": True}
     defaults |= {"questions": (str(questions),)}
     return EvaluateConfig(model=str(model), out=folder / out, **{**defaults, **changes})
+
+
+def write_choices(path: Path, n: int = 8) -> Path:
+    """``n`` questions of 2 to 5 choices in two domains."""
+    records = [
+        {
+            **{"id": f"q{index}", "domain": ("colour", "tone")[index % 2], "kind": f"k{index % 3}"},
+            **{"question": f"Which is like {word}?", "choices": list(WORDS[: 2 + index % 4]), "answer": "A"},
+        }
+        for index, word in enumerate(WORDS[:n])
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path

@@ -20,7 +20,7 @@ STARTING = 300.0
 
 
 class ServerProcess:
-    """A command that serves on a port, given to it in place of ``{port}``; may be killed and started again."""
+    """A server command, ``{port}`` replaced by a free port; it may be killed and started again."""
 
     def __init__(self, command: Sequence[str]):
         with socket.socket() as probe:
@@ -66,11 +66,11 @@ class ServerProcess:
 
 
 def lora_server(model: Path) -> ServerProcess:
-    """The server of the tests, with vLLM's API."""
+    """The tests' own server, with vLLM's API."""
     return ServerProcess([sys.executable, str(ROOT / "tests" / "support" / "lora_server.py"), str(model), "{port}"])
 
 
 def transformers_serve(model: Path) -> ServerProcess:
-    """The server that comes with transformers."""
+    """transformers' server."""
     program = str(Path(sys.executable).with_name("transformers"))
     return ServerProcess([program, "serve", str(model), "--host", "127.0.0.1", "--port", "{port}", "--device", "cpu"])

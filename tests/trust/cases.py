@@ -1,4 +1,4 @@
-"""Run every test of faults, determinism and verification, and say how many cases that was.
+"""Run every test of faults, determinism and verification, and count the cases.
 
 python -m tests.trust.cases
 """
@@ -15,7 +15,7 @@ FILES = ("promises", "neurosig/verify", "trust/test_kills.py")
 
 
 class Count:
-    """Outcomes of the tests themselves."""
+    """Outcomes of the tests."""
 
     def __init__(self) -> None:
         self.passed = self.failed = self.skipped = 0

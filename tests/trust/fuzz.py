@@ -1,11 +1,11 @@
-"""Coverage-guided fuzzing of what reads files from strangers: question files and manifests.
+"""Coverage-guided fuzzing of the readers of untrusted files: questions and manifests.
 
     python -m tests.trust.fuzz questions --seconds 300
     python -m tests.trust.fuzz manifest --seconds 300
 
-Bytes that steer a reader to new branches are kept and changed further (libFuzzer, through atheris). Whatever the bytes,
-a reader gives records or raises UserError; anything else is a finding, and its input is left in ``--out``. A manifest's
-bytes are cut into its files and hashed as a liar would, so that what lies behind the hashes is reached too.
+libFuzzer, through atheris, keeps and changes inputs that reach new branches. For all input a reader must return records
+or raise UserError; anything else is a finding, whose input is written to ``--out``. A manifest's input is split into
+its files, and the hashes are made to fit, so that the search gets past them.
 """
 
 from __future__ import annotations
@@ -77,15 +77,13 @@ def read_manifest(folder: Path) -> Callable[[bytes], None]:
         (folder / "manifest.json").write_bytes(head)
         manifest = neurosig.manifest.read_manifest(folder)
         for row in manifest.rows:
-            assert all(shown.question_id != row.id for shown in row.context) or "majority" in str(
-                manifest.header.options
-            )
+            assert all(item.question_id != row.id for item in row.context) or "majority" in str(manifest.header.options)
 
     return one
 
 
 def seeds(folder: Path, target: str) -> None:
-    """Where the search starts: whole files, so that it need not find JSON by chance."""
+    """Write valid files, from which the search starts."""
     folder.mkdir()
     if target == "questions":
         for number, record in enumerate(QUESTIONS):
@@ -93,14 +91,14 @@ def seeds(folder: Path, target: str) -> None:
         return
     from tests.support.flow import make_manifest
 
-    with tempfile.TemporaryDirectory() as made:
-        out = make_manifest(Path(made), limit=3, num_generations=1)
+    with tempfile.TemporaryDirectory() as temporary:
+        out = make_manifest(Path(temporary), limit=3, num_generations=1)
         files = [(out / name).read_bytes() for name in ("manifest.json", "questions.jsonl", "rollouts.jsonl")]
         (folder / "0").write_bytes(CUT.join(files))
 
 
 def run(target: str, folder: Path, arguments: list[str]) -> None:
-    """Fuzz in this process, which libFuzzer ends."""
+    """Fuzz in this process; libFuzzer ends it."""
     one = {"questions": read_questions, "manifest": read_manifest}[target](folder)
 
     def guarded(data: bytes) -> None:
@@ -114,7 +112,7 @@ def run(target: str, folder: Path, arguments: list[str]) -> None:
 
 
 def fuzz(target: str, seconds: int, out: Path, seed: int = 1) -> tuple[int, str]:
-    """Fuzz in a process of its own; returns executions, and what was found (empty if nothing)."""
+    """Fuzz in a new process; returns the number of executions and the finding, or an empty string."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         seeds(Path(temporary) / "seeds", target)
@@ -127,11 +125,11 @@ def fuzz(target: str, seconds: int, out: Path, seed: int = 1) -> tuple[int, str]
             capture_output=True, text=True, errors="replace", check=False,
             cwd=ROOT,
         )  # fmt: skip
-    shown = done.stderr + done.stdout
-    counted = re.search(r"stat::number_of_executed_units: (\d+)", shown) or re.search(r"Done (\d+) runs", shown)
-    if counted is None or done.returncode:
-        return int(counted[1]) if counted else 0, shown[-2000:]
-    return int(counted[1]), ""
+    output = done.stderr + done.stdout
+    count = re.search(r"stat::number_of_executed_units: (\d+)", output) or re.search(r"Done (\d+) runs", output)
+    if count is None or done.returncode:
+        return int(count[1]) if count else 0, output[-2000:]
+    return int(count[1]), ""
 
 
 def main() -> None:
@@ -140,11 +138,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    asked, arguments = parser.parse_known_args()
-    if asked.inside:
-        run(asked.target, asked.inside, arguments)
-    executions, finding = fuzz(asked.target, asked.seconds, asked.out)
-    print(f"fuzz executions of the {asked.target} reader: {executions:,}, findings: {int(bool(finding))}")
+    options, arguments = parser.parse_known_args()
+    if options.inside:
+        run(options.target, options.inside, arguments)
+    executions, finding = fuzz(options.target, options.seconds, options.out)
+    print(f"fuzz executions of the {options.target} reader: {executions:,}, findings: {int(bool(finding))}")
     if finding:
         sys.exit(finding)
 

@@ -1,10 +1,10 @@
-"""SIGKILL at random moments of every phase, then --resume: the end must be that of a run nobody disturbed.
+"""SIGKILL at random moments of every phase, then --resume: the files must equal those of an undisturbed run.
 
     python -m tests.trust.kills --kills 50
 
-Imports happen once; every run is a fork, so one costs a second instead of ten. A phase starts when its function is
-entered; the killed run gets the signal after a random share of what the phase took undisturbed, so that early, late and
-in-between moments are equally likely. After the kill, the last line of an append-only log is sometimes torn.
+Every run is a fork of a process that has imported the packages, which takes a second instead of ten. A phase starts
+when its function is called; the signal comes after a random share of the phase's undisturbed time. After some kills the
+last line of an append-only log is torn as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,11 @@ class Job:
     """A command on a folder of its own.
 
     Attributes:
-        run: Runs it; the argument says whether to resume.
-        out: Its folder.
-        phases: Phase -> ``module:function`` whose call starts it; a phase ends where the next starts.
-        work: Counts the pieces of finished work in the folder, and in a finished one all there are.
-        redone_at_most: Pieces of work that a resumed run may do again.
-        pieces: Function that does one piece, as ``module:function``.
+        name: Of the command and of its log file.
+        run: Runs the command; the argument says whether to resume.
+        out: Its output folder.
+        phases: Phase -> ``module:function`` whose call starts the phase; a phase ends where the next one starts.
+        pieces: ``module:function`` that does one piece of work.
     """
 
     name: str
@@ -55,9 +54,18 @@ class Job:
     pieces: str = ""
 
 
+@dataclass(frozen=True)
+class Straight:
+    """A run that nobody killed: seconds of each phase, pieces of work, files."""
+
+    seconds: Mapping[str, float]
+    pieces: int
+    files: Mapping[str, bytes]
+
+
 @dataclass
 class Killed:
-    """What became of the kills of one phase."""
+    """How the kills of one phase ended."""
 
     phase: str
     survived: int = 0
@@ -77,9 +85,9 @@ def start(job: Job, *, resume: bool) -> tuple[int, int]:
     try:
         os.close(read)
         os.setsid()
-        with (job.out.parent / f"{job.name}.stderr").open("a") as shown:
-            os.dup2(shown.fileno(), 1)
-            os.dup2(shown.fileno(), 2)
+        with (job.out.parent / f"{job.name}.stderr").open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 (pytest has its own)
         faulthandler.dump_traceback_later(300, exit=True, file=2)
         tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and one that is killed may hold it
@@ -97,7 +105,7 @@ def start(job: Job, *, resume: bool) -> tuple[int, int]:
 
 
 def announce(place: str, phase: str, pipe: int) -> None:
-    """Make a function tell the pipe that it is entered."""
+    """Write a line to the pipe whenever the function is called."""
     module, _, name = place.partition(":")
     owner = importlib.import_module(module)
     *path, name = name.split(".")
@@ -113,11 +121,10 @@ def announce(place: str, phase: str, pipe: int) -> None:
 
 
 def events(pipe: int) -> Iterator[tuple[float, str]]:
-    """Time and name of what the run announces, until it ends or dies."""
-    held = b""
+    """Time and name of each line of the pipe, until the run ends or dies."""
+    rest = b""
     while chunk := os.read(pipe, 4096):
-        held += chunk
-        *lines, held = held.split(b"\n")
+        *lines, rest = (rest + chunk).split(b"\n")
         for line in lines:
             yield time.monotonic(), line.decode()
 
@@ -132,28 +139,27 @@ def finish(pid: int) -> int:
     return code
 
 
-def undisturbed(job: Job) -> tuple[dict[str, float], int, dict[str, bytes]]:
-    """Seconds of each phase, pieces of work, and the outcome of a run that nobody kills."""
+def undisturbed(job: Job) -> Straight:
+    """A run that nobody kills."""
     shutil.rmtree(job.out, ignore_errors=True)
     pid, pipe = start(job, resume=False)
-    seen = list(events(pipe))
+    announced = list(events(pipe))
     code = finish(pid)
     os.close(pipe)
     if code:
         raise AssertionError(f"{job.name}: exit code {code}: {tail(job)}")
-    marks = [(at, name) for at, name in seen if name != "+"]
+    marks = [(at, name) for at, name in announced if name != "+"]
     first = {name: at for at, name in reversed(marks)}
     order = sorted(first, key=lambda name: first[name])
-    lasted = {name: first[after] - first[name] for name, after in itertools.pairwise(order)}
-    pieces = sum(name == "+" for _, name in seen)
-    outcome = result(job.out)
+    seconds = {name: first[after] - first[name] for name, after in itertools.pairwise(order)}
+    straight = Straight(seconds, sum(name == "+" for _, name in announced), outcome(job.out))
     shutil.rmtree(job.out)
-    return lasted, pieces, outcome
+    return straight
 
 
-def result(folder: Path) -> dict[str, bytes]:
-    """Name -> content of what a run leaves, less logs, checkpoints, how it was called and on what machine."""
-    found = {}
+def outcome(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the files of a run without logs, checkpoints, command line and machine."""
+    files = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if not path.is_file() or "checkpoints/" in name or path.name in ("log.txt", "run.json"):
@@ -164,8 +170,8 @@ def result(folder: Path) -> dict[str, bytes]:
             record["config"].pop("resume", None)
             record.pop("run")
             data = json.dumps(record).encode()
-        found[name] = data
-    return found
+        files[name] = data
+    return files
 
 
 def kill(job: Job, phase: str, seconds: float, generator: random.Random) -> bool:
@@ -193,34 +199,33 @@ def tear(out: Path, generator: random.Random) -> bool:
     return False
 
 
-def check(job: Job, kills: int, seed: int, phases: Sequence[str] | None = None) -> list[Killed]:
+def check(job: Job, straight: Straight, kills: int, seed: int) -> list[Killed]:
     """Kill, resume and compare; raises AssertionError naming phase, seed and file where the outcome differs."""
-    lasted, pieces, outcome = undisturbed(job)
-    found = []
-    for phase in phases or job.phases:
-        counted = Killed(phase)
+    results = []
+    for phase in job.phases:
+        result = Killed(phase)
         generator = random.Random(f"{seed} {job.name} {phase}")
         attempts = 0
-        while counted.survived < kills:
+        while result.survived < kills:
             attempts += 1
             if attempts > 4 * kills + 20:
                 raise AssertionError(f"{job.name}, {phase}: the run ends before the signal too often")
-            if not kill(job, phase, lasted[phase], generator):
+            if not kill(job, phase, straight.seconds[phase], generator):
                 shutil.rmtree(job.out, ignore_errors=True)
                 continue
-            counted.torn += generator.random() < 0.3 and tear(job.out, generator)
+            result.torn += generator.random() < 0.3 and tear(job.out, generator)
             again = resume(job)
-            counted.pieces_straight += pieces
-            counted.pieces_saved += pieces - again
-            where = f"{job.name}, {phase}, seed {seed}, kill {counted.survived}"
-            now = result(job.out)
-            changed = sorted(name for name in {*now, *outcome} if now.get(name) != outcome.get(name))
+            result.pieces_straight += straight.pieces
+            result.pieces_saved += straight.pieces - again
+            where = f"{job.name}, {phase}, seed {seed}, kill {result.survived}"
+            files, pieces = outcome(job.out), straight.pieces
+            changed = sorted(name for name in {*files, *straight.files} if files.get(name) != straight.files.get(name))
             if changed or again > pieces:
                 raise AssertionError(f"{where}: other bytes in {', '.join(changed)}; {again} of {pieces} pieces redone")
             shutil.rmtree(job.out)
-            counted.survived += 1
-        found.append(counted)
-    return found
+            result.survived += 1
+        results.append(result)
+    return results
 
 
 def resume(job: Job) -> int:
@@ -277,7 +282,7 @@ def jobs(folder: Path) -> dict[str, Job]:
         import concurrent.futures.thread
         import multiprocessing
 
-        # a fork made by a thread of the grid's pool would wait for that thread, which it is, before it ends
+        # a fork made by a thread of the grid's pool would wait for that thread, itself, before it ends
         os.register_at_fork(after_in_child=concurrent.futures.thread._threads_queues.clear)
         figures.grid.__main__.forkserver = lambda: multiprocessing.get_context("fork")  # the imports are here already
         figures.grid.__main__.main(
@@ -323,23 +328,23 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="kills of each phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", nargs="*", default=["export", "train", "evaluate", "grid"])
-    asked = parser.parse_args()
+    options = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     total = 0
     with tempfile.TemporaryDirectory() as folder:
-        made = jobs(Path(folder))
-        for job in (made[name] for name in asked.jobs):
-            for counted in check(job, asked.kills, asked.seed):
-                saved = counted.pieces_saved / max(1, counted.pieces_straight)
+        every = jobs(Path(folder))
+        for job in (every[name] for name in options.jobs):
+            for result in check(job, undisturbed(job), options.kills, options.seed):
+                saved = result.pieces_saved / max(1, result.pieces_straight)
                 print(
-                    f"{counted.phase:<10} {counted.survived} of {asked.kills} kills survived, {counted.torn} with a "
+                    f"{result.phase:<10} {result.survived} of {options.kills} kills survived, {result.torn} with a "
                     f"torn line, {saved:.0%} of the work kept",
                     flush=True,
                 )
-                total += counted.survived
-    print(f"kills survived: {total} (seed {asked.seed})")
+                total += result.survived
+    print(f"kills survived: {total} (seed {options.seed})")
 
 
 if __name__ == "__main__":

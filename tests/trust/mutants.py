@@ -1,10 +1,9 @@
-"""Wrong formulas on purpose: each must be caught by a test.
+"""Deliberately wrong formulas: a test must catch each.
 
     python -m tests.trust.mutants
 
-A mutant is one exact replacement in one file. The packages are copied aside, the replacement is made there and the
-tests that answer for the file are run on the copy. A mutant whose text is no longer found, and one that no test
-notices, are failures.
+A mutant is one exact replacement in a file. It is made in a copy of the packages, on which the tests of that file are
+run. Failures are a mutant that no test notices and one whose text is no longer in the file.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NOTICED = 1
-"""pytest's exit code when tests failed; any other says that they did not run as they should."""
+"""pytest's exit code when tests failed; any other code but 0 means that they did not run."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A replacement, and the tests that must fail: a file and, to keep it cheap, a ``-k`` expression."""
+    """A replacement, and the tests that must fail: files and a ``-k`` expression that keeps them few."""
 
     name: str
     file: str
@@ -127,28 +126,28 @@ MUTANTS = (
 
 
 def caught(mutant: Mutant, folder: Path) -> bool:
-    """Whether the tests notice; ``folder`` holds the copies and is as it was when this returns.
+    """Whether a test fails on the mutant, made in the copies in ``folder`` and undone.
 
     Raises:
-        LookupError: The text to replace is not there exactly once.
+        LookupError: The text to replace is not in the file.
         RuntimeError: The tests did not run.
     """
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8")
-    if text.count(mutant.old) < 1:
-        raise LookupError(f"{mutant.name}: its text is not in {mutant.file}; write the mutant anew")
+    if mutant.old not in text:
+        raise LookupError(f"{mutant.name}: its text is not in {mutant.file}; update the mutant")
     path.write_text(text.replace(mutant.old, mutant.new, 1), encoding="utf-8")
     try:
-        code, shown = run_tests(mutant, folder)
+        code, output = run_tests(mutant, folder)
     finally:
         path.write_text(text, encoding="utf-8")
     if code not in (0, NOTICED):
-        raise RuntimeError(f"{mutant.name}: the tests did not run (exit code {code}): {shown[-800:]}")
+        raise RuntimeError(f"{mutant.name}: the tests did not run (exit code {code}): {output[-800:]}")
     return code == NOTICED
 
 
 def run_tests(mutant: Mutant, folder: Path) -> tuple[int, str]:
-    """Exit code and output of pytest, in a process of its own; a fork where this one has not imported the packages."""
+    """Exit code and output of pytest in a new process, forked if this one has not imported the packages."""
     tests = [str(Path("tests") / name) for name in mutant.tests.split()]
     words = [
         "-x",
@@ -173,20 +172,19 @@ def run_tests(mutant: Mutant, folder: Path) -> tuple[int, str]:
         code = 99
         try:
             os.chdir(folder)
-            sys.path[0] = str(folder)
             sys.dont_write_bytecode = True
-            shown = os.open(folder / "shown.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(shown, 1)
-            os.dup2(shown, 2)
+            log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
             code = int(pytest.main(words))
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return code, (folder / "shown.txt").read_text(errors="replace")
+    return code, (folder / "output.txt").read_text(errors="replace")
 
 
 def copied(folder: Path) -> Path:
-    """Packages, tests and their configuration in a folder of their own."""
+    """Copy packages, tests and their configuration."""
     for name in ("neurosig", "distill", "figures", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "Makefile"):
@@ -195,7 +193,7 @@ def copied(folder: Path) -> Path:
 
 
 def preload() -> None:
-    """What every test imports, before forking; beartype first, as in conftest, and not nnsight, which the order matters to."""
+    """Import the libraries of the tests before forking: beartype first, as in conftest, and never nnsight."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     for name in ("beartype", "pytest", "torch", "transformers", "peft", "scipy.stats", "hypothesis", "pyarrow.parquet"):
         importlib.import_module(name)
@@ -204,21 +202,21 @@ def preload() -> None:
 
 def main() -> None:
     preload()
-    survivors, lost, found = [], [], 0
+    survivors, broken, n_caught = [], [], 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = copied(Path(temporary))
         for mutant in MUTANTS:
             try:
                 if caught(mutant, folder):
-                    found += 1
+                    n_caught += 1
                     continue
                 survivors.append(mutant.name)
                 print(f"survived: {mutant.name}", flush=True)
             except (LookupError, RuntimeError) as error:
-                lost.append(mutant.name)
+                broken.append(mutant.name)
                 print(error, flush=True)
-    print(f"mutants caught: {found} of {len(MUTANTS)}")
-    if survivors or lost:
+    print(f"mutants caught: {n_caught} of {len(MUTANTS)}")
+    if survivors or broken:
         sys.exit(1)
 
 

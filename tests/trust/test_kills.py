@@ -1,9 +1,12 @@
-"""Runs that are killed or interrupted, and what --resume makes of them; `tests.trust.kills` has the many kills."""
+"""Killed and interrupted runs resume to the same bytes; `tests.trust.kills` does it many times."""
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -24,24 +27,32 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, kills.Job]:
         patch.setattr(
             neurosig.neurons.signals_file, "CHUNK", neurosig.neurons.signals_file.CHUNK
         )  # jobs() makes shards small
-        made = kills.jobs(tmp_path_factory.mktemp("kills"))
-        yield made
+        yield kills.jobs(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.fixture(scope="module")
+def straight(jobs: dict[str, kills.Job]) -> Callable[[str], kills.Straight]:
+    """Each job's undisturbed run, made once."""
+    return functools.cache(lambda name: kills.undisturbed(jobs[name]))
 
 
 @pytest.mark.parametrize("name", ["export", "train", "evaluate", "grid"])
-def test_killed_runs_resume_to_the_same_bytes(jobs: dict[str, kills.Job], name: str) -> None:
+def test_killed_runs_resume_to_the_same_bytes(
+    jobs: dict[str, kills.Job], straight: Callable[[str], kills.Straight], name: str
+) -> None:
     """One kill in each phase."""
-    for counted in kills.check(jobs[name], 1, seed=1):
-        assert counted.survived == 1
-        assert counted.pieces_saved >= 0
+    for result in kills.check(jobs[name], straight(name), 1, seed=1):
+        assert result.survived == 1
+        assert result.pieces_saved >= 0
 
 
 @pytest.mark.parametrize(
     ("name", "number"), [("export", signal.SIGINT), ("train", signal.SIGTERM), ("grid", signal.SIGINT)]
 )
-def test_ctrl_c_saves_and_says_how_to_go_on(jobs: dict[str, kills.Job], name: str, number: int) -> None:
-    job = jobs[name]
-    _, pieces, outcome = kills.undisturbed(job)
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    jobs: dict[str, kills.Job], straight: Callable[[str], kills.Straight], name: str, number: int
+) -> None:
+    job, expected = jobs[name], straight(name)
     words = {
         "export": ["--model", "m", "--questions", "q"],
         "train": ["--manifest", "m"],
@@ -68,6 +79,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(jobs: dict[str, kills.Job], name: st
     os.close(pipe)
     how = "the same command goes on from here" if name == "grid" else "rerun with --resume"
     assert kills.tail(interrupted).splitlines()[-1] == f"interrupted; {how}"
-    again = kills.resume(job)
-    assert again < pieces
-    assert kills.result(job.out) == outcome
+    assert kills.resume(job) < expected.pieces
+    assert kills.outcome(job.out) == expected.files
+    shutil.rmtree(job.out)

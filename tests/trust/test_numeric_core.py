@@ -1,4 +1,4 @@
-"""Mutants of the numeric core: the ones that no other test noticed, and a few that show that the harness works."""
+"""Tests for mutants of the numeric core that no other test caught, and of the harness itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_task_has_its_questions_weights_prompts_and_contexts(tmp_path: Path) -
 
 
 def test_the_end_token_carries_no_answer() -> None:
-    """It is left out of the trace, unless a rollout was cut off or holds nothing else."""
+    """It is left out of the trace, unless the rollout was cut off or is the end token alone."""
     cases = (((5, 6, 2), "stop", (5, 6)), ((5, 6), "length", (5, 6)), ((2,), "stop", (2,)))
     for ids, reason, body in cases:
         assert Rollout("q", 0, "text", ids, reason).body_ids == body  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def test_mutants_are_caught(tmp_path: Path, name: str) -> None:
     assert mutants.caught(named(name), mutants.copied(tmp_path))
 
 
-def test_a_mutant_whose_text_is_gone_is_told_and_the_copy_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_mutant_whose_text_is_gone_is_an_error_and_the_copy_is_restored(tmp_path: Path) -> None:
     source = tmp_path / mutants.ANSWERS
     source.parent.mkdir(parents=True)
     source.write_text("x = 1\n")
@@ -64,7 +64,7 @@ def test_a_mutant_whose_text_is_gone_is_told_and_the_copy_is_left_as_it_was(tmp_
 
 
 def test_every_mutant_replaces_text_that_is_there_once() -> None:
-    """So that a change of the numeric core is followed by a change of its mutants."""
+    """Whoever changes the numeric core must change its mutants."""
     for mutant in mutants.MUTANTS:
         text = (mutants.ROOT / mutant.file).read_text(encoding="utf-8")
         assert text.count(mutant.old) == 1, mutant.name
