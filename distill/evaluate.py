@@ -19,11 +19,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import Shapes
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
@@ -43,27 +44,27 @@ class EvaluateConfig(SamplerOptions, GenerationOptions):
     --temperature 0 --num-generations 1 (all K would be alike).
     """
 
-    model: str
+    model: Annotated[str, Shapes.MODEL]
     """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
-    adapter: Path | None = None
+    adapter: Annotated[Path | None, Shapes.MODEL] = None
     """LoRA adapter folder written by distill.train."""
-    questions: tuple[str, ...]
+    questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME; several are allowed."""
-    split: Literal["train", "dev", "test", "all"] = "test"
+    split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "test"
     """Split of bundled sets whose name gives none."""
-    limit: tuple[int, ...] = ()
+    limit: Annotated[tuple[int, ...], Shapes.ROLLOUTS] = ()
     """Use the first N questions only: one number for every source, or one a source."""
-    scoring: Literal["sampling", "loglikelihood"] = "sampling"
+    scoring: Annotated[Literal["sampling", "loglikelihood"], Shapes.ROLLOUTS] = "sampling"
     """sampling: K answers and their vote; loglikelihood: the likeliest choice of each multiple-choice question, its
     confidence the softmax over the choices. Options of sampling then have no effect."""
-    choice_form: Literal["letter", "text"] = "letter"
+    choice_form: Annotated[Literal["letter", "text"], Shapes.ROLLOUTS] = "letter"
     """What loglikelihood scores: letter: the reply "Answer: A", summed over its tokens (`acc` of lm-evaluation-harness
     on lettered tasks); text: the choice's text, its mean a token (where `acc_norm` divides by characters)."""
-    out: Path
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
-    resume: bool = False
+    resume: Annotated[bool, Shapes.PLACE] = False
     """Continue an interrupted evaluation; leave a finished one alone."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier evaluation in --out."""
 
 

@@ -17,11 +17,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from neurosig.options import ORGANISM, QWEN3_4B, SERVER_PLACES, GenerationOptions, SamplerOptions
+from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import Shapes, option_names
 
 if TYPE_CHECKING:
     from neurosig.hallucination.probe import ProbeConfig
@@ -49,78 +50,82 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     trust and gives each a few-shot context of questions that reason alike.
     """
 
-    model: str
+    model: Annotated[str, Shapes.MODEL]
     """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
-    questions: tuple[str, ...]
+    questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (world-facts, geography, language, chemistry, procedures, organism-facts; optionally :train, :dev,
     :test), file, folder or hf:ORG/NAME; several are allowed."""
-    out: Path
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of the manifest."""
-    rollouts: Path | None = None
+    rollouts: Annotated[Path | None, Shapes.ROLLOUTS] = None
     """JSONL of rollouts made elsewhere (question_id, text, optional token_ids, finish_reason); nothing is sampled."""
-    reuse: Path | None = None
+    reuse: Annotated[Path | None, Shapes.PLACE] = None
     """Finished export with the same questions, sampling and tracing; only scoring and selection are done again."""
-    split: Literal["train", "dev", "test", "all"] = "train"
+    split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "train"
     """Split of bundled sets whose name gives none."""
-    limit: int | None = None
+    limit: Annotated[int | None, Shapes.ROLLOUTS] = None
     """Use the first N questions only."""
-    resume: bool = False
+    resume: Annotated[bool, Shapes.PLACE] = False
     """Continue an interrupted export; leave a complete one alone."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier export in --out."""
 
-    neuron_value: Literal["gated", "act"] = "gated"
+    neuron_value: Annotated[Literal["gated", "act"], Shapes.TRACES] = "gated"
     """A neuron's value: act(gate)*up, or act(gate) alone."""
-    contribution: Literal["cett", "magnitude", "unembed"] = "cett"
+    contribution: Annotated[Literal["cett", "magnitude", "unembed"], Shapes.TRACES] = "cett"
     """A neuron's score at a token: its share of the FFN output's norm, that norm itself, or what it adds to the next
     token's logit."""
-    active_set: Literal["layer_mean", "global", "per_token", "entries"] = "layer_mean"
+    active_set: Annotated[Literal["layer_mean", "global", "per_token", "entries"], Shapes.TRACES] = "layer_mean"
     """A rollout's neurons: largest mean score in each layer, or over all layers; the union of each token's largest;
     or those of each layer's largest (token, neuron) entries."""
-    set_size: int = 1000
+    set_size: Annotated[int, Shapes.TRACES] = 1000
     """Neurons in a set; for per_token neurons a token, for entries entries a layer."""
-    positive_only: bool = False
+    positive_only: Annotated[bool, Shapes.TRACES] = False
     """Leave out neurons whose mean score is not above zero (unembed)."""
-    hallucination_score: Literal[
+    hallucination_score: Annotated[Literal[
         "probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count",
         "vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random",
-    ] = "probe"  # fmt: skip
+    ], Shapes.SELECTION] = "probe"  # fmt: skip
     """What the clean filter ranks by; all scores are stored. The second line needs no neurons."""
-    probe_agree_share: float = 0.75
+    probe_agree_share: Annotated[float, Shapes.SELECTION] = 0.75
     """The probe takes a question as known when its majority holds at least this share; 1 is unanimity."""
-    probe_split_share: float = 0.5
+    probe_split_share: Annotated[float, Shapes.SELECTION] = 0.5
     """The probe takes a question as guessed when its majority holds less than this share."""
-    probe_inverse_penalty: float = 0.1
+    probe_inverse_penalty: Annotated[float, Shapes.SELECTION] = 0.1
     """C of the L1 probe; smaller keeps fewer neurons."""
-    probe_folds: int = 5
+    probe_folds: Annotated[int, Shapes.SELECTION] = 5
     """Cross-fitting folds of the probe."""
 
-    clean_filter: Literal["neuron", "vote_only", "neuron_only", "threshold", "all"] = "neuron"
+    clean_filter: Annotated[Literal["neuron", "vote_only", "neuron_only", "threshold", "all"], Shapes.SELECTION] = (
+        "neuron"
+    )
     """Which questions are trained on; neuron: agreeing majority and the cleanest --keep-fraction by the score."""
-    min_vote_share: float = 0.5
+    min_vote_share: Annotated[float, Shapes.SELECTION] = 0.5
     """Least share of the K answers that the majority holds."""
-    keep_fraction: float = 0.5
+    keep_fraction: Annotated[float, Shapes.SELECTION] = 0.5
     """Share of the agreeing questions kept by the score."""
-    max_score: float = 0.5
+    max_score: Annotated[float, Shapes.SELECTION] = 0.5
     """Largest score kept by --clean-filter threshold."""
-    signature: Literal["representative", "union", "intersection", "frequency", "hidden_state"] = "representative"
+    signature: Annotated[
+        Literal["representative", "union", "intersection", "frequency", "hidden_state"], Shapes.SELECTION
+    ] = "representative"
     """What similarity compares: neurons of the most trusted majority rollout; those in any, all, or half of the
     majority's rollouts; or hidden states, the embedding baseline."""
-    context_policy: Literal[
+    context_policy: Annotated[Literal[
         "nearest", "nearest_first", "random", "random_within_kind", "majority_solution", "none"
-    ] = "nearest"  # fmt: skip
+    ], Shapes.SELECTION] = "nearest"  # fmt: skip
     """How the teacher's solved examples are picked; nearest shows the most similar last, majority_solution the
     question's own shortest majority rollout."""
-    num_demonstrations: int = 2
+    num_demonstrations: Annotated[int, Shapes.SELECTION] = 2
     """Solved examples a context holds."""
-    max_context_tokens: int = 2048
+    max_context_tokens: Annotated[int, Shapes.SELECTION] = 2048
     """The least similar examples are dropped until a context has at most this many tokens."""
-    same_label_excluded: bool = False
+    same_label_excluded: Annotated[bool, Shapes.SELECTION] = False
     """No example has the question's own pseudo-label."""
-    question_weight: Literal["uniform", "vote_share"] = "uniform"
+    question_weight: Annotated[Literal["uniform", "vote_share"], Shapes.SELECTION] = "uniform"
     """A question's weight in the loss: 1, or its majority's share of the K answers."""
 
-    batch_tokens: int = 4096
+    batch_tokens: Annotated[int, Shapes.RESOURCES] = 4096
     """Tokens traced at a time (memory and speed only)."""
 
 
@@ -168,7 +173,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     work = config.out / WORK
     work.mkdir(exist_ok=True)
     if config.reuse is not None:
-        groups, sets = reused(config.reuse, config_record(config), loaded, questions, _dataset_sha256(questions))
+        groups, sets = reused(config.reuse, config, loaded, questions, _dataset_sha256(questions))
     else:
         with timer.phase("sample"):
             groups = _rollouts(config, loaded, questions, prompts, work, timer)
@@ -372,8 +377,7 @@ def _write(
     from neurosig.runtime.provenance import run_record
     from neurosig.selection.rows import neurons_csv
 
-    places = {"preset", "config", "out", "reuse", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
-    places |= SERVER_PLACES
+    left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
     tokenizer = {
         "sha256": info.pop("tokenizer_sha256"),
@@ -390,7 +394,7 @@ def _write(
             "rows": len(questions),
         },
         "sampling": external or config.sampling_config().as_dict(),
-        "options": {key: value for key, value in config_record(config).items() if key not in places},
+        "options": {key: value for key, value in config_record(config).items() if key not in left_out},
     }
     write_atomic(config.out / "run.json", json.dumps(run_record(), indent=1) + "\n")
     write_manifest(

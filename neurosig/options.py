@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import Shapes
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
@@ -20,22 +21,22 @@ if TYPE_CHECKING:
 class SamplerOptions(CommonConfig):
     """Where rollouts are sampled: here, or by an OpenAI-compatible server."""
 
-    sampler: Literal["transformers", "openai"] = "transformers"
+    sampler: Annotated[Literal["transformers", "openai"], Shapes.ROLLOUTS | Shapes.DISTILLATION] = "transformers"
     """transformers: here; openai: by the server at --base-url (its key: the variable OPENAI_API_KEY)."""
-    base_url: str | None = None
+    base_url: Annotated[str | None, Shapes.PLACE | Shapes.DISTILLATION] = None
     """Address of the server, such as http://localhost:8000/v1."""
-    served_model: str | None = None
+    served_model: Annotated[str | None, Shapes.ROLLOUTS] = None
     """Name under which it serves the model; default: the model's id."""
-    server_api: Literal["completions", "chat", "transformers"] = "completions"
+    server_api: Annotated[Literal["completions", "chat", "transformers"], Shapes.ROLLOUTS] = "completions"
     """completions: token ids both ways (vLLM); chat: text, encoded again (any server); transformers: the same for
     `transformers serve`."""
-    served_logprobs: bool = True
+    served_logprobs: Annotated[bool, Shapes.ROLLOUTS] = True
     """Record the server's log-probabilities (completions), after holding the first against the model here."""
-    request_timeout: float = 600.0
+    request_timeout: Annotated[float, Shapes.PLACE] = 600.0
     """Seconds without an answer before a request is sent again."""
-    max_retries: int = 5
+    max_retries: Annotated[int, Shapes.PLACE] = 5
     """Repetitions of a request, with growing pauses, after time-outs, lost connections, 429 and 5xx."""
-    concurrency: int = 64
+    concurrency: Annotated[int, Shapes.PLACE] = 64
     """Requests under way at a time."""
 
     def server_config(self, model_id: str, *, enable_thinking: bool | None = None) -> ServerConfig | None:
@@ -73,47 +74,43 @@ class SamplerOptions(CommonConfig):
         return Server(config, loaded)
 
 
-SERVER_PLACES = frozenset({"base_url", "request_timeout", "max_retries", "concurrency"})
-"""Options of a server that do not shape its rollouts."""
-
-
 @dataclass(kw_only=True)
 class GenerationOptions(CommonConfig):
     """Wording of the prompt, sampling and parsing."""
 
-    num_generations: int = 8
+    num_generations: Annotated[int, Shapes.ROLLOUTS] = 8
     """K, rollouts a question."""
-    temperature: float = 0.8
+    temperature: Annotated[float, Shapes.ROLLOUTS] = 0.8
     """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Shapes.ROLLOUTS] = 1.0
     """Nucleus mass kept; 1 keeps all."""
-    top_k: int = 0
+    top_k: Annotated[int, Shapes.ROLLOUTS] = 0
     """Number of most likely tokens kept; 0 keeps all."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Shapes.ROLLOUTS] = 1.0
     """Penalty on tokens already seen; 1 is none."""
-    max_new_tokens: int = 24
+    max_new_tokens: Annotated[int, Shapes.ROLLOUTS] = 24
     """Completion tokens before a rollout is cut off."""
-    seed: int = 0
+    seed: Annotated[int, Shapes.ROLLOUTS] = 0
     """Seed of every random number."""
 
-    system: str | None = None
+    system: Annotated[str | None, Shapes.ROLLOUTS] = None
     """System message; none leaves the chat template's default."""
-    instruction: str = "Answer in one short sentence."
+    instruction: Annotated[str, Shapes.ROLLOUTS] = "Answer in one short sentence."
     """Line after a free-form question."""
-    choice_instruction: str = "Reply with the letter of the right choice, as in: Answer: A"
+    choice_instruction: Annotated[str, Shapes.ROLLOUTS] = "Reply with the letter of the right choice, as in: Answer: A"
     """Line after the choices of a multiple-choice question."""
-    enable_thinking: bool | None = None
+    enable_thinking: Annotated[bool | None, Shapes.ROLLOUTS] = None
     """Handed to the chat template (Qwen3); none hands over nothing."""
-    template: str | None = None
+    template: Annotated[str | None, Shapes.ROLLOUTS] = None
     """'plain' or a Jinja file, in place of the tokenizer's chat template."""
-    answer_format: Literal["auto", "letter", "number", "short"] = "auto"
+    answer_format: Annotated[Literal["auto", "letter", "number", "short"], Shapes.SELECTION] = "auto"
     """How answers are parsed; auto: letter when there are choices, else short text."""
 
-    batch_rows: int = 256
+    batch_rows: Annotated[int, Shapes.RESOURCES] = 256
     """Rollouts decoded at a time (memory and speed only)."""
-    dtype: str = "auto"
+    dtype: Annotated[str, Shapes.MODEL] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
-    device: str | None = None
+    device: Annotated[str | None, Shapes.RESOURCES] = None
     """torch device; default: the first accelerator, else the CPU."""
 
     def prompt_config(self) -> PromptConfig:

@@ -43,9 +43,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import Shapes, option_names
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +67,13 @@ T = TypeVar("T")
 class CommonConfig:
     """Options every command has."""
 
-    preset: str | None = None
+    preset: Annotated[str | None, Shapes.PLACE] = None
     """Named set of defaults; a config file and the command line override it."""
-    config: Path | None = None
+    config: Annotated[Path | None, Shapes.PLACE] = None
     """TOML file of options (snake_case keys); the command line overrides it."""
-    quiet: bool = False
+    quiet: Annotated[bool, Shapes.MESSAGES] = False
     """Show warnings and errors only."""
-    debug: bool = False
+    debug: Annotated[bool, Shapes.MESSAGES] = False
     """Show tracebacks and the libraries' own messages."""
 
 
@@ -185,8 +186,9 @@ def command_words(options: Mapping[str, Any]) -> list[str]:
 
 
 def config_record(config: CommonConfig) -> dict[str, Any]:
-    """The options of a run as plain JSON values, less ``quiet`` and ``debug``, to lie beside its outputs."""
-    record = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("quiet", "debug")}
+    """The options of a run as plain JSON values, for the record next to its outputs; no ``quiet`` and ``debug``."""
+    shown = option_names(type(config), Shapes.MESSAGES)
+    record = {name: value for name, value in dataclasses.asdict(config).items() if name not in shown}
     return typing.cast(dict[str, Any], json.loads(json.dumps(record, default=str)))
 
 
