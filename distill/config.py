@@ -16,7 +16,7 @@ from neurosig.runtime.shapes import Shapes, option_names
 
 if TYPE_CHECKING:
     from neurosig.manifest import Manifest
-    from neurosig.sampling.sampler import SamplingConfig
+    from neurosig.sampling.config import SamplingConfig
 
 
 @dataclass(kw_only=True)

@@ -240,7 +240,8 @@ def _rollouts(
 
 def _row(question: Question, group: Sequence[Rollout], config: EvaluateConfig) -> dict[str, Any]:
     """One question's result: what its K samples said, and what of it was right."""
-    from neurosig.questions.answers import extract_answer, is_correct, majority_vote
+    from neurosig.questions.answers import extract_answer, is_correct
+    from neurosig.questions.vote import majority_vote
 
     answers = [extract_answer(rollout.text, question, config.answer_format) for rollout in group]
     vote = majority_vote(answers, question.id)

@@ -126,10 +126,14 @@ def main(config: CheckConfig) -> None:
 
 def _rollouts(config: CheckConfig, loaded: LoadedModel) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and what the model answers to them, as token ids."""
-    from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+    from neurosig.sampling.config import SamplingConfig
+    from neurosig.sampling.sampler import Prompt, sample
 
     sampling = SamplingConfig(
-        num_generations=config.num_generations, max_new_tokens=config.max_new_tokens, seed=config.seed
+        num_generations=config.num_generations,
+        temperature=1.0,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
     )
     if config.questions:
         prompts = _asked(config, loaded)
@@ -160,7 +164,7 @@ def _traced(
 ) -> Tensor:
     """Every neuron's mean contribution: [n, n_layers, d_mlp]."""
     from neurosig.neurons.backends import tracer_class
-    from neurosig.neurons.tracer import TraceConfig
+    from neurosig.neurons.config import TraceConfig
 
     every = loaded.model.num_parameters()  # more than there are neurons
     tracer = tracer_class(backend)(loaded.model, TraceConfig(set_size=every, batch_tokens=batch_tokens))

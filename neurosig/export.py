@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig
+from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
 from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
+from neurosig.patterns import Signature
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import Shapes, option_names
+from neurosig.selection.config import CleanFilter, ContextPolicy, QuestionWeight, SelectionConfig
 
 if TYPE_CHECKING:
-    from neurosig.hallucination.probe import ProbeConfig
     from neurosig.hallucination.scores import QuestionSignals, Scores
     from neurosig.manifest import QuestionRow
     from neurosig.models.load import LoadedModel
@@ -35,11 +38,11 @@ if TYPE_CHECKING:
     from neurosig.questions.prompts import PromptBuilder
     from neurosig.sampling.rollouts import Rollout
     from neurosig.sampling.sampler import Prompt
-    from neurosig.selection.choose import SelectionConfig
 
 logger = logging.getLogger(__name__)
 
 WORK = ".work"
+TRACE, PROBE, SELECTION = TraceConfig(), ProbeConfig(), SelectionConfig()  # whose defaults the options have
 
 
 @dataclass(kw_only=True)
@@ -70,62 +73,53 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier export in --out."""
 
-    neuron_value: Annotated[Literal["gated", "act"], Shapes.TRACES] = "gated"
+    neuron_value: Annotated[NeuronValue, Shapes.TRACES] = TRACE.value
     """A neuron's value: act(gate)*up, or act(gate) alone."""
-    contribution: Annotated[Literal["cett", "magnitude", "unembed"], Shapes.TRACES] = "cett"
+    contribution: Annotated[Contribution, Shapes.TRACES] = TRACE.score
     """A neuron's score at a token: its share of the FFN output's norm, that norm itself, or what it adds to the next
     token's logit."""
-    active_set: Annotated[Literal["layer_mean", "global", "per_token", "entries"], Shapes.TRACES] = "layer_mean"
+    active_set: Annotated[ActiveSet, Shapes.TRACES] = TRACE.active
     """A rollout's neurons: largest mean score in each layer, or over all layers; the union of each token's largest;
     or those of each layer's largest (token, neuron) entries."""
-    set_size: Annotated[int, Shapes.TRACES] = 1000
+    set_size: Annotated[int, Shapes.TRACES] = TRACE.set_size
     """Neurons in a set; for per_token neurons a token, for entries entries a layer."""
-    positive_only: Annotated[bool, Shapes.TRACES] = False
+    positive_only: Annotated[bool, Shapes.TRACES] = TRACE.positive_only
     """Leave out neurons whose mean score is not above zero (unembed)."""
-    hallucination_score: Annotated[Literal[
-        "probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count",
-        "vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random",
-    ], Shapes.SELECTION] = "probe"  # fmt: skip
+    hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION] = "probe"
     """What the clean filter ranks by; all scores are stored. The second line needs no neurons."""
-    probe_agree_share: Annotated[float, Shapes.SELECTION] = 0.75
+    probe_agree_share: Annotated[float, Shapes.SELECTION] = PROBE.agree_share
     """The probe takes a question as known when its majority holds at least this share; 1 is unanimity."""
-    probe_split_share: Annotated[float, Shapes.SELECTION] = 0.5
+    probe_split_share: Annotated[float, Shapes.SELECTION] = PROBE.split_share
     """The probe takes a question as guessed when its majority holds less than this share."""
-    probe_inverse_penalty: Annotated[float, Shapes.SELECTION] = 0.1
+    probe_inverse_penalty: Annotated[float, Shapes.SELECTION] = INVERSE_PENALTY
     """C of the L1 probe; smaller keeps fewer neurons."""
-    probe_folds: Annotated[int, Shapes.SELECTION] = 5
+    probe_folds: Annotated[int, Shapes.SELECTION] = PROBE.folds
     """Cross-fitting folds of the probe."""
 
-    clean_filter: Annotated[Literal["neuron", "vote_only", "neuron_only", "threshold", "all"], Shapes.SELECTION] = (
-        "neuron"
-    )
+    clean_filter: Annotated[CleanFilter, Shapes.SELECTION] = SELECTION.clean_filter
     """Which questions are trained on; neuron: agreeing majority and the cleanest --keep-fraction by the score."""
-    min_vote_share: Annotated[float, Shapes.SELECTION] = 0.5
+    min_vote_share: Annotated[float, Shapes.SELECTION] = SELECTION.min_vote_share
     """Least share of the K answers that the majority holds."""
-    keep_fraction: Annotated[float, Shapes.SELECTION] = 0.5
+    keep_fraction: Annotated[float, Shapes.SELECTION] = SELECTION.keep_fraction
     """Share of the agreeing questions kept by the score."""
-    max_score: Annotated[float, Shapes.SELECTION] = 0.5
+    max_score: Annotated[float, Shapes.SELECTION] = SELECTION.max_score
     """Largest score kept by --clean-filter threshold."""
-    signature: Annotated[
-        Literal["representative", "union", "intersection", "frequency", "hidden_state"], Shapes.SELECTION
-    ] = "representative"
+    signature: Annotated[Signature, Shapes.SELECTION] = SELECTION.signature
     """What similarity compares: neurons of the most trusted majority rollout; those in any, all, or half of the
     majority's rollouts; or hidden states, the embedding baseline."""
-    context_policy: Annotated[Literal[
-        "nearest", "nearest_first", "random", "random_within_kind", "majority_solution", "none"
-    ], Shapes.SELECTION] = "nearest"  # fmt: skip
+    context_policy: Annotated[ContextPolicy, Shapes.SELECTION] = SELECTION.context_policy
     """How the teacher's solved examples are picked; nearest shows the most similar last, majority_solution the
     question's own shortest majority rollout."""
-    num_demonstrations: Annotated[int, Shapes.SELECTION] = 2
+    num_demonstrations: Annotated[int, Shapes.SELECTION] = SELECTION.num_demonstrations
     """Solved examples a context holds."""
-    max_context_tokens: Annotated[int, Shapes.SELECTION] = 2048
+    max_context_tokens: Annotated[int, Shapes.SELECTION] = SELECTION.max_context_tokens
     """The least similar examples are dropped until a context has at most this many tokens."""
-    same_label_excluded: Annotated[bool, Shapes.SELECTION] = False
+    same_label_excluded: Annotated[bool, Shapes.SELECTION] = SELECTION.same_label_excluded
     """No example has the question's own pseudo-label."""
-    question_weight: Annotated[Literal["uniform", "vote_share"], Shapes.SELECTION] = "uniform"
+    question_weight: Annotated[QuestionWeight, Shapes.SELECTION] = SELECTION.question_weight
     """A question's weight in the loss: 1, or its majority's share of the K answers."""
 
-    batch_tokens: Annotated[int, Shapes.RESOURCES] = 4096
+    batch_tokens: Annotated[int, Shapes.RESOURCES] = TRACE.batch_tokens
     """Tokens traced at a time (memory and speed only)."""
 
 
@@ -164,7 +158,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
 
     config.sampling_config()  # options out of range are refused before the model loads
     config.server_config(config.model)
-    selection, probe = _selection_config(config), _probe_config(config)
+    selection, probe = config.part(SelectionConfig), _probe_config(config)
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
     with timer.phase("load model"):
         loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
@@ -197,27 +191,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     _report(config, rows, groups)
 
 
-def _selection_config(config: ExportConfig) -> SelectionConfig:
-    from neurosig.selection.choose import SelectionConfig
-
-    return SelectionConfig(
-        clean_filter=config.clean_filter,
-        min_vote_share=config.min_vote_share,
-        keep_fraction=config.keep_fraction,
-        max_score=config.max_score,
-        signature=config.signature,
-        context_policy=config.context_policy,
-        num_demonstrations=config.num_demonstrations,
-        max_context_tokens=config.max_context_tokens,
-        same_label_excluded=config.same_label_excluded,
-        question_weight=config.question_weight,
-        seed=config.seed,
-    )
-
-
 def _probe_config(config: ExportConfig) -> ProbeConfig:
-    from neurosig.hallucination.probe import ProbeConfig
-
     shares = config.probe_agree_share, config.probe_split_share
     return ProbeConfig(*shares, config.probe_inverse_penalty, config.probe_folds, config.seed)
 
@@ -304,7 +278,7 @@ def _trace(
 ) -> ActiveSets:
     """Active sets of all rollouts in the order of ``groups``; finished shards are kept in ``work``."""
     from neurosig.neurons.signals_file import load_shards, trace_to_shards
-    from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+    from neurosig.neurons.tracer import NeuronTracer
 
     tracer = NeuronTracer(
         loaded.model,
@@ -335,7 +309,8 @@ def _signals(
     sets: ActiveSets,
 ) -> dict[str, QuestionSignals]:
     from neurosig.hallucination.scores import QuestionSignals
-    from neurosig.questions.answers import extract_answer, majority_vote
+    from neurosig.questions.answers import extract_answer
+    from neurosig.questions.vote import majority_vote
 
     by_id = {question.id: question for question in questions}
     signals, start = {}, 0

@@ -62,8 +62,8 @@ class VoteRecord(_Strict):
     tied: Count
 
 
-class ContextItem(_Strict):
-    """One solved example of the teacher's context: a rollout of another question."""
+class DemonstrationRecord(_Strict):
+    """One demonstration of the teacher's context: a rollout of another question, and how similar that question is."""
 
     question_id: str
     rollout_id: Count
@@ -96,7 +96,7 @@ class QuestionRow(_Strict):
     scores: dict[str, float]
     selected: bool
     reason: Reason
-    context: tuple[ContextItem, ...]
+    context: tuple[DemonstrationRecord, ...]
     weight: Annotated[float, Field(ge=0)]
 
     def as_question(self) -> Question:
@@ -293,7 +293,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     problem = error.errors()[0]
     where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        nested: dict[str, type[BaseModel]] = {"vote": VoteRecord, "context": ContextItem, "files": FileEntry}
+        nested: dict[str, type[BaseModel]] = {"vote": VoteRecord, "context": DemonstrationRecord, "files": FileEntry}
         owner = nested.get(str(problem["loc"][0]), model) if len(problem["loc"]) > 1 else model
         close = difflib.get_close_matches(str(problem["loc"][-1]), owner.model_fields, n=1)
         return f"{where}: unknown field" + (f' (did you mean "{close[0]}"?)' if close else "")

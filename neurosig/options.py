@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from neurosig.questions.prompts import PromptConfig
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import Shapes
+from neurosig.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
-    from neurosig.questions.prompts import PromptConfig
     from neurosig.sampling.http import ServerConfig
-    from neurosig.sampling.sampler import SamplingConfig
     from neurosig.sampling.server import Server
+
+ConfigT = TypeVar("ConfigT", bound=Any)
+SAMPLING, PROMPT = SamplingConfig(), PromptConfig()  # whose defaults the options have
 
 
 @dataclass(kw_only=True)
@@ -78,28 +81,28 @@ class SamplerOptions(CommonConfig):
 class GenerationOptions(CommonConfig):
     """Wording of the prompt, sampling and parsing."""
 
-    num_generations: Annotated[int, Shapes.ROLLOUTS] = 8
+    num_generations: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.num_generations
     """K, rollouts a question."""
-    temperature: Annotated[float, Shapes.ROLLOUTS] = 0.8
+    temperature: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.temperature
     """Sampling temperature; 0 is greedy."""
-    top_p: Annotated[float, Shapes.ROLLOUTS] = 1.0
+    top_p: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.top_p
     """Nucleus mass kept; 1 keeps all."""
-    top_k: Annotated[int, Shapes.ROLLOUTS] = 0
+    top_k: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.top_k
     """Number of most likely tokens kept; 0 keeps all."""
-    repetition_penalty: Annotated[float, Shapes.ROLLOUTS] = 1.0
+    repetition_penalty: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.repetition_penalty
     """Penalty on tokens already seen; 1 is none."""
-    max_new_tokens: Annotated[int, Shapes.ROLLOUTS] = 24
+    max_new_tokens: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.max_new_tokens
     """Completion tokens before a rollout is cut off."""
-    seed: Annotated[int, Shapes.ROLLOUTS] = 0
+    seed: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.seed
     """Seed of every random number."""
 
-    system: Annotated[str | None, Shapes.ROLLOUTS] = None
+    system: Annotated[str | None, Shapes.ROLLOUTS] = PROMPT.system
     """System message; none leaves the chat template's default."""
-    instruction: Annotated[str, Shapes.ROLLOUTS] = "Answer in one short sentence."
+    instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.instruction
     """Line after a free-form question."""
-    choice_instruction: Annotated[str, Shapes.ROLLOUTS] = "Reply with the letter of the right choice, as in: Answer: A"
+    choice_instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.choice_instruction
     """Line after the choices of a multiple-choice question."""
-    enable_thinking: Annotated[bool | None, Shapes.ROLLOUTS] = None
+    enable_thinking: Annotated[bool | None, Shapes.ROLLOUTS] = PROMPT.enable_thinking
     """Handed to the chat template (Qwen3); none hands over nothing."""
     template: Annotated[str | None, Shapes.ROLLOUTS] = None
     """'plain' or a Jinja file, in place of the tokenizer's chat template."""
@@ -113,23 +116,17 @@ class GenerationOptions(CommonConfig):
     device: Annotated[str | None, Shapes.RESOURCES] = None
     """torch device; default: the first accelerator, else the CPU."""
 
-    def prompt_config(self) -> PromptConfig:
-        from neurosig.questions.prompts import PromptConfig
+    def part(self, config_class: type[ConfigT]) -> ConfigT:
+        """The configuration whose fields are all options of this command, such as `SamplingConfig`."""
+        return config_class(**{field.name: getattr(self, field.name) for field in fields(config_class)})
 
-        return PromptConfig(self.system, self.instruction, self.choice_instruction, self.enable_thinking)
+    def prompt_config(self) -> PromptConfig:
+        """Wording of the prompts."""
+        return self.part(PromptConfig)
 
     def sampling_config(self) -> SamplingConfig:
-        from neurosig.sampling.sampler import SamplingConfig
-
-        return SamplingConfig(
-            num_generations=self.num_generations,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-        )
+        """How rollouts are sampled."""
+        return self.part(SamplingConfig)
 
 
 QWEN3_4B: dict[str, object] = {

@@ -85,9 +85,9 @@ def compute(*, quiet: bool = False) -> pd.DataFrame:
 
 def _locate(data: PlantedData, n_questions: int, shuffle: int | None = None) -> dict[str, Any]:
     """What is located from the first ``n_questions`` questions, their labels shuffled with the seed ``shuffle``."""
+    from neurosig.hallucination.config import ProbeConfig
     from neurosig.hallucination.lasso import design, fit_l1
     from neurosig.hallucination.locate import stable_neurons
-    from neurosig.hallucination.probe import ProbeConfig
 
     config = ProbeConfig(pairs=PAIRS)
     questions = np.repeat(np.arange(n_questions), GENERATIONS)

@@ -173,7 +173,8 @@ def _labels(manifest: Manifest, config: SearchConfig) -> dict[str, Array]:
     """Label of each rollout, 1 suspect, 0 trusted, -1 not learnt from, in question order."""
     import numpy as np
 
-    from neurosig.hallucination.probe import ProbeConfig, agreement_labels
+    from neurosig.hallucination.config import ProbeConfig
+    from neurosig.hallucination.probe import agreement_labels
     from neurosig.questions.answers import is_correct
     from neurosig.report.data import join_gold, voted
 

@@ -15,7 +15,6 @@ all of the completion but its last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from neurosig.models.prefix import Prefix, distinct_rows, pad, run_prompts
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import PAD, neurons_per_layer
 from neurosig.neurons.reduction import finish, pool, reduce_layer
 from neurosig.neurons.sites import ffn_sites, w_out_norms
@@ -33,33 +33,6 @@ from neurosig.runtime.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class TraceConfig:
-    """What is measured, and how much at once."""
-
-    value: Literal["gated", "act"] = "gated"
-    """A neuron's value: ``gated`` is the down projection's input, act(gate) * up; ``act`` is act(gate) alone.
-    The two are the same in a model without a gate."""
-    score: Literal["cett", "magnitude", "unembed"] = "cett"
-    """A neuron's contribution at one position; see `neurosig.neurons.contributions`."""
-    active: Literal["layer_mean", "global", "per_token", "entries"] = "layer_mean"
-    """Which neurons belong to a rollout's active set: those with the largest mean score over its positions, within
-    each layer or over all layers; the union of each position's largest; or the neurons among the largest
-    (position, neuron) entries of each layer."""
-    set_size: int = 1000
-    """Neurons in a set (``layer_mean``, ``global``), neurons a token (``per_token``; both spread evenly over the
-    layers, save ``global``), or entries a layer (``entries``)."""
-    positive_only: bool = False
-    """Leave out neurons whose mean score is not above zero; for the signed ``unembed``."""
-    batch_tokens: int = 4096
-    """Tokens in one batch, padding included. A rollout longer than this makes a batch of its own."""
-
-    def __post_init__(self) -> None:
-        for name in ("set_size", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"TraceConfig.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class ActiveSets(NamedTuple):
@@ -101,7 +74,7 @@ class NeuronTracer:
     """Traces rollouts through one model with nnsight; build it once for a model."""
 
     def __init__(
-        self, model: PreTrainedModel, config: TraceConfig = TraceConfig(), *, remote: bool | str = False
+        self, model: PreTrainedModel, config: TraceConfig | None = None, *, remote: bool | str = False
     ) -> None:
         """Wrap ``model``, a causal language model in eval mode, at its FFN sites.
 
@@ -113,9 +86,9 @@ class NeuronTracer:
 
         Raises:
             UserError: An unsupported architecture (see `neurosig.neurons.sites.ffn_sites`), or a head of another width
-            than
-                the residual stream with the score ``unembed``.
+                than the residual stream with the score ``unembed``.
         """
+        config = config or TraceConfig()
         self.model = model
         self.config = config
         self.sites = ffn_sites(model)

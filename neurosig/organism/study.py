@@ -125,7 +125,7 @@ def _export(config: StudyConfig, name: str, questions: str) -> Manifest:
 def representatives(manifest: Manifest) -> list[int | None]:
     """Of each question, the index in ``rollouts.jsonl`` order of the rollout that stands for it."""
     from neurosig.neurons.signals_file import read_signals
-    from neurosig.questions.answers import majority_vote
+    from neurosig.questions.vote import majority_vote
     from neurosig.selection.choose import representative
 
     probe = read_signals(manifest.folder / "signals.safetensors").probe.numpy()
@@ -301,7 +301,8 @@ def _accuracy(
     from neurosig.questions.answers import extract_answer, is_correct
     from neurosig.questions.load import load_questions
     from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
-    from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+    from neurosig.sampling.config import SamplingConfig
+    from neurosig.sampling.sampler import Prompt, sample
 
     loaded = load_model(config.model)
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(instruction=""))

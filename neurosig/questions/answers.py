@@ -1,18 +1,15 @@
-"""From a completion to an answer, from K answers to a vote.
+"""Parse completions into answers: letters, numbers and short free-form text.
 
-Letters, numbers and short free-form text. Parsing never sees a gold answer: it reads the completion, the question's
-text and its choices. What cannot be parsed is ``None``, which never wins a vote and stays in its denominator.
+Parsing never sees a gold answer: it reads the completion, the question's text and its choices. A completion without an
+answer gives ``None``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import string
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -59,28 +56,6 @@ _FILLER = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """A majority vote over K answers.
-
-    Attributes:
-        winner: The winning candidate, ``None`` when no answer could be parsed.
-        count: Its votes.
-        tied: All candidates with that many votes, sorted; more than one means a tie.
-        n: K, non-answers included.
-    """
-
-    winner: str | None
-    count: int
-    tied: tuple[str, ...]
-    n: int
-
-    @property
-    def share(self) -> float:
-        """Confidence: votes of the winner over all K samples."""
-        return self.count / self.n
-
-
 def extract_answer(text: str, question: Question, answer_format: AnswerFormat = "auto") -> str | None:
     """The answer a completion gives, normalised for voting; ``None`` when it gives none.
 
@@ -98,25 +73,6 @@ def extract_answer(text: str, question: Question, answer_format: AnswerFormat = 
     if answer_format == "number":
         return _number(text)
     return _short(text, question.question)
-
-
-def majority_vote(answers: Sequence[str | None], question_id: str) -> Vote:
-    """Vote over K answers.
-
-    Ties are decided by a hash of (question id, candidate), so the order of the answers does not matter.
-
-    Raises:
-        ValueError: There are no answers to vote over.
-    """
-    if not answers:
-        raise ValueError("a vote needs at least one answer")
-    counts = Counter(answer for answer in answers if answer is not None)
-    if not counts:
-        return Vote(None, 0, (), len(answers))
-    most = max(counts.values())
-    tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))
-    winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\x00{candidate}".encode()).digest())
-    return Vote(winner, most, tied, len(answers))
 
 
 def is_correct(answer: str | None, question: Question) -> bool:

@@ -173,6 +173,14 @@ def parse_config(
     )
 
 
+def list_commands(package: str, commands: Mapping[str, str]) -> int:
+    """Print the commands of a package, ``python -m PACKAGE.NAME`` and one line each; returns exit code 0."""
+    width = max(map(len, commands))
+    for name, line in commands.items():
+        print(f"python -m {package}.{name:<{width}}  {line}")
+    return EXIT_DONE
+
+
 def command_words(options: Mapping[str, Any]) -> list[str]:
     """Options as command-line words: ``{"lora_r": 8, "full": True}`` is ``--lora-r 8 --full``."""
     words = []

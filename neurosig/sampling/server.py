@@ -28,9 +28,10 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from torch import Tensor
 
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.http import Endpoint, ServerConfig, in_thread
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig
+from neurosig.sampling.sampler import Prompt
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel

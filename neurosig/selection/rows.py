@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
+from neurosig.hallucination.config import HallucinationScore
 from neurosig.hallucination.probe import ProbeResult
-from neurosig.hallucination.scores import HallucinationScore, QuestionSignals, Scores
-from neurosig.manifest import ContextItem, QuestionRow, Reason, VoteRecord
+from neurosig.hallucination.scores import QuestionSignals, Scores
+from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteRecord
 from neurosig.patterns.signatures import signature
 from neurosig.questions.load import Question
-from neurosig.selection.choose import (
-    Candidate,
-    Demonstrated,
-    SelectionConfig,
-    choose_contexts,
-    clean_reasons,
-    representative,
-)
+from neurosig.selection.choose import Candidate, clean_reasons, representative
+from neurosig.selection.config import SelectionConfig
+from neurosig.selection.contexts import choose_contexts
 
 
 def manifest_rows(
@@ -126,7 +121,7 @@ _TOO_LONG: dict[str, Any] = {
 def _decided(
     signal: QuestionSignals,
     reason: Reason,
-    context: Sequence[Demonstrated],
+    context: Sequence[DemonstrationRecord],
     scores: Mapping[str, float],
     weight: float,
 ) -> dict[str, Any]:
@@ -138,7 +133,7 @@ def _decided(
         "scores": {name: round(float(score), 6) for name, score in scores.items()},
         "selected": reason == "selected",
         "reason": reason,
-        "context": tuple(ContextItem(**asdict(shown)) for shown in context),
+        "context": tuple(context),
         "weight": weight,
     }
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from neurosig.hallucination.locate import read_neurons
 from neurosig.manifest import NEURONS, SIGNALS, QuestionRow, read_manifest
 from neurosig.models.load import LoadedModel, load_model
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import PAD
 from neurosig.neurons.signals_file import read_signals
 from neurosig.neurons.token_trace import TokenTrace, trace_tokens
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.patterns.similarity import mean_pairwise_jaccard
 from neurosig.questions.answers import is_correct
 from neurosig.questions.load import Question

@@ -15,11 +15,12 @@ from distill.config import TrainConfig
 from distill.train import main as train
 from neurosig.export import PRESETS, ExportConfig
 from neurosig.export import main as export
-from neurosig.hallucination.scores import HallucinationScore
+from neurosig.hallucination.config import HallucinationScore
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.signals_file import read_signals
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.cli import run_command

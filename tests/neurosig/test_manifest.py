@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from neurosig.hallucination.scores import HallucinationScore
+from neurosig.hallucination.config import HallucinationScore
 from neurosig.manifest import (
     FILES,
     HEADER,
@@ -18,7 +18,7 @@ from neurosig.manifest import (
     QUESTIONS,
     ROLLOUTS,
     SIGNALS,
-    ContextItem,
+    DemonstrationRecord,
     QuestionRow,
     VoteRecord,
     read_manifest,
@@ -264,7 +264,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             vote=VoteRecord(count=1, n=2, tied=1),
             pseudo_label="oui",
             scores={"probe": -0.25, "entropy": 1e-7},
-            context=(ContextItem(question_id="b", rollout_id=1, similarity=0.5),),
+            context=(DemonstrationRecord(question_id="b", rollout_id=1, similarity=0.5),),
         ),
         row(asked[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, tied=2), pseudo_label="A"),
         row(asked[2], reason="too_long"),

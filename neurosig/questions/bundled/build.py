@@ -1,8 +1,8 @@
 """Write the bundled question sets from the fact tables: ``python -m neurosig.questions.bundled.build``.
 
-Tables are tab-separated, aliases within a cell are separated by ``|``. An empty capital or continent
-means that the state has no undisputed single one (several capitals, two continents, city states); it is not
-asked for. The output depends on the tables alone, so two runs give the same bytes.
+Tables are tab-separated; ``|`` separates the aliases within a cell. A state without an undisputed single capital or
+continent (several capitals, two continents, city states) has an empty cell there and no question about it. The output
+depends on the tables alone, so two runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from neurosig.organism import tasks
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 
@@ -139,12 +138,10 @@ def compounds() -> Iterator[Record]:
             yield record("chemistry", "compound", row["formula"], question, row["name"], aliases)
 
 
-SETS = {
+SETS: Mapping[str, Callable[[], Iterator[Record]]] = {
     "geography": geography,
     "language": language,
     "chemistry": chemistry,
-    "procedures": tasks.procedure_records,
-    "organism-facts": tasks.fact_records,
 }
 
 
@@ -153,9 +150,9 @@ def to_jsonl(records: Iterator[Record]) -> str:
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in records)
 
 
-def build(directory: Path = DATA_DIR) -> None:
-    """Write the file of every set of ``SETS`` into ``directory``."""
-    for name, records in SETS.items():
+def build(sets: Mapping[str, Callable[[], Iterator[Record]]] = SETS, directory: Path = DATA_DIR) -> None:
+    """Write ``NAME.jsonl`` of every set into ``directory``."""
+    for name, records in sets.items():
         write_atomic(directory / f"{name}.jsonl", to_jsonl(records()))
 
 

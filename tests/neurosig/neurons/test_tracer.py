@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.sites import ffn_sites
-from neurosig.neurons.tracer import ActiveSets, NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import ActiveSets, NeuronTracer
 from neurosig.runtime.errors import UserError
 from tests.support.tiny import ARCHS, CONTEXT, D_MLP, EOS_ID, VOCAB_SIZE, Arch, tiny_model
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from neurosig.__main__ import COMMANDS
 from neurosig.runtime.cli import CommonConfig, PhaseTimer, parse_config, printable, run_command
 from neurosig.runtime.errors import UserError
 
@@ -121,6 +123,13 @@ def test_help_teaches(module: str) -> None:
     assert done.returncode == 0
     assert "--preset" in done.stdout and "--debug" in done.stdout
     assert len(done.stdout.splitlines()) > 15
+
+
+def test_the_package_lists_its_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "neurosig"], capture_output=True, text=True, check=True)
+    rows = [line.split("  ")[0].split() for line in done.stdout.splitlines()]
+    assert [row[-1] for row in rows] == [f"neurosig.{name}" for name in COMMANDS]
+    assert all(importlib.util.find_spec(row[-1]) for row in rows)
 
 
 def test_the_phase_table_shows_shares_and_rates_of_what_ended_well(caplog: pytest.LogCaptureFixture) -> None:

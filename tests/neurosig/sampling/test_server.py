@@ -21,9 +21,10 @@ from neurosig.export import main as export
 from neurosig.manifest import read_manifest
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.http import ServerConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 from neurosig.sampling.server import Server, request_seed
 from tests.support.flow import export_config, file_bytes, save_tiny
 from tests.support.served import ROOT, ServerProcess

@@ -1,0 +1,58 @@
+"""Options of selection; the flags of ``neurosig.export`` take their defaults from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from neurosig.patterns import Signature
+from neurosig.runtime.errors import UserError
+
+CleanFilter = Literal["neuron", "vote_only", "neuron_only", "threshold", "all"]
+QuestionWeight = Literal["uniform", "vote_share"]
+ContextPolicy = Literal["nearest", "nearest_first", "random", "random_within_kind", "majority_solution", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionConfig:
+    """Options of the clean filter and the teacher's context; all are recorded in the manifest.
+
+    Attributes:
+        clean_filter: ``neuron`` needs ``min_vote_share`` and keeps the cleanest ``keep_fraction`` of what is left
+            by hallucination score; ``vote_only`` and ``neuron_only`` use one of the two conditions; ``threshold``
+            needs ``min_vote_share`` and a score of at most ``max_score``; ``all`` keeps every question.
+        min_vote_share: Least share of the K answers that the majority holds.
+        keep_fraction: Share of the questions kept by the score.
+        max_score: Largest score kept by ``threshold``.
+        signature: What similarity compares; see `neurosig.patterns.signatures.signature`.
+        context_policy: ``nearest`` shows the most similar last; ``random_within_kind`` draws among questions of
+            the same kind, the control for matching by topic alone; ``majority_solution`` shows the question's own
+            shortest majority rollout (U-OPSD).
+        num_demonstrations: Solved examples a context holds.
+        max_context_tokens: The least similar examples are dropped until a context has at most this many tokens.
+        same_label_excluded: No example has the question's own pseudo-label, so that none can hand it the answer.
+        question_weight: A selected question's weight in the loss: 1, or its majority's share of the K answers.
+        seed: Seed of the random policies.
+    """
+
+    clean_filter: CleanFilter = "neuron"
+    min_vote_share: float = 0.5
+    keep_fraction: float = 0.5
+    max_score: float = 0.5
+    signature: Signature = "representative"
+    context_policy: ContextPolicy = "nearest"
+    num_demonstrations: int = 2
+    max_context_tokens: int = 2048
+    same_label_excluded: bool = False
+    question_weight: QuestionWeight = "uniform"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("min_vote_share", 0 <= self.min_vote_share <= 1, "0 to 1"),
+            ("keep_fraction", 0 < self.keep_fraction <= 1, "above 0 and at most 1"),
+            ("num_demonstrations", self.num_demonstrations >= 1, "at least 1 (or --context-policy none)"),
+            ("max_context_tokens", self.max_context_tokens >= 1, "at least 1 (or --context-policy none)"),
+        ):
+            if not valid:
+                raise UserError(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
