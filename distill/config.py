@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from neurosig.options import SamplerOptions
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes, option_names
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ class TrainConfig(SamplerOptions):
     own completion.
     """
 
-    method: Annotated[Literal["nopsd", "u-opsd", "lmsi", "ttrl", "intuitor"], Shapes.TRAINING] = "nopsd"
+    method: Annotated[Literal["nopsd", "u-opsd", "lmsi", "ttrl", "intuitor"], Shapes.TRAINING, Section.TRAINING] = (
+        "nopsd"
+    )
     """nopsd: Neuron-OPSD; the others are its baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
     manifest: Annotated[Path, Shapes.PLACE]
     """Folder written by neurosig.export."""
@@ -37,12 +40,12 @@ class TrainConfig(SamplerOptions):
     """The manifest's model, if it lies elsewhere here; its weights must be the same."""
     allow_model_mismatch: Annotated[bool, Shapes.TRAINING] = False
     """Train although the model is not the one that made the manifest; noted in the run record."""
-    resume: Annotated[bool, Shapes.PLACE] = False
+    resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
     """Continue from the newest checkpoint; leave a finished run alone."""
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier run in --out."""
 
-    steps: Annotated[int, Shapes.TRAINING] = 20
+    steps: Annotated[int, Shapes.TRAINING, Section.TRAINING] = 20
     """Optimizer steps."""
     questions_per_step: Annotated[int, Shapes.TRAINING] = 8
     """Questions sampled a step."""
@@ -63,7 +66,7 @@ class TrainConfig(SamplerOptions):
     lora_alpha: Annotated[int, Shapes.TRAINING] = 32
     """LoRA scale numerator."""
 
-    teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION] = "base"
+    teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION, Section.LOSS] = "base"
     """base: the model before training; live: the student as it stands; ema: the average of its past weights."""
     ema_decay: Annotated[float, Shapes.TRAINING] = 0.99
     """What the ema teacher keeps of itself at each step."""
@@ -92,12 +95,12 @@ class TrainConfig(SamplerOptions):
     keep_truncated: Annotated[bool, Shapes.TRAINING] = False
     """Learn from rollouts without an end-of-sequence token too."""
 
-    questions_of: Annotated[Literal["selected", "all"], Shapes.TRAINING] = "selected"
+    questions_of: Annotated[Literal["selected", "all"], Shapes.TRAINING, Section.BASELINES] = "selected"
     """lmsi, ttrl, intuitor: the questions nopsd trains on, or all that are in the manifest, as in their papers."""
     vote_generations: Annotated[int | None, Shapes.TRAINING] = None
     """ttrl: rollouts that vote, of which --num-generations are trained on; default: just these."""
 
-    temperature: Annotated[float | None, Shapes.TRAINING] = None
+    temperature: Annotated[float | None, Shapes.TRAINING, Section.SAMPLING] = None
     """Sampling temperature; default: the manifest's."""
     max_new_tokens: Annotated[int | None, Shapes.TRAINING] = None
     """Completion tokens of a rollout; default: the manifest's."""
@@ -105,41 +108,41 @@ class TrainConfig(SamplerOptions):
     """Rollouts decoded at a time (memory and speed only)."""
     seed: Annotated[int, Shapes.TRAINING] = 0
     """Seed of the question order, the rollouts and the adapter."""
-    adapter_dir: Annotated[Path | None, Shapes.PLACE] = None
+    adapter_dir: Annotated[Path | None, Shapes.PLACE, Section.SERVER] = None
     """With --sampler openai: where the student's adapter is written for the server to read; default: OUT/served."""
     sync_steps: Annotated[int, Shapes.TRAINING] = 1
     """Steps between adapters sent to the server; 0: none, the rollouts come from the weights it serves."""
     max_staleness: Annotated[int, Shapes.TRAINING] = 0
     """Most steps that the weights sampled from may lie behind the student."""
-    save_steps: Annotated[int, Shapes.PLACE] = 10
+    save_steps: Annotated[int, Shapes.PLACE, Section.OUTPUT] = 10
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Shapes.PLACE] = 2
     """Newest checkpoints kept."""
-    replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION] = None
+    replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
     """Questions (file, folder, bundled set) mixed in as general prompts on which the teacher sees no context either, so
     that the model goes on answering them as before."""
     replay_per_step: Annotated[int, Shapes.TRAINING] = 2
     """Prompts of --replay sampled a step, beside the manifest's questions."""
     replay_weight: Annotated[float, Shapes.TRAINING] = 1.0
     """Their weight in the loss."""
-    stop_on_collapse: Annotated[bool, Shapes.TRAINING] = True
+    stop_on_collapse: Annotated[bool, Shapes.TRAINING, Section.STOPPING] = True
     """Stop when lengths change by half, or entropy or distinct trigrams fall below half, and go back to the last
     checkpoint before."""
     collapse_window: Annotated[int, Shapes.TRAINING] = 10
     """Steps whose mean is compared with that of the first steps."""
-    license: Annotated[str | None, Shapes.PLACE] = None
+    license: Annotated[str | None, Shapes.PLACE, Section.OUTPUT] = None
     """SPDX name of the licence in the model card; default: left to the base model's."""
     push_to_hub: Annotated[str | None, Shapes.PLACE] = None
     """Upload the result to this Hugging Face repository, private; needs `hf auth login`."""
-    dev_questions: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION] = None
+    dev_questions: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.STOPPING] = None
     """Labelled questions whose maj@K is measured at every save; stop when it falls. Gold answers serve nothing else."""
     dev_limit: Annotated[int, Shapes.TRAINING] = 64
     """Use the first so many of --dev-questions."""
     dev_generations: Annotated[int, Shapes.TRAINING] = 8
     """K of that vote."""
-    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Shapes.PLACE] = ()
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Shapes.PLACE, Section.OUTPUT] = ()
     """Send the metrics there too; tensorboard writes to --out."""
-    dtype: Annotated[str, Shapes.TRAINING] = "auto"
+    dtype: Annotated[str, Shapes.TRAINING, Section.RESOURCES] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: Annotated[str | None, Shapes.TRAINING] = None
     """torch device; default: the first accelerator, else the CPU."""

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class EvaluateConfig(SamplerOptions, GenerationOptions):
     --temperature 0 --num-generations 1 (all K would be alike).
     """
 
-    model: Annotated[str, Shapes.MODEL]
+    model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
     """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
     adapter: Annotated[Path | None, Shapes.MODEL] = None
     """LoRA adapter folder written by distill.train."""
@@ -54,7 +55,7 @@ class EvaluateConfig(SamplerOptions, GenerationOptions):
     """Split of bundled sets whose name gives none."""
     limit: Annotated[tuple[int, ...], Shapes.ROLLOUTS] = ()
     """Use the first N questions only: one number for every source, or one a source."""
-    scoring: Annotated[Literal["sampling", "loglikelihood"], Shapes.ROLLOUTS] = "sampling"
+    scoring: Annotated[Literal["sampling", "loglikelihood"], Shapes.ROLLOUTS, Section.SCORING] = "sampling"
     """sampling: K answers and their vote; loglikelihood: the likeliest choice of each multiple-choice question, its
     confidence the softmax over the choices. Options of sampling then have no effect."""
     choice_form: Annotated[Literal["letter", "text"], Shapes.ROLLOUTS] = "letter"
@@ -62,7 +63,7 @@ class EvaluateConfig(SamplerOptions, GenerationOptions):
     on lettered tasks); text: the choice's text, its mean a token (where `acc_norm` divides by characters)."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
-    resume: Annotated[bool, Shapes.PLACE] = False
+    resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
     """Continue an interrupted evaluation; leave a finished one alone."""
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier evaluation in --out."""

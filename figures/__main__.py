@@ -1,4 +1,7 @@
-"""Draw the project's figures: ``python -m figures [NAME ...] --results DIR``."""
+"""Draw the project's figures.
+
+python -m figures before_after --results runs/demo
+"""
 
 from __future__ import annotations
 

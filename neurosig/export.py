@@ -25,6 +25,7 @@ from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptio
 from neurosig.patterns import Signature
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes, option_names
 from neurosig.selection.config import CleanFilter, ContextPolicy, QuestionWeight, SelectionConfig
 
@@ -53,7 +54,7 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     trust and gives each a few-shot context of questions that reason alike.
     """
 
-    model: Annotated[str, Shapes.MODEL]
+    model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
     """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (world-facts, geography, language, chemistry, procedures, organism-facts; optionally :train, :dev,
@@ -68,12 +69,12 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     """Split of bundled sets whose name gives none."""
     limit: Annotated[int | None, Shapes.ROLLOUTS] = None
     """Use the first N questions only."""
-    resume: Annotated[bool, Shapes.PLACE] = False
+    resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
     """Continue an interrupted export; leave a complete one alone."""
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier export in --out."""
 
-    neuron_value: Annotated[NeuronValue, Shapes.TRACES] = TRACE.value
+    neuron_value: Annotated[NeuronValue, Shapes.TRACES, Section.NEURONS] = TRACE.value
     """A neuron's value: act(gate)*up, or act(gate) alone."""
     contribution: Annotated[Contribution, Shapes.TRACES] = TRACE.score
     """A neuron's score at a token: its share of the FFN output's norm, that norm itself, or what it adds to the next
@@ -85,7 +86,7 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     """Neurons in a set; for per_token neurons a token, for entries entries a layer."""
     positive_only: Annotated[bool, Shapes.TRACES] = TRACE.positive_only
     """Leave out neurons whose mean score is not above zero (unembed)."""
-    hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION] = "probe"
+    hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION, Section.SCORE] = "probe"
     """What the clean filter ranks by; all scores are stored. The second line needs no neurons."""
     probe_agree_share: Annotated[float, Shapes.SELECTION] = PROBE.agree_share
     """The probe takes a question as known when its majority holds at least this share; 1 is unanimity."""
@@ -96,7 +97,7 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     probe_folds: Annotated[int, Shapes.SELECTION] = PROBE.folds
     """Cross-fitting folds of the probe."""
 
-    clean_filter: Annotated[CleanFilter, Shapes.SELECTION] = SELECTION.clean_filter
+    clean_filter: Annotated[CleanFilter, Shapes.SELECTION, Section.SELECTION] = SELECTION.clean_filter
     """Which questions are trained on; neuron: agreeing majority and the cleanest --keep-fraction by the score."""
     min_vote_share: Annotated[float, Shapes.SELECTION] = SELECTION.min_vote_share
     """Least share of the K answers that the majority holds."""
@@ -119,7 +120,7 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     question_weight: Annotated[QuestionWeight, Shapes.SELECTION] = SELECTION.question_weight
     """A question's weight in the loss: 1, or its majority's share of the K answers."""
 
-    batch_tokens: Annotated[int, Shapes.RESOURCES] = TRACE.batch_tokens
+    batch_tokens: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = TRACE.batch_tokens
     """Tokens traced at a time (memory and speed only)."""
 
 

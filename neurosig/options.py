@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from neurosig.questions.prompts import PromptConfig
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
 from neurosig.sampling.config import SamplingConfig
 
@@ -24,7 +25,9 @@ SAMPLING, PROMPT = SamplingConfig(), PromptConfig()  # whose defaults the option
 class SamplerOptions(CommonConfig):
     """Where rollouts are sampled: here, or by an OpenAI-compatible server."""
 
-    sampler: Annotated[Literal["transformers", "openai"], Shapes.ROLLOUTS | Shapes.DISTILLATION] = "transformers"
+    sampler: Annotated[Literal["transformers", "openai"], Shapes.ROLLOUTS | Shapes.DISTILLATION, Section.SERVER] = (
+        "transformers"
+    )
     """transformers: here; openai: by the server at --base-url (its key: the variable OPENAI_API_KEY)."""
     base_url: Annotated[str | None, Shapes.PLACE | Shapes.DISTILLATION] = None
     """Address of the server, such as http://localhost:8000/v1."""
@@ -81,7 +84,7 @@ class SamplerOptions(CommonConfig):
 class GenerationOptions(CommonConfig):
     """Wording of the prompt, sampling and parsing."""
 
-    num_generations: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.num_generations
+    num_generations: Annotated[int, Shapes.ROLLOUTS, Section.SAMPLING] = SAMPLING.num_generations
     """K, rollouts a question."""
     temperature: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.temperature
     """Sampling temperature; 0 is greedy."""
@@ -96,7 +99,7 @@ class GenerationOptions(CommonConfig):
     seed: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.seed
     """Seed of every random number."""
 
-    system: Annotated[str | None, Shapes.ROLLOUTS] = PROMPT.system
+    system: Annotated[str | None, Shapes.ROLLOUTS, Section.PROMPT] = PROMPT.system
     """System message; none leaves the chat template's default."""
     instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.instruction
     """Line after a free-form question."""
@@ -109,7 +112,7 @@ class GenerationOptions(CommonConfig):
     answer_format: Annotated[Literal["auto", "letter", "number", "short"], Shapes.SELECTION] = "auto"
     """How answers are parsed; auto: letter when there are choices, else short text."""
 
-    batch_rows: Annotated[int, Shapes.RESOURCES] = 256
+    batch_rows: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = 256
     """Rollouts decoded at a time (memory and speed only)."""
     dtype: Annotated[str, Shapes.MODEL] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""

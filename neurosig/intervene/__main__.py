@@ -18,11 +18,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.options import QWEN3_4B, GenerationOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,7 @@ class InterveneConfig(GenerationOptions):
     (what was run) and cells/ (samples and measures of every neuron set at every factor).
     """
 
-    manifest: Path
+    manifest: Annotated[Path, Section.QUESTIONS]
     """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors what each contributes."""
     questions: tuple[str, ...]
     """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME."""
@@ -62,7 +63,7 @@ class InterveneConfig(GenerationOptions):
     """Split of bundled sets whose name gives none."""
     limit: int | None = None
     """Use the first N questions only."""
-    table: Path | None = None
+    table: Annotated[Path | None, Section.NEURONS] = None
     """CSV of neurons (layer, index, weight) in place of the manifest's, such as neurosig.hallucination.locate writes.
     """
     neurons: Literal["positive", "negative", "all"] = "positive"
@@ -77,7 +78,7 @@ class InterveneConfig(GenerationOptions):
     """The unscaled model's samples a question that perplexity is taken of."""
     strongest: bool = True
     """Also scale the same number of the layers' largest contributors."""
-    resume: bool = False
+    resume: Annotated[bool, Section.OUTPUT] = False
     """Continue an interrupted run; leave a finished one alone."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
