@@ -1,4 +1,4 @@
-"""Options that several commands share, so that a flag means the same in each of them."""
+"""Options that several commands share, so that a flag means the same everywhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from neurosig.sampling.server import Server
 
 ConfigT = TypeVar("ConfigT", bound=Any)
-SAMPLING, PROMPT = SamplingConfig(), PromptConfig()  # whose defaults the options have
+SAMPLING, PROMPT = SamplingConfig(), PromptConfig()  # the options' defaults
 
 
 @dataclass(kw_only=True)
@@ -28,32 +28,32 @@ class SamplerOptions(CommonConfig):
     sampler: Annotated[Literal["transformers", "openai"], Shapes.ROLLOUTS | Shapes.DISTILLATION, Section.SERVER] = (
         "transformers"
     )
-    """transformers: here; openai: by the server at --base-url (its key: the variable OPENAI_API_KEY)."""
+    """transformers: sample here; openai: ask the server at --base-url, with the key in OPENAI_API_KEY."""
     base_url: Annotated[str | None, Shapes.PLACE | Shapes.DISTILLATION] = None
-    """Address of the server, such as http://localhost:8000/v1."""
+    """Address of the server, such as http://localhost:8000/v1; --sampler openai needs it."""
     served_model: Annotated[str | None, Shapes.ROLLOUTS] = None
-    """Name under which it serves the model; default: the model's id."""
+    """The server's name of the model; default: the model's id."""
     server_api: Annotated[Literal["completions", "chat", "transformers"], Shapes.ROLLOUTS] = "completions"
-    """completions: token ids both ways (vLLM); chat: text, encoded again (any server); transformers: the same for
-    `transformers serve`."""
+    """completions: token ids both ways (vLLM); chat: messages out, text back (any server); transformers: chat with the
+    whole sampling configuration (`transformers serve`)."""
     served_logprobs: Annotated[bool, Shapes.ROLLOUTS] = True
-    """Record the server's log-probabilities (completions), after holding the first against the model here."""
+    """Record the server's log-probabilities (completions) after comparing the first ones with the model here."""
     request_timeout: Annotated[float, Shapes.PLACE] = 600.0
-    """Seconds without an answer before a request is sent again."""
+    """Seconds to wait for an answer before the request is sent again."""
     max_retries: Annotated[int, Shapes.PLACE] = 5
-    """Repetitions of a request, with growing pauses, after time-outs, lost connections, 429 and 5xx."""
+    """Retries per request, with growing pauses, after time-outs, lost connections, 429 and 5xx."""
     concurrency: Annotated[int, Shapes.PLACE] = 64
-    """Requests under way at a time."""
+    """Requests in flight at once."""
 
     def server_config(self, model_id: str, *, enable_thinking: bool | None = None) -> ServerConfig | None:
-        """How the server is asked; None when the model here samples.
+        """The server's address and how to ask it; None when the model here samples.
 
         Raises:
             UserError: --base-url is missing, or given without --sampler openai, or an option is out of range.
         """
         if self.sampler == "transformers":
             if self.base_url is not None:
-                raise UserError("--base-url: nothing is asked of a server unless you give --sampler openai")
+                raise UserError("--base-url has no effect without --sampler openai")
             return None
         if self.base_url is None:
             raise UserError("--sampler openai: give the server's --base-url, such as http://localhost:8000/v1")
@@ -82,38 +82,38 @@ class SamplerOptions(CommonConfig):
 
 @dataclass(kw_only=True)
 class GenerationOptions(CommonConfig):
-    """Wording of the prompt, sampling and parsing."""
+    """Wording of the prompt, sampling and parsing of answers."""
 
     num_generations: Annotated[int, Shapes.ROLLOUTS, Section.SAMPLING] = SAMPLING.num_generations
-    """K, rollouts a question."""
+    """K, rollouts per question, at least 1."""
     temperature: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.temperature
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature, 0 or more; 0 is greedy."""
     top_p: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.top_p
-    """Nucleus mass kept; 1 keeps all."""
+    """Probability mass that nucleus sampling keeps, above 0; 1 keeps all."""
     top_k: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.top_k
-    """Number of most likely tokens kept; 0 keeps all."""
+    """Likeliest tokens that sampling keeps; 0 keeps all."""
     repetition_penalty: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.repetition_penalty
-    """Penalty on tokens already seen; 1 is none."""
+    """Penalty on tokens of the prompt and the completion so far, above 0; 1 is none."""
     max_new_tokens: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.max_new_tokens
-    """Completion tokens before a rollout is cut off."""
+    """Most completion tokens per rollout; the default fits a short sentence."""
     seed: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.seed
     """Seed of every random number."""
 
     system: Annotated[str | None, Shapes.ROLLOUTS, Section.PROMPT] = PROMPT.system
-    """System message; none leaves the chat template's default."""
+    """System message; without one the chat template's own default applies."""
     instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.instruction
     """Line after a free-form question."""
     choice_instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.choice_instruction
     """Line after the choices of a multiple-choice question."""
     enable_thinking: Annotated[bool | None, Shapes.ROLLOUTS] = PROMPT.enable_thinking
-    """Handed to the chat template (Qwen3); none hands over nothing."""
+    """Passed to the chat template (Qwen3); by default it gets nothing."""
     template: Annotated[str | None, Shapes.ROLLOUTS] = None
-    """'plain' or a Jinja file, in place of the tokenizer's chat template."""
+    """'plain' or a Jinja file to use instead of the tokenizer's chat template."""
     answer_format: Annotated[Literal["auto", "letter", "number", "short"], Shapes.SELECTION] = "auto"
-    """How answers are parsed; auto: letter when there are choices, else short text."""
+    """How answers are parsed; auto: a letter when the question has choices, else short text."""
 
     batch_rows: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = 256
-    """Rollouts decoded at a time (memory and speed only)."""
+    """Rollouts per decoded batch; memory and speed only."""
     dtype: Annotated[str, Shapes.MODEL] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: Annotated[str | None, Shapes.RESOURCES] = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -138,11 +138,9 @@ def parse_line(raw: bytes, where: str, *, first: bool) -> Record:
 
 def read_parquet(path: Path) -> Rows:
     """Records of a Parquet file, batch by batch."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -171,8 +169,7 @@ def read_hub(name: str, split: str | None) -> Rows:
     try:
         loaded = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UserError(f"dataset {where}: not found, or no connection to the hub: {reason}") from None
+        raise UserError(f"dataset {where}: not found, or no connection to the hub: {first_line(error)}") from None
     return dataset_rows(loaded, f"dataset {where}", f"hf:{name}:SPLIT")
 
 
@@ -241,7 +238,7 @@ def adapt_native(record: Record, stem: str) -> Fields:
         question=question,
         choices=choices,
         answer=answer,
-        aliases=without(aliases, answer),
+        aliases=tuple(alias for alias in dict.fromkeys(aliases) if alias != answer),
         kind=next((kind for kind in kinds if kind), None),
     )
 
@@ -249,8 +246,7 @@ def adapt_native(record: Record, stem: str) -> Fields:
 def adapt_sciknoweval(record: Record, line: int, stem: str) -> Fields | None:
     """SciKnowEval (and ARC) as released: choices {text, label}, answerKey, answer, type, details, prompt."""
     choices, labels = labelled_choices(record.get("choices"), "choices")
-    details = record.get("details")
-    details = details if isinstance(details, dict) else {}
+    details = record["details"] if isinstance(record.get("details"), dict) else {}
     domain = (optional_text(record, "domain") or stem).lower()
     task = optional_text(details, "task")
     question = required_text(record, "question")
@@ -360,15 +356,8 @@ def letter_of(answer: object, choices: tuple[str, ...], labels: tuple[str, ...],
 
 
 def other_words(record: Record, answer: str | None) -> tuple[str, ...]:
-    """ "True" beside a gold "Yes" and so on: the benchmark's instructions and its gold answers disagree."""
-    if record.get("type") == "true_or_false" and answer in OTHER_WORD:
-        return (OTHER_WORD[answer],)
-    return ()
-
-
-def without(aliases: Iterable[str], answer: str | None) -> tuple[str, ...]:
-    """The aliases once each, the answer left out."""
-    return tuple(alias for alias in dict.fromkeys(aliases) if alias != answer)
+    """The alias "True" of a gold "Yes" and so on: the benchmark's instructions and its gold answers disagree."""
+    return (OTHER_WORD[answer],) if record.get("type") == "true_or_false" and answer in OTHER_WORD else ()
 
 
 def slug(text: str) -> str:

@@ -6,7 +6,6 @@ ever truncated, and text that looks like a special token stays text.
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from neurosig.questions.chat_template import ADVICE, TemplateRenderer
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import sha256_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,8 +132,3 @@ class PromptBuilder:
                 *self._tokenise(message["content"].strip(), split_special_tokens=True),
             ]
         return (*ids, *self._tokenise(rest))
-
-
-def prompt_sha256(config: PromptConfig) -> str:
-    """Hash of a wording, for run records."""
-    return sha256_text(json.dumps(config.as_dict(), sort_keys=True))
