@@ -24,124 +24,125 @@ if TYPE_CHECKING:
 class TrainConfig(SamplerOptions):
     """Distil a manifest's contexts into the model.
 
-    The student sees the bare question, the teacher also sees the manifest's solved examples; both read the student's
-    own completion.
+    The student sees the bare question, the teacher also sees the manifest's demonstrations; both read the student's own
+    completion.
     """
 
     method: Annotated[Literal["nopsd", "u-opsd", "lmsi", "ttrl", "intuitor"], Shapes.TRAINING, Section.TRAINING] = (
         "nopsd"
     )
-    """nopsd: Neuron-OPSD; the others are its baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
+    """nopsd: Neuron-OPSD; the others are baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
     manifest: Annotated[Path, Shapes.PLACE]
     """Folder written by neurosig.export."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of metrics.jsonl, checkpoints/ and the final adapter/ (or model/)."""
     model: Annotated[str | None, Shapes.PLACE] = None
-    """The manifest's model, if it lies elsewhere here; its weights must be the same."""
+    """Load the model from here instead of the id in the manifest; the weights must match."""
     allow_model_mismatch: Annotated[bool, Shapes.TRAINING] = False
-    """Train although the model is not the one that made the manifest; noted in the run record."""
+    """Train although the weights are not those that made the manifest; the run record says so."""
     resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
-    """Continue from the newest checkpoint; leave a finished run alone."""
+    """Continue from the newest checkpoint; leave a finished run unchanged."""
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier run in --out."""
 
     steps: Annotated[int, Shapes.TRAINING, Section.TRAINING] = 20
     """Optimizer steps."""
     questions_per_step: Annotated[int, Shapes.TRAINING] = 8
-    """Questions sampled a step."""
+    """Questions per step."""
     num_generations: Annotated[int, Shapes.TRAINING] = 2
-    """Rollouts a question and step."""
+    """Rollouts per question and step."""
     micro_batch_size: Annotated[int, Shapes.TRAINING] = 16
-    """Rollouts in one forward and backward; memory and speed only."""
+    """Rollouts per forward and backward pass; memory and speed only."""
     learning_rate: Annotated[float, Shapes.TRAINING] = 5e-4
     """Peak learning rate of AdamW."""
     warmup_steps: Annotated[int, Shapes.TRAINING] = 3
     """Steps of linear warm-up, then constant."""
     max_grad_norm: Annotated[float, Shapes.TRAINING] = 1.0
-    """Gradients are clipped to this norm."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     full: Annotated[bool, Shapes.TRAINING] = False
-    """Full fine-tuning (input and output embeddings stay frozen) instead of LoRA."""
+    """Train all weights but the input and output embeddings, instead of LoRA."""
     lora_r: Annotated[int, Shapes.TRAINING] = 16
     """LoRA rank."""
     lora_alpha: Annotated[int, Shapes.TRAINING] = 32
     """LoRA scale numerator."""
 
     teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION, Section.LOSS] = "base"
-    """base: the model before training; live: the student as it stands; ema: the average of its past weights."""
+    """base: the model before training; live: the current student; ema: a moving average of the student's weights."""
     ema_decay: Annotated[float, Shapes.TRAINING] = 0.99
-    """What the ema teacher keeps of itself at each step."""
+    """Share of its own weights that the ema teacher keeps per step, 0 to below 1."""
     divergence: Annotated[
         Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"], Shapes.TRAINING | Shapes.DISTILLATION
     ] = "forward_kl"
     """forward_kl is KL(teacher || student); sampled_token estimates reverse_kl from the student's own tokens."""
     topk: Annotated[int, Shapes.TRAINING | Shapes.DISTILLATION] = 0
-    """The student's k likeliest vocabulary entries stand for all; 0 takes the whole vocabulary."""
+    """Compute the divergence on the student's k likeliest vocabulary entries; 0: on the whole vocabulary."""
     tail: Annotated[bool, Shapes.TRAINING] = True
-    """With --topk: the other entries count as one more."""
+    """With --topk: add the remaining entries as one more."""
     beta: Annotated[float, Shapes.TRAINING] = 0.5
-    """Teacher's share of the mixture in jsd."""
+    """The teacher's share of the mixture in jsd, strictly between 0 and 1."""
     loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.DISTILLATION] = 1.0
-    """Divides both logits in the loss."""
+    """Temperature of both distributions in the loss, above 0."""
     clip: Annotated[Literal["none", "pointwise", "token"], Shapes.TRAINING] = "none"
-    """Cap on each vocabulary entry's, or each token's, contribution."""
+    """Cap the loss of each vocabulary entry (pointwise) or of each token."""
     clip_value: Annotated[float, Shapes.TRAINING] = 0.05
     """The cap, in nats."""
     loss_mean: Annotated[Literal["token", "sequence"], Shapes.TRAINING | Shapes.DISTILLATION] = "token"
-    """Mean over all completion tokens of the step, or over its rollouts, each with the mean of its tokens."""
+    """token: mean over the step's completion tokens; sequence: mean over its rollouts' means."""
     skip_first: Annotated[int, Shapes.TRAINING] = 0
-    """Completion tokens left out at the start of each rollout."""
+    """First N completion tokens of each rollout to leave out of the loss."""
     loss_on: Annotated[Literal["all", "disagreeing"], Shapes.TRAINING | Shapes.DISTILLATION] = "all"
-    """disagreeing: only rollouts whose answer is not their question's majority answer; u-opsd always does that."""
+    """disagreeing: only rollouts whose answer is not the pseudo-label, as u-opsd always does."""
     keep_truncated: Annotated[bool, Shapes.TRAINING] = False
-    """Learn from rollouts without an end-of-sequence token too."""
+    """Also learn from rollouts that were cut off before an end-of-sequence token."""
 
     questions_of: Annotated[Literal["selected", "all"], Shapes.TRAINING, Section.BASELINES] = "selected"
-    """lmsi, ttrl, intuitor: the questions nopsd trains on, or all that are in the manifest, as in their papers."""
+    """lmsi, ttrl, intuitor: train on nopsd's questions, or on all of the manifest as in their papers."""
     vote_generations: Annotated[int | None, Shapes.TRAINING] = None
-    """ttrl: rollouts that vote, of which --num-generations are trained on; default: just these."""
+    """ttrl: rollouts per question that vote, of which --num-generations are trained on; default: the same number."""
 
     temperature: Annotated[float | None, Shapes.TRAINING, Section.SAMPLING] = None
     """Sampling temperature; default: the manifest's."""
     max_new_tokens: Annotated[int | None, Shapes.TRAINING] = None
-    """Completion tokens of a rollout; default: the manifest's."""
+    """Most completion tokens per rollout; default: the manifest's."""
     batch_rows: Annotated[int, Shapes.TRAINING] = 256
-    """Rollouts decoded at a time (memory and speed only)."""
+    """Rollouts per decoded batch; memory and speed only."""
     seed: Annotated[int, Shapes.TRAINING] = 0
     """Seed of the question order, the rollouts and the adapter."""
     adapter_dir: Annotated[Path | None, Shapes.PLACE, Section.SERVER] = None
-    """With --sampler openai: where the student's adapter is written for the server to read; default: OUT/served."""
+    """With --sampler openai: folder of the student's adapter, which the server reads; default: OUT/served."""
     sync_steps: Annotated[int, Shapes.TRAINING] = 1
-    """Steps between adapters sent to the server; 0: none, the rollouts come from the weights it serves."""
+    """Steps between adapters sent to the server; 0: none, rollouts come from the weights it serves."""
     max_staleness: Annotated[int, Shapes.TRAINING] = 0
-    """Most steps that the weights sampled from may lie behind the student."""
+    """Most steps that the server's weights may be behind the student's."""
     save_steps: Annotated[int, Shapes.PLACE, Section.OUTPUT] = 10
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Shapes.PLACE] = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints to keep, at least 1."""
     replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
-    """Questions (file, folder, bundled set) mixed in as general prompts on which the teacher sees no context either, so
-    that the model goes on answering them as before."""
+    """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
+    answering them as before."""
     replay_per_step: Annotated[int, Shapes.TRAINING] = 2
-    """Prompts of --replay sampled a step, beside the manifest's questions."""
+    """Prompts of --replay per step, in addition to --questions-per-step."""
     replay_weight: Annotated[float, Shapes.TRAINING] = 1.0
-    """Their weight in the loss."""
+    """Weight of the --replay prompts in the loss, above 0."""
     stop_on_collapse: Annotated[bool, Shapes.TRAINING, Section.STOPPING] = True
-    """Stop when lengths change by half, or entropy or distinct trigrams fall below half, and go back to the last
-    checkpoint before."""
+    """Stop when completion lengths change by half, or entropy or distinct trigrams fall below half, and return to the
+    last checkpoint before that."""
     collapse_window: Annotated[int, Shapes.TRAINING] = 10
-    """Steps whose mean is compared with that of the first steps."""
+    """Steps whose mean is compared with the mean of the first steps."""
     license: Annotated[str | None, Shapes.PLACE, Section.OUTPUT] = None
-    """SPDX name of the licence in the model card; default: left to the base model's."""
+    """SPDX name of the licence in the model card; default: none, the base model's applies."""
     push_to_hub: Annotated[str | None, Shapes.PLACE] = None
-    """Upload the result to this Hugging Face repository, private; needs `hf auth login`."""
+    """Upload the result to this private Hugging Face repository; needs `hf auth login`."""
     dev_questions: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.STOPPING] = None
-    """Labelled questions whose maj@K is measured at every save; stop when it falls. Gold answers serve nothing else."""
+    """Labelled questions whose maj@K is measured at every save; training stops when it falls. Their gold answers serve
+    no other purpose."""
     dev_limit: Annotated[int, Shapes.TRAINING] = 64
-    """Use the first so many of --dev-questions."""
+    """Use only the first N of --dev-questions, at least 2."""
     dev_generations: Annotated[int, Shapes.TRAINING] = 8
-    """K of that vote."""
+    """K, rollouts per development question."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Shapes.PLACE, Section.OUTPUT] = ()
-    """Send the metrics there too; tensorboard writes to --out."""
+    """Also send the metrics to these trackers; tensorboard writes to --out."""
     dtype: Annotated[str, Shapes.TRAINING, Section.RESOURCES] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: Annotated[str | None, Shapes.TRAINING] = None
@@ -149,7 +150,7 @@ class TrainConfig(SamplerOptions):
     attn_implementation: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Shapes.TRAINING] = "sdpa"
     """Attention kernels; flash_attention_2 needs the package flash-attn and an accelerator."""
     gradient_checkpointing: Annotated[bool, Shapes.TRAINING] = False
-    """Compute the student's activations again in the backward pass instead of keeping them."""
+    """Recompute the student's activations in the backward pass to save memory."""
     compile: Annotated[bool, Shapes.TRAINING | Shapes.DISTILLATION] = False
     """Compile the student's layers for training with torch.compile."""
 

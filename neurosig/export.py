@@ -69,9 +69,9 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "train"
     """Split of the bundled sets that name none."""
     limit: Annotated[int | None, Shapes.ROLLOUTS] = None
-    """Use the first N questions only."""
+    """Use only the first N questions."""
     resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
-    """Continue an interrupted export; leave a complete one alone."""
+    """Continue an interrupted export; leave a complete one unchanged."""
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier export in --out."""
 

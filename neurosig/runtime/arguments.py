@@ -107,7 +107,7 @@ def _given(argv: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _option(argv: Sequence[str], flag: str) -> str | None:
-    """Last value of ``flag``; None when absent or when its value is missing, which tyro then reports."""
+    """Last value of ``flag``; None when the flag or its value is missing (the parser reports a missing value)."""
     value = None
     for position, argument in enumerate(argv):
         if argument.startswith(flag + "="):

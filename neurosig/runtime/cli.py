@@ -1,4 +1,4 @@
-"""The frame of every command: configuration, logging, exit codes.
+"""What every command shares: configuration, logging, exit codes.
 
 A command is a flat dataclass that extends :class:`CommonConfig` and a ``main(config)``::
 
@@ -9,17 +9,17 @@ A command is a flat dataclass that extends :class:`CommonConfig` and a ``main(co
         out: Path
         '''Folder of the manifest.'''
         rollouts: int = 8
-        '''Rollouts a question.'''
+        '''Rollouts per question.'''
 
     PRESETS = {"cpu": {"rollouts": 4}}
 
     if __name__ == "__main__":
         sys.exit(run_command(ExportConfig, main, presets=PRESETS, prog="python -m neurosig.export"))
 
-Values come from the dataclass, then the preset, then the TOML file, then the command line; the later wins.
-So that ``--help`` answers at once, a command's module imports torch, transformers and the like inside ``main``.
+Values come from the dataclass, then the preset, then the TOML file, then the command line; later sources win.
+``--help`` answers at once because a command's module imports torch, transformers and the like inside ``main``.
 
-Exit codes: 0 done; 2 what the user can mend; 1 a fault of ours; 130 interrupted; 141 the reader of a pipe left.
+Exit codes: 0 done; 2 a problem the user can fix; 1 a bug; 130 interrupted; 141 the reader of a pipe closed it.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class CommonConfig:
-    """Options every command has."""
+    """Options of every command."""
 
     preset: Annotated[str | None, Shapes.PLACE, Section.COMMON] = None
-    """Named set of defaults; a config file and the command line override it."""
+    """Named set of defaults; --config and the command line override it."""
     config: Annotated[Path | None, Shapes.PLACE] = None
-    """TOML file of options (snake_case keys); the command line overrides it."""
+    """TOML file of options, keys in snake_case; the command line overrides it."""
     quiet: Annotated[bool, Shapes.MESSAGES] = False
     """Show warnings and errors only."""
     debug: Annotated[bool, Shapes.MESSAGES] = False
-    """Show tracebacks and the libraries' own messages."""
+    """Show tracebacks and the messages of libraries."""
 
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
@@ -92,7 +92,8 @@ def run_command(
 
     Args:
         config_class: dataclass of the command's options.
-        main: the command; raises ``UserError`` for what the user can mend.
+        main: the command; raises ``UserError`` for problems the user can fix. Its module's docstring has the example
+            of the help page.
         presets: name -> field -> value; the fields must exist.
         prog: how the command is called, e.g. ``python -m neurosig.export``.
         argv: arguments after the program's name; ``sys.argv[1:]`` when None.
@@ -105,7 +106,7 @@ def run_command(
     can_resume = any(field.name == "resume" for field in dataclasses.fields(config_class))
     if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C cannot encode every answer
         sys.stdout.reconfigure(errors="backslashreplace")
-    # threads that spin at length starve each other: beside one other process a batch took 20 times as long
+    # OpenMP threads that spin for long starve each other: with one other process running, a batch took 20x as long
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     previous = _interrupt_on_sigterm()
     try:

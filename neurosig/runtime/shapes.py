@@ -1,4 +1,4 @@
-"""What an option shapes, noted on it once; reuse, resume and records are decided by these marks."""
+"""Marks that say what an option shapes; reuse, resume and records follow from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Shapes(enum.Flag):
     """Mark of an option, written as ``temperature: Annotated[float, Shapes.ROLLOUTS] = 0.8``."""
 
     MODEL = enum.auto()
-    """The model's weights and dtype, which are compared themselves and not by their option."""
+    """The model's weights and dtype, which are compared directly, not by their options."""
     ROLLOUTS = enum.auto()
     """The questions, their prompts and what is sampled."""
     TRACES = enum.auto()
@@ -20,13 +20,13 @@ class Shapes(enum.Flag):
     TRAINING = enum.auto()
     """The trained weights."""
     DISTILLATION = enum.auto()
-    """Nothing in a baseline, which refuses the option: nopsd and u-opsd alone have it."""
+    """Only the methods nopsd and u-opsd; the baselines refuse the option."""
     RESOURCES = enum.auto()
     """Memory and speed only."""
     PLACE = enum.auto()
-    """Where things are, which of them are kept and how requests are made; no result."""
+    """No result: folders, checkpoints to keep, how requests are sent."""
     MESSAGES = enum.auto()
-    """What the terminal shows; left out of every record."""
+    """The terminal's output alone; no record holds the option."""
 
 
 def option_names(config_class: type, *marks: Shapes) -> tuple[str, ...]:
