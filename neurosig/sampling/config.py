@@ -10,16 +10,19 @@ from neurosig.runtime.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
-    """Everything that shapes a sample; nothing is inherited from a model's own generation config.
+    """All settings of sampling; nothing is inherited from a model's own generation config.
 
     Attributes:
-        num_generations: K, rollouts a question.
+        num_generations: K, rollouts per question.
         temperature: Softmax temperature; 0 is greedy.
-        top_p: Nucleus mass kept; 1 keeps all.
-        top_k: Number of most likely tokens kept; 0 keeps all.
+        top_p: Probability mass that nucleus sampling keeps; 1 keeps all.
+        top_k: Likeliest tokens that sampling keeps; 0 keeps all.
         repetition_penalty: Divides positive and multiplies negative logits of tokens seen in prompt or completion.
-        max_new_tokens: Completion tokens before a rollout is cut off.
+        max_new_tokens: Most completion tokens per rollout.
         seed: Seed of every random number.
+
+    Raises:
+        UserError: A value out of range.
     """
 
     num_generations: int = 8
