@@ -13,10 +13,10 @@ class Vote:
     """A majority vote over K answers.
 
     Attributes:
-        winner: The winning candidate, ``None`` when no answer could be parsed.
+        winner: The winning candidate, ``None`` if no answer could be parsed.
         count: Its votes.
-        tied: All candidates with that many votes, sorted; more than one means a tie.
-        n: K, non-answers included.
+        tied: All candidates with that many votes, sorted; more than one is a tie.
+        n: K, with the non-answers.
     """
 
     winner: str | None
