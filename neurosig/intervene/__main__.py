@@ -52,7 +52,7 @@ class InterveneConfig(GenerationOptions):
     """
 
     manifest: Annotated[Path, Section.QUESTIONS]
-    """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors what each contributes."""
+    """Folder written by neurosig.export; neurons.csv names its neurons, signals.safetensors their contributions."""
     questions: tuple[str, ...]
     """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME."""
     out: Path
@@ -60,26 +60,25 @@ class InterveneConfig(GenerationOptions):
     model: str | None = None
     """Hub id, folder, GGUF file or embedded name; default: the manifest's model."""
     split: Literal["train", "dev", "test", "all"] = "dev"
-    """Split of bundled sets whose name gives none."""
+    """Split of the bundled sets that name none."""
     limit: int | None = None
-    """Use the first N questions only."""
+    """Use only the first N questions."""
     table: Annotated[Path | None, Section.NEURONS] = None
-    """CSV of neurons (layer, index, weight) in place of the manifest's, such as neurosig.hallucination.locate writes.
-    """
+    """CSV of neurons (layer, index, weight) instead of the manifest's, as neurosig.hallucination.locate writes it."""
     neurons: Literal["positive", "negative", "all"] = "positive"
     """Sign of the probe's weight: positive points to guessing."""
     factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    """What the neurons' values are multiplied by; the unscaled model (1) is always measured."""
+    """Factors of the neurons' values; the unscaled model (1) is always measured."""
     controls: int = 3
-    """Random draws of each kind of control."""
+    """Random draws per kind of control, at least 1."""
     matching: tuple[Literal["layer", "activity"], ...] = ("layer", "activity")
-    """Random controls: of the same layers, or of the same layers and mean contribution."""
+    """Kinds of random controls: layer, neurons of the same layers; activity, which also contribute as much."""
     reference_rollouts: int = 1
-    """The unscaled model's samples a question that perplexity is taken of."""
+    """Rollouts of the unscaled model per question to measure perplexity on, at least 1."""
     strongest: bool = True
-    """Also scale the same number of the layers' largest contributors."""
+    """Also scale as many of the layers' largest contributors."""
     resume: Annotated[bool, Section.OUTPUT] = False
-    """Continue an interrupted run; leave a finished one alone."""
+    """Continue an interrupted run; leave a finished one unchanged."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
 

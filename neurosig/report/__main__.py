@@ -40,11 +40,11 @@ class ReportConfig(CommonConfig):
     """Write the signal report of a manifest: what each signal knows about right answers, and what it adds."""
 
     run: Path
-    """Manifest folder, as neurosig.export writes it."""
+    """Manifest folder written by neurosig.export."""
     out: Path | None = None
     """Folder of report.html, the CSV files and probe.safetensors; default: RUN/report."""
     questions: tuple[str, ...] = ()
-    """Question files with gold answers; default: those the manifest names."""
+    """Question files with gold answers; default: the manifest's."""
     resamples: int = 2000
     """Bootstrap resamples of the questions."""
     folds: int = 5
@@ -52,9 +52,9 @@ class ReportConfig(CommonConfig):
     seed: int = 0
     """Seed of bootstrap and folds."""
     examples: int = 5
-    """Clean and suspect questions shown, each."""
+    """Trusted and suspect questions on the page, as many of each."""
     neurons: int = 30
-    """Located neurons listed on the page."""
+    """Located neurons in the page's list."""
 
 
 def main(config: ReportConfig) -> None:

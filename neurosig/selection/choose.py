@@ -17,19 +17,19 @@ from neurosig.selection.config import SelectionConfig
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A traced question as selection sees it.
+    """A traced question, as selection uses it.
 
     Attributes:
         question_id: Its id.
-        text_sha256: Hash of its text; near-duplicates share it and never serve each other.
+        text_sha256: Hash of its text; questions with the same hash are never demonstrations of each other.
         kind: Its kind or, without one, its domain.
         vote: Majority vote.
-        score: Hallucination score, higher is worse.
+        score: Hallucination score, higher is less trustworthy.
         representative: Index of the majority rollout with the lowest hallucination score; ``None`` without a vote.
         shortest: Index of the shortest majority rollout.
-        signature: Neurons of the pattern signature.
+        signature: Neurons of its signature.
         hidden: Mean hidden state of the representative.
-        num_tokens: Tokens of its prompt and representative: what it costs as an example.
+        num_tokens: Tokens of its prompt and representative: its cost as a demonstration.
     """
 
     question_id: str
@@ -45,13 +45,13 @@ class Candidate:
 
 
 def representative(answers: Sequence[str | None], vote: Vote, rollout_scores: Float[np.ndarray, " k"]) -> int | None:
-    """Index of the rollout that stands for a question: majority answer, lowest hallucination score, first on ties."""
+    """Index of a question's representative rollout: majority answer, lowest hallucination score, first on ties."""
     majority = [index for index, answer in enumerate(answers) if answer is not None and answer == vote.winner]
     return min(majority, key=lambda index: rollout_scores[index], default=None)
 
 
 def clean_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> list[Reason]:
-    """``selected``, or why a question is not clean, for each candidate."""
+    """For each candidate ``selected`` or the reason why it is not."""
     if config.clean_filter == "all":
         return ["selected"] * len(candidates)
     reasons: list[Reason] = [_vote_reason(candidate.vote, config) for candidate in candidates]
@@ -59,11 +59,11 @@ def clean_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> l
         return reasons
     passed = [index for index, reason in enumerate(reasons) if reason == "selected"]
     if config.clean_filter == "threshold":
-        dirty = [index for index in passed if candidates[index].score > config.max_score]
+        rejected = [index for index in passed if candidates[index].score > config.max_score]
     else:
         ranked = sorted(passed, key=lambda index: (candidates[index].score, candidates[index].question_id))
-        dirty = ranked[math.ceil(config.keep_fraction * len(passed)) :]
-    for index in dirty:
+        rejected = ranked[math.ceil(config.keep_fraction * len(passed)) :]
+    for index in rejected:
         reasons[index] = "hallucination"
     return reasons
 

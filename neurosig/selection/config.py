@@ -15,24 +15,28 @@ ContextPolicy = Literal["nearest", "nearest_first", "random", "random_within_kin
 
 @dataclass(frozen=True, slots=True)
 class SelectionConfig:
-    """Options of the clean filter and the teacher's context; all are recorded in the manifest.
+    """Options of the clean filter and the teacher's context; the manifest records all of them.
 
     Attributes:
-        clean_filter: ``neuron`` needs ``min_vote_share`` and keeps the cleanest ``keep_fraction`` of what is left
-            by hallucination score; ``vote_only`` and ``neuron_only`` use one of the two conditions; ``threshold``
-            needs ``min_vote_share`` and a score of at most ``max_score``; ``all`` keeps every question.
-        min_vote_share: Least share of the K answers that the majority holds.
-        keep_fraction: Share of the questions kept by the score.
-        max_score: Largest score kept by ``threshold``.
+        clean_filter: ``neuron`` requires ``min_vote_share`` and selects, of the remaining questions, the
+            ``keep_fraction`` with the lowest hallucination scores; ``vote_only`` and ``neuron_only`` use one of the two
+            conditions; ``threshold`` requires ``min_vote_share`` and a score of at most ``max_score``; ``all`` selects
+            every question.
+        min_vote_share: Least share of the K answers that the winner needs.
+        keep_fraction: Share of the questions to select by score.
+        max_score: Largest score that ``threshold`` selects.
         signature: What similarity compares; see `neurosig.patterns.signatures.signature`.
-        context_policy: ``nearest`` shows the most similar last; ``random_within_kind`` draws among questions of
-            the same kind, the control for matching by topic alone; ``majority_solution`` shows the question's own
-            shortest majority rollout (U-OPSD).
-        num_demonstrations: Solved examples a context holds.
-        max_context_tokens: The least similar examples are dropped until a context has at most this many tokens.
-        same_label_excluded: No example has the question's own pseudo-label, so that none can hand it the answer.
-        question_weight: A selected question's weight in the loss: 1, or its majority's share of the K answers.
+        context_policy: ``nearest`` puts the most similar demonstration last; ``random_within_kind`` draws among
+            questions of the same kind, the control for matching by topic alone; ``majority_solution`` shows the
+            question's own shortest majority rollout (U-OPSD).
+        num_demonstrations: Demonstrations per context.
+        max_context_tokens: Tokens per context; the least similar demonstrations are dropped to stay within them.
+        same_label_excluded: No demonstration has the question's own pseudo-label, so that none gives the answer away.
+        question_weight: A selected question's weight in the loss: 1, or the winner's share of the K answers.
         seed: Seed of the random policies.
+
+    Raises:
+        UserError: A value out of range.
     """
 
     clean_filter: CleanFilter = "neuron"

@@ -17,15 +17,15 @@ from neurosig.selection.config import SelectionConfig
 
 
 def choose_contexts(
-    candidates: Sequence[Candidate], clean: Sequence[bool], config: SelectionConfig
+    candidates: Sequence[Candidate], selected: Sequence[bool], config: SelectionConfig
 ) -> list[list[DemonstrationRecord]]:
-    """The teacher's context of each clean question, in prompt order; empty for the others and for ``none``."""
+    """The teacher's context of each selected question in prompt order; empty for the others and for ``none``."""
     if config.context_policy == "none":
         return [[] for _ in candidates]
     if config.context_policy == "majority_solution":
-        return [_own_solution(candidate) if keep else [] for candidate, keep in zip(candidates, clean, strict=True)]
-    pool = [index for index, keep in enumerate(clean) if keep and candidates[index].representative is not None]
-    students = [index for index, keep in enumerate(clean) if keep]
+        return [_own_solution(candidate) if keep else [] for candidate, keep in zip(candidates, selected, strict=True)]
+    pool = [index for index, keep in enumerate(selected) if keep and candidates[index].representative is not None]
+    students = [index for index, keep in enumerate(selected) if keep]
     contexts: list[list[DemonstrationRecord]] = [[] for _ in candidates]
     if not pool or not students:
         return contexts
@@ -49,7 +49,7 @@ def _own_solution(candidate: Candidate) -> list[DemonstrationRecord]:
 
 
 def _within_budget(ranked: list[int], tokens: list[int], config: SelectionConfig) -> list[int]:
-    """The best-ranked examples, as many as fit the budget together."""
+    """The best-ranked demonstrations that fit the token budget together."""
     total = np.cumsum(tokens)
     return [column for column, used in zip(ranked, total, strict=True) if used <= config.max_context_tokens]
 
@@ -75,7 +75,7 @@ def _similarity(
 def _forbidden(
     candidates: Sequence[Candidate], students: list[int], pool: list[int], config: SelectionConfig
 ) -> Bool[Tensor, "students pool"]:
-    """The question itself and its duplicates in text are never its own context; with the option, nor its label."""
+    """Excludes the question itself and its duplicates in text and, with ``same_label_excluded``, its pseudo-label."""
     same = _equal([candidates[i].text_sha256 for i in students], [candidates[i].text_sha256 for i in pool])
     if config.same_label_excluded:
         same |= _equal(*([str(candidates[i].vote.winner) for i in side] for side in (students, pool)))
@@ -89,7 +89,7 @@ def _preference(
     pool: list[int],
     config: SelectionConfig,
 ) -> Float[Tensor, "students pool"]:
-    """What the policy ranks by, higher first."""
+    """Values by which the policy ranks the pool, higher first."""
     if config.context_policy in ("nearest", "nearest_first"):
         return similarity
     drawn = torch.from_numpy(np.random.default_rng(config.seed).random(similarity.shape, dtype=np.float32))

@@ -19,7 +19,7 @@ from neurosig.sampling.rollouts import Rollout
 def reused(
     folder: Path, config: CommonConfig, loaded: LoadedModel, questions: Sequence[Question], dataset_sha256: str
 ) -> tuple[dict[str, list[Rollout]], ActiveSets]:
-    """Rollouts by question and their active sets, as sampling and tracing again would give them.
+    """Rollouts by question and their active sets, equal to those of sampling and tracing again.
 
     Args:
         folder: The finished export.
@@ -33,18 +33,18 @@ def reused(
     """
     manifest = read_manifest(folder)
     header = manifest.header
-    made = {**header.model, "tokenizer": header.tokenizer["sha256"], "dataset": header.dataset["sha256"]}
+    earlier = {**header.model, "tokenizer": header.tokenizer["sha256"], "dataset": header.dataset["sha256"]}
     here = {**loaded.info.as_dict(), "tokenizer": loaded.info.tokenizer_sha256, "dataset": dataset_sha256}
-    changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if made.get(name) != here[name]]
+    changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if earlier.get(name) != here[name]]
     options = config_record(config)
     shaping = option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES)
     changed += [name for name in shaping if header.options.get(name) != options[name]]
     if changed:
-        asked = {question.id: question for question in questions}
+        by_id = {question.id: question for question in questions}
         other = [
-            f'"{row.id}" on line {asked[row.id].line}'
+            f'"{row.id}" on line {by_id[row.id].line}'
             for row in manifest.rows
-            if row.id in asked and asked[row.id].text_sha256 != row.text_sha256
+            if row.id in by_id and by_id[row.id].text_sha256 != row.text_sha256
         ]
         texts = f" ({len(other)} questions have another text, the first is {other[0]})" if other else ""
         raise UserError(

@@ -1,4 +1,4 @@
-"""From signals to manifest rows: the decisions of selection, written down question by question."""
+"""From signals to manifest rows: the decisions of selection, one row per question."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def manifest_rows(
     selection: SelectionConfig,
     prompt_tokens: Mapping[str, int],
 ) -> list[QuestionRow]:
-    """Select the clean questions, choose their contexts, and say for every input question what was decided.
+    """Select questions, choose their contexts, and record the decision about every input question.
 
     Args:
         questions: All input questions; those without signals were too long.
@@ -36,7 +36,7 @@ def manifest_rows(
         scores: Their hallucination scores.
         ranked_by: The score that the clean filter uses.
         selection: Options of filter and context.
-        prompt_tokens: Length of each traced question's prompt.
+        prompt_tokens: Question id -> tokens of its prompt.
     """
     by_id = {question.id: question for question in questions}
     candidates = [
@@ -139,7 +139,7 @@ def _decided(
 
 
 def neurons_csv(ids: Int[Tensor, "n size"], probe: ProbeResult, d_mlp: int) -> str:
-    """The probe's neurons: layer, index, weight, and the share of rollouts in whose active set they are."""
+    """The probe's neurons: layer, index, weight, and the share of rollouts that have them in their active set."""
     used, counts = ids.unique(return_counts=True)
     active = dict(zip(used.tolist(), counts.tolist(), strict=True))
     lines = ["layer,index,weight,active_share"]
