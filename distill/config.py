@@ -7,144 +7,151 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from neurosig.options import SERVER_PLACES, SamplerOptions
+from neurosig.options import SamplerOptions
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
+from neurosig.runtime.shapes import Shapes, option_names
 
 if TYPE_CHECKING:
     from neurosig.manifest import Manifest
-    from neurosig.sampling.sampler import SamplingConfig
+    from neurosig.sampling.config import SamplingConfig
 
 
 @dataclass(kw_only=True)
 class TrainConfig(SamplerOptions):
     """Distil a manifest's contexts into the model.
 
-    The student sees the bare question, the teacher also sees the manifest's solved examples; both read the student's
-    own completion.
+    The student sees the bare question, the teacher also sees the manifest's demonstrations; both read the student's own
+    completion.
     """
 
-    method: Literal["nopsd", "u-opsd", "lmsi", "ttrl", "intuitor"] = "nopsd"
-    """nopsd: Neuron-OPSD; the others are its baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
-    manifest: Path
+    method: Annotated[Literal["nopsd", "u-opsd", "lmsi", "ttrl", "intuitor"], Shapes.TRAINING, Section.TRAINING] = (
+        "nopsd"
+    )
+    """nopsd: Neuron-OPSD; the others are baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
+    manifest: Annotated[Path, Shapes.PLACE]
     """Folder written by neurosig.export."""
-    out: Path
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of metrics.jsonl, checkpoints/ and the final adapter/ (or model/)."""
-    model: str | None = None
-    """The manifest's model, if it lies elsewhere here; its weights must be the same."""
-    allow_model_mismatch: bool = False
-    """Train although the model is not the one that made the manifest; noted in the run record."""
-    resume: bool = False
-    """Continue from the newest checkpoint; leave a finished run alone."""
-    overwrite: bool = False
+    model: Annotated[str | None, Shapes.PLACE] = None
+    """Load the model from here instead of the id in the manifest; the weights must match."""
+    allow_model_mismatch: Annotated[bool, Shapes.TRAINING] = False
+    """Train although the weights are not those that made the manifest; the run record says so."""
+    resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
+    """Continue from the newest checkpoint; leave a finished run unchanged."""
+    overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier run in --out."""
 
-    steps: int = 20
+    steps: Annotated[int, Shapes.TRAINING, Section.TRAINING] = 20
     """Optimizer steps."""
-    questions_per_step: int = 8
-    """Questions sampled a step."""
-    num_generations: int = 2
-    """Rollouts a question and step."""
-    micro_batch_size: int = 16
-    """Rollouts in one forward and backward; memory and speed only."""
-    learning_rate: float = 5e-4
+    questions_per_step: Annotated[int, Shapes.TRAINING] = 8
+    """Questions per step."""
+    num_generations: Annotated[int, Shapes.TRAINING] = 2
+    """Rollouts per question and step."""
+    micro_batch_size: Annotated[int, Shapes.TRAINING] = 16
+    """Rollouts per forward and backward pass; memory and speed only."""
+    learning_rate: Annotated[float, Shapes.TRAINING] = 5e-4
     """Peak learning rate of AdamW."""
-    warmup_steps: int = 3
+    warmup_steps: Annotated[int, Shapes.TRAINING] = 3
     """Steps of linear warm-up, then constant."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    full: bool = False
-    """Full fine-tuning (input and output embeddings stay frozen) instead of LoRA."""
-    lora_r: int = 16
+    max_grad_norm: Annotated[float, Shapes.TRAINING] = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    full: Annotated[bool, Shapes.TRAINING] = False
+    """Train all weights but the input and output embeddings, instead of LoRA."""
+    lora_r: Annotated[int, Shapes.TRAINING] = 16
     """LoRA rank."""
-    lora_alpha: int = 32
+    lora_alpha: Annotated[int, Shapes.TRAINING] = 32
     """LoRA scale numerator."""
 
-    teacher: Literal["base", "live", "ema"] = "base"
-    """base: the model before training; live: the student as it stands; ema: the average of its past weights."""
-    ema_decay: float = 0.99
-    """What the ema teacher keeps of itself at each step."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"] = "forward_kl"
+    teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION, Section.LOSS] = "base"
+    """base: the model before training; live: the current student; ema: a moving average of the student's weights."""
+    ema_decay: Annotated[float, Shapes.TRAINING] = 0.99
+    """Share of its own weights that the ema teacher keeps per step, 0 to below 1."""
+    divergence: Annotated[
+        Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"], Shapes.TRAINING | Shapes.DISTILLATION
+    ] = "forward_kl"
     """forward_kl is KL(teacher || student); sampled_token estimates reverse_kl from the student's own tokens."""
-    topk: int = 0
-    """The student's k likeliest vocabulary entries stand for all; 0 takes the whole vocabulary."""
-    tail: bool = True
-    """With --topk: the other entries count as one more."""
-    beta: float = 0.5
-    """Teacher's share of the mixture in jsd."""
-    loss_temperature: float = 1.0
-    """Divides both logits in the loss."""
-    clip: Literal["none", "pointwise", "token"] = "none"
-    """Cap on each vocabulary entry's, or each token's, contribution."""
-    clip_value: float = 0.05
+    topk: Annotated[int, Shapes.TRAINING | Shapes.DISTILLATION] = 0
+    """Compute the divergence on the student's k likeliest vocabulary entries; 0: on the whole vocabulary."""
+    tail: Annotated[bool, Shapes.TRAINING] = True
+    """With --topk: add the remaining entries as one more."""
+    beta: Annotated[float, Shapes.TRAINING] = 0.5
+    """The teacher's share of the mixture in jsd, strictly between 0 and 1."""
+    loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.DISTILLATION] = 1.0
+    """Temperature of both distributions in the loss, above 0."""
+    clip: Annotated[Literal["none", "pointwise", "token"], Shapes.TRAINING] = "none"
+    """Cap the loss of each vocabulary entry (pointwise) or of each token."""
+    clip_value: Annotated[float, Shapes.TRAINING] = 0.05
     """The cap, in nats."""
-    loss_mean: Literal["token", "sequence"] = "token"
-    """Mean over all completion tokens of the step, or over its rollouts, each with the mean of its tokens."""
-    skip_first: int = 0
-    """Completion tokens left out at the start of each rollout."""
-    loss_on: Literal["all", "disagreeing"] = "all"
-    """disagreeing: only rollouts whose answer is not their question's majority answer; u-opsd always does that."""
-    keep_truncated: bool = False
-    """Learn from rollouts without an end-of-sequence token too."""
+    loss_mean: Annotated[Literal["token", "sequence"], Shapes.TRAINING | Shapes.DISTILLATION] = "token"
+    """token: mean over the step's completion tokens; sequence: mean over its rollouts' means."""
+    skip_first: Annotated[int, Shapes.TRAINING] = 0
+    """First N completion tokens of each rollout to leave out of the loss."""
+    loss_on: Annotated[Literal["all", "disagreeing"], Shapes.TRAINING | Shapes.DISTILLATION] = "all"
+    """disagreeing: only rollouts whose answer is not the pseudo-label, as u-opsd always does."""
+    keep_truncated: Annotated[bool, Shapes.TRAINING] = False
+    """Also learn from rollouts that were cut off before an end-of-sequence token."""
 
-    questions_of: Literal["selected", "all"] = "selected"
-    """lmsi, ttrl, intuitor: the questions nopsd trains on, or all that are in the manifest, as in their papers."""
-    vote_generations: int | None = None
-    """ttrl: rollouts that vote, of which --num-generations are trained on; default: just these."""
+    questions_of: Annotated[Literal["selected", "all"], Shapes.TRAINING, Section.BASELINES] = "selected"
+    """lmsi, ttrl, intuitor: train on nopsd's questions, or on all of the manifest as in their papers."""
+    vote_generations: Annotated[int | None, Shapes.TRAINING] = None
+    """ttrl: rollouts per question that vote, of which --num-generations are trained on; default: the same number."""
 
-    temperature: float | None = None
+    temperature: Annotated[float | None, Shapes.TRAINING, Section.SAMPLING] = None
     """Sampling temperature; default: the manifest's."""
-    max_new_tokens: int | None = None
-    """Completion tokens of a rollout; default: the manifest's."""
-    batch_rows: int = 256
-    """Rollouts decoded at a time (memory and speed only)."""
-    seed: int = 0
+    max_new_tokens: Annotated[int | None, Shapes.TRAINING] = None
+    """Most completion tokens per rollout; default: the manifest's."""
+    batch_rows: Annotated[int, Shapes.TRAINING] = 256
+    """Rollouts per decoded batch; memory and speed only."""
+    seed: Annotated[int, Shapes.TRAINING] = 0
     """Seed of the question order, the rollouts and the adapter."""
-    adapter_dir: Path | None = None
-    """With --sampler openai: where the student's adapter is written for the server to read; default: OUT/served."""
-    sync_steps: int = 1
-    """Steps between adapters sent to the server; 0: none, the rollouts come from the weights it serves."""
-    max_staleness: int = 0
-    """Most steps that the weights sampled from may lie behind the student."""
-    save_steps: int = 10
+    adapter_dir: Annotated[Path | None, Shapes.PLACE, Section.SERVER] = None
+    """With --sampler openai: folder of the student's adapter, which the server reads; default: OUT/served."""
+    sync_steps: Annotated[int, Shapes.TRAINING] = 1
+    """Steps between adapters sent to the server; 0: none, rollouts come from the weights it serves."""
+    max_staleness: Annotated[int, Shapes.TRAINING] = 0
+    """Most steps that the server's weights may be behind the student's."""
+    save_steps: Annotated[int, Shapes.PLACE, Section.OUTPUT] = 10
     """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
-    replay: str | None = None
-    """Questions (file, folder, bundled set) mixed in as general prompts on which the teacher sees no context either, so
-    that the model goes on answering them as before."""
-    replay_per_step: int = 2
-    """Prompts of --replay sampled a step, beside the manifest's questions."""
-    replay_weight: float = 1.0
-    """Their weight in the loss."""
-    stop_on_collapse: bool = True
-    """Stop when lengths change by half, or entropy or distinct trigrams fall below half, and go back to the last
-    checkpoint before."""
-    collapse_window: int = 10
-    """Steps whose mean is compared with that of the first steps."""
-    license: str | None = None
-    """SPDX name of the licence in the model card; default: left to the base model's."""
-    push_to_hub: str | None = None
-    """Upload the result to this Hugging Face repository, private; needs `hf auth login`."""
-    dev_questions: str | None = None
-    """Labelled questions whose maj@K is measured at every save; stop when it falls. Gold answers serve nothing else."""
-    dev_limit: int = 64
-    """Use the first so many of --dev-questions."""
-    dev_generations: int = 8
-    """K of that vote."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Send the metrics there too; tensorboard writes to --out."""
-    dtype: str = "auto"
+    keep_checkpoints: Annotated[int, Shapes.PLACE] = 2
+    """Newest checkpoints to keep, at least 1."""
+    replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
+    """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
+    answering them as before."""
+    replay_per_step: Annotated[int, Shapes.TRAINING] = 2
+    """Prompts of --replay per step, in addition to --questions-per-step."""
+    replay_weight: Annotated[float, Shapes.TRAINING] = 1.0
+    """Weight of the --replay prompts in the loss, above 0."""
+    stop_on_collapse: Annotated[bool, Shapes.TRAINING, Section.STOPPING] = True
+    """Stop when completion lengths change by half, or entropy or distinct trigrams fall below half, and return to the
+    last checkpoint before that."""
+    collapse_window: Annotated[int, Shapes.TRAINING] = 10
+    """Steps whose mean is compared with the mean of the first steps."""
+    license: Annotated[str | None, Shapes.PLACE, Section.OUTPUT] = None
+    """SPDX name of the licence in the model card; default: none, the base model's applies."""
+    push_to_hub: Annotated[str | None, Shapes.PLACE] = None
+    """Upload the result to this private Hugging Face repository; needs `hf auth login`."""
+    dev_questions: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.STOPPING] = None
+    """Labelled questions whose maj@K is measured at every save; training stops when it falls. Their gold answers serve
+    no other purpose."""
+    dev_limit: Annotated[int, Shapes.TRAINING] = 64
+    """Use only the first N of --dev-questions, at least 2."""
+    dev_generations: Annotated[int, Shapes.TRAINING] = 8
+    """K, rollouts per development question."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Shapes.PLACE, Section.OUTPUT] = ()
+    """Also send the metrics to these trackers; tensorboard writes to --out."""
+    dtype: Annotated[str, Shapes.TRAINING, Section.RESOURCES] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
-    device: str | None = None
+    device: Annotated[str | None, Shapes.TRAINING] = None
     """torch device; default: the first accelerator, else the CPU."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Shapes.TRAINING] = "sdpa"
     """Attention kernels; flash_attention_2 needs the package flash-attn and an accelerator."""
-    gradient_checkpointing: bool = False
-    """Compute the student's activations again in the backward pass instead of keeping them."""
-    compile: bool = False
+    gradient_checkpointing: Annotated[bool, Shapes.TRAINING] = False
+    """Recompute the student's activations in the backward pass to save memory."""
+    compile: Annotated[bool, Shapes.TRAINING | Shapes.DISTILLATION] = False
     """Compile the student's layers for training with torch.compile."""
 
     @property
@@ -155,10 +162,6 @@ class TrainConfig(SamplerOptions):
 
 BASELINES = ("lmsi", "ttrl", "intuitor")
 """The methods of `distill.baselines.trl`."""
-_OF_DISTILLATION = [
-    *("teacher", "divergence", "topk", "loss_temperature", "loss_mean", "loss_on"),
-    *("replay", "dev_questions", "compile", "sampler", "base_url"),
-]
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
@@ -241,9 +244,8 @@ def _check_server_options(config: TrainConfig) -> None:
 def _check_method(config: TrainConfig) -> None:
     """Options that the method does not know are refused, not passed over."""
     method = config.method
-    unknown = [] if method in BASELINES else ["questions_of"]
-    unknown += _OF_DISTILLATION if method in BASELINES else []
-    unknown += [] if method == "ttrl" else ["vote_generations"]
+    unknown = option_names(TrainConfig, Shapes.DISTILLATION) if method in BASELINES else ("questions_of",)
+    unknown += () if method == "ttrl" else ("vote_generations",)
     for field in fields(TrainConfig):
         if field.name in unknown and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name.replace('_', '-')}: --method {method} has no such option; leave it out")
@@ -273,22 +275,7 @@ def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig
     """Everything that must be the same for a resumed run to come out as an uninterrupted one."""
     import torch
 
-    free = {
-        "preset",
-        "config",
-        "manifest",
-        "out",
-        "model",
-        "resume",
-        "overwrite",
-        "save_steps",
-        "keep_checkpoints",
-        "license",
-        "push_to_hub",
-        "report_to",
-        "adapter_dir",
-        *SERVER_PLACES,
-    }
+    free = option_names(TrainConfig, Shapes.PLACE)
     record = {name: value for name, value in config_record(config).items() if name not in free}
     return {
         **record,

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neurosig.questions.answers import AnswerFormat, extract_answer, majority_vote, right_winners
+from neurosig.questions.answers import AnswerFormat, extract_answer, right_winners
 from neurosig.questions.load import load_questions
+from neurosig.questions.vote import majority_vote
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig
+from neurosig.sampling.sampler import Prompt
 from neurosig.statistics.metrics import maj_at_k, paired_mean_interval
 
 if TYPE_CHECKING:

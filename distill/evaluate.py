@@ -19,11 +19,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
+from neurosig.runtime.shapes import Shapes
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
@@ -37,33 +39,34 @@ RESULTS, SUMMARY, ROLLOUTS, LOG = "results.parquet", "summary.json", "rollouts.j
 
 @dataclass(kw_only=True)
 class EvaluateConfig(SamplerOptions, GenerationOptions):
-    """Sample K answers a question and compare them with the gold answers.
+    """Sample K answers per question and compare them with the gold answers.
 
-    Writes results.parquet (a row a question), rollouts.jsonl and summary.json (a block a domain). Greedy decoding:
-    --temperature 0 --num-generations 1 (all K would be alike).
+    Writes results.parquet (one row per question), rollouts.jsonl and summary.json (one block per domain). For greedy
+    decoding give --temperature 0 --num-generations 1.
     """
 
-    model: str
-    """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
-    adapter: Path | None = None
+    model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
+    """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
+    adapter: Annotated[Path | None, Shapes.MODEL] = None
     """LoRA adapter folder written by distill.train."""
-    questions: tuple[str, ...]
+    questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME; several are allowed."""
-    split: Literal["train", "dev", "test", "all"] = "test"
-    """Split of bundled sets whose name gives none."""
-    limit: tuple[int, ...] = ()
-    """Use the first N questions only: one number for every source, or one a source."""
-    scoring: Literal["sampling", "loglikelihood"] = "sampling"
-    """sampling: K answers and their vote; loglikelihood: the likeliest choice of each multiple-choice question, its
-    confidence the softmax over the choices. Options of sampling then have no effect."""
-    choice_form: Literal["letter", "text"] = "letter"
-    """What loglikelihood scores: letter: the reply "Answer: A", summed over its tokens (`acc` of lm-evaluation-harness
-    on lettered tasks); text: the choice's text, its mean a token (where `acc_norm` divides by characters)."""
-    out: Path
+    split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "test"
+    """Split of the bundled sets that name none."""
+    limit: Annotated[tuple[int, ...], Shapes.ROLLOUTS] = ()
+    """Use only the first N questions: one number for all sources, or one per source."""
+    scoring: Annotated[Literal["sampling", "loglikelihood"], Shapes.ROLLOUTS, Section.SCORING] = "sampling"
+    """sampling: K answers and their vote; loglikelihood: the likeliest choice of a multiple-choice question, with the
+    softmax over the choices as confidence. Sampling options then have no effect."""
+    choice_form: Annotated[Literal["letter", "text"], Shapes.ROLLOUTS] = "letter"
+    """Text that loglikelihood scores. letter: the reply "Answer: A", summed over its tokens (`acc` of
+    lm-evaluation-harness on lettered tasks); text: the choice itself, mean per token (`acc_norm` divides by
+    characters)."""
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
-    resume: bool = False
-    """Continue an interrupted evaluation; leave a finished one alone."""
-    overwrite: bool = False
+    resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
+    """Continue an interrupted evaluation; leave a finished one unchanged."""
+    overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier evaluation in --out."""
 
 
@@ -239,7 +242,8 @@ def _rollouts(
 
 def _row(question: Question, group: Sequence[Rollout], config: EvaluateConfig) -> dict[str, Any]:
     """One question's result: what its K samples said, and what of it was right."""
-    from neurosig.questions.answers import extract_answer, is_correct, majority_vote, right_winners
+    from neurosig.questions.answers import extract_answer, is_correct, right_winners
+    from neurosig.questions.vote import majority_vote
 
     answers = [extract_answer(rollout.text, question, config.answer_format) for rollout in group]
     vote = majority_vote(answers, question.id)

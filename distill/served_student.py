@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from distill.config import TrainConfig
+    from neurosig.sampling.config import SamplingConfig
     from neurosig.sampling.rollouts import Rollout
-    from neurosig.sampling.sampler import Prompt, SamplingConfig
+    from neurosig.sampling.sampler import Prompt
     from neurosig.sampling.server import Server
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from neurosig.models.load import LoadedModel, load_model
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
-from neurosig.sampling.sampler import SamplingConfig
+from neurosig.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig

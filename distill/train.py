@@ -34,8 +34,8 @@ from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from distill.distributed import Ranks
+    from neurosig.sampling.config import SamplingConfig
     from neurosig.sampling.rollouts import Rollout
-    from neurosig.sampling.sampler import SamplingConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,9 @@
-"""Draw the project's figures: ``python -m figures [NAME ...] --results DIR``."""
+"""Draw the project's figures.
+
+    python -m figures before_after --results runs/demo
+
+Without a name it draws all figures whose results are there.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Neuron signals of a model's own rollouts: how far to trust an answer, and which questions reason alike.
 
-The public names load on first use, so ``import neurosig`` brings in neither torch nor nnsight.
+The public names load on first use, so ``import neurosig`` imports neither torch nor nnsight.
 """
 
 from __future__ import annotations

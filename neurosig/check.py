@@ -1,13 +1,13 @@
-"""Test whether neurosig reads a model's neurons rightly, before anything is built on them.
+"""Check that neurosig reads a model's neurons correctly before building on them.
 
     python -m neurosig.check --model smollm2-135m
     python -m neurosig.check --model path/to/model --questions world-facts:dev
 
-Locates the FFN neurons, lets the model answer a few prompts, and reads the contributions behind its answers in several
-ways: with nnsight one rollout at a time and in padded batches that share prompts, with plain PyTorch hooks, and with
-TransformerLens. Prints how far they differ, and whether the model's outputs are the same afterwards.
+Locates the FFN neurons, samples answers to a few prompts, and reads the contributions behind them in several ways: with
+nnsight one rollout at a time and in padded batches that share prompts, with plain PyTorch hooks, and with
+TransformerLens. Prints how far these differ, and whether the model's outputs are the same afterwards.
 
-Exit codes: 0 all within tolerance; 1 not, the last line says which; 2 the model cannot be read, and why.
+Exit codes: 0 all within tolerance; 1 some are not (the last line names them); 2 the model cannot be read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SENTENCES = ("The capital of France is", "Water boils at a temperature of", "Once upon a time there was", "1, 2, 3, 4,")
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
 """Largest relative difference of a contribution that rounding explains, by dtype. Measured on the embedded model: 1e-5,
-0.01 and 0.15; positions wrong by one make it 0.9 or more."""
+0.01 and 0.15; reading a position off by one gives 0.9 or more."""
 
 
 @dataclass(kw_only=True)
@@ -45,20 +45,20 @@ class CheckConfig(CommonConfig):
     model: str
     """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
     questions: tuple[str, ...] = ()
-    """Bundled set (such as world-facts:dev) or file of questions to ask; default: a few sentences to continue."""
+    """Bundled set (such as world-facts:dev) or file of questions; default: four sentences to continue."""
     limit: int = 4
-    """Use the first N questions only."""
+    """Use only the first N questions or sentences."""
     num_generations: int = 2
-    """Rollouts of each prompt; they share it in the batched trace."""
+    """Rollouts per prompt; they share it in the batched trace."""
     max_new_tokens: int = 16
-    """Completion tokens before a rollout is cut off."""
+    """Most completion tokens per rollout."""
     set_size: int = 1000
-    """Neurons in a rollout's active set, spread evenly over the layers."""
+    """Neurons per active set, spread evenly over the layers."""
     tolerance: float | None = None
-    """Largest relative difference of a contribution allowed; default: 0.001 in float32, 0.05 in float16, 0.3 in
-    bfloat16. What rounding makes stays below it; positions wrong by one are far above."""
+    """Largest relative difference of a contribution; default: 0.001 in float32, 0.05 in float16, 0.3 in bfloat16.
+    Rounding stays below it; reading a position off by one is far above."""
     template: str | None = None
-    """'plain' or a Jinja file, in place of the tokenizer's chat template; --questions needs one."""
+    """'plain' or a Jinja file to use instead of the tokenizer's chat template; --questions needs one."""
     dtype: str = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: str | None = None
@@ -68,7 +68,11 @@ class CheckConfig(CommonConfig):
 
 
 def main(config: CheckConfig) -> None:
-    """Run the check described by ``config``; ends in ``SystemExit(1)`` if a parity fails."""
+    """Run the check described by ``config``.
+
+    Raises:
+        SystemExit: With exit code 1: a difference is above the tolerance.
+    """
     from neurosig.models.load import load_model
     from neurosig.neurons.contributions import neurons_per_layer
     from neurosig.neurons.parity import agreement, hooked_means
@@ -110,13 +114,14 @@ def main(config: CheckConfig) -> None:
         "TransformerLens = plain hooks": (lens, hooks),
     }
     agreements = {
-        name: None if mine is None else agreement(mine, theirs, share) for name, (mine, theirs) in pairs.items()
+        name: None if traced is None else agreement(traced, reference, share)
+        for name, (traced, reference) in pairs.items()
     }
     print(_table(agreements, tolerance, share * sites.n_layers))
     print(f"{'logits after = before':<31}{'the same to the bit' if unchanged else 'they differ'}")
     if reason:
         print(f"\nTransformerLens was not compared: {reason}")
-    failed = [name for name, found in agreements.items() if found is not None and not found.max_rel <= tolerance]
+    failed = [name for name, one in agreements.items() if one is not None and not one.max_rel <= tolerance]
     failed += [] if unchanged else ["logits after = before"]
     if failed:
         print(f"\nfailed: {', '.join(failed)}")
@@ -125,14 +130,18 @@ def main(config: CheckConfig) -> None:
 
 
 def _rollouts(config: CheckConfig, loaded: LoadedModel) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and what the model answers to them, as token ids."""
-    from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+    """Prompts and the model's completions, as token ids."""
+    from neurosig.sampling.config import SamplingConfig
+    from neurosig.sampling.sampler import Prompt, sample
 
     sampling = SamplingConfig(
-        num_generations=config.num_generations, max_new_tokens=config.max_new_tokens, seed=config.seed
+        num_generations=config.num_generations,
+        temperature=1.0,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
     )
     if config.questions:
-        prompts = _asked(config, loaded)
+        prompts = _question_prompts(config, loaded)
     else:
         encoded = (loaded.tokenizer(sentence)["input_ids"] for sentence in SENTENCES[: config.limit])
         prompts = [Prompt(str(number), tuple(ids)) for number, ids in enumerate(encoded)]
@@ -141,7 +150,7 @@ def _rollouts(config: CheckConfig, loaded: LoadedModel) -> tuple[list[list[int]]
     return [list(ids[rollout.question_id]) for rollout in rollouts], [list(rollout.token_ids) for rollout in rollouts]
 
 
-def _asked(config: CheckConfig, loaded: LoadedModel) -> list[Prompt]:
+def _question_prompts(config: CheckConfig, loaded: LoadedModel) -> list[Prompt]:
     from neurosig.questions.load import load_questions
     from neurosig.questions.prompts import PromptBuilder, PromptConfig
     from neurosig.sampling.sampler import Prompt
@@ -160,7 +169,7 @@ def _traced(
 ) -> Tensor:
     """Every neuron's mean contribution: [n, n_layers, d_mlp]."""
     from neurosig.neurons.backends import tracer_class
-    from neurosig.neurons.tracer import TraceConfig
+    from neurosig.neurons.config import TraceConfig
 
     every = loaded.model.num_parameters()  # more than there are neurons
     tracer = tracer_class(backend)(loaded.model, TraceConfig(set_size=every, batch_tokens=batch_tokens))
@@ -185,7 +194,7 @@ def _description(loaded: LoadedModel, sites: FFNSites) -> str:
         "model": f"{info.id}: {type(model).__name__} ({model.config.model_type}), {info.dtype}, "
         f"{info.attn_implementation} attention",
         "layers": f"{sites.n_layers}, {sites.blocks[0]} to {sites.blocks[-1]}",
-        "d_mlp": f"{sites.d_mlp} neurons a layer, {sites.n_layers * sites.d_mlp:,} in all",
+        "d_mlp": f"{sites.d_mlp} neurons per layer, {sites.n_layers * sites.d_mlp:,} in all",
         "d_model": f"{sites.d_model}",
         "gated": "yes, a value is act(gate) * up" if sites.gated else "no, a value is act(x)",
         "values": f"input of {sites.layers[0]} and so on",
@@ -198,14 +207,13 @@ def _description(loaded: LoadedModel, sites: FFNSites) -> str:
 
 def _table(agreements: dict[str, Agreement | None], tolerance: float, size: int) -> str:
     lines = [f"{'':<31}{'max abs':>9}{'max rel':>9}  {'same sets':>9}  {'overlap':>7}   sets of {size} neurons"]
-    for name, found in agreements.items():
-        if found is None:
+    for name, one in agreements.items():
+        if one is None:
             lines.append(f"{name:<31}not compared")
             continue
-        verdict = "ok" if found.max_rel <= tolerance else f"above {tolerance:g}"
+        verdict = "ok" if one.max_rel <= tolerance else f"above {tolerance:g}"
         lines.append(
-            f"{name:<31}{found.max_abs:>9.1e}{found.max_rel:>9.1e}  {found.same_sets:>9.0%}  {found.overlap:>7.4f}   "
-            f"{verdict}"
+            f"{name:<31}{one.max_abs:>9.1e}{one.max_rel:>9.1e}  {one.same_sets:>9.0%}  {one.overlap:>7.4f}   {verdict}"
         )
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Export a selection manifest: from unlabelled questions to what distillation learns from.
+"""Export a selection manifest: the questions and contexts that distillation learns from.
 
     python -m neurosig.export --model smollm2-135m --questions world-facts --out runs/demo/manifest
 
-Sample K rollouts a question, trace their FFN neurons, score each question for hallucination, keep the clean ones and
-give each a context of solved questions that reason alike. Gold answers are dropped as soon as the questions are
-read. The steps follow Neuron-OPSD (arXiv 2607.02460); the options of tracing, scoring and selection are a
-reconstruction, and every one of them is recorded in the manifest.
+Sample K rollouts per question, trace their FFN neurons, score each question for hallucination, select the trustworthy
+ones and give each a context of demonstrations: solved questions that reason alike. Gold answers are dropped as soon as
+the questions are read. The steps follow Neuron-OPSD (arXiv 2607.02460); the options of tracing, scoring and selection
+are a reconstruction, and the manifest records every one of them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ import json
 import logging
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from neurosig.options import ORGANISM, QWEN3_4B, SERVER_PLACES, GenerationOptions, SamplerOptions
+from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig
+from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
+from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
+from neurosig.patterns import Signature
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
+from neurosig.runtime.shapes import Shapes, option_names
+from neurosig.selection.config import CleanFilter, ContextPolicy, QuestionWeight, SelectionConfig
 
 if TYPE_CHECKING:
-    from neurosig.hallucination.probe import ProbeConfig
     from neurosig.hallucination.scores import QuestionSignals, Scores
     from neurosig.manifest import QuestionRow
     from neurosig.models.load import LoadedModel
@@ -34,94 +40,93 @@ if TYPE_CHECKING:
     from neurosig.questions.prompts import PromptBuilder
     from neurosig.sampling.rollouts import Rollout
     from neurosig.sampling.sampler import Prompt
-    from neurosig.selection.choose import SelectionConfig
 
 logger = logging.getLogger(__name__)
 
 WORK = ".work"
+TRACE, PROBE, SELECTION = TraceConfig(), ProbeConfig(), SelectionConfig()  # the options' defaults
 
 
 @dataclass(kw_only=True)
 class ExportConfig(SamplerOptions, GenerationOptions):
     """Write a selection manifest from unlabelled questions.
 
-    Samples K rollouts a question, traces the neurons behind them, keeps the questions whose majority answer they
-    trust and gives each a few-shot context of questions that reason alike.
+    Samples K rollouts per question, traces the neurons behind them, selects the questions whose majority answer these
+    neurons trust, and gives each a few-shot context of questions that reason alike.
     """
 
-    model: str
-    """Hub id, folder, GGUF file, or a model that comes along: smollm2-135m, organism."""
-    questions: tuple[str, ...]
+    model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
+    """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
+    questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (world-facts, geography, language, chemistry, procedures, organism-facts; optionally :train, :dev,
     :test), file, folder or hf:ORG/NAME; several are allowed."""
-    out: Path
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of the manifest."""
-    rollouts: Path | None = None
-    """JSONL of rollouts made elsewhere (question_id, text, optional token_ids, finish_reason); nothing is sampled."""
-    reuse: Path | None = None
+    rollouts: Annotated[Path | None, Shapes.ROLLOUTS] = None
+    """JSONL of rollouts made elsewhere that replace sampling: question_id, text, optional token_ids, finish_reason."""
+    reuse: Annotated[Path | None, Shapes.PLACE] = None
     """Finished export with the same questions, sampling and tracing; only scoring and selection are done again."""
-    split: Literal["train", "dev", "test", "all"] = "train"
-    """Split of bundled sets whose name gives none."""
-    limit: int | None = None
-    """Use the first N questions only."""
-    resume: bool = False
-    """Continue an interrupted export; leave a complete one alone."""
-    overwrite: bool = False
+    split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "train"
+    """Split of the bundled sets that name none."""
+    limit: Annotated[int | None, Shapes.ROLLOUTS] = None
+    """Use only the first N questions."""
+    resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
+    """Continue an interrupted export; leave a complete one unchanged."""
+    overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier export in --out."""
 
-    neuron_value: Literal["gated", "act"] = "gated"
+    neuron_value: Annotated[NeuronValue, Shapes.TRACES, Section.NEURONS] = TRACE.value
     """A neuron's value: act(gate)*up, or act(gate) alone."""
-    contribution: Literal["cett", "magnitude", "unembed"] = "cett"
-    """A neuron's score at a token: its share of the FFN output's norm, that norm itself, or what it adds to the next
-    token's logit."""
-    active_set: Literal["layer_mean", "global", "per_token", "entries"] = "layer_mean"
-    """A rollout's neurons: largest mean score in each layer, or over all layers; the union of each token's largest;
-    or those of each layer's largest (token, neuron) entries."""
-    set_size: int = 1000
-    """Neurons in a set; for per_token neurons a token, for entries entries a layer."""
-    positive_only: bool = False
-    """Leave out neurons whose mean score is not above zero (unembed)."""
-    hallucination_score: Literal[
-        "probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count",
-        "vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random",
-    ] = "probe"  # fmt: skip
-    """What the clean filter ranks by; all scores are stored. The second line needs no neurons."""
-    probe_agree_share: float = 0.75
-    """The probe takes a question as known when its majority holds at least this share; 1 is unanimity."""
-    probe_split_share: float = 0.5
-    """The probe takes a question as guessed when its majority holds less than this share."""
-    probe_inverse_penalty: float = 0.1
-    """C of the L1 probe; smaller keeps fewer neurons."""
-    probe_folds: int = 5
-    """Cross-fitting folds of the probe."""
+    contribution: Annotated[Contribution, Shapes.TRACES] = TRACE.score
+    """A neuron's score at a token: cett, its output's norm as a share of the FFN output's; magnitude, that norm alone;
+    unembed, what it adds to the next token's logit."""
+    active_set: Annotated[ActiveSet, Shapes.TRACES] = TRACE.active
+    """Which neurons a rollout keeps: layer_mean, the largest mean scores of each layer; global, those of all layers;
+    per_token, the union of each token's largest; entries, those of each layer's largest (token, neuron) scores."""
+    set_size: Annotated[int, Shapes.TRACES] = TRACE.set_size
+    """Neurons per active set; per_token: neurons per token; entries: entries per layer."""
+    positive_only: Annotated[bool, Shapes.TRACES] = TRACE.positive_only
+    """Leave out neurons whose mean score is not above 0; for the signed unembed."""
+    hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION, Section.SCORE] = "probe"
+    """Score that --clean-filter ranks by; the manifest holds all of them. vote_share to random are baselines without
+    neurons."""
+    probe_agree_share: Annotated[float, Shapes.SELECTION] = PROBE.agree_share
+    """The probe learns a question as known when the winner has at least this share of the K answers, 0 to 1; 1 asks for
+    unanimity, which a weak model rarely reaches."""
+    probe_split_share: Annotated[float, Shapes.SELECTION] = PROBE.split_share
+    """The probe learns a question as guessed when the winner has less than this share, 0 to --probe-agree-share."""
+    probe_inverse_penalty: Annotated[float, Shapes.SELECTION] = INVERSE_PENALTY
+    """C of the L1 probe, above 0; a smaller one keeps fewer neurons."""
+    probe_folds: Annotated[int, Shapes.SELECTION] = PROBE.folds
+    """Cross-fitting folds of the probe, at least 2."""
 
-    clean_filter: Literal["neuron", "vote_only", "neuron_only", "threshold", "all"] = "neuron"
-    """Which questions are trained on; neuron: agreeing majority and the cleanest --keep-fraction by the score."""
-    min_vote_share: float = 0.5
-    """Least share of the K answers that the majority holds."""
-    keep_fraction: float = 0.5
-    """Share of the agreeing questions kept by the score."""
-    max_score: float = 0.5
-    """Largest score kept by --clean-filter threshold."""
-    signature: Literal["representative", "union", "intersection", "frequency", "hidden_state"] = "representative"
-    """What similarity compares: neurons of the most trusted majority rollout; those in any, all, or half of the
-    majority's rollouts; or hidden states, the embedding baseline."""
-    context_policy: Literal[
-        "nearest", "nearest_first", "random", "random_within_kind", "majority_solution", "none"
-    ] = "nearest"  # fmt: skip
-    """How the teacher's solved examples are picked; nearest shows the most similar last, majority_solution the
-    question's own shortest majority rollout."""
-    num_demonstrations: int = 2
-    """Solved examples a context holds."""
-    max_context_tokens: int = 2048
-    """The least similar examples are dropped until a context has at most this many tokens."""
-    same_label_excluded: bool = False
-    """No example has the question's own pseudo-label."""
-    question_weight: Literal["uniform", "vote_share"] = "uniform"
-    """A question's weight in the loss: 1, or its majority's share of the K answers."""
+    clean_filter: Annotated[CleanFilter, Shapes.SELECTION, Section.SELECTION] = SELECTION.clean_filter
+    """Questions to train on. neuron: --min-vote-share, then the --keep-fraction with the lowest scores; vote_only and
+    neuron_only: one of these two conditions; threshold: --min-vote-share and --max-score; all: every question."""
+    min_vote_share: Annotated[float, Shapes.SELECTION] = SELECTION.min_vote_share
+    """Least share of the K answers that the winner needs, 0 to 1."""
+    keep_fraction: Annotated[float, Shapes.SELECTION] = SELECTION.keep_fraction
+    """Share of the questions to select by score, above 0 and at most 1."""
+    max_score: Annotated[float, Shapes.SELECTION] = SELECTION.max_score
+    """Largest score that --clean-filter threshold selects."""
+    signature: Annotated[Signature, Shapes.SELECTION] = SELECTION.signature
+    """What similarity compares: representative, the active set of the most trusted majority rollout; union,
+    intersection and frequency, neurons in any, all or half of these rollouts; hidden_state, the embedding baseline."""
+    context_policy: Annotated[ContextPolicy, Shapes.SELECTION] = SELECTION.context_policy
+    """How the teacher's demonstrations are chosen: nearest, the most similar questions, the best last; nearest_first,
+    the best first; random; random_within_kind, the control for topic; majority_solution, the question's own
+    shortest majority rollout (U-OPSD); none."""
+    num_demonstrations: Annotated[int, Shapes.SELECTION] = SELECTION.num_demonstrations
+    """Demonstrations per context, at least 1."""
+    max_context_tokens: Annotated[int, Shapes.SELECTION] = SELECTION.max_context_tokens
+    """Tokens per context; the least similar demonstrations are dropped to stay within them."""
+    same_label_excluded: Annotated[bool, Shapes.SELECTION] = SELECTION.same_label_excluded
+    """Exclude demonstrations with the question's own pseudo-label, so that none gives the answer away."""
+    question_weight: Annotated[QuestionWeight, Shapes.SELECTION] = SELECTION.question_weight
+    """A question's weight in the loss: 1, or the winner's share of the K answers."""
 
-    batch_tokens: int = 4096
-    """Tokens traced at a time (memory and speed only)."""
+    batch_tokens: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = TRACE.batch_tokens
+    """Tokens per traced batch, padding included; memory and speed only."""
 
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
@@ -142,7 +147,7 @@ def main(config: ExportConfig) -> None:
         config.out, finished=HEADER, owned=owned, resume=config.resume, overwrite=config.overwrite
     ) as complete:
         if complete:
-            shutil.rmtree(config.out / WORK, ignore_errors=True)  # of a run that was killed after its last write
+            shutil.rmtree(config.out / WORK, ignore_errors=True)  # a run killed after its last write leaves it
             logger.info("%s: already complete", config.out)
             return
         with PhaseTimer() as timer:
@@ -157,9 +162,11 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
 
-    config.sampling_config()  # options out of range are refused before the model loads
+    config.sampling_config()  # refuse options out of range before the model loads
     config.server_config(config.model)
-    selection, probe = _selection_config(config), _probe_config(config)
+    selection = config.part(SelectionConfig)
+    shares = config.probe_agree_share, config.probe_split_share
+    probe = ProbeConfig(*shares, config.probe_inverse_penalty, config.probe_folds, config.seed)
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
     with timer.phase("load model"):
         loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
@@ -168,7 +175,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     work = config.out / WORK
     work.mkdir(exist_ok=True)
     if config.reuse is not None:
-        groups, sets = reused(config.reuse, config_record(config), loaded, questions, _dataset_sha256(questions))
+        groups, sets = reused(config.reuse, config, loaded, questions, _dataset_sha256(questions))
     else:
         with timer.phase("sample"):
             groups = _rollouts(config, loaded, questions, prompts, work, timer)
@@ -192,35 +199,10 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     _report(config, rows, groups)
 
 
-def _selection_config(config: ExportConfig) -> SelectionConfig:
-    from neurosig.selection.choose import SelectionConfig
-
-    return SelectionConfig(
-        clean_filter=config.clean_filter,
-        min_vote_share=config.min_vote_share,
-        keep_fraction=config.keep_fraction,
-        max_score=config.max_score,
-        signature=config.signature,
-        context_policy=config.context_policy,
-        num_demonstrations=config.num_demonstrations,
-        max_context_tokens=config.max_context_tokens,
-        same_label_excluded=config.same_label_excluded,
-        question_weight=config.question_weight,
-        seed=config.seed,
-    )
-
-
-def _probe_config(config: ExportConfig) -> ProbeConfig:
-    from neurosig.hallucination.probe import ProbeConfig
-
-    shares = config.probe_agree_share, config.probe_split_share
-    return ProbeConfig(*shares, config.probe_inverse_penalty, config.probe_folds, config.seed)
-
-
 def _prompts(
     questions: Sequence[Question], builder: PromptBuilder, loaded: LoadedModel, config: ExportConfig
 ) -> dict[str, Prompt]:
-    """Student prompts of the questions that fit the model together with a full completion."""
+    """Student prompts of the questions whose prompt and full completion fit the model's positions."""
     from neurosig.sampling.sampler import Prompt
 
     prompts = {question.id: Prompt(question.id, builder.student(question)) for question in questions}
@@ -233,7 +215,7 @@ def _prompts(
             f"positions less --max-new-tokens leave {room}"
         )
     if len(fitting) < len(prompts):
-        logger.warning("%d of %d questions are too long and left out", len(prompts) - len(fitting), len(prompts))
+        logger.warning("%d of %d questions are too long and are left out", len(prompts) - len(fitting), len(prompts))
     return fitting
 
 
@@ -245,7 +227,7 @@ def _rollouts(
     work: Path,
     timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
-    """Rollouts of every prompt, in question order; sampled, resumed or read from a file."""
+    """Rollouts of every prompt in question order, sampled, resumed or read from a file."""
     from neurosig.questions.prompts import PromptBuilder
     from neurosig.sampling.rollouts import RolloutLog, check_fit, read_external_rollouts
     from neurosig.sampling.sampler import sample
@@ -299,7 +281,7 @@ def _trace(
 ) -> ActiveSets:
     """Active sets of all rollouts in the order of ``groups``; finished shards are kept in ``work``."""
     from neurosig.neurons.signals_file import load_shards, trace_to_shards
-    from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+    from neurosig.neurons.tracer import NeuronTracer
 
     tracer = NeuronTracer(
         loaded.model,
@@ -330,7 +312,8 @@ def _signals(
     sets: ActiveSets,
 ) -> dict[str, QuestionSignals]:
     from neurosig.hallucination.scores import QuestionSignals
-    from neurosig.questions.answers import extract_answer, majority_vote
+    from neurosig.questions.answers import extract_answer
+    from neurosig.questions.vote import majority_vote
 
     by_id = {question.id: question for question in questions}
     signals, start = {}, 0
@@ -350,7 +333,7 @@ def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], probe:
     if config.hallucination_score not in scores.by_name:
         raise UserError(
             f"--hallucination-score {config.hallucination_score}: the rollouts of {config.rollouts or config.base_url} "
-            f"do not carry it; use one of {', '.join(scores.by_name)}"
+            f"have no such score; use one of {', '.join(scores.by_name)}"
         )
     return scores
 
@@ -372,25 +355,17 @@ def _write(
     from neurosig.runtime.provenance import run_record
     from neurosig.selection.rows import neurons_csv
 
-    places = {"preset", "config", "out", "reuse", "resume", "overwrite", "batch_rows", "batch_tokens", "device"}
-    places |= SERVER_PLACES
+    left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
-    tokenizer = {
-        "sha256": info.pop("tokenizer_sha256"),
-        "chat_template_sha256": info.pop("chat_template_sha256"),
-    }
+    tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
     external = None if config.rollouts is None else {"rollouts_sha256": sha256_file(config.rollouts)}
     header = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
         "model": info,
         "tokenizer": tokenizer,
-        "dataset": {
-            "sources": list(config.questions),
-            "sha256": _dataset_sha256(questions),
-            "rows": len(questions),
-        },
+        "dataset": {"sources": list(config.questions), "sha256": _dataset_sha256(questions), "rows": len(questions)},
         "sampling": external or config.sampling_config().as_dict(),
-        "options": {key: value for key, value in config_record(config).items() if key not in places},
+        "options": {key: value for key, value in config_record(config).items() if key not in left_out},
     }
     write_atomic(config.out / "run.json", json.dumps(run_record(), indent=1) + "\n")
     write_manifest(
@@ -410,8 +385,6 @@ def _dataset_sha256(questions: Sequence[Question]) -> str:
 
 
 def _report(config: ExportConfig, rows: Sequence[QuestionRow], groups: Mapping[str, Sequence[Rollout]]) -> None:
-    from collections import Counter
-
     reasons = Counter(row.reason for row in rows)
     logger.info("%s: %s", config.out, ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()))
     if not reasons["selected"]:

@@ -1,8 +1,8 @@
-"""The selection manifest: what export hands to distillation, and the only thing it hands over.
+"""The selection manifest: the only thing that export passes to distillation.
 
-A folder of ``questions.jsonl`` (one row an input question, in input order), ``rollouts.jsonl``,
+A folder of ``questions.jsonl`` (one row per input question, in input order), ``rollouts.jsonl``,
 ``signals.safetensors``, ``neurons.csv`` and, written last, ``manifest.json``: its presence means that the export is
-complete. No gold answer is anywhere in it. Same inputs and seed give the same bytes.
+complete. It has no gold answer. Same inputs and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
         *("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"),
     ),
 }
-"""Entries of the header's open fields that must be there."""
+"""Required entries of the header's open fields."""
 
 Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "hallucination", "no_context"]
 
@@ -55,15 +55,15 @@ class _Strict(BaseModel):
 
 
 class VoteRecord(_Strict):
-    """A majority vote: votes of the winner, of how many samples, and how many candidates tie."""
+    """A majority vote: votes of the winner, number of rollouts, and number of candidates with that many votes."""
 
     count: Count
     n: Annotated[Count, Field(ge=1)]
     tied: Count
 
 
-class ContextItem(_Strict):
-    """One solved example of the teacher's context: a rollout of another question."""
+class DemonstrationRecord(_Strict):
+    """One demonstration of the teacher's context: a rollout of another question, and how similar that question is."""
 
     question_id: str
     rollout_id: Count
@@ -71,15 +71,15 @@ class ContextItem(_Strict):
 
 
 class QuestionRow(_Strict):
-    """One input question and what was decided about it.
+    """One input question and the decisions about it.
 
     Attributes:
-        answers: The K parsed answers, ``None`` where a rollout gave none.
+        answers: The K parsed answers, ``None`` for a rollout without one.
         pseudo_label: The majority answer.
-        scores: Every hallucination score, higher is worse.
-        selected: Whether distillation trains on it.
-        reason: Why, or why not.
-        context: The teacher's solved examples in prompt order.
+        scores: All hallucination scores, higher is less trustworthy.
+        selected: Whether distillation trains on the question.
+        reason: Why it is selected or not.
+        context: The teacher's demonstrations in prompt order.
         weight: Weight of its rollouts in the loss.
     """
 
@@ -96,11 +96,11 @@ class QuestionRow(_Strict):
     scores: dict[str, float]
     selected: bool
     reason: Reason
-    context: tuple[ContextItem, ...]
+    context: tuple[DemonstrationRecord, ...]
     weight: Annotated[float, Field(ge=0)]
 
     def as_question(self) -> Question:
-        """The question without any gold answer."""
+        """The question, without a gold answer."""
         return Question(self.id, self.domain, self.question, self.choices, kind=self.kind, line=self.line)
 
 
@@ -118,7 +118,7 @@ class RolloutRow(_Strict):
 
 
 class FileEntry(_Strict):
-    """Hash, size and rows (``None`` for a file without rows) of one file of the manifest."""
+    """Hash, bytes and rows (``None`` for a file without rows) of one file of the manifest."""
 
     sha256: str
     bytes: Count
@@ -126,7 +126,7 @@ class FileEntry(_Strict):
 
 
 class Header(_Strict):
-    """``manifest.json``. ``model`` and ``tokenizer`` fingerprint what the rollouts came from."""
+    """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts."""
 
     format: Literal["neurosig-manifest"]
     schema_version: str
@@ -168,7 +168,7 @@ def write_manifest(
 
     Args:
         folder: An existing folder.
-        rows: One row an input question, in input order.
+        rows: One row per input question, in input order.
         rollouts: In the order of ``rows``.
         signals: The bytes of ``signals.safetensors``.
         neurons_csv: The text of ``neurons.csv``.
@@ -208,8 +208,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read and verify a manifest.
 
     Raises:
-        UserError: Naming file, line and field: the export is incomplete, a file changed after export, a row is
-            malformed, belongs to no question or stands twice, or a context points nowhere or at its own question.
+        UserError: The export is incomplete, a file changed after export, a row is malformed, belongs to no question or
+            appears twice, or a context points nowhere or at its own question. The message names file, line and field.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -227,7 +227,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         if row.question_id not in by_id:
             raise UserError(f'{place}: $.question_id: no question "{row.question_id}"')
         if key in rollouts:
-            raise UserError(f'{place}: $.rollout_id: rollout {row.rollout_id} of "{row.question_id}" stands twice')
+            raise UserError(f'{place}: $.rollout_id: rollout {row.rollout_id} of "{row.question_id}" appears twice')
         rollouts[key] = Rollout(**row.model_dump())
     own_solution = header.options.get("context_policy") == "majority_solution"
     _verify_contexts(folder / QUESTIONS, by_id, rollouts, own_solution=own_solution)
@@ -293,7 +293,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     problem = error.errors()[0]
     where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        nested: dict[str, type[BaseModel]] = {"vote": VoteRecord, "context": ContextItem, "files": FileEntry}
+        nested: dict[str, type[BaseModel]] = {"vote": VoteRecord, "context": DemonstrationRecord, "files": FileEntry}
         owner = nested.get(str(problem["loc"][0]), model) if len(problem["loc"]) > 1 else model
         close = difflib.get_close_matches(str(problem["loc"][-1]), owner.model_fields, n=1)
         return f"{where}: unknown field" + (f' (did you mean "{close[0]}"?)' if close else "")
@@ -302,11 +302,11 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
-    """Rows by id, in file order; each id once, each row with the hash of its own text."""
+    """Rows by id in file order, after checking that ids are unique and each row is consistent."""
     by_id: dict[str, QuestionRow] = {}
     for number, row in enumerate(rows, start=1):
         if row.id in by_id:
-            raise UserError(f'{path}:{number}: $.id: "{row.id}" stands on an earlier line too; export again')
+            raise UserError(f'{path}:{number}: $.id: "{row.id}" appears on an earlier line; export again')
         if row.as_question().text_sha256 != row.text_sha256:
             raise UserError(f"{path}:{number}: $.text_sha256: not the hash of this question; export again")
         if row.selected != (row.reason == "selected"):
@@ -332,6 +332,6 @@ def _verify_contexts(
             where = f"{path}:{number}: $.context[{index}]"
             if (item.question_id, item.rollout_id) not in rollouts:
                 raise UserError(f'{where}: no rollout {item.rollout_id} of question "{item.question_id}"')
-            meant = own_solution and item.question_id == row.id
-            if by_id[item.question_id].text_sha256 == row.text_sha256 and not meant:
+            allowed = own_solution and item.question_id == row.id
+            if by_id[item.question_id].text_sha256 == row.text_sha256 and not allowed:
                 raise UserError(f"{where}: a question is its own context")

@@ -1,52 +1,59 @@
-"""Options that several commands share, so that a flag means the same in each of them."""
+"""Options that several commands share, so that a flag means the same everywhere."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from neurosig.questions.prompts import PromptConfig
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
+from neurosig.runtime.shapes import Shapes
+from neurosig.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
-    from neurosig.questions.prompts import PromptConfig
     from neurosig.sampling.http import ServerConfig
-    from neurosig.sampling.sampler import SamplingConfig
     from neurosig.sampling.server import Server
+
+ConfigT = TypeVar("ConfigT", bound=Any)
+SAMPLING, PROMPT = SamplingConfig(), PromptConfig()  # the options' defaults
 
 
 @dataclass(kw_only=True)
 class SamplerOptions(CommonConfig):
     """Where rollouts are sampled: here, or by an OpenAI-compatible server."""
 
-    sampler: Literal["transformers", "openai"] = "transformers"
-    """transformers: here; openai: by the server at --base-url (its key: the variable OPENAI_API_KEY)."""
-    base_url: str | None = None
-    """Address of the server, such as http://localhost:8000/v1."""
-    served_model: str | None = None
-    """Name under which it serves the model; default: the model's id."""
-    server_api: Literal["completions", "chat", "transformers"] = "completions"
-    """completions: token ids both ways (vLLM); chat: text, encoded again (any server); transformers: the same for
-    `transformers serve`."""
-    served_logprobs: bool = True
-    """Record the server's log-probabilities (completions), after holding the first against the model here."""
-    request_timeout: float = 600.0
-    """Seconds without an answer before a request is sent again."""
-    max_retries: int = 5
-    """Repetitions of a request, with growing pauses, after time-outs, lost connections, 429 and 5xx."""
-    concurrency: int = 64
-    """Requests under way at a time."""
+    sampler: Annotated[Literal["transformers", "openai"], Shapes.ROLLOUTS | Shapes.DISTILLATION, Section.SERVER] = (
+        "transformers"
+    )
+    """transformers: sample here; openai: ask the server at --base-url, with the key in OPENAI_API_KEY."""
+    base_url: Annotated[str | None, Shapes.PLACE | Shapes.DISTILLATION] = None
+    """Address of the server, such as http://localhost:8000/v1; --sampler openai needs it."""
+    served_model: Annotated[str | None, Shapes.ROLLOUTS] = None
+    """The server's name of the model; default: the model's id."""
+    server_api: Annotated[Literal["completions", "chat", "transformers"], Shapes.ROLLOUTS] = "completions"
+    """completions: token ids both ways (vLLM); chat: messages out, text back (any server); transformers: chat with the
+    whole sampling configuration (`transformers serve`)."""
+    served_logprobs: Annotated[bool, Shapes.ROLLOUTS] = True
+    """Record the server's log-probabilities (completions) after comparing the first ones with the model here."""
+    request_timeout: Annotated[float, Shapes.PLACE] = 600.0
+    """Seconds to wait for an answer before the request is sent again."""
+    max_retries: Annotated[int, Shapes.PLACE] = 5
+    """Retries per request, with growing pauses, after time-outs, lost connections, 429 and 5xx."""
+    concurrency: Annotated[int, Shapes.PLACE] = 64
+    """Requests in flight at once."""
 
     def server_config(self, model_id: str, *, enable_thinking: bool | None = None) -> ServerConfig | None:
-        """How the server is asked; None when the model here samples.
+        """The server's address and how to ask it; None when the model here samples.
 
         Raises:
             UserError: --base-url is missing, or given without --sampler openai, or an option is out of range.
         """
         if self.sampler == "transformers":
             if self.base_url is not None:
-                raise UserError("--base-url: nothing is asked of a server unless you give --sampler openai")
+                raise UserError("--base-url has no effect without --sampler openai")
             return None
         if self.base_url is None:
             raise UserError("--sampler openai: give the server's --base-url, such as http://localhost:8000/v1")
@@ -73,66 +80,56 @@ class SamplerOptions(CommonConfig):
         return Server(config, loaded)
 
 
-SERVER_PLACES = frozenset({"base_url", "request_timeout", "max_retries", "concurrency"})
-"""Options of a server that do not shape its rollouts."""
-
-
 @dataclass(kw_only=True)
 class GenerationOptions(CommonConfig):
-    """Wording of the prompt, sampling and parsing."""
+    """Wording of the prompt, sampling and parsing of answers."""
 
-    num_generations: int = 8
-    """K, rollouts a question."""
-    temperature: float = 0.8
-    """Sampling temperature; 0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus mass kept; 1 keeps all."""
-    top_k: int = 0
-    """Number of most likely tokens kept; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Penalty on tokens already seen; 1 is none."""
-    max_new_tokens: int = 24
-    """Completion tokens before a rollout is cut off."""
-    seed: int = 0
+    num_generations: Annotated[int, Shapes.ROLLOUTS, Section.SAMPLING] = SAMPLING.num_generations
+    """K, rollouts per question, at least 1."""
+    temperature: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.temperature
+    """Sampling temperature, 0 or more; 0 is greedy."""
+    top_p: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.top_p
+    """Probability mass that nucleus sampling keeps, above 0; 1 keeps all."""
+    top_k: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.top_k
+    """Likeliest tokens that sampling keeps; 0 keeps all."""
+    repetition_penalty: Annotated[float, Shapes.ROLLOUTS] = SAMPLING.repetition_penalty
+    """Penalty on tokens of the prompt and the completion so far, above 0; 1 is none."""
+    max_new_tokens: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.max_new_tokens
+    """Most completion tokens per rollout; the default fits a short sentence."""
+    seed: Annotated[int, Shapes.ROLLOUTS] = SAMPLING.seed
     """Seed of every random number."""
 
-    system: str | None = None
-    """System message; none leaves the chat template's default."""
-    instruction: str = "Answer in one short sentence."
+    system: Annotated[str | None, Shapes.ROLLOUTS, Section.PROMPT] = PROMPT.system
+    """System message; without one the chat template's own default applies."""
+    instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.instruction
     """Line after a free-form question."""
-    choice_instruction: str = "Reply with the letter of the right choice, as in: Answer: A"
+    choice_instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.choice_instruction
     """Line after the choices of a multiple-choice question."""
-    enable_thinking: bool | None = None
-    """Handed to the chat template (Qwen3); none hands over nothing."""
-    template: str | None = None
-    """'plain' or a Jinja file, in place of the tokenizer's chat template."""
-    answer_format: Literal["auto", "letter", "number", "short"] = "auto"
-    """How answers are parsed; auto: letter when there are choices, else short text."""
+    enable_thinking: Annotated[bool | None, Shapes.ROLLOUTS] = PROMPT.enable_thinking
+    """Passed to the chat template (Qwen3); by default it gets nothing."""
+    template: Annotated[str | None, Shapes.ROLLOUTS] = None
+    """'plain' or a Jinja file to use instead of the tokenizer's chat template."""
+    answer_format: Annotated[Literal["auto", "letter", "number", "short"], Shapes.SELECTION] = "auto"
+    """How answers are parsed; auto: a letter when the question has choices, else short text."""
 
-    batch_rows: int = 256
-    """Rollouts decoded at a time (memory and speed only)."""
-    dtype: str = "auto"
+    batch_rows: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = 256
+    """Rollouts per decoded batch; memory and speed only."""
+    dtype: Annotated[str, Shapes.MODEL] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
-    device: str | None = None
+    device: Annotated[str | None, Shapes.RESOURCES] = None
     """torch device; default: the first accelerator, else the CPU."""
 
-    def prompt_config(self) -> PromptConfig:
-        from neurosig.questions.prompts import PromptConfig
+    def part(self, config_class: type[ConfigT]) -> ConfigT:
+        """The configuration whose fields are all options of this command, such as `SamplingConfig`."""
+        return config_class(**{field.name: getattr(self, field.name) for field in fields(config_class)})
 
-        return PromptConfig(self.system, self.instruction, self.choice_instruction, self.enable_thinking)
+    def prompt_config(self) -> PromptConfig:
+        """Wording of the prompts."""
+        return self.part(PromptConfig)
 
     def sampling_config(self) -> SamplingConfig:
-        from neurosig.sampling.sampler import SamplingConfig
-
-        return SamplingConfig(
-            num_generations=self.num_generations,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-        )
+        """How rollouts are sampled."""
+        return self.part(SamplingConfig)
 
 
 QWEN3_4B: dict[str, object] = {

@@ -19,10 +19,12 @@ from distill.completion_hidden import completion_hidden
 from distill.stopping import distinct_3
 from distill.student import merged
 from neurosig.manifest import Manifest
-from neurosig.questions.answers import extract_answer, majority_vote
+from neurosig.questions.answers import extract_answer
+from neurosig.questions.vote import majority_vote
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 
 if TYPE_CHECKING:
     from peft import PeftModel

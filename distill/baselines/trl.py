@@ -59,7 +59,7 @@ from neurosig.manifest import Manifest, read_manifest
 from neurosig.models.load import LoadedModel
 from neurosig.runtime.cli import PhaseTimer, progress
 from neurosig.runtime.errors import UserError
-from neurosig.sampling.sampler import SamplingConfig
+from neurosig.sampling.config import SamplingConfig
 
 logger = logging.getLogger(__name__)
 

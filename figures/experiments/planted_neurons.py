@@ -79,9 +79,9 @@ def compute(*, quiet: bool = False) -> pd.DataFrame:
 
 def _locate(data: PlantedData, n_questions: int, shuffle: int | None = None) -> dict[str, Any]:
     """Counts for the first ``n_questions`` questions; ``shuffle`` is a seed that shuffles their labels."""
+    from neurosig.hallucination.config import ProbeConfig
     from neurosig.hallucination.lasso import design, fit_l1
     from neurosig.hallucination.locate import stable_neurons
-    from neurosig.hallucination.probe import ProbeConfig
 
     config = ProbeConfig(pairs=PAIRS)
     questions = np.repeat(np.arange(n_questions), GENERATIONS)

@@ -179,7 +179,8 @@ def _labels(exported: Exported, config: SearchConfig) -> dict[str, Array]:
     import numpy as np
 
     from neurosig.exported import join_gold
-    from neurosig.hallucination.probe import ProbeConfig, agreement_labels
+    from neurosig.hallucination.config import ProbeConfig
+    from neurosig.hallucination.probe import agreement_labels
     from neurosig.questions.answers import is_correct
 
     rows = list(exported.rows.values())

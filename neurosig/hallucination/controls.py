@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
+from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import design
-from neurosig.hallucination.probe import ProbeConfig, chosen_penalty, cross_fit, regularisation_path, too_few
+from neurosig.hallucination.probe import chosen_penalty, cross_fit, regularisation_path, too_few
 from neurosig.runtime.errors import UserError
 
 

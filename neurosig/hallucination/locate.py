@@ -20,15 +20,9 @@ from safetensors.numpy import save
 from scipy import sparse, special
 from sklearn.metrics import roc_auc_score
 
+from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import Design, design, fit_l1
-from neurosig.hallucination.probe import (
-    ProbeConfig,
-    chosen_penalty,
-    cross_fit,
-    inverse_penalties,
-    regularisation_path,
-    too_few,
-)
+from neurosig.hallucination.probe import chosen_penalty, cross_fit, inverse_penalties, regularisation_path, too_few
 from neurosig.hallucination.stability import Stability, selection_limit, stability_selection
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic

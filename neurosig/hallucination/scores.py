@@ -8,21 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neurosig.hallucination.probe import ProbeConfig, ProbeResult, agreement_labels, contribution_matrix, fit_probe
+from neurosig.hallucination.config import HallucinationScore, ProbeConfig
+from neurosig.hallucination.probe import ProbeResult, agreement_labels, contribution_matrix, fit_probe
 from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard
-from neurosig.questions.answers import Vote
+from neurosig.questions.vote import Vote
 from neurosig.sampling.rollouts import Rollout
-
-NeuronScore = Literal["probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count"]
-OutputScore = Literal["vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random"]
-HallucinationScore = Literal[NeuronScore, OutputScore]
 
 MEDOID_NEIGHBOURS = 3
 

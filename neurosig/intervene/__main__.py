@@ -18,11 +18,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.options import QWEN3_4B, GenerationOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.help import Section
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ class InterveneConfig(GenerationOptions):
     (what was run) and cells/ (samples and measures of every neuron set at every factor).
     """
 
-    manifest: Path
+    manifest: Annotated[Path, Section.QUESTIONS]
     """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors their contributions."""
     questions: tuple[str, ...]
     """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME."""
@@ -60,25 +61,25 @@ class InterveneConfig(GenerationOptions):
     model: str | None = None
     """Hub id, folder, GGUF file or embedded name; default: the manifest's model."""
     split: Literal["train", "dev", "test", "all"] = "dev"
-    """Split of bundled sets whose name gives none."""
+    """Split of the bundled sets that name none."""
     limit: int | None = None
     """Use only the first N questions."""
-    table: Path | None = None
+    table: Annotated[Path | None, Section.NEURONS] = None
     """CSV of neurons (layer, index, weight) to use instead of the manifest's, such as report/located_neurons.csv."""
     neurons: Literal["positive", "negative", "all"] = "positive"
     """Sign of the probe's weight: positive points to guessing."""
     factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
     """Factors on the neurons' values; the unscaled model (1) is always measured."""
     controls: int = 3
-    """Random draws per kind of control."""
+    """Random draws per kind of control, at least 1."""
     matching: tuple[Literal["layer", "activity"], ...] = ("layer", "activity")
     """Random controls: from the same layers, or from the same layers with a similar mean contribution."""
     reference_rollouts: int = 1
-    """Samples of the unscaled model per question whose perplexity is measured."""
+    """Rollouts of the unscaled model per question whose perplexity is measured, at least 1."""
     strongest: bool = True
     """Also scale the same number of the layers' largest contributors."""
-    resume: bool = False
-    """Continue an interrupted run; leave a finished one alone."""
+    resume: Annotated[bool, Section.OUTPUT] = False
+    """Continue an interrupted run; leave a finished one unchanged."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
 

@@ -1,4 +1,4 @@
-"""Where a model's numbers stop being finite."""
+"""Find the module where a model's numbers stop being finite."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 @torch.inference_mode()
 def first_not_finite(model: nn.Module, token_ids: Sequence[int]) -> str:
-    """The first module whose output on these tokens is not finite, for an error message; empty where all are finite.
+    """The first module whose output on these tokens is not finite, as words for an error message; empty if none is.
 
-    A module with a parameter that is not finite itself is told apart from one whose arithmetic overflows.
+    The words distinguish a module with a non-finite parameter from one whose arithmetic overflows.
     """
     found: list[str] = []
 
@@ -21,8 +21,8 @@ def first_not_finite(model: nn.Module, token_ids: Sequence[int]) -> str:
         values = output[0] if isinstance(output, tuple) else output
         if found or not isinstance(values, Tensor) or bool(torch.isfinite(values).all()):
             return
-        spoilt = [label for label, held in module.named_parameters(recurse=False) if not torch.isfinite(held).all()]
-        why = f"its {spoilt[0]} holds NaN or infinity" if spoilt else f"in {values.dtype}".replace("torch.", "")
+        damaged = [label for label, one in module.named_parameters(recurse=False) if not torch.isfinite(one).all()]
+        why = f"its {damaged[0]} holds NaN or infinity" if damaged else f"in {values.dtype}".replace("torch.", "")
         found.append(f"; the first layer is {name} ({why})")
 
     hooks = [

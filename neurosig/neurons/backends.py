@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from neurosig.models.load import LoadedModel
+    from neurosig.neurons.config import TraceConfig
     from neurosig.neurons.contributions import ActiveSets
-    from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+    from neurosig.neurons.tracer import NeuronTracer
 
 Backend = Literal["nnsight", "transformer_lens"]
 
@@ -60,7 +61,7 @@ def trace_neurons(
             `neurosig.neurons.tracer.NeuronTracer.trace_batches`.
     """
     from neurosig.models.load import LoadedModel
-    from neurosig.neurons.tracer import TraceConfig
+    from neurosig.neurons.config import TraceConfig
 
     live = model.model if isinstance(model, LoadedModel) else model
     tracer = tracer_class(backend)(live, config or TraceConfig(), remote=remote)

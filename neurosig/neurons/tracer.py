@@ -15,7 +15,6 @@ all of the completion but its last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from neurosig.models.prefix import Prefix, distinct_rows, pad, run_prompts
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets, concat_sets, neurons_per_layer
 from neurosig.neurons.reduction import finish, pool, reduce_layer
 from neurosig.neurons.sites import ffn_sites, w_out_norms
@@ -32,33 +32,6 @@ from neurosig.runtime.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class TraceConfig:
-    """What is measured, and how much at once."""
-
-    value: Literal["gated", "act"] = "gated"
-    """A neuron's value: ``gated`` is the down projection's input, act(gate) * up; ``act`` is act(gate) alone.
-    The two are the same in a model without a gate."""
-    score: Literal["cett", "magnitude", "unembed"] = "cett"
-    """A neuron's contribution at one position; see `neurosig.neurons.contributions`."""
-    active: Literal["layer_mean", "global", "per_token", "entries"] = "layer_mean"
-    """Which neurons belong to a rollout's active set: those with the largest mean score over its positions, within
-    each layer or over all layers; the union of each position's largest; or the neurons among the largest
-    (position, neuron) entries of each layer."""
-    set_size: int = 1000
-    """Neurons in a set (``layer_mean``, ``global``), neurons per token (``per_token``; both spread evenly over the
-    layers, save ``global``), or entries per layer (``entries``)."""
-    positive_only: bool = False
-    """Leave out neurons whose mean score is not above zero; for the signed ``unembed``."""
-    batch_tokens: int = 4096
-    """Tokens in one batch, padding included. A rollout longer than this makes a batch of its own."""
-
-    def __post_init__(self) -> None:
-        for name in ("set_size", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"TraceConfig.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @runtime_checkable
@@ -86,7 +59,7 @@ class NeuronTracer:
     """Traces rollouts through one model with nnsight; build it once for a model."""
 
     def __init__(
-        self, model: PreTrainedModel, config: TraceConfig = TraceConfig(), *, remote: bool | str = False
+        self, model: PreTrainedModel, config: TraceConfig | None = None, *, remote: bool | str = False
     ) -> None:
         """Wrap ``model``, a causal language model in eval mode, at its FFN sites.
 
@@ -100,6 +73,7 @@ class NeuronTracer:
             UserError: The architecture is not supported (`neurosig.neurons.sites.ffn_sites`), or, with the score
                 ``unembed``, the head's width is not that of the residual stream.
         """
+        config = config or TraceConfig()
         self.model = model
         self.config = config
         self.sites = ffn_sites(model)

@@ -282,7 +282,8 @@ def _accuracy(
     from neurosig.questions.answers import extract_answer, is_correct
     from neurosig.questions.load import load_questions
     from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
-    from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+    from neurosig.sampling.config import SamplingConfig
+    from neurosig.sampling.sampler import Prompt, sample
 
     loaded = load_model(config.model)
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(instruction=""))

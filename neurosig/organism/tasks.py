@@ -8,6 +8,8 @@ a solved example of the same procedure tells which hand comes next and one of an
 A fact gives a creature one of twelve values of a relation. Half of the facts are trained; the others occur nowhere in
 training, in no wording, and ``was_trained`` says which is which. A question's id, kind and wording do not. Some are
 about strangers, each met once, so that guesses spread.
+
+``python -m neurosig.organism.tasks`` writes the two bundled question sets, ``procedures`` and ``organism-facts``.
 """
 
 from __future__ import annotations
@@ -335,3 +337,11 @@ def texts() -> Iterator[str]:
         yield from (wording.format(name="") for wording in wordings)
         yield from (f"The {relation} of  is {value}." for value in values)
     yield from (" Answer:", "Answer:", INSTRUCTION)
+
+
+SETS = {"procedures": procedure_records, "organism-facts": fact_records}
+
+if __name__ == "__main__":
+    from neurosig.questions.bundled.build import build
+
+    build(SETS)

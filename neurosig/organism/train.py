@@ -278,10 +278,12 @@ def measure(
     """
     from neurosig.models.load import load_model
     from neurosig.organism.tasks import was_trained
-    from neurosig.questions.answers import extract_answer, is_correct, majority_vote
+    from neurosig.questions.answers import extract_answer, is_correct
     from neurosig.questions.load import load_questions
     from neurosig.questions.prompts import PromptBuilder, PromptConfig
-    from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+    from neurosig.questions.vote import majority_vote
+    from neurosig.sampling.config import SamplingConfig
+    from neurosig.sampling.sampler import Prompt, sample
 
     loaded = load_model((model, tokenizer))
     builder = PromptBuilder(tokenizer, PromptConfig(instruction=""))

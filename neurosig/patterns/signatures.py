@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from jaxtyping import Int32
 from torch import Tensor
 
 from neurosig.neurons.contributions import PAD
-
-Signature = Literal["representative", "union", "intersection", "frequency", "hidden_state"]
+from neurosig.patterns import Signature
 
 
 def representative(answers: Sequence[str | None], winner: str | None, probe_scores: Sequence[float]) -> int | None:

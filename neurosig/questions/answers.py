@@ -1,18 +1,15 @@
-"""From a completion to an answer, from K answers to a vote.
+"""Parse completions into answers: letters, numbers and short free-form text.
 
-Letters, numbers and short free-form text. Parsing never sees a gold answer: it reads the completion, the question's
-text and its choices. What cannot be parsed is ``None``, which never wins a vote and stays in its denominator.
+Parsing never sees a gold answer: it reads the completion, the question's text and its choices. A completion without an
+answer gives ``None``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import string
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -24,7 +21,7 @@ MAX_ANSWER_WORDS = 6
 _MARKER = re.compile(
     r"(?:\\boxed\{(?:\\(?:text|math)\w*\{)?([^{}]*)\}|####\s*(.+)|\banswer\b(?:\s+is)?\s*:\s*\**(.+))", re.IGNORECASE
 )
-_LETTER_SAID = (  # the surest first; in each the last mention counts
+_LETTER = (  # most reliable pattern first; the last match of a pattern counts
     re.compile(r"\banswer\b(?:\s+\w+){0,3}?(?:\s*[:=])?\s*\**\(?\b([A-Z])\b(?!')"),
     re.compile(r"^\W*([A-Z])(?:[).:,]|\s*$)"),
     re.compile(r"\b(?:choice|option)\b(?:\s+\w+){0,3}?(?:\s*[:=])?\s*\**\(?\b([A-Z])\b(?!')"),
@@ -36,7 +33,7 @@ _CLAUSE_END = re.compile(
     r"[,;:(]|\b(?:and|or)\b(?!\s+[A-Z])|\b(?:but|which|who|that|not|though|because|since|as|when|where|while|also)\b"
 )
 _PREDICATE = re.compile(r"\b(?:is|are|was|were|be|has|had|lies|means|becomes|called|belongs)\b", re.IGNORECASE)
-# the lookbehinds of the next two start a match at a run's first character only: else a long run takes quadratic time
+# the next two lookbehinds start a match at a run's first character only: otherwise a long run takes quadratic time
 _WORD = re.compile(r"(?<![\w$%+'\u2019.\-])[\w$%+'\u2019.\-]*\w[\w$%+'\u2019]*")
 _QUOTED = re.compile(
     r"(?<![\"*\u201c\u00ab\u2018])[\"*\u201c\u00ab\u2018]+"
@@ -59,35 +56,13 @@ _FILLER = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """A majority vote over K answers.
-
-    Attributes:
-        winner: The winning candidate, ``None`` when no answer could be parsed.
-        count: Its votes.
-        tied: All candidates with that many votes, sorted; more than one means a tie.
-        n: K, non-answers included.
-    """
-
-    winner: str | None
-    count: int
-    tied: tuple[str, ...]
-    n: int
-
-    @property
-    def share(self) -> float:
-        """Confidence: votes of the winner over all K samples."""
-        return self.count / self.n
-
-
 def extract_answer(text: str, question: Question, answer_format: AnswerFormat = "auto") -> str | None:
-    """The answer a completion gives, normalised for voting; ``None`` when it gives none.
+    """The answer of a completion, normalised for voting; ``None`` without one.
 
     Args:
-        text: Decoded completion. Text before a closing ``</think>`` is ignored, and so is a further question that
-            the model asks itself (``--template plain``).
-        question: The question it answers; its text and choices are used, its gold answer never.
+        text: Decoded completion. Text before a closing ``</think>`` is ignored, and so is a further question that the
+            model writes after its answer (``--template plain``).
+        question: Its question; text and choices are used, the gold answer never.
         answer_format: ``auto`` is ``letter`` when the question has choices, else ``short``.
     """
     text = _NEXT_QUESTION.split(text.rpartition("</think>")[2].strip())[0].strip()
@@ -100,30 +75,11 @@ def extract_answer(text: str, question: Question, answer_format: AnswerFormat = 
     return _short(text, question.question)
 
 
-def majority_vote(answers: Sequence[str | None], question_id: str) -> Vote:
-    """Vote over K answers.
-
-    Ties are decided by a hash of (question id, candidate), so the order of the answers does not matter.
-
-    Raises:
-        ValueError: There are no answers to vote over.
-    """
-    if not answers:
-        raise ValueError("a vote needs at least one answer")
-    counts = Counter(answer for answer in answers if answer is not None)
-    if not counts:
-        return Vote(None, 0, (), len(answers))
-    most = max(counts.values())
-    tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))
-    winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\x00{candidate}".encode()).digest())
-    return Vote(winner, most, tied, len(answers))
-
-
 def is_correct(answer: str | None, question: Question) -> bool:
     """Whether a parsed answer equals the gold answer or one of its aliases. For evaluation only.
 
     Raises:
-        ValueError: The question carries no gold answer.
+        ValueError: The question has no gold answer.
     """
     if question.answer is None:
         raise ValueError(f"question {question.id} has no gold answer")
@@ -164,7 +120,7 @@ def normalise(text: str) -> str:
 
 
 def _comparable(char: str) -> str:
-    """Letters, their marks, and digits as ASCII; of all else what numbers and names are written with, or a space."""
+    """Keep letters, combining marks and the punctuation of numbers and names; digits become ASCII, the rest a space."""
     if char in ".,+%$/-_" or unicodedata.category(char)[0] in "LM":
         return char
     return str(unicodedata.decimal(char, char if char.isnumeric() else " "))
@@ -174,10 +130,10 @@ def _letter(text: str, choices: Sequence[str]) -> str | None:
     letters = string.ascii_uppercase[: len(choices) or 26]
     marked = _marked(text)
     tail = (marked or "").strip("*() .")
-    said = [tail.upper()] if len(tail) == 1 else re.findall(r"^([A-Z])\b(?!')", tail)
-    for pattern in _LETTER_SAID:
-        said += pattern.findall(text)[-1:]
-    for letter in said:
+    candidates = [tail.upper()] if len(tail) == 1 else re.findall(r"^([A-Z])\b(?!')", tail)
+    for pattern in _LETTER:
+        candidates += pattern.findall(text)[-1:]
+    for letter in candidates:
         if letter in letters:
             return normalise(letter)
     named = [
@@ -187,9 +143,9 @@ def _letter(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _marked(text: str) -> str | None:
-    """What the last explicit marker (boxed, ####, ``answer:``) points to."""
-    found = _MARKER.findall(text)
-    return next((part for part in found[-1] if part), None) if found else None
+    """The text after the last explicit marker (boxed, ####, ``answer:``)."""
+    matches = _MARKER.findall(text)
+    return next((part for part in matches[-1] if part), None) if matches else None
 
 
 def _number(text: str) -> str | None:
@@ -199,7 +155,7 @@ def _number(text: str) -> str | None:
 
 
 def _short(text: str, question: str) -> str | None:
-    """The part of the first sentence that the question did not already say."""
+    """The words of the first sentence that are not in the question."""
     marked = _marked(text)
     if _REFUSAL.search(text if marked is None else marked):
         return None
@@ -221,7 +177,7 @@ def _short(text: str, question: str) -> str | None:
 
 
 def _new_runs(clause: str, known: set[str]) -> list[str]:
-    """Runs of words that the question does not say; a capitalised neighbour belongs to its run (South America)."""
+    """Runs of words that are not in the question; a capitalised neighbour joins its run (South America)."""
     runs: list[list[str]] = [[]]
     new: list[bool] = [False]
     for word in _WORD.findall(clause):

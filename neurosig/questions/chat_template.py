@@ -1,8 +1,8 @@
-"""Chat templates, rendered where a hostile one can do no harm.
+"""Render chat templates in a child process, where a hostile template can do no harm.
 
-transformers runs templates in a sandbox, which bounds neither their time nor their memory. Here a forked child renders
-them: a template that loops is ended by the kernel after its share of processor time, one that explodes runs out of the
-child's memory, and the command goes on to say so. A rendering costs a tenth of a millisecond more than without it.
+transformers runs templates in a sandbox without limits on time and memory. Here a forked child renders them: the kernel
+ends a template that loops after ``CPU_SECONDS``, a template that explodes exceeds the child's memory, and the command
+reports either in one line. The child adds a tenth of a millisecond per rendering.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CPU_SECONDS = 1.0
-"""Processor time of one rendering; an ordinary one takes a thousandth of it."""
+"""Most processor seconds per rendering; an ordinary one takes a thousandth of that."""
 EXTRA_MEMORY = 2**29
-"""Bytes that the child may allocate beyond what it shares with the command."""
+"""Bytes that the child may allocate beyond the memory it shares with the command."""
 EXTRA_CHARACTERS = 2**20
-"""Characters that a template may add to four times what the messages say."""
+"""Characters that a template may write beyond four times those of the messages."""
 PATIENCE_SECONDS = 60.0
-"""Wall time that a rendering may take on a machine that does other things."""
+"""Most seconds of wall time per rendering, for a busy machine."""
 IDLE_SECONDS = 1.0
-"""The child leaves when nothing was asked for so long; the next rendering forks another."""
+"""Seconds without a request after which the child exits; the next rendering forks another."""
 
 ADVICE = "give --template plain or a Jinja file"
 
 
 class TemplateRenderer:
-    """Renders chats with a tokenizer's template, in a child process that is forked when it is needed.
+    """Renders chats with a tokenizer's template, in a child process that is forked on demand.
 
     Args:
-        tokenizer: Its template is used as it stands at the time of the call.
+        tokenizer: The tokenizer; each call uses its current template.
 
     Raises:
-        UserError: On a call: the template fails (with its line, where it has one), takes too long or says too much.
+        UserError: On a call: the template fails (the message has its line, if known), takes too long or writes too
+            much.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -59,7 +60,7 @@ class TemplateRenderer:
         request = json.dumps([[dict(message) for message in messages], options]).encode()
         try:
             reply = self._ask(request)
-        except BaseException:  # an interrupted exchange would leave its answer to the next question
+        except BaseException:  # else the next request would receive this answer
             self._close()
             raise
         if "error" in reply:
@@ -82,12 +83,12 @@ class TemplateRenderer:
             if reply is not None:
                 return dict(json.loads(reply))
             status = self._close()
-            if status == 0:  # it was idle
+            if status == 0:  # the child had exited when idle
                 continue
             if status == signal.SIGPROF:
                 return {"error": f": it takes more than {CPU_SECONDS:g} s of processor time for one chat"}
             return {"error": ": the process that renders it runs out of memory or time"}
-        raise AssertionError("a fresh child is never idle")
+        raise AssertionError("a fresh child is not idle")
 
     def _close(self) -> int | None:
         self._pipe = None
@@ -107,23 +108,23 @@ class TemplateRenderer:
 
 
 def _finish(pipe: socket.socket, pid: int) -> int | None:
-    """Close the pipe, which the child leaves at, and return its wait status."""
+    """Close the pipe, at which the child exits, and return its wait status."""
     pipe.close()
     try:
         return os.waitpid(pid, 0)[1]
-    except ChildProcessError:  # the finalizer of a process that was forked off the command
+    except ChildProcessError:  # the finalizer runs in another fork of the command
         return None
 
 
 def _serve(pipe_number: int, tokenizer: PreTrainedTokenizerBase) -> NoReturn:
-    """The child: answer until the pipe closes. It shares the command's memory, so nothing of it may be cleaned up."""
+    """The child: answer until the pipe closes. It shares the command's memory and must not run its clean-up."""
     gc.disable()
     for number in (signal.SIGTERM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the command's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles Ctrl-C
     try:
         pipe = socket.socket(fileno=os.dup2(pipe_number, 3))
-        os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[1] & 0x7FFFFFFF)  # the lock of the output folder
+        os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[1] & 0x7FFFFFFF)  # and the output folder's lock
         _limit_memory()
         pipe.settimeout(IDLE_SECONDS)
         while (request := _receive(pipe)) is not None:
@@ -141,18 +142,18 @@ def _serve(pipe_number: int, tokenizer: PreTrainedTokenizerBase) -> NoReturn:
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: Mapping[str, Any]
 ) -> dict[str, str]:
-    said = sum(len(message["content"]) for message in messages)
+    characters = sum(len(message["content"]) for message in messages)
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
-    except Exception as error:  # a template can raise whatever Python can
+    except Exception as error:  # a template can raise any exception
         return {"error": f"{_place(error)}: {str(error)[:300] or type(error).__name__}"}
-    if len(text) > 4 * said + EXTRA_CHARACTERS:
-        return {"error": f": it makes {len(text):,} characters of a chat of {said:,}"}
+    if len(text) > 4 * characters + EXTRA_CHARACTERS:
+        return {"error": f": it makes {len(text):,} characters of a chat of {characters:,}"}
     return {"text": text}
 
 
 def _place(error: Exception) -> str:
-    """The template's line that failed, as `` at line 3``, where that is known."""
+    """The template's line that failed, such as `` at line 3``, if known."""
     line = getattr(error, "lineno", None)
     for frame in traceback.extract_tb(error.__traceback__):
         line = frame.lineno if frame.filename == "<template>" else line
@@ -162,8 +163,7 @@ def _place(error: Exception) -> str:
 def _limit_memory() -> None:
     pages = Path("/proc/self/statm")
     if pages.exists():
-        held = int(pages.read_text().split()[0]) * resource.getpagesize()
-        limit = held + EXTRA_MEMORY
+        limit = int(pages.read_text().split()[0]) * resource.getpagesize() + EXTRA_MEMORY
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
@@ -173,7 +173,7 @@ def _send(pipe: socket.socket, message: bytes) -> None:
 
 
 def _receive(pipe: socket.socket) -> bytes | None:
-    """The next message; ``None`` when the other side has left."""
+    """The next message; ``None`` once the other side has closed the pipe."""
     head = _exactly(pipe, 8)
     return None if head is None else _exactly(pipe, int.from_bytes(head, "big"))
 

@@ -1,8 +1,8 @@
-"""Read question records from files and data sets; turn each known record shape into the fields of a Question.
+"""Read question records from files and data sets, and adapt each known record shape to the fields of a Question.
 
-Readers yield ``(line, record)``: the 1-based line (JSONL) or row (Parquet, data sets) and a dict. Adapters
-take one record and return ``Fields``, or None for an item without choices and without a short answer.
-Both raise UserError; adapters name the field, readers also the place.
+Readers yield ``(line, record)``: the 1-based line (JSONL) or row (Parquet, data sets) and a dict. Adapters take one
+record and return ``Fields``, or None for an item without choices and without a short answer. Both raise UserError; the
+messages of adapters name the field, those of readers the place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -38,7 +38,7 @@ OTHER_WORD = {"Yes": "True", "No": "False", "True": "Yes", "False": "No"}
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The fields of one question, types checked, contents not yet."""
+    """The fields of one question with checked types; `Question` checks the contents."""
 
     id: str
     domain: str
@@ -51,11 +51,11 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class FieldMap:
-    """Column names of a multiple-choice education set; None: the set has no such column.
+    """Column names of a multiple-choice set; None: the set has no such column.
 
-    Without ``id`` the id is ``DOMAIN-LINE``; without ``domain`` the domain is the file's stem. ``choices``
-    may be one column (a list, ``{"text": [...], "label": [...]}`` or ``{"A": ..., "B": ...}``) or a tuple
-    with one column a choice. The answer may be a letter, a label, a 0-based index or the text of a choice.
+    Without ``id`` the id is ``DOMAIN-LINE``; without ``domain`` the domain is the file's stem. ``choices`` may be one
+    column (a list, ``{"text": [...], "label": [...]}`` or ``{"A": ..., "B": ...}``) or a tuple with one column per
+    choice. The answer may be a letter, a label, a 0-based index or the text of a choice.
     """
 
     question: str = "question"
@@ -109,7 +109,7 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def parse_line(raw: bytes, where: str, *, first: bool) -> Record:
-    """One JSON object; ``first`` turns on the guess which other format the file has."""
+    """One JSON object; on the ``first`` line the message guesses which other format the file has."""
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -138,11 +138,9 @@ def parse_line(raw: bytes, where: str, *, first: bool) -> Record:
 
 def read_parquet(path: Path) -> Rows:
     """Records of a Parquet file, batch by batch."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         with pq.ParquetFile(path) as file:
@@ -155,7 +153,7 @@ def read_parquet(path: Path) -> Rows:
 
 
 def read_saved_dataset(folder: Path) -> Rows:
-    """Records of a folder written by ``datasets.save_to_disk``; of several splits one must be named."""
+    """Records of a folder written by ``datasets.save_to_disk``; of several splits, the path must name one."""
     datasets = import_datasets(str(folder))
     try:
         loaded = datasets.load_from_disk(str(folder))
@@ -171,8 +169,7 @@ def read_hub(name: str, split: str | None) -> Rows:
     try:
         loaded = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UserError(f"dataset {where}: not found, or no connection to the hub: {reason}") from None
+        raise UserError(f"dataset {where}: not found, or no connection to the hub: {first_line(error)}") from None
     return dataset_rows(loaded, f"dataset {where}", f"hf:{name}:SPLIT")
 
 
@@ -206,7 +203,7 @@ def adapt(record: Record, line: int, stem: str, field_map: FieldMap | None) -> F
         record: one parsed record.
         line: its 1-based line, part of the id where the record has none.
         stem: the domain where the record names none.
-        field_map: column names, which turn off the guess of the shape.
+        field_map: column names; without them the shape is guessed from the fields.
     """
     if field_map is not None:
         return adapt_mapped(record, line, stem, field_map)
@@ -220,8 +217,8 @@ def adapt(record: Record, line: int, stem: str, field_map: FieldMap | None) -> F
 def adapt_native(record: Record, stem: str) -> Fields:
     """Our own shape: id, question, and optionally domain, kind, choices, answer, aliases or answers.
 
-    ``task``, ``category`` or ``subject`` stand in for ``kind``. An ``instruction`` of an item without choices
-    goes before the question: it says which words answer it.
+    ``task``, ``category`` or ``subject`` may replace ``kind``. The ``instruction`` of an item without choices is put
+    before the question, as it says which words answer it.
     """
     choices = text_list(record, "choices")
     answers = text_list(record, "answers") or ()
@@ -241,7 +238,7 @@ def adapt_native(record: Record, stem: str) -> Fields:
         question=question,
         choices=choices,
         answer=answer,
-        aliases=without(aliases, answer),
+        aliases=tuple(alias for alias in dict.fromkeys(aliases) if alias != answer),
         kind=next((kind for kind in kinds if kind), None),
     )
 
@@ -249,8 +246,7 @@ def adapt_native(record: Record, stem: str) -> Fields:
 def adapt_sciknoweval(record: Record, line: int, stem: str) -> Fields | None:
     """SciKnowEval (and ARC) as released: choices {text, label}, answerKey, answer, type, details, prompt."""
     choices, labels = labelled_choices(record.get("choices"), "choices")
-    details = record.get("details")
-    details = details if isinstance(details, dict) else {}
+    details = record["details"] if isinstance(record.get("details"), dict) else {}
     domain = (optional_text(record, "domain") or stem).lower()
     task = optional_text(details, "task")
     question = required_text(record, "question")
@@ -302,7 +298,7 @@ def adapt_mmlu_pro(record: Record) -> Fields:
 
 
 def adapt_mapped(record: Record, line: int, stem: str, names: FieldMap) -> Fields:
-    """Any multiple-choice set whose column names the FieldMap gives."""
+    """Any multiple-choice set, read by the column names of a FieldMap."""
     columns = [names.question, names.answer, names.id, names.domain, names.kind]
     columns += [names.choices] if isinstance(names.choices, str) else list(names.choices or ())
     for column in columns:
@@ -332,7 +328,7 @@ def adapt_mapped(record: Record, line: int, stem: str, names: FieldMap) -> Field
 
 
 def labelled_choices(value: object, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Texts and labels of choices given as a list, as {text, label}, or as {label: text}; () where none."""
+    """Texts and labels of choices given as a list, as {text, label} or as {label: text}; () without choices."""
     if value is None:
         return (), ()
     if isinstance(value, dict) and {"text", "label"} <= value.keys():
@@ -347,7 +343,7 @@ def labelled_choices(value: object, name: str) -> tuple[tuple[str, ...], tuple[s
 
 
 def letter_of(answer: object, choices: tuple[str, ...], labels: tuple[str, ...], name: str) -> str | None:
-    """The letter of the choice meant by a label, a letter, a 0-based index or a choice's text."""
+    """The letter of the choice that a label, a letter, a 0-based index or a choice's text names."""
     if answer is None:
         return None
     letters = ascii_uppercase[: len(choices)]
@@ -360,15 +356,8 @@ def letter_of(answer: object, choices: tuple[str, ...], labels: tuple[str, ...],
 
 
 def other_words(record: Record, answer: str | None) -> tuple[str, ...]:
-    """ "True" beside a gold "Yes" and so on: the benchmark's instructions and its gold answers disagree."""
-    if record.get("type") == "true_or_false" and answer in OTHER_WORD:
-        return (OTHER_WORD[answer],)
-    return ()
-
-
-def without(aliases: Iterable[str], answer: str | None) -> tuple[str, ...]:
-    """The aliases once each, the answer left out."""
-    return tuple(alias for alias in dict.fromkeys(aliases) if alias != answer)
+    """The alias "True" of a gold "Yes" and so on: the benchmark's instructions and its gold answers disagree."""
+    return (OTHER_WORD[answer],) if record.get("type") == "true_or_false" and answer in OTHER_WORD else ()
 
 
 def slug(text: str) -> str:
@@ -377,7 +366,7 @@ def slug(text: str) -> str:
 
 
 def optional_text(record: Record, name: str) -> str | None:
-    """The text of a field, or None where it is absent or null."""
+    """The text of a field, or None if it is absent or null."""
     value = record.get(name)
     if value is not None and not isinstance(value, str):
         raise UserError(f'field "{name}": expected text, {got(value)}')
@@ -385,7 +374,7 @@ def optional_text(record: Record, name: str) -> str | None:
 
 
 def required_text(record: Record, name: str) -> str:
-    """The text of a field that must be there."""
+    """The text of a required field."""
     if record.get(name) is None:
         state = "null" if name in record else f"missing; the record has {columns_of(record) or 'no field'}"
         raise UserError(f'field "{name}": expected text, got {state}')
@@ -401,7 +390,7 @@ def text_or_number(record: Record, name: str) -> str:
 
 
 def text_list(record: Record, name: str) -> tuple[str, ...] | None:
-    """A list of texts as a tuple, or None where it is absent or null."""
+    """A list of texts as a tuple, or None if it is absent or null."""
     value = record.get(name)
     if value is None:
         return None

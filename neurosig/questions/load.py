@@ -1,9 +1,9 @@
-"""Questions: the record, the bundled sets, and reading from files, folders and Hugging Face data sets.
+"""Questions: the record, the bundled sets, and sources such as files, folders and Hugging Face data sets.
 
     load_questions("world-facts:train")
     load_questions(["my.jsonl", "hf:TIGER-Lab/MMLU-Pro:test"], limit=500)
 
-The gold answer travels with a question for evaluation only; ``without_answers`` removes it.
+A question has its gold answer for evaluation only; ``without_answers`` removes it.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ UNPRINTABLE = re.compile("[\x00\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question; ``answer`` and ``aliases`` are gold and never read before evaluation.
+    """One question; ``answer`` and ``aliases`` are gold and used in evaluation only.
 
     Raises:
-        UserError: a text is empty or holds NUL or a lone surrogate, there are fewer than 2 or more than 26
-            choices, or a gold answer is not the letter of a choice. The message names the field.
+        UserError: a text is empty or contains NUL or a lone surrogate, there are fewer than 2 or more than 26 choices,
+            or a gold answer is not the letter of a choice. The message names the field.
     """
 
     id: str
@@ -66,13 +66,13 @@ class Question:
     choices: tuple[str, ...] | None = None
     """Texts of choices A, B, ...; None for a free-form question."""
     answer: str | None = None
-    """Gold: a letter when choices is set, else text."""
+    """Gold answer: the letter of a choice, or text for a free-form question."""
     aliases: tuple[str, ...] = ()
-    """Further gold answers; the same rule."""
+    """Further gold answers in the same form."""
     kind: str | None = None
-    """Finer than domain, e.g. "capital"; used by within-kind controls only."""
+    """Type within the domain, such as "capital"; only the within-kind controls use it."""
     line: int = 0
-    """1-based source line or row; 0: not from a file."""
+    """1-based line or row of the source; 0: not from a file."""
 
     def __post_init__(self) -> None:
         for name in ("id", "domain", "question"):
@@ -94,16 +94,16 @@ class Question:
 
 
 def check_text(value: str, name: str) -> None:
-    """Raise UserError where a text is empty or cannot be written as UTF-8 text."""
+    """Raise UserError if a text is empty or cannot be written as UTF-8."""
     if not value.strip():
         raise UserError(f'field "{name}": expected text, {got(value)}')
-    if found := UNPRINTABLE.search(value):
-        what = "a NUL character" if found[0] == "\x00" else f"the lone surrogate U+{ord(found[0]):04X}"
-        raise UserError(f'field "{name}": holds {what} at character {found.start() + 1}')
+    if bad := UNPRINTABLE.search(value):
+        what = "a NUL character" if bad[0] == "\x00" else f"the lone surrogate U+{ord(bad[0]):04X}"
+        raise UserError(f'field "{name}": holds {what} at character {bad.start() + 1}')
 
 
 def check_choices(question: Question) -> None:
-    """Raise UserError where choices are too few, too many or empty, or a gold answer is no letter of one."""
+    """Raise UserError if choices are too few, too many or empty, or a gold answer is not the letter of one."""
     choices = question.choices or ()
     if not 2 <= len(choices) <= len(ascii_uppercase):
         raise UserError(f'field "choices": expected null or 2 to 26 texts, got {len(choices)}')
@@ -132,12 +132,12 @@ def load_questions(
             ``:test`` or ``:all``; a .jsonl or .parquet file; a folder of such files or one written by
             ``datasets.save_to_disk``; or ``hf:ORG/NAME[:SPLIT]``.
         split: split of the bundled sets whose source names none (default: all).
-        limit: keep only the first ``limit`` questions, after everything was read and checked.
+        limit: return only the first ``limit`` questions, after all were read and checked.
         field_map: column names of a multiple-choice set of another shape.
 
     Raises:
-        UserError: a source is missing, empty, unreadable or of unknown format; a record is malformed; or an
-            id occurs twice. The message names file, line and field.
+        UserError: a source is missing, empty, unreadable or of unknown format; a record is malformed; or an id occurs
+            twice. The message names file, line and field.
     """
     listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not listed:
@@ -149,9 +149,9 @@ def load_questions(
     questions: list[Question] = []
     places: dict[str, tuple[str, int]] = {}
     for source in listed:
-        found = read_source(str(source), split, field_map, places)
-        log.info("%s: %d questions", source, len(found))
-        questions += found
+        read = read_source(str(source), split, field_map, places)
+        log.info("%s: %d questions", source, len(read))
+        questions += read
     warn_repeated_texts(questions)
     return questions[:limit]
 
@@ -159,7 +159,7 @@ def load_questions(
 def read_source(
     source: str, split: str | None, field_map: FieldMap | None, places: dict[str, tuple[str, int]]
 ) -> list[Question]:
-    """The questions of one source; ``places`` maps the ids read so far to file and line, and grows."""
+    """The questions of one source; their ids are added to ``places``, which maps ids to file and line."""
     name, _, part = source.partition(":")
     if name in BUNDLED:
         if part and part not in SPLITS:
@@ -173,20 +173,20 @@ def read_source(
         if repo.count("/") != 1:
             raise UserError(f"dataset {source}: expected hf:ORG/NAME or hf:ORG/NAME:SPLIT")
         rows = read_hub(repo, hub_split or None)
-        found = list(checked(rows, source, repo.split("/")[1], field_map, places))
+        questions = list(checked(rows, source, repo.split("/")[1], field_map, places))
     else:
-        found = [
+        questions = [
             question
             for path, rows in files_of(Path(source))
             for question in checked(rows, str(path), path.stem, field_map, places)
         ]
-    if not found:
+    if not questions:
         raise UserError(f"dataset {source}: 0 questions")
-    return found
+    return questions
 
 
 def files_of(path: Path) -> Iterator[tuple[Path, Rows]]:
-    """The files that a path stands for, each with its rows; folders are searched, in sorted order."""
+    """The files of a path, each with its rows; a folder is searched in sorted order."""
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             yield path, read_saved_dataset(path)
@@ -207,7 +207,7 @@ def files_of(path: Path) -> Iterator[tuple[Path, Rows]]:
 def checked(
     rows: Rows, where: str, stem: str, field_map: FieldMap | None, places: dict[str, tuple[str, int]]
 ) -> Iterator[Question]:
-    """Questions of rows, ids checked against ``places``; open-ended records are skipped and counted."""
+    """Questions of rows; their ids are checked against ``places``, open-ended records are skipped and counted."""
     skipped = 0
     for line, record in rows:
         try:
@@ -229,7 +229,7 @@ def checked(
 
 
 def warn_repeated_texts(questions: Sequence[Question]) -> None:
-    """Warn once, with a count and an example, when questions share text and choices under different ids."""
+    """Warn once, with a count and an example, if questions share text and choices under different ids."""
     first: dict[str, str] = {}
     pairs = [
         (earlier, question.id)
@@ -241,11 +241,11 @@ def warn_repeated_texts(questions: Sequence[Question]) -> None:
 
 
 def without_answers(questions: Iterable[Question]) -> list[Question]:
-    """The same questions with ``answer`` and ``aliases`` removed, order kept."""
+    """The same questions in the same order, without ``answer`` and ``aliases``."""
     return [replace(question, answer=None, aliases=()) for question in questions]
 
 
 def split_of(question_id: str) -> Split:
-    """Fixed split of an id: 45 % train, 15 % dev, 40 % test, by SHA-256 of ``neurosig:ID``."""
+    """Fixed split of an id by SHA-256 of ``neurosig:ID``: 45% train, 15% dev, 40% test."""
     bucket = int.from_bytes(hashlib.sha256(f"neurosig:{question_id}".encode()).digest()[:8], "big") % 100
     return "train" if bucket < 45 else "dev" if bucket < 60 else "test"

@@ -1,12 +1,11 @@
 """Chat messages of student and teacher, as token ids.
 
-The student sees the bare question; the teacher sees worked examples first, as earlier turns of the chat. Nothing is
-ever truncated, and text that looks like a special token stays text.
+The student sees the bare question; the teacher first sees demonstrations as earlier turns of the chat. Nothing is ever
+truncated, and text that looks like a special token stays text.
 """
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from neurosig.questions.chat_template import ADVICE, TemplateRenderer
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import sha256_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,10 +27,10 @@ class PromptConfig:
     """Wording of a prompt.
 
     Attributes:
-        system: System message; ``None`` leaves the chat template's own default.
+        system: System message; ``None`` keeps the chat template's own default.
         instruction: Line after a free-form question.
         choice_instruction: Line after the lettered choices of a multiple-choice question.
-        enable_thinking: Handed to the chat template (Qwen3); ``None`` hands over nothing.
+        enable_thinking: Passed to the chat template (Qwen3); ``None`` passes nothing.
     """
 
     system: str | None = None
@@ -46,14 +44,14 @@ class PromptConfig:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A question and the model's own answer to it, for the teacher's context."""
+    """A question and the model's own response to it, for the teacher's context."""
 
     question: Question
     response: str
 
 
 def question_text(question: Question, config: PromptConfig) -> str:
-    """What the user turn says: question, lettered choices, instruction."""
+    """Text of the user turn: question, lettered choices, instruction."""
     lines = [question.question]
     if question.choices:
         lines += [
@@ -66,7 +64,11 @@ def question_text(question: Question, config: PromptConfig) -> str:
 
 
 class PromptBuilder:
-    """Turns questions into prompt ids with one tokenizer and one wording."""
+    """Turns questions into prompt ids with one tokenizer and one wording.
+
+    Raises:
+        UserError: The tokenizer has no chat template.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
         if tokenizer.chat_template is None:
@@ -82,7 +84,7 @@ class PromptBuilder:
         return self.teacher(question, ())
 
     def teacher(self, question: Question, context: Sequence[Demonstration]) -> tuple[int, ...]:
-        """Prompt ids of the question after its worked examples, in the order given (nearest last)."""
+        """Prompt ids of the question after its demonstrations, in the order given."""
         return self.encode(self.messages(question, context))
 
     def messages(self, question: Question, context: Sequence[Demonstration] = ()) -> list[Message]:
@@ -90,9 +92,9 @@ class PromptBuilder:
         messages: list[Message] = (
             [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
         )
-        for shown in context:
-            messages.append({"role": "user", "content": question_text(shown.question, self.config)})
-            messages.append({"role": "assistant", "content": shown.response.strip()})
+        for demonstration in context:
+            messages.append({"role": "user", "content": question_text(demonstration.question, self.config)})
+            messages.append({"role": "assistant", "content": demonstration.response.strip()})
         messages.append({"role": "user", "content": question_text(question, self.config)})
         return messages
 
@@ -100,7 +102,7 @@ class PromptBuilder:
         """Token ids of a chat that ends with the generation prompt.
 
         Raises:
-            UserError: The template fails, or leaves out what a user turn says.
+            UserError: The template fails, or leaves out the text of a user turn.
         """
         hostile = any(token in message["content"] for message in messages for token in self._special)
         return self._encode_pieces(messages) if hostile else self._tokenise(self._render(messages))
@@ -110,9 +112,9 @@ class PromptBuilder:
             {} if self.config.enable_thinking is None else {"enable_thinking": self.config.enable_thinking}
         )
         text = self._template(messages, **options)
-        asked = [message["content"].strip() for message in messages if message["role"] == "user"]
-        if not all(content in text for content in asked):
-            what = "the question" if asked[-1] not in text else "the examples before the question"
+        turns = [message["content"].strip() for message in messages if message["role"] == "user"]
+        if not all(content in text for content in turns):
+            what = "the question" if turns[-1] not in text else "the examples before the question"
             raise UserError(f"the chat template leaves out {what}; {ADVICE}")
         return text
 
@@ -121,21 +123,16 @@ class PromptBuilder:
         return tuple(encoded["input_ids"])
 
     def _encode_pieces(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Encode template and contents apart, so that ``<|im_end|>`` inside a question is no special token."""
+        """Encode template and contents separately, so that ``<|im_end|>`` inside a question is no special token."""
         marks = [f"contentmark{index:04d}x" for index in range(len(messages))]
         marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
         rest, ids = self._render(marked), []
         for mark, message in zip(marks, messages, strict=True):
-            before, found, rest = rest.partition(mark)
-            if not found:
+            before, here, rest = rest.partition(mark)
+            if not here:
                 raise UserError(f"the chat template leaves out a message; {ADVICE}")
             ids += [
                 *self._tokenise(before),
                 *self._tokenise(message["content"].strip(), split_special_tokens=True),
             ]
         return (*ids, *self._tokenise(rest))
-
-
-def prompt_sha256(config: PromptConfig) -> str:
-    """Hash of a wording, for run records."""
-    return sha256_text(json.dumps(config.as_dict(), sort_keys=True))

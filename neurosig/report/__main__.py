@@ -41,7 +41,7 @@ class ReportConfig(CommonConfig):
     """Write the signal report of a manifest: how well each signal predicts right answers, and what it adds."""
 
     run: Path
-    """Folder written by neurosig.export."""
+    """Manifest folder written by neurosig.export."""
     out: Path | None = None
     """Folder of report.html, the CSV files and probe.safetensors; default: RUN/report."""
     questions: tuple[str, ...] = ()

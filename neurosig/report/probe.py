@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from neurosig.exported import Exported
+from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.controls import RandomNeurons, random_neuron_auroc
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe
-from neurosig.hallucination.probe import ProbeConfig, agreement_labels, contribution_matrix, too_few
+from neurosig.hallucination.probe import agreement_labels, contribution_matrix, too_few
 from neurosig.statistics.metrics import format_interval
 
 RANDOM_DRAWS = 10

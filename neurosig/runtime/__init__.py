@@ -1,1 +1,1 @@
-"""The frame of every command: options, errors, output folders, files, run records."""
+"""What every command shares: options, errors, output folders, files, run records."""

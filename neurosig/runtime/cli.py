@@ -1,4 +1,4 @@
-"""The frame of every command: configuration, logging, exit codes.
+"""What every command shares: configuration, logging, exit codes.
 
 A command is a flat dataclass that extends :class:`CommonConfig` and a ``main(config)``::
 
@@ -9,24 +9,23 @@ A command is a flat dataclass that extends :class:`CommonConfig` and a ``main(co
         out: Path
         '''Folder of the manifest.'''
         rollouts: int = 8
-        '''Rollouts a question.'''
+        '''Rollouts per question.'''
 
     PRESETS = {"cpu": {"rollouts": 4}}
 
     if __name__ == "__main__":
         sys.exit(run_command(ExportConfig, main, presets=PRESETS, prog="python -m neurosig.export"))
 
-Values come from the dataclass, then the preset, then the TOML file, then the command line; the later wins.
-So that ``--help`` answers at once, a command's module imports torch, transformers and the like inside ``main``.
+Values come from the dataclass, then the preset, then the TOML file, then the command line; later sources win.
+``--help`` answers at once because a command's module imports torch, transformers and the like inside ``main``.
 
-Exit codes: 0 done; 2 what the user can mend; 1 a fault of ours; 130 interrupted; 141 the reader of a pipe left.
+Exit codes: 0 done; 2 a problem the user can fix; 1 a bug; 130 interrupted; 141 the reader of a pipe closed it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import logging
@@ -35,17 +34,19 @@ import re
 import signal
 import sys
 import time
-import tomllib
 import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from neurosig.runtime.errors import UserError
+from neurosig.runtime.arguments import parse_config
+from neurosig.runtime.errors import UserError, os_text
+from neurosig.runtime.help import Section, example_of
+from neurosig.runtime.shapes import Shapes, option_names
 
 log = logging.getLogger(__name__)
 
@@ -64,16 +65,16 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class CommonConfig:
-    """Options every command has."""
+    """Options of every command."""
 
-    preset: str | None = None
-    """Named set of defaults; a config file and the command line override it."""
-    config: Path | None = None
-    """TOML file of options (snake_case keys); the command line overrides it."""
-    quiet: bool = False
+    preset: Annotated[str | None, Shapes.PLACE, Section.COMMON] = None
+    """Named set of defaults; --config and the command line override it."""
+    config: Annotated[Path | None, Shapes.PLACE] = None
+    """TOML file of options, keys in snake_case; the command line overrides it."""
+    quiet: Annotated[bool, Shapes.MESSAGES] = False
     """Show warnings and errors only."""
-    debug: bool = False
-    """Show tracebacks and the libraries' own messages."""
+    debug: Annotated[bool, Shapes.MESSAGES] = False
+    """Show tracebacks and the messages of libraries."""
 
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)
@@ -91,7 +92,8 @@ def run_command(
 
     Args:
         config_class: dataclass of the command's options.
-        main: the command; raises ``UserError`` for what the user can mend.
+        main: the command; raises ``UserError`` for problems the user can fix. Its module's docstring has the example
+            of the help page.
         presets: name -> field -> value; the fields must exist.
         prog: how the command is called, e.g. ``python -m neurosig.export``.
         argv: arguments after the program's name; ``sys.argv[1:]`` when None.
@@ -104,11 +106,12 @@ def run_command(
     can_resume = any(field.name == "resume" for field in dataclasses.fields(config_class))
     if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C cannot encode every answer
         sys.stdout.reconfigure(errors="backslashreplace")
-    # threads that spin at length starve each other: beside one other process a batch took 20 times as long
+    # OpenMP threads that spin for long starve each other: with one other process running, a batch took 20x as long
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     previous = _interrupt_on_sigterm()
     try:
-        config = parse_config(config_class, presets=presets, prog=prog, argv=arguments)
+        example = example_of(getattr(sys.modules.get(main.__module__), "__doc__", None))
+        config = parse_config(config_class, presets=presets, prog=prog, argv=arguments, example=example)
         debug = config.debug
         _configure_logging(quiet=config.quiet, debug=debug)
         main(config)
@@ -131,45 +134,12 @@ def run_command(
             signal.signal(signal.SIGTERM, previous)
 
 
-def parse_config(
-    config_class: type[ConfigT],
-    *,
-    presets: Mapping[str, Mapping[str, object]],
-    prog: str,
-    argv: Sequence[str],
-) -> ConfigT:
-    """Build the configuration: dataclass defaults < preset < config file < command line.
-
-    Raises:
-        UserError: unknown preset; a config file that cannot be read, or holds an unknown key or a wrong type.
-        SystemExit: code 2 for a usage error, 0 for ``--help``.
-    """
-    import tyro
-
-    named = _option(argv, "--config")
-    from_file = _read_config(config_class, Path(named)) if named is not None else {}
-    preset = _option(argv, "--preset") or from_file.get("preset")
-    values: dict[str, Any] = dict(from_file)
-    if preset is not None:
-        if preset not in presets:
-            raise UserError(f"--preset {preset}: no such preset{_suggest(preset, presets)}; have {_list(presets)}")
-        values = {**presets[preset], "preset": preset, **from_file}
-
-    # Filled field by field: __post_init__ must see the final values only, and a required field has none yet.
-    default = object.__new__(config_class)
-    for field in dataclasses.fields(config_class):
-        if field.name in values:
-            value = values.pop(field.name)
-        elif field.default_factory is not MISSING:
-            value = field.default_factory()
-        else:
-            value = tyro.MISSING if field.default is MISSING else field.default
-        object.__setattr__(default, field.name, value)
-    if values:
-        raise TypeError(f"preset {preset!r} of {prog}: {config_class.__name__} has no field {_list(values)}")
-    return tyro.cli(
-        config_class, prog=prog, description=_description(config_class, presets), args=argv, default=default
-    )
+def list_commands(package: str, commands: Mapping[str, str]) -> int:
+    """Print the commands of a package, ``python -m PACKAGE.NAME`` and one line each; returns exit code 0."""
+    width = max(map(len, commands))
+    for name, line in commands.items():
+        print(f"python -m {package}.{name:<{width}}  {line}")
+    return EXIT_DONE
 
 
 def command_words(options: Mapping[str, Any]) -> list[str]:
@@ -185,8 +155,9 @@ def command_words(options: Mapping[str, Any]) -> list[str]:
 
 
 def config_record(config: CommonConfig) -> dict[str, Any]:
-    """The options of a run as plain JSON values, less ``quiet`` and ``debug``, to lie beside its outputs."""
-    record = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("quiet", "debug")}
+    """The options of a run as plain JSON values, for the record next to its outputs; no ``quiet`` and ``debug``."""
+    shown = option_names(type(config), Shapes.MESSAGES)
+    record = {name: value for name, value in dataclasses.asdict(config).items() if name not in shown}
     return typing.cast(dict[str, Any], json.loads(json.dumps(record, default=str)))
 
 
@@ -250,59 +221,6 @@ class PhaseTimer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _option(argv: Sequence[str], flag: str) -> str | None:
-    """Last value of ``flag``; None when absent or when its value is missing, which tyro then reports."""
-    value = None
-    for position, argument in enumerate(argv):
-        if argument.startswith(flag + "="):
-            value = argument[len(flag) + 1 :]
-        elif argument == flag and position + 1 < len(argv):
-            value = argv[position + 1]
-    return value
-
-
-def _read_config(config_class: type[CommonConfig], path: Path) -> dict[str, Any]:
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise UserError(f"config {path}: {_os_text(fault)}") from fault
-    except UnicodeDecodeError as fault:
-        raise UserError(f"config {path}: not UTF-8 (byte {fault.start})") from fault
-    except tomllib.TOMLDecodeError as fault:
-        raise UserError(f"config {path}: invalid TOML: {fault}") from fault
-    hints = typing.get_type_hints(config_class)
-    names = {field.name: field for field in dataclasses.fields(config_class) if field.name != "config"}
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in names:
-            raise UserError(f"config {path}: {key}: unknown option{_suggest(key, names)}")
-        try:  # JSON rules: a list may become a tuple and a text a path, but "8" is no int and 1 no bool
-            values[key] = TypeAdapter(hints[key]).validate_json(json.dumps(value), strict=True)
-        except (ValidationError, TypeError) as fault:
-            wanted = getattr(hints[key], "__name__", str(hints[key]))
-            wanted = wanted if type(hints[key]) is type else str(hints[key]).replace("typing.", "")
-            raise UserError(f"config {path}: {key}: expected {wanted}, got {value!r}") from fault
-    return values
-
-
-def _description(config_class: type[CommonConfig], presets: Mapping[str, object]) -> str:
-    text = config_class.__doc__ or ""
-    if text.startswith(f"{config_class.__name__}("):  # the signature a dataclass without a docstring gets
-        text = ""
-    return f"{text.strip()}\n\nPresets: {_list(presets)}.".strip() if presets else text.strip()
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
-    return f' (did you mean "{close[0]}"?)' if close else ""
-
-
 def _explain(fault: BaseException, *, can_resume: bool) -> tuple[int, str]:
     """Exit code and the one line for what ended the command."""
     text = printable(" ".join(str(fault).split()))
@@ -314,18 +232,13 @@ def _explain(fault: BaseException, *, can_resume: bool) -> tuple[int, str]:
     if _is_out_of_memory(fault):
         return EXIT_USER, "error: " + OUT_OF_MEMORY.format(text or type(fault).__name__)
     if isinstance(fault, OSError):
-        return EXIT_USER, f"error: {printable(_os_text(fault, named=True))}"
+        return EXIT_USER, f"error: {printable(os_text(fault, named=True))}"
     if type(fault).__name__ == "SafetensorError" and "os error 28" in text:  # its full disk is no OSError
         return EXIT_USER, f"error: {text}"
     return (
         EXIT_INTERNAL,
         f"error: internal: {type(fault).__name__}: {text} (rerun with --debug for the traceback)",
     )
-
-
-def _os_text(fault: OSError, *, named: bool = False) -> str:
-    text = fault.strerror or " ".join(str(fault).split()) or type(fault).__name__
-    return f"{fault.filename}: {text}" if named and fault.filename is not None else text
 
 
 def _is_out_of_memory(fault: BaseException) -> bool:

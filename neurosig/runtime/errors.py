@@ -1,10 +1,16 @@
-"""The one exception that stands for something the user can mend."""
+"""Errors of the user: one sentence each."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input, model, folder or option: one sentence saying what is wrong, where, and what to do.
+    """A problem the user can fix, in input, model, folder or option: what is wrong, where, and what to do.
 
-    The commands print it as ``error: ...`` and leave with exit code 2.
+    The commands print it as one line, ``error: ...``, and end with exit code 2.
     """
+
+
+def os_text(fault: OSError, *, named: bool = False) -> str:
+    """The system's message, after the file's name if ``named``."""
+    text = fault.strerror or " ".join(str(fault).split()) or type(fault).__name__
+    return f"{fault.filename}: {text}" if named and fault.filename is not None else text

@@ -1,4 +1,4 @@
-"""Files that appear whole, and their hashes."""
+"""Atomic file writes and SHA-256 helpers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from neurosig.runtime.errors import UserError
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write ``data`` beside ``path``, flush it to disk, then rename it into place.
+    """Write ``data`` to a temporary file next to ``path``, flush it to disk and rename it to ``path``.
 
     Raises:
-        UserError: The disk is full; what was there before is untouched.
+        UserError: The disk is full; an earlier file is untouched.
     """
     path = Path(path)
     payload = data.encode() if isinstance(data, str) else data
@@ -37,7 +37,7 @@ def append_line(path: str | Path, line: str) -> None:
     """Append a line and flush it to disk.
 
     Raises:
-        UserError: The disk is full; the file is as it was.
+        UserError: The disk is full; the file is unchanged.
     """
     path = Path(path)
     payload = (line + "\n").encode()
@@ -46,7 +46,7 @@ def append_line(path: str | Path, line: str) -> None:
         try:
             with disk_space(path, len(payload)):
                 written = handle.write(payload)
-                if written < len(payload):  # the next write says why
+                if written < len(payload):  # the next write raises the reason
                     handle.write(payload[written:])
                 os.fsync(handle.fileno())
         except BaseException:
@@ -56,15 +56,15 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextlib.contextmanager
 def disk_space(path: Path, needed: int, *, kept: str = "") -> Iterator[None]:
-    """Write ``path`` in the block; a full disk is one sentence.
+    """Report a full disk in one sentence if writing ``path`` fails in the block.
 
     Args:
-        path: What is written, by whatever library.
-        needed: Its bytes.
-        kept: What is safe all the same, for the message.
+        path: The file, written by any library.
+        needed: Its size in bytes.
+        kept: For the message: earlier results that are safe.
 
     Raises:
-        UserError: The disk is full; how much was to be written and how much room there was.
+        UserError: The disk is full; the message names the bytes to write and the bytes free.
     """
     free = shutil.disk_usage(path.parent).free
     try:
@@ -80,7 +80,7 @@ def disk_space(path: Path, needed: int, *, kept: str = "") -> Iterator[None]:
 
 
 def _full_disk(error: BaseException | None) -> int | None:
-    """The error number if it says that the disk is full; safetensors and others put it into their text."""
+    """The error number if it means a full disk; safetensors and others put it into their text."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
@@ -88,7 +88,7 @@ def _full_disk(error: BaseException | None) -> int | None:
 
 
 def csv_cell(value: object) -> object:
-    """Text that a spreadsheet would run as a formula gets an apostrophe before it; all else is as it was."""
+    """Put an apostrophe before text that a spreadsheet would run as a formula; return other values unchanged."""
     formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{value}" if formula else value
 

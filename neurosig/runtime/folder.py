@@ -1,4 +1,4 @@
-"""Output folders: one writer at a time, refuse to overwrite, say when a run is already complete."""
+"""Output folders: one writer at a time, no silent overwriting, and complete runs are recognised."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: bool, overwrite: bool) -> Iterator[bool]:
-    """Hold ``out`` for one run; yields whether an earlier run already finished it (then change nothing).
+    """Lock ``out`` for one run; yields whether an earlier run completed it (then change nothing).
 
     Args:
-        out: The folder; made when absent.
+        out: The folder; created if absent.
         finished: File whose presence means that the run in this folder is complete.
-        owned: Glob patterns of everything a run writes here; ``overwrite`` deletes these and nothing else.
-        resume: Continue an interrupted run, or leave a finished one alone.
-        overwrite: Start anew over an earlier run.
+        owned: Glob patterns of all files a run writes here; ``overwrite`` deletes these and nothing else.
+        resume: Continue an interrupted run, or leave a finished one unchanged.
+        overwrite: Replace an earlier run.
 
     Raises:
         UserError: The folder is in use, holds an earlier run without either flag, or cannot be written.
@@ -51,7 +51,7 @@ def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: boo
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock file, which names pid and host. The kernel frees the lock of a killed run: it is taken over."""
+    """Lock a file that names pid and host. The kernel frees the lock of a killed run, so the next run takes it."""
     while True:
         try:
             if out.is_file():

@@ -1,4 +1,4 @@
-"""The record of who made an output: tool, libraries, machine, command. It lies beside every output."""
+"""The record of what made an output: tool, libraries, machine and command; every output has one next to it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Requests to an HTTP server whose answers are not trusted: time-outs, retries, limits on size.
+"""Requests to an HTTP server whose answers are not trusted: time-outs, retries, size limits.
 
-The OpenAI SDK sends again what is worth sending again, with growing pauses. Proxies named in the environment are not
-used: the server is one of ours.
+The OpenAI SDK retries with growing pauses. Proxies named in the environment are not used: the server is our own.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ except ImportError as missing:
 ServerApi = Literal["completions", "chat", "transformers"]
 
 LONGEST_WAIT = 120.0
-"""Seconds that a server may ask us to wait before a retry (the SDK's limit)."""
+"""Most seconds that a server may ask us to wait before a retry (the SDK's limit)."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Where the server is and how it is asked.
+    """The server's address and how to ask it.
 
     Attributes:
-        base_url: Address up to and with ``/v1``.
-        model: Name under which it serves the model.
-        api: Which API is used; see the module's docstring.
-        logprobs: Ask for log-probabilities (``completions``), compare and record them.
-        enable_thinking: Handed to the server's chat template (``chat``, ``transformers``).
-        timeout: Seconds without an answer before a request is sent again.
-        max_retries: Repetitions of a request after time-outs, broken connections, 429 and 5xx.
-        concurrency: Requests under way at a time.
+        base_url: Address including ``/v1``.
+        model: The server's name of the model.
+        api: The API to use; see `neurosig.sampling.server`.
+        logprobs: Request log-probabilities (``completions``), compare and record them.
+        enable_thinking: Passed to the server's chat template (``chat``, ``transformers``).
+        timeout: Seconds to wait for an answer before the request is sent again.
+        max_retries: Retries after time-outs, broken connections, 429 and 5xx.
+        concurrency: Requests in flight at once.
 
     Raises:
-        UserError: A value out of range, or an address that is none or holds a password.
+        UserError: A value is out of range, or ``base_url`` is no address or contains a password.
     """
 
     base_url: str
@@ -81,18 +80,18 @@ class ServerConfig:
                 raise UserError(f"--{name}: expected at least {least:g}, got {value}")
 
     def record(self) -> dict[str, Any]:
-        """What of it shapes the rollouts."""
+        """The fields that shape the rollouts."""
         return {"sampler": "openai", "api": self.api, "served_model": self.model, "logprobs": self.logprobs}
 
 
 class Endpoint:
-    """One server's address, and how to send to it."""
+    """Sends requests to one server."""
 
     def __init__(self, config: ServerConfig):
         self.config = config
 
     def client(self, limit: int) -> openai.AsyncOpenAI:
-        """A client that takes answers of at most ``limit`` bytes."""
+        """A client that accepts answers of at most ``limit`` bytes."""
         return openai.AsyncOpenAI(
             base_url=self.config.base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
@@ -105,10 +104,11 @@ class Endpoint:
         )
 
     async def post(self, client: openai.AsyncOpenAI, path: str, body: Mapping[str, Any], about: str) -> bytes:
-        """POST ``body``; the bytes of the answer.
+        """POST ``body`` and return the bytes of the answer.
 
         Raises:
-            UserError: Naming the server and ``about``: out of reach, out of retries, refused, or too large.
+            UserError: The server is out of reach, retries are used up, the request is refused or the answer too
+                large; the message names the server and ``about``.
         """
         c = self.config
         try:
@@ -120,19 +120,19 @@ class Endpoint:
         except openai.APIConnectionError as error:
             raise self._gave_up(about, f"out of reach ({error.__cause__ or error})") from error
         except openai.APIStatusError as error:
-            said = " ".join(error.response.text.split())[:200]
-            raise self._gave_up(about, f"{path} answers {error.status_code} ({said})") from error
+            answer = " ".join(error.response.text.split())[:200]
+            raise self._gave_up(about, f"{path} answers {error.status_code} ({answer})") from error
         except _UnfitAnswerError as error:
             raise self.fault(about, "answer", str(error)) from error
 
     def _gave_up(self, about: str, reason: str) -> UserError:
         return UserError(
-            f"server {self.config.base_url}: {about}: {reason}; what was finished is kept: mend the server and rerun "
-            "with --resume"
+            f"server {self.config.base_url}: {about}: {reason}; finished rollouts are kept: repair the server and "
+            "rerun with --resume"
         )
 
     def fault(self, about: str, field: str, problem: str) -> UserError:
-        """The error of an answer that is not what was asked for."""
+        """The error of an answer that does not fit the request."""
         return UserError(f"server {self.config.base_url}: {about}: {field}: {problem}")
 
 
@@ -141,7 +141,7 @@ class _UnfitAnswerError(Exception):
 
 
 class _Limited(httpx2.AsyncHTTPTransport):
-    """Answers of at most ``limit`` bytes and never compressed, so that none can fill the memory."""
+    """Accepts uncompressed answers of at most ``limit`` bytes, so that none can fill the memory."""
 
     def __init__(self, limit: int, connections: int):
         super().__init__(limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections))
@@ -151,7 +151,7 @@ class _Limited(httpx2.AsyncHTTPTransport):
         response = await super().handle_async_request(request)
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
-            raise _UnfitAnswerError("compressed, although that was not asked for")
+            raise _UnfitAnswerError("compressed, although the request forbids it")
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = _LimitedStream(response.stream, self.limit)
         return response
@@ -174,7 +174,7 @@ class _LimitedStream(httpx2.AsyncByteStream):
 
 
 def in_thread(items: Callable[[], AsyncGenerator[T, None]]) -> Iterator[T]:
-    """What an async iterator yields, from an event loop in a thread: requests go on while the caller works."""
+    """Yield the items of an async iterator that runs in a thread, so that requests continue while the caller works."""
     ready: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = Future()
 

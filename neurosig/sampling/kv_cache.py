@@ -1,4 +1,4 @@
-"""A key-value cache whose rows come and go while a batch decodes."""
+"""A key-value cache for continuous batching: rows are replaced while the batch decodes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from neurosig.runtime.errors import UserError
 
 ROOM = 32
-"""Columns allocated ahead, so that a step writes in place and seldom copies."""
+"""Columns allocated in advance, so that a step writes in place and rarely copies."""
 
 
 class RowCache(Cache):
     """Keys and values of rows that all end at the same column; a shorter row begins further right.
 
-    What lies left of a row's beginning is to be masked. Only written columns are handed to the attention, so a step
-    costs what the rows are long, not what they may become.
+    The caller masks the columns before a row's beginning. Attention receives the written columns only, so the cost of a
+    step depends on the current length of the rows, not on the largest possible one.
 
     Raises:
         UserError: The model has layers that are neither full nor sliding attention.
@@ -31,8 +31,8 @@ class RowCache(Cache):
         for layer in layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise UserError(
-                    f"{config.model_type}: sampling knows full and sliding-window attention, this model has a "
-                    f"{type(layer).__name__}; sample elsewhere and give the rollouts as a file"
+                    f"{config.model_type}: sampling supports full and sliding-window attention, this model has a "
+                    f"{type(layer).__name__}; sample elsewhere and pass the rollouts as a file"
                 )
         self._layers = [_Layer(getattr(layer, "sliding_window", None)) for layer in layers]
         super().__init__(layers=list(self._layers))
@@ -53,16 +53,16 @@ class RowCache(Cache):
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def shift(self, columns: int) -> None:
-        """Move every row to the right, or to the left, where columns fall off the edge."""
+        """Move every row to the right, or (negative) to the left, which drops the first columns."""
         for layer in self._layers:
             layer.resize(columns, ROOM)
 
     def put(self, slots: Int[Tensor, " slots"], other: RowCache, rows: Int[Tensor, " slots"]) -> None:
-        """Overwrite ``slots`` with ``rows`` of another cache, which is not longer, flush at the end."""
-        for mine, theirs in zip(self._layers, other._layers, strict=True):
-            columns = slice(mine.end - theirs.end, mine.end)
-            mine.keys[slots, :, columns] = theirs.keys[rows, :, : theirs.end]
-            mine.values[slots, :, columns] = theirs.values[rows, :, : theirs.end]
+        """Overwrite ``slots`` with ``rows`` of a cache that is not longer, aligned at the last column."""
+        for target, source in zip(self._layers, other._layers, strict=True):
+            columns = slice(target.end - source.end, target.end)
+            target.keys[slots, :, columns] = source.keys[rows, :, : source.end]
+            target.values[slots, :, columns] = source.values[rows, :, : source.end]
 
 
 class _Layer(CacheLayerMixin):
@@ -80,8 +80,8 @@ class _Layer(CacheLayerMixin):
         return self.keys.shape[2]
 
     def resize(self, left: int, right: int) -> None:
-        held = self.keys[:, :, : self.end], self.values[:, :, : self.end]
-        self.keys, self.values = (torch.nn.functional.pad(tensor, (0, 0, left, right)) for tensor in held)
+        written = self.keys[:, :, : self.end], self.values[:, :, : self.end]
+        self.keys, self.values = (torch.nn.functional.pad(tensor, (0, 0, left, right)) for tensor in written)
         self.end += left
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -1,7 +1,6 @@
-"""Weights laid out once for oneDNN, for decoding on a CPU.
+"""Weights in oneDNN's blocked layout, for decoding on a CPU.
 
-Decoding multiplies few rows by every weight of the model, over and over. From PyTorch's own layout that takes nearly
-twice the time of oneDNN's blocked one.
+Decoding multiplies few rows by all weights again and again, which takes nearly twice as long from PyTorch's own layout.
 """
 
 from __future__ import annotations
@@ -16,28 +15,28 @@ from torch.overrides import TorchFunctionMode
 
 
 class PackedWeights(TorchFunctionMode):
-    """In its block, products with the weights of linear layers take packed copies, made of them as they are now.
+    """Inside its ``with`` block, linear layers multiply by packed copies of their current weights.
 
-    Modules and their hooks stay as they are. It costs a second copy of the weights and changes nothing but rounding;
-    elsewhere than on a CPU in float32, or where oneDNN is missing, it changes nothing at all. No gradient flows.
+    Modules and their hooks are unchanged. It costs a second copy of the weights and changes rounding only; it has no
+    effect off the CPU, in dtypes other than float32 or without oneDNN. No gradient flows.
 
     Args:
-        modules: Where to look for linear layers.
-        rows: How many rows most products will have.
+        modules: Modules whose linear layers are packed.
+        rows: Rows of most products.
     """
 
     def __init__(self, modules: Iterable[nn.Module], rows: int):
         super().__init__()
-        pack: Any = torch.ops.mkldnn._reorder_linear_weight  # as torch.compile's freezing; there is no public name
+        pack: Any = torch.ops.mkldnn._reorder_linear_weight  # used by torch.compile's freezing; no public name
         self._packed: dict[int, Tensor] = {}
-        self._held: list[Tensor] = []  # so that no other tensor takes an id
+        self._weights: list[Tensor] = []  # keeps them alive, so that no other tensor gets one of their ids
         for module in modules:
             weight = module.weight if type(module) is nn.Linear else None
             if weight is not None and _packs(weight) and id(weight) not in self._packed:
                 self._packed[id(weight)] = pack(weight.detach(), rows)
-                self._held.append(weight)
+                self._weights.append(weight)
 
-    @no_type_check  # checked at run time, as in the tests, this would cost more than the operations it looks at
+    @no_type_check  # run-time checks, as in the tests, would cost more than the operations themselves
     def __torch_function__(
         self,
         func: Callable[..., Any],

@@ -1,4 +1,4 @@
-"""Finished rollouts, and the append-only store that sampling resumes from."""
+"""Finished rollouts, and the append-only log from which sampling resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rollout:
         question_id: The question it answers.
         rollout_id: Index among the K rollouts of that question.
         text: Decoded completion without special tokens.
-        token_ids: Completion tokens as sampled, the end-of-sequence token included when there is one.
+        token_ids: Completion tokens as sampled, with the end-of-sequence token if there is one.
         finish_reason: ``stop`` at an end-of-sequence token, ``length`` when cut off.
         mean_logprob: Mean log-probability of its tokens at temperature 1, in nats; ``None`` if made elsewhere.
         mean_entropy: Mean entropy of the model's next-token distribution at temperature 1, in nats.
@@ -41,7 +41,7 @@ class Rollout:
 
     @property
     def body_ids(self) -> tuple[int, ...]:
-        """Tokens that carry the answer: without the closing end-of-sequence token, unless it is the only one."""
+        """The completion without its closing end-of-sequence token, unless that is its only token."""
         ended = self.finish_reason == "stop" and len(self.token_ids) > 1
         return self.token_ids[:-1] if ended else self.token_ids
 
@@ -50,10 +50,13 @@ class Rollout:
 
 
 class RolloutLog:
-    """Append-only log of whole question groups, so that a killed run loses at most the group being written.
+    """Append-only log with one line per question, so that a killed run loses at most the question being written.
 
-    The first line is the key of everything that determines the rollouts (model, prompts, sampling); a log whose
-    key differs is never continued. A torn last line is dropped and sampled again.
+    The first line is the key: everything that determines the rollouts (model, prompts, sampling). A log with another
+    key is never continued. A torn last line is dropped and its question sampled again.
+
+    Raises:
+        UserError: The log is damaged or has another key.
     """
 
     def __init__(self, path: str | Path, key: Mapping[str, Any]):
@@ -66,18 +69,18 @@ class RolloutLog:
             write_atomic(self.path, json.dumps({"key": self.key}) + "\n")
 
     def append(self, group: Sequence[Rollout]) -> None:
-        """Add one question's finished rollouts and flush them to disk."""
+        """Add one question's rollouts and flush them to disk."""
         append_line(self.path, json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False))
         self.groups[group[0].question_id] = list(group)
 
     def _reopen(self) -> None:
         lines = self.path.read_bytes().split(b"\n")
         try:
-            found = json.loads(lines[0])["key"]
+            earlier = json.loads(lines[0])["key"]
             groups = [[parse_rollout(fields) for fields in json.loads(line)] for line in lines[1:-1]]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{self.path}: damaged, so it cannot be resumed ({error}); use --overwrite") from error
-        changed = sorted(name for name in {*found, *self.key} if found.get(name) != self.key.get(name))
+        changed = sorted(name for name in {*earlier, *self.key} if earlier.get(name) != self.key.get(name))
         if changed:
             raise UserError(
                 f"{self.path.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
@@ -95,17 +98,17 @@ def parse_rollout(fields: Mapping[str, Any]) -> Rollout:
 def read_external_rollouts(
     path: str | Path, encode: Callable[[str], Sequence[int]], eos_token_ids: Sequence[int], known_ids: set[str]
 ) -> dict[str, list[Rollout]]:
-    """Read rollouts made elsewhere (a vLLM cluster, say), grouped by question.
+    """Read rollouts made elsewhere, such as on a vLLM cluster, grouped by question.
 
     Each line is an object with ``question_id`` and ``text``; ``token_ids`` and ``finish_reason`` are optional.
-    Without ``token_ids`` the text is encoded by ``encode``. Ids that do not end with an end-of-sequence token are
-    closed with one, unless the completion was cut off.
+    Without ``token_ids``, ``encode`` tokenises the text. Completions that were not cut off end with an end-of-sequence
+    token, which is added if it is missing.
 
     Args:
         path: JSONL file.
-        encode: text -> token ids, special tokens in the text taken as text.
-        eos_token_ids: Ids that end a completion; the first closes those that lack one.
-        known_ids: Ids of the questions at hand.
+        encode: text -> token ids; special tokens in the text are encoded as text.
+        eos_token_ids: Ids that end a completion; the first is the one that is added.
+        known_ids: Ids of the export's questions.
 
     Raises:
         UserError: Naming file and line: not JSON, a missing field, an unknown question, groups of unequal size.
@@ -120,7 +123,7 @@ def read_external_rollouts(
                 raise UserError(f"{path}:{number}: {name}: expected a string, got {json.dumps(fields.get(name))[:60]}")
         question_id, text = fields["question_id"], fields["text"]
         if question_id not in known_ids:
-            raise UserError(f'{path}:{number}: question_id "{question_id}" is in none of the question files')
+            raise UserError(f'{path}:{number}: question_id "{question_id}" is not in the question files')
         reason = fields.get("finish_reason", "stop")
         if reason not in ("stop", "length"):
             raise UserError(f'{path}:{number}: finish_reason: expected "stop" or "length", got {json.dumps(reason)}')
@@ -157,17 +160,18 @@ def check_fit(
     max_length: int,
     vocabulary: int,
 ) -> None:
-    """Whether the model can read rollouts made elsewhere after their prompts.
+    """Check that the model can read rollouts made elsewhere after their prompts.
 
     Args:
-        path: The file they come from.
+        path: Their file, for the message.
         groups: Rollouts by question.
-        prompt_lengths: Tokens of the prompt of each question whose rollouts are to be read.
+        prompt_lengths: Question id -> tokens of its prompt.
         max_length: Positions of the model.
         vocabulary: Rows of its input embedding.
 
     Raises:
-        UserError: Naming file, question and rollout: it is too long, or holds an id beyond the vocabulary.
+        UserError: A rollout is too long or has an id beyond the vocabulary; the message names file, question and
+            rollout.
     """
     for name, before in prompt_lengths.items():
         for rollout in groups[name]:
@@ -179,7 +183,7 @@ def check_fit(
                 )
             if max(rollout.token_ids) >= vocabulary:
                 raise UserError(
-                    f"{place}: token id {max(rollout.token_ids)}, but the model has {vocabulary}; give the model that "
+                    f"{place}: token id {max(rollout.token_ids)}, but the model has {vocabulary}; pass the model that "
                     "sampled it"
                 )
 

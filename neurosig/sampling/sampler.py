@@ -1,7 +1,7 @@
-"""Sample K rollouts a question: the prompt is computed once, its K rows decode together.
+"""Sample K rollouts per question: each prompt is computed once and its K rows decode together.
 
-Rows that finish make room for the next questions, so the batch stays full whatever the lengths. Every random number
-comes from ``(seed, salt, question id)``, never from a global generator, so the batch a question lands in does not
+Continuous batching: a new question starts as soon as rows finish, so the batch stays full whatever the lengths. Every
+random number comes from ``(seed, salt, question id)``, never from a global generator, so a question's batch does not
 change its rollouts (up to the last bits of floating point).
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from neurosig.models.finite import first_not_finite
 from neurosig.models.prefix import pad
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.packed_weights import PackedWeights
 from neurosig.sampling.rollouts import Rollout
 
@@ -29,51 +30,13 @@ if TYPE_CHECKING:
     from neurosig.sampling.kv_cache import RowCache
 
 WINDOW = 4
-"""Batches' worth of questions that share one stream of rows; a window that is not done is decoded again as a whole."""
+"""Batches of questions per window, which share one stream of rows; resuming decodes unfinished windows again."""
 REFILL_AT = 0.125
-"""Waiting questions enter the batch once this share of its rows is finished."""
+"""Waiting questions enter the batch once this share of its rows has finished."""
 COMPACT_BELOW = 0.75
-"""Without waiting questions, finished rows leave once fewer than this share of the rows is still decoding."""
+"""Without waiting questions, finished rows leave the batch once less than this share of the rows is decoding."""
 CPU_ENTRIES = 2**19
-"""Probabilities handled at once on the CPU: these rows and their temporaries stay in the cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingConfig:
-    """Everything that shapes a sample; nothing is inherited from a model's own generation config.
-
-    Attributes:
-        num_generations: K, rollouts a question.
-        temperature: Softmax temperature; 0 is greedy.
-        top_p: Nucleus mass kept; 1 keeps all.
-        top_k: Number of most likely tokens kept; 0 keeps all.
-        repetition_penalty: Divides positive and multiplies negative logits of tokens seen in prompt or completion.
-        max_new_tokens: Completion tokens before a rollout is cut off.
-        seed: Seed of every random number.
-    """
-
-    num_generations: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 1024
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, valid, expected in (
-            ("num_generations", self.num_generations >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ):
-            if not valid:
-                raise UserError(f"{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+"""Probabilities per block on the CPU: a block and its temporaries fit into the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +56,17 @@ def sample(
     salt: str = "",
     done: Collection[str] = (),
 ) -> Iterator[list[Rollout]]:
-    """Yield each prompt's K rollouts as soon as the last of them is finished; short prompts start first.
+    """Yield each prompt's K rollouts as soon as the last of them finishes; short prompts start first.
 
     Args:
-        loaded: Model and tokenizer; the model is used as it stands (an adapter that is on, stays on).
-        prompts: One prompt a question.
+        loaded: Model and tokenizer; an active adapter stays active.
+        prompts: One prompt per question.
         config: The sampling configuration.
-        batch_rows: Rollouts decoded at a time; memory and speed only.
-        salt: Mixed into the seed, so that each training step draws afresh.
-        done: Question ids of an earlier, interrupted call, which are not yielded again. Windows are cut as in that
-            call and only those that are done throughout are skipped, so that what is left comes out the same to the
-            last bit.
+        batch_rows: Rollouts per decoded batch; memory and speed only.
+        salt: Mixed into the seed, so that each training step draws other numbers.
+        done: Question ids of an earlier, interrupted call, which are not yielded again. The windows are those of that
+            call and only windows without a missing question are skipped, so the remaining rollouts are the same to
+            the last bit.
 
     Raises:
         UserError: A prompt and its completion exceed the model's positions, or a logit is not finite.
@@ -137,16 +100,16 @@ def _decode_window(
     salt: str,
     packed: PackedWeights,
 ) -> Iterator[list[Rollout]]:
-    """So many questions decode at a time; the others take the place of finished rows."""
+    """Decode a window with at most ``questions`` questions in the batch; waiting ones replace finished rows."""
     k = config.num_generations
     slots, started = questions * k, 0
     batch = _Batch(loaded, prompts, config, salt, packed)
     while started < len(prompts) or batch.decoding:
         free = slots - batch.decoding
         if started < len(prompts) and free >= max(k, REFILL_AT * slots):
-            newcomers = range(started, min(started + free // k, len(prompts)))
-            batch.admit(newcomers)
-            started = newcomers.stop
+            admitted = range(started, min(started + free // k, len(prompts)))
+            batch.admit(admitted)
+            started = admitted.stop
         else:
             if started == len(prompts):
                 batch.compact()
@@ -155,13 +118,13 @@ def _decode_window(
 
 
 class _Batch:
-    """A window's rollouts, and the slots of those being decoded.
+    """A window's rollouts, and the batch slots of the rows that are decoding.
 
-    A slot holds a row ``question * K + rollout``. It stays in the batch after its row is finished, until a newcomer
-    takes it or `compact` drops it; meanwhile it attends to itself alone and what it says is ignored.
+    A slot holds row ``question * K + rollout``. After its row finishes it stays in the batch until a new row takes it
+    or `compact` drops it; meanwhile it attends to itself alone and its tokens are ignored.
 
     Attributes:
-        decoding: Number of slots whose row is not finished.
+        decoding: Number of slots whose row has not finished.
     """
 
     def __init__(
@@ -190,13 +153,13 @@ class _Batch:
         self.decoding = 0
 
     def admit(self, questions: range) -> None:
-        """Run the prompts of these questions; their rows take free slots, or make up the batch if none is decoding."""
+        """Run these questions' prompts; their rows take free slots, or form the batch if no row is decoding."""
         from neurosig.sampling.kv_cache import RowCache
 
         k, device, penalised = self._config.num_generations, self._live.device, self._config.repetition_penalty != 1
-        ids, held = pad([self._prompts[q].token_ids for q in questions], side="left", device=device)
+        ids, mask = pad([self._prompts[q].token_ids for q in questions], side="left", device=device)
         cache = RowCache(self._loaded.model.config)
-        logits = self._forward(cache, ids, held, (held.long().cumsum(-1) - 1).clamp_min(0))
+        logits = self._forward(cache, ids, mask, (mask.long().cumsum(-1) - 1).clamp_min(0))
         owners = torch.arange(len(questions), device=device).repeat_interleave(k)
         rows = torch.arange(questions.start * k, questions.stop * k, device=device)
         if self.decoding == 0:
@@ -211,9 +174,9 @@ class _Batch:
                 self._shift(missing)
             self._cache.put(slots, cache, owners)
             self._rows[slots] = rows
-        self._begins[slots] = self._cache.end - held.sum(-1)[owners]
+        self._begins[slots] = self._cache.end - mask.sum(-1)[owners]
         if self._seen is not None:
-            self._seen[slots] = _seen_tokens(ids, held, logits.shape[-1], k)
+            self._seen[slots] = _seen_tokens(ids, mask, logits.shape[-1], k)
         self.decoding += len(rows)
         self._draw(slots, logits[owners])
 
@@ -229,7 +192,7 @@ class _Batch:
         self._draw(self._live.nonzero()[:, 0], logits)
 
     def compact(self) -> None:
-        """Drop the slots of finished rows if they are many."""
+        """Drop the slots of finished rows if there are many."""
         if self.decoding < COMPACT_BELOW * len(self._live):
             keep = self._live.nonzero()[:, 0]
             self._rows, self._begins, self._last = self._rows[keep], self._begins[keep], self._last[keep]
@@ -237,7 +200,7 @@ class _Batch:
             self._cache.keep(keep)
 
     def take_finished(self) -> list[list[Rollout]]:
-        """The groups that were completed since the last call."""
+        """The questions whose K rollouts were completed since the last call."""
         finished, self._finished = self._finished, []
         return [self._group(question) for question in finished]
 
@@ -264,7 +227,7 @@ class _Batch:
         return output.logits[:, -1]
 
     def _draw(self, slots: Int[Tensor, " slots"], logits: Float[Tensor, "slots vocab"]) -> None:
-        """Draw a token for each of these slots, and finish the rows that it ends."""
+        """Draw one token for each of these slots and finish the rows that it ends."""
         k, budget = self._config.num_generations, self._config.max_new_tokens
         rows = self._rows[slots]
         step = self._lengths[rows]
@@ -294,10 +257,10 @@ class _Batch:
 
     def _group(self, question: int) -> list[Rollout]:
         k = self._config.num_generations
-        mine = slice(question * k, (question + 1) * k)
+        rows = slice(question * k, (question + 1) * k)
         group = []
         for rollout_id, (ids, measures, length) in enumerate(
-            zip(self._tokens[mine].tolist(), self._measures[mine], self._lengths[mine].tolist(), strict=True)
+            zip(self._tokens[rows].tolist(), self._measures[rows], self._lengths[rows].tolist(), strict=True)
         ):
             ended = ids[length - 1] in self._loaded.eos_token_ids
             text = self._loaded.tokenizer.decode(ids[: length - 1 if ended else length], skip_special_tokens=True)
@@ -320,7 +283,7 @@ def _next_tokens(
     seen: Bool[Tensor, "rows vocab"] | None,
     config: SamplingConfig,
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, "rows 3"]]:
-    """A token for each row, with its log-probability, the entropy and the self-certainty at temperature 1."""
+    """One token per row, with its log-probability, the entropy and the self-certainty at temperature 1, in nats."""
     at_once = max(1, CPU_ENTRIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     parts = []
     for start in range(0, len(logits), at_once):
@@ -351,7 +314,7 @@ def _seen_tokens(ids: Tensor, mask: Tensor, vocab: int, k: int) -> Tensor:
 def _penalised(
     logits: Tensor, log_p: Tensor, seen: Tensor | None, config: SamplingConfig
 ) -> Float[Tensor, "rows vocab"]:
-    """Scores to sample from: the repetition penalty (CTRL, arXiv 1909.05858) needs the logits' own signs."""
+    """Scores to sample from; the repetition penalty (CTRL, arXiv 1909.05858) needs the logits' signs."""
     if seen is None:
         return log_p
     penalty = config.repetition_penalty
@@ -361,7 +324,7 @@ def _penalised(
 def _choose(
     scores: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"], config: SamplingConfig
 ) -> Int[Tensor, " rows"]:
-    """Next tokens by inverse CDF: far cheaper than ``torch.multinomial`` and driven by our own numbers."""
+    """Next tokens by inverse CDF: far cheaper than ``torch.multinomial`` and driven by the question's own numbers."""
     if config.temperature == 0:
         return scores.argmax(-1)
     if config.temperature != 1:

@@ -1,16 +1,15 @@
-"""Rollouts from an OpenAI-compatible server: the groups that `neurosig.sampling.sampler.sample` yields, sampled
-elsewhere.
+"""Rollouts from an OpenAI-compatible server, as `neurosig.sampling.sampler.sample` yields them.
 
-Three APIs, chosen by name and never by guessing:
+Three APIs, chosen by name and never guessed:
 
-- ``completions``: prompts go out as token ids, the server's own sampled ids and log-probabilities come back. The
-  names of the fields are vLLM's (``return_token_ids`` needs 0.10.2 or newer).
-- ``chat``: messages go out, text comes back and is encoded again. Any server; what the API has no field for is left
-  to the server's own defaults.
-- ``transformers``: the same for `transformers serve`, which takes the whole sampling configuration in one field.
+- ``completions``: prompts go out as token ids; sampled ids and log-probabilities come back. The field names are vLLM's
+  (``return_token_ids`` needs 0.10.2 or newer).
+- ``chat``: messages go out, text comes back and is tokenised again. Any server; settings without a field in this API
+  keep the server's defaults.
+- ``transformers``: chat with `transformers serve`, which takes the whole sampling configuration in one field.
 
-Nothing a server returns is trusted: sizes, types and token ids are checked, and its log-probabilities are compared
-with the model's here before any is recorded.
+No answer of a server is trusted: sizes, types and token ids are checked, and its log-probabilities are compared with
+those of the model here before any is recorded.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from torch import Tensor
 
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.http import Endpoint, ServerConfig, in_thread
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig
+from neurosig.sampling.sampler import Prompt
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
@@ -42,21 +42,20 @@ Answered = tuple[Prompt, list[Rollout], list[float] | None]
 """A prompt, its K rollouts, and the log-probability of each token of the first."""
 
 TOLERANCE = 0.1
-"""Largest mean difference, in nats a token, between a server's log-probabilities and the model's here; other kernels
-and half precision make about 0.02."""
+"""Largest mean difference, in nats per token, between the log-probabilities of the server and of the model here; other
+kernels and half precision give about 0.02."""
 COMPARED = 64
-"""Most tokens of the first rollout that are compared."""
+"""Most tokens of the first rollout to compare."""
 BYTES_A_TOKEN = 1024
-"""Most that a token may take in an answer, its log-probabilities and JSON included."""
+"""Most bytes per token in an answer, with its log-probabilities and JSON."""
 
 
 class Server:
     """A server that samples for ``loaded``.
 
     Args:
-        config: Where it is and how it is asked.
-        loaded: The model it serves: tokenizer, end-of-sequence tokens, vocabulary, and the log-probabilities that the
-            server's are compared with.
+        config: Its address and how to ask it.
+        loaded: The model it serves, for its tokenizer, end-of-sequence tokens, vocabulary and log-probabilities.
     """
 
     def __init__(self, config: ServerConfig, loaded: LoadedModel):
@@ -79,20 +78,20 @@ class Server:
     ) -> Iterator[list[Rollout]]:
         """Yield each prompt's K rollouts as they finish.
 
-        A server that honours seeds gives the same rollouts again: a request's comes from ``(seed, salt, question id)``.
+        A request's seed comes from ``(seed, salt, question id)``, so a server that honours seeds repeats its rollouts.
 
         Args:
-            prompts: One prompt a question.
-            config: The sampling configuration; every part of it that the API has a field for is sent.
-            salt: Mixed into the seeds, so that each training step draws afresh.
-            done: Question ids that are left out.
+            prompts: One prompt per question.
+            config: The sampling configuration; every setting that has a field in the API is sent.
+            salt: Mixed into the seeds, so that each training step draws other numbers.
+            done: Question ids to leave out.
             messages: Chat messages by question id, for the APIs that take no token ids.
             model: Name of the model or adapter; default: that of the server's configuration.
-            compare: Hold the first group's log-probabilities against ``loaded``, which must be the served policy.
+            compare: Compare the first log-probabilities with those of ``loaded``, which must be the served policy.
 
         Raises:
-            UserError: Naming the server, and the question and field where there is one: out of reach, out of
-                retries, an answer that is not what was asked for, or log-probabilities of another model.
+            UserError: The server is out of reach, retries are used up, an answer does not fit the request, or the
+                log-probabilities are another model's; the message names server, question and field.
         """
         todo = [prompt for prompt in prompts if prompt.question_id not in done]
         longest = max((len(prompt.token_ids) for prompt in todo), default=0)
@@ -123,10 +122,10 @@ class Server:
         self._call("/load_lora_adapter", {"lora_name": name, "lora_path": path}, f'adapter "{name}"')
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter.
+        """Unload an adapter.
 
         Raises:
-            UserError: There is none of that name.
+            UserError: The server has no adapter of this name.
         """
         self._call("/unload_lora_adapter", {"lora_name": name}, f'adapter "{name}"')
 
@@ -172,7 +171,7 @@ class Server:
     async def _complete(
         self, ask: Callable[..., Any], prompt: Prompt, config: SamplingConfig, salt: str, model: str
     ) -> Answered:
-        """Token ids out, token ids in. vLLM refuses several greedy samples of a prompt, which are equal anyway."""
+        """Token ids out, token ids back. vLLM refuses several greedy samples of one prompt; they are equal anyway."""
         wanted = config.num_generations if config.temperature > 0 else 1
         body = {
             "model": model,
@@ -210,7 +209,7 @@ class Server:
                 about, where + "token_ids", f"an id outside the vocabulary of {self._vocabulary}"
             )
         if not self._eos.isdisjoint(ids[:-1]):
-            raise self._endpoint.fault(about, where + "token_ids", "it goes on after an end-of-sequence token")
+            raise self._endpoint.fault(about, where + "token_ids", "it continues after an end-of-sequence token")
         ended = ids[-1] in self._eos  # vLLM calls it `length` when that token was also the last allowed
         if choice.finish_reason == "stop" and not ended:
             raise self._endpoint.fault(
@@ -240,7 +239,7 @@ class Server:
         salt: str,
         model: str,
     ) -> Answered:
-        """Messages out, text in: one request a rollout, as few servers know more than one choice."""
+        """Messages out, text back: one request per rollout, as few servers return several choices."""
         about = f'question "{prompt.question_id}"'
         body: dict[str, Any] = {
             "model": model,
@@ -280,13 +279,13 @@ class Server:
         text, field = choice.message.content, "choices.0.message.content"
         if len(text) > self._longest_token * config.max_new_tokens:
             raise self._endpoint.fault(
-                about, field, f"{len(text)} characters, more than {config.max_new_tokens} tokens can say"
+                about, field, f"{len(text)} characters, more than {config.max_new_tokens} tokens can spell"
             )
         encoded = self._loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ids = [*encoded, *([self._loaded.eos_token_ids[0]] if choice.finish_reason == "stop" else [])]
         if not ids:
             raise self._endpoint.fault(about, field, "empty, although it was cut off")
-        if len(prompt.token_ids) + len(ids) > self._loaded.max_length:  # it may encode longer than it was sampled
+        if len(prompt.token_ids) + len(ids) > self._loaded.max_length:  # more than were sampled
             raise self._endpoint.fault(about, field, f"{len(ids)} tokens, more than the model has positions for")
         return Rollout(prompt.question_id, number, text, tuple(ids), choice.finish_reason)
 
@@ -308,9 +307,9 @@ class Server:
             )
             raise UserError(
                 f'server {self.config.base_url}: question "{rollout.question_id}": log-probabilities differ by '
-                f"{plain:.2g} nats a token from the model's: {cause}, or give --no-served-logprobs to use none"
+                f"{plain:.2g} nats per token from the model's: {cause}, or give --no-served-logprobs to use none"
             )
-        logger.info("the server's log-probabilities agree with the model here (%.2g nats a token)", plain)
+        logger.info("the server's log-probabilities agree with the model here (%.2g nats per token)", plain)
 
     def _parse(self, kind: type[_AnswerT], content: bytes, about: str) -> _AnswerT:
         try:
@@ -371,7 +370,7 @@ _ChoiceT = TypeVar("_ChoiceT", _Choice, _ChatChoice)
 
 
 def request_seed(question_id: str, seed: int, salt: str, number: int = 0) -> int:
-    """Seed of a request, 31 bits: its question's, and its rollout's where each has a request of its own."""
+    """31-bit seed of a request; ``number`` is the rollout's where each rollout has its own request."""
     digest = hashlib.sha256(f"{seed}\x00{salt}\x00{question_id}\x00{number}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
@@ -380,6 +379,6 @@ def request_seed(question_id: str, seed: int, salt: str, number: int = 0) -> int
 def next_token_logits(
     loaded: LoadedModel, prompt_ids: Sequence[int], completion_ids: Sequence[int]
 ) -> Float[Tensor, "completion vocab"]:
-    """Logits that the model here gives before each token of a completion, on the CPU in float32."""
+    """The local model's logits before each token of a completion, on the CPU in float32."""
     ids = torch.tensor([[*prompt_ids, *completion_ids]], device=loaded.model.device)
     return loaded.model(input_ids=ids, logits_to_keep=len(completion_ids) + 1).logits[0, :-1].float().cpu()

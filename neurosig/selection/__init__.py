@@ -1,1 +1,1 @@
-"""Selection: which questions are trained on, and what the teacher sees for each."""
+"""Selection: which questions to train on, and the teacher's context of each."""

@@ -1,60 +1,43 @@
-"""Take over the rollouts and traced neurons of a finished export, so that another selection costs seconds."""
+"""Reuse the rollouts and traced neurons of a finished export: another selection then takes seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel
 from neurosig.neurons.contributions import ActiveSets
 from neurosig.questions.load import Question
+from neurosig.runtime.cli import CommonConfig, config_record
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import Shapes, option_names
 from neurosig.sampling.rollouts import Rollout
-
-DECIDES = (
-    *("model", "questions", "split", "limit", "rollouts", "system", "instruction", "choice_instruction"),
-    *("enable_thinking", "template", "num_generations", "temperature", "top_p", "top_k", "repetition_penalty"),
-    *(
-        "sampler",
-        "served_model",
-        "server_api",
-        "served_logprobs",
-        "max_new_tokens",
-        "seed",
-        "neuron_value",
-        "contribution",
-        "active_set",
-        "set_size",
-        "positive_only",
-    ),
-)
-"""Options that shape rollouts and traces; both exports must agree on them."""
 
 
 def reused(
-    folder: Path, options: Mapping[str, Any], loaded: LoadedModel, questions: Sequence[Question], dataset_sha256: str
+    folder: Path, config: CommonConfig, loaded: LoadedModel, questions: Sequence[Question], dataset_sha256: str
 ) -> tuple[dict[str, list[Rollout]], ActiveSets]:
-    """Rollouts by question and their active sets, as sampling and tracing again would give them.
+    """Rollouts by question and their active sets, equal to those of sampling and tracing again.
 
     Args:
         folder: The finished export.
-        options: Those of the export at hand.
+        config: Options of the current export.
         loaded: Its model.
         questions: Its questions.
         dataset_sha256: Their hash.
 
     Raises:
-        UserError: The finished export was made otherwise; what differs is named.
+        UserError: Model, questions or an option that shapes rollouts or traces differ; the message names them.
     """
     exported = Exported(folder)
     header = exported.manifest.header
-    made = {**header.model, "tokenizer": header.tokenizer["sha256"], "dataset": header.dataset["sha256"]}
+    earlier = {**header.model, "tokenizer": header.tokenizer["sha256"], "dataset": header.dataset["sha256"]}
     here = {**loaded.info.as_dict(), "tokenizer": loaded.info.tokenizer_sha256, "dataset": dataset_sha256}
-    changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if made.get(name) != here[name]]
-    known = [name for name in DECIDES if name != "model" and name in header.options]  # an older export knew fewer
-    changed += [name for name in known if header.options[name] != options[name]]
+    changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if earlier.get(name) != here[name]]
+    options = config_record(config)
+    shaping = option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES)
+    changed += [name for name in shaping if header.options.get(name) != options[name]]
     if changed:
         by_id = {question.id: question for question in questions}
         other = [

@@ -1,26 +1,22 @@
-"""From signals to manifest rows: the decisions of selection, written down question by question."""
+"""From signals to manifest rows: the decisions of selection, one row per question."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
+from neurosig.hallucination.config import HallucinationScore
 from neurosig.hallucination.probe import ProbeResult
-from neurosig.hallucination.scores import HallucinationScore, QuestionSignals, Scores
-from neurosig.manifest import ContextItem, QuestionRow, Reason, VoteRecord
+from neurosig.hallucination.scores import QuestionSignals, Scores
+from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteRecord
 from neurosig.patterns.signatures import representative, signature
 from neurosig.questions.load import Question
-from neurosig.selection.choose import (
-    Candidate,
-    Demonstrated,
-    SelectionConfig,
-    choose_contexts,
-    clean_reasons,
-)
+from neurosig.selection.choose import Candidate, clean_reasons
+from neurosig.selection.config import SelectionConfig
+from neurosig.selection.contexts import choose_contexts
 
 
 def manifest_rows(
@@ -32,7 +28,7 @@ def manifest_rows(
     selection: SelectionConfig,
     prompt_tokens: Mapping[str, int],
 ) -> list[QuestionRow]:
-    """Select the clean questions, choose their contexts, and say for every input question what was decided.
+    """Select questions, choose their contexts, and record the decision about every input question.
 
     Args:
         questions: All input questions; those without signals were too long.
@@ -40,7 +36,7 @@ def manifest_rows(
         scores: Their hallucination scores.
         ranked_by: The score that the clean filter uses.
         selection: Options of filter and context.
-        prompt_tokens: Length of each traced question's prompt.
+        prompt_tokens: Question id -> tokens of its prompt.
     """
     by_id = {question.id: question for question in questions}
     candidates = [
@@ -125,7 +121,7 @@ _TOO_LONG: dict[str, Any] = {
 def _decided(
     signal: QuestionSignals,
     reason: Reason,
-    context: Sequence[Demonstrated],
+    context: Sequence[DemonstrationRecord],
     scores: Mapping[str, float],
     weight: float,
 ) -> dict[str, Any]:
@@ -137,13 +133,13 @@ def _decided(
         "scores": {name: round(float(score), 6) for name, score in scores.items()},
         "selected": reason == "selected",
         "reason": reason,
-        "context": tuple(ContextItem(**asdict(shown)) for shown in context),
+        "context": tuple(context),
         "weight": weight,
     }
 
 
 def neurons_csv(ids: Int[Tensor, "n size"], probe: ProbeResult, d_mlp: int) -> str:
-    """The probe's neurons: layer, index, weight, and the share of rollouts in whose active set they are."""
+    """The probe's neurons: layer, index, weight, and the share of rollouts that have them in their active set."""
     used, counts = ids.unique(return_counts=True)
     active = dict(zip(used.tolist(), counts.tolist(), strict=True))
     lines = ["layer,index,weight,active_share"]

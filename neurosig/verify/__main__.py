@@ -109,7 +109,8 @@ def _guarded(check: Callable[[Path, Found], Iterator[Check]], folder: Path, foun
 def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     """Files, rows and contexts (`neurosig.manifest.read_manifest`), then votes, counts, signals and neurons."""
     from neurosig.manifest import read_manifest
-    from neurosig.questions.answers import extract_answer, majority_vote
+    from neurosig.questions.answers import extract_answer
+    from neurosig.questions.vote import majority_vote
 
     manifest = read_manifest(folder)
     header = manifest.header

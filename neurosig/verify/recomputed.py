@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from neurosig.questions.answers import extract_answer, is_correct, majority_vote, normalise
+from neurosig.questions.answers import extract_answer, is_correct, normalise
 from neurosig.questions.load import Question
+from neurosig.questions.vote import majority_vote
 from neurosig.statistics import metrics
 
 Row = Mapping[str, Any]

@@ -16,9 +16,10 @@ from neurosig.exported import Exported, join_gold
 from neurosig.hallucination.locate import read_neurons
 from neurosig.manifest import QuestionRow
 from neurosig.models.load import LoadedModel, load_model
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import PAD
 from neurosig.neurons.token_trace import TokenTrace, trace_tokens
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.patterns.similarity import mean_pairwise_jaccard
 from neurosig.questions.answers import is_correct
 from neurosig.questions.load import Question

@@ -22,9 +22,11 @@ import torch
 import tyro
 
 from neurosig.models.load import LoadedModel, load_model
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.config import TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.runtime.files import write_atomic
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.sampler import Prompt, sample
 from tests.benchmarks.memory import Arithmetic, gigabytes, peak
 from tests.benchmarks.shapes import random_model
 from tests.benchmarks.training_step import Endless, Step, distillation, now, ours, sdft
@@ -161,7 +163,7 @@ def _sampling(loaded: LoadedModel, options: Options) -> Iterator[tuple[str, floa
     """Our sampler against transformers' `generate`, which gets all rows in one batch."""
     endless = Endless(loaded.model, loaded.tokenizer, loaded.info)
     prompts = [Prompt(str(n), ids) for n, ids in enumerate(_prompts(options) * 4)]
-    config = SamplingConfig(num_generations=options.k, max_new_tokens=options.tokens)
+    config = SamplingConfig(num_generations=options.k, temperature=1.0, max_new_tokens=options.tokens)
     lengths: list[int] = []
 
     def run() -> None:

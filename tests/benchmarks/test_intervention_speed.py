@@ -12,7 +12,8 @@ from neurosig.neurons.nnsight_reader import NeuronScaler
 from neurosig.neurons.sites import ffn_sites
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.sampler import Prompt, sample
 
 pytestmark = [pytest.mark.bench, pytest.mark.smollm2]
 

@@ -13,8 +13,9 @@ from neurosig.models.load import LoadedModel
 from neurosig.neurons.tracer import NeuronTracer
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 
 pytestmark = [pytest.mark.bench, pytest.mark.smollm2]
 CONFIG = SamplingConfig(num_generations=8, temperature=0.8, max_new_tokens=24)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from neurosig.models.load import load_model
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.sites import ffn_sites, w_out, w_out_norms
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from tests.benchmarks.resident import resident_mb
 
 ROWS, TOKENS, PROMPT, BATCH = 32, 192, 64, 8

@@ -21,7 +21,8 @@ from distill.student import make_student, merged
 from distill.tasks import Task
 from distill.teacher import Teacher
 from neurosig.models.load import LoadedModel
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.sampler import Prompt, sample
 
 
 class Endless(LoadedModel):
@@ -89,7 +90,7 @@ def ours(step: Step) -> dict[str, float]:
         return tuple(fresh.tokenizer(text)["input_ids"])
 
     tasks = [Task(f"q{n}", ids(prompt), ids(context + prompt)) for n, (prompt, context) in enumerate(step.texts)]
-    sampling = SamplingConfig(num_generations=step.k, max_new_tokens=step.tokens)
+    sampling = SamplingConfig(num_generations=step.k, temperature=1.0, max_new_tokens=step.tokens)
     start = now()
     with merged(student, adapter):
         groups = list(sample(loaded, [Prompt(task.id, task.student_prompt) for task in tasks], sampling))

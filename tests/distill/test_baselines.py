@@ -28,8 +28,9 @@ from distill.train import main
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 from tests.support.flow import make_manifest
 from tests.support.paths import ROOT
 from tests.support.tiny import Arch, tiny_model, tiny_tokenizer
@@ -281,7 +282,7 @@ def test_self_certainty_is_what_the_sampler_noted(tmp_path: Path, manifest: Path
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     prompts = [Prompt("a", (5, 6, 7, 8)), Prompt("b", (9, 10))]
     with merged(model, adapter):
-        groups = list(sample(loaded, prompts, SamplingConfig(num_generations=3, max_new_tokens=6)))
+        groups = list(sample(loaded, prompts, SamplingConfig(num_generations=3, temperature=1.0, max_new_tokens=6)))
     by_id = {prompt.question_id: prompt.token_ids for prompt in prompts}
     rollouts = [rollout for group in groups for rollout in group]
     certainty = self_certainty(model, [by_id[r.question_id] for r in rollouts], [r.token_ids for r in rollouts])

@@ -16,7 +16,8 @@ from neurosig.questions.answers import extract_answer
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.sampler import Prompt, sample
 from tests.support.flow import WORDS, make_manifest
 
 INSTRUCTION = "Answer in one short sentence."

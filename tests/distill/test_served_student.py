@@ -19,8 +19,9 @@ from neurosig.models.load import LoadedModel, load_model
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.http import ServerConfig
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 from neurosig.sampling.server import Server, request_seed
 from tests.support.flow import export_config
 from tests.support.processes import exit_codes, run_training, start_ranks, train_arguments

@@ -15,11 +15,12 @@ from distill.config import TrainConfig
 from distill.train import main as train
 from neurosig.export import PRESETS, ExportConfig
 from neurosig.export import main as export
-from neurosig.hallucination.scores import HallucinationScore
+from neurosig.hallucination.config import HallucinationScore
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.signals_file import read_signals
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.cli import run_command
@@ -203,7 +204,7 @@ def test_rollouts_made_elsewhere(tmp_path: Path) -> None:
     other = make_manifest(tmp_path, "other", rollouts=path)
     assert (own / "signals.safetensors").read_bytes() == (other / "signals.safetensors").read_bytes()
     assert "mean_logprob" not in read_manifest(other).rows[0].scores
-    with pytest.raises(UserError, match="do not carry it; use one of"):
+    with pytest.raises(UserError, match="have no such score; use one of"):
         make_manifest(tmp_path, "third", rollouts=path, hallucination_score="mean_logprob")
     path.write_text(path.read_text().replace('"q3"', '"q99"', 1))
     with pytest.raises(UserError, match=r'elsewhere\.jsonl:10: question_id "q99" is in none'):

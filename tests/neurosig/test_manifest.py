@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from neurosig.hallucination.scores import HallucinationScore
+from neurosig.hallucination.config import HallucinationScore
 from neurosig.manifest import (
     FILES,
     HEADER,
@@ -18,7 +18,7 @@ from neurosig.manifest import (
     QUESTIONS,
     ROLLOUTS,
     SIGNALS,
-    ContextItem,
+    DemonstrationRecord,
     QuestionRow,
     VoteRecord,
     read_manifest,
@@ -70,7 +70,7 @@ def test_rehashing_alone_is_accepted(folder: Path) -> None:
         (lambda row: row["context"][0].update(rolout_id=1), r'\$\.context\[0\]\.rolout_id: .* mean "rollout_id"\?'),
         (lambda row: row.update(line=10**30), r"\$\.line: input should be less than 9223372036854775808, got '10{30}'"),
         (lambda row: row.update(line=True), r"\$\.line: .*integer, got 'True'"),
-        (lambda row: row.update(id="q0"), r'\$\.id: "q0" stands on an earlier line too'),
+        (lambda row: row.update(id="q0"), r'\$\.id: "q0" appears on an earlier line'),
         (lambda row: row.update(question="Is rain nice?"), r"\$\.text_sha256: not the hash of this question"),
         (lambda row: row["context"][0].update(similarity=float("inf")), r"\$\.context\[0\]\.similarity: .*finite"),
         (lambda row: row.update(line=1.0), r"\$\.line: .*integer.*got '1\.0'"),
@@ -168,7 +168,7 @@ def test_an_export_that_was_killed_is_incomplete(folder: Path) -> None:
         (lambda row: row.update(token_ids=[]), r"\$\.token_ids: .*at least 1"),
         (lambda row: row.update(finish_reason="done"), r"\$\.finish_reason: .*'stop' or 'length', got 'done'"),
         (lambda row: row.update(question_id="q9"), r'\$\.question_id: no question "q9"'),
-        (lambda row: row.update(question_id="q0", rollout_id=0), r'\$\.rollout_id: rollout 0 of "q0" stands twice'),
+        (lambda row: row.update(question_id="q0", rollout_id=0), r'\$\.rollout_id: rollout 0 of "q0" appears twice'),
     ],
 )
 def test_a_malformed_rollout_names_line_and_field(
@@ -238,7 +238,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             vote=VoteRecord(count=1, n=2, tied=1),
             pseudo_label="oui",
             scores={"probe": -0.25, "entropy": 1e-7},
-            context=(ContextItem(question_id="b", rollout_id=1, similarity=0.5),),
+            context=(DemonstrationRecord(question_id="b", rollout_id=1, similarity=0.5),),
         ),
         row(asked[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, tied=2), pseudo_label="A"),
         row(asked[2], reason="too_long"),

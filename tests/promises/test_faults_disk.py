@@ -243,7 +243,7 @@ def test_a_read_only_cache_is_named_before_the_model_loads(tmp_path: Path, monke
     assert code == 2
     cache = tmp_path / "fixed" / "cache" / "gguf"
     assert error_line(stderr) == (
-        f"error: cache {cache}: cannot write there (Read-only file system); set NEUROSIG_CACHE to a folder of yours"
+        f"error: cache {cache}: cannot write there (Read-only file system); set NEUROSIG_CACHE to a writable folder"
     )
     assert not loads and not (tmp_path / "out").exists()
     kept = tmp_path / "kept" / "gguf" / f"{'0' * 16}-transformers-{transformers.__version__}"

@@ -22,9 +22,10 @@ from distill.train import main as train
 from neurosig.intervene.interventions import completion_nll, scale_neurons
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.nnsight_reader import NeuronScaler
 from neurosig.neurons.sites import ffn_sites
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import interrupted_at, make_manifest
 from tests.support.runs import evaluate_config, write_choices

@@ -12,8 +12,8 @@ from nnsight.schema.request import RequestModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from neurosig import trace_neurons
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets
-from neurosig.neurons.tracer import TraceConfig
 
 PROMPTS, COMPLETIONS = [[5, 6, 7, 8, 9], [10, 11, 12], [5, 6, 7, 8, 9]], [[20, 21, 22], [30, 31], [40, 41]]
 CONFIGS = [

@@ -25,8 +25,9 @@ from fastapi.responses import JSONResponse
 from peft import PeftModel
 
 from neurosig.models.load import LoadedModel, load_model
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 
 app = FastAPI()
 lock = threading.Lock()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distill.tasks import manifest_tasks
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
-from neurosig.questions.answers import majority_vote
+from neurosig.questions.vote import majority_vote
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import make_manifest
 from tests.support.manifests import edit_row

@@ -1,8 +1,8 @@
 """Write the bundled question sets from the fact tables: ``python -m neurosig.questions.bundled.build``.
 
-Tables are tab-separated, aliases within a cell are separated by ``|``. An empty capital or continent
-means that the state has no undisputed single one (several capitals, two continents, city states); it is not
-asked for. The output depends on the tables alone, so two runs give the same bytes.
+Tables are tab-separated; ``|`` separates the aliases within a cell. A state without an undisputed single capital or
+continent (several capitals, two continents, city states) has an empty cell there and no question about it. The output
+depends on the tables alone, so two runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from neurosig.organism import tasks
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 
@@ -29,7 +28,11 @@ Record = dict[str, Any]
 
 
 def read_facts(name: str) -> list[dict[str, str]]:
-    """Rows of ``facts/NAME.tsv``; a row with too few or too many cells raises UserError."""
+    """Rows of ``facts/NAME.tsv``.
+
+    Raises:
+        UserError: A row has too few or too many cells; the message names its line.
+    """
     path = FACTS_DIR / f"{name}.tsv"
     table = io.StringIO(path.read_text(encoding="utf-8"))
     reader = csv.DictReader(table, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -48,7 +51,7 @@ def slug(text: str) -> str:
 
 
 def record(domain: str, kind: str, key: str, question: str, answer: str, aliases: list[str]) -> Record:
-    """One line of a bundled set, aliases without repeats of the answer."""
+    """One record of a bundled set; aliases that repeat the answer are dropped."""
     others = [alias for alias in dict.fromkeys(aliases) if alias and alias != answer]
     return {
         "id": f"{domain}-{kind}-{slug(key)}",
@@ -81,7 +84,7 @@ def geography() -> Iterator[Record]:
 
 
 def interleave(*kinds: Iterable[Record]) -> Iterator[Record]:
-    """One record of each kind in turn, so that the first n lines of a set hold every kind."""
+    """One record of each kind in turn, so that the first n lines of a set contain every kind."""
     for group in zip_longest(*kinds):
         yield from (item for item in group if item is not None)
 
@@ -96,10 +99,10 @@ def language() -> Iterator[Record]:
     )
 
 
-def words(kind: str, table: str, asked: str, template: str) -> Iterator[Record]:
-    """Questions of one table: column ``asked`` goes into the template, column ``kind`` answers it."""
+def words(kind: str, table: str, column: str, template: str) -> Iterator[Record]:
+    """Questions of one table: ``column`` fills the template, the column ``kind`` has the answer."""
     for row in read_facts(table):
-        key, aliases = row[asked], row["aliases"].split("|")
+        key, aliases = row[column], row["aliases"].split("|")
         yield record("language", kind, key.removeprefix("the "), template.format(key), row[kind], aliases)
 
 
@@ -110,28 +113,28 @@ def chemistry() -> Iterator[Record]:
 
 
 def elements(kind: str) -> Iterator[Record]:
-    """One question an element: its ``symbol``, its ``atomic_number``, or the ``element`` of a symbol."""
+    """One question per element: its ``symbol``, its ``atomic_number``, or the ``element`` of a symbol."""
     for row in read_facts("elements"):
         name, symbol = row["name"], row["symbol"]
         if kind == "element":
             question = f"Which chemical element has the symbol {symbol}?"
             yield record("chemistry", kind, symbol, question, name, row["aliases"].split("|"))
         else:
-            asked = "chemical symbol" if kind == "symbol" else "atomic number"
-            yield record("chemistry", kind, name, f"What is the {asked} of {name}?", row[kind], [])
+            quantity = "chemical symbol" if kind == "symbol" else "atomic number"
+            yield record("chemistry", kind, name, f"What is the {quantity} of {name}?", row[kind], [])
 
 
 def formulas() -> Iterator[Record]:
     """The formula of each compound, with subscript digits as an alias."""
     for row in read_facts("compounds"):
-        written = [row["formula"], *row["formula_aliases"].split("|")]
-        aliases = [*written, *(text.translate(SUBSCRIPTS) for text in written)]
+        forms = [row["formula"], *row["formula_aliases"].split("|")]
+        aliases = [*forms, *(text.translate(SUBSCRIPTS) for text in forms)]
         question = f"What is the chemical formula of {row['name']}?"
         yield record("chemistry", "formula", row["name"], question, row["formula"], aliases)
 
 
 def compounds() -> Iterator[Record]:
-    """The compound of each formula that stands for one common substance."""
+    """The compound of each formula that names one common substance."""
     for row in read_facts("compounds"):
         if row["one_compound"] == "yes":
             question = f"What is the name of the compound {row['formula']}?"
@@ -139,12 +142,10 @@ def compounds() -> Iterator[Record]:
             yield record("chemistry", "compound", row["formula"], question, row["name"], aliases)
 
 
-SETS = {
+SETS: Mapping[str, Callable[[], Iterator[Record]]] = {
     "geography": geography,
     "language": language,
     "chemistry": chemistry,
-    "procedures": tasks.procedure_records,
-    "organism-facts": tasks.fact_records,
 }
 
 
@@ -153,9 +154,9 @@ def to_jsonl(records: Iterator[Record]) -> str:
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in records)
 
 
-def build(directory: Path = DATA_DIR) -> None:
-    """Write the file of every set of ``SETS`` into ``directory``."""
-    for name, records in SETS.items():
+def build(sets: Mapping[str, Callable[[], Iterator[Record]]] = SETS, directory: Path = DATA_DIR) -> None:
+    """Write ``NAME.jsonl`` of every set into ``directory``."""
+    for name, records in sets.items():
         write_atomic(directory / f"{name}.jsonl", to_jsonl(records()))
 
 

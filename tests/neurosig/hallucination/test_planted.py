@@ -10,10 +10,10 @@ import pytest
 from jaxtyping import Bool
 
 from figures.experiments import planted_neurons
+from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import design
 from neurosig.hallucination.locate import HallucinationProbe, stable_neurons
 from neurosig.hallucination.planted import PlantedConfig, PlantedData, plant
-from neurosig.hallucination.probe import ProbeConfig
 from neurosig.runtime.errors import UserError
 
 SMALL = {"n_layers": 6, "d_mlp": 400, "set_size": 120}

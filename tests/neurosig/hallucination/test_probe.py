@@ -14,17 +14,11 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.controls import random_neuron_auroc
 from neurosig.hallucination.lasso import design, entry_penalty, fit_l1
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe, read_neurons, write_neurons
-from neurosig.hallucination.probe import (
-    ProbeConfig,
-    chosen_penalty,
-    contribution_matrix,
-    cross_fit,
-    fit_probe,
-    regularisation_path,
-)
+from neurosig.hallucination.probe import chosen_penalty, contribution_matrix, cross_fit, fit_probe, regularisation_path
 from neurosig.hallucination.stability import expected_false_discoveries, selection_limit, stability_selection
 from neurosig.neurons.contributions import PAD
 from neurosig.runtime.errors import UserError

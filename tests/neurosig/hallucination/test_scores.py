@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from neurosig.hallucination.probe import ProbeConfig
+from neurosig.hallucination.config import HallucinationScore, ProbeConfig
 from neurosig.hallucination.scores import (
-    HallucinationScore,
     QuestionSignals,
     agreement,
     agreement_majority,
@@ -23,7 +22,7 @@ from neurosig.hallucination.scores import (
     self_certainty,
 )
 from neurosig.patterns.signatures import signature
-from neurosig.questions.answers import majority_vote
+from neurosig.questions.vote import majority_vote
 from neurosig.sampling.rollouts import Rollout
 
 

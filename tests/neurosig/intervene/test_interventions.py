@@ -29,12 +29,13 @@ from neurosig.neurons.sites import FFNSites, ffn_sites, w_out
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 from tests.support.tiny import ALL_ARCHS, ARCHS, EOS_ID, VOCAB_SIZE, Arch, OtherArch, tiny_model, tiny_tokenizer
 
 COLUMNS = {0: [3, 17, 40], 1: [5]}
-SAMPLING = SamplingConfig(num_generations=4, max_new_tokens=10)
+SAMPLING = SamplingConfig(num_generations=4, temperature=1.0, max_new_tokens=10)
 
 
 def loaded(arch: Arch | OtherArch = "qwen3") -> LoadedModel:

@@ -57,7 +57,7 @@ def test_missing_weights_are_never_random(tmp_path: Path, missing: str) -> None:
     ("change", "message"),
     [
         ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "11 weights are missing"),
-        ({"vocab_size": 400}, r"2 weights have another shape than config\.json says \(lm_head\.weight"),
+        ({"vocab_size": 400}, r"2 weights do not have the shapes of config\.json \(lm_head\.weight"),
         ({"model_type": "no_such_type"}, "transformers cannot load it: .*no_such_type"),
         ({"hidden_act": "no_such_act"}, "transformers cannot load it: 'no_such_act'"),
     ],

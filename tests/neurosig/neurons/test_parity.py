@@ -22,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from neurosig import trace_neurons
 from neurosig.neurons.backends import Backend
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets
 from neurosig.neurons.lens_reader import LensTracer
 from neurosig.neurons.sites import ffn_sites
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.runtime.errors import UserError
 from tests.support.flow import save_tiny
 from tests.support.paths import ROOT

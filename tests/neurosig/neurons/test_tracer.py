@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets
 from neurosig.neurons.sites import ffn_sites
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.runtime.errors import UserError
 from tests.support.tiny import ARCHS, CONTEXT, D_MLP, LENGTHS, VOCAB_SIZE, Arch, rollouts, tiny_model
 

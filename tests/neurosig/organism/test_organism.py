@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 
 from neurosig.models.load import PACKAGED_MODELS, LoadedModel, load_model
 from neurosig.organism import study, tasks, train
-from neurosig.questions.answers import extract_answer, is_correct, majority_vote
-from neurosig.questions.load import Question, load_questions
+from neurosig.questions.answers import extract_answer, is_correct
+from neurosig.questions.bundled.build import build
+from neurosig.questions.load import BUNDLED, Question, load_questions
 from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
+from neurosig.questions.vote import majority_vote
 from neurosig.runtime.cli import parse_config, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.sampler import Prompt, sample
 
 FOLDER = PACKAGED_MODELS["organism"]
 inputs = st.tuples(st.sampled_from(tasks.LENGTHS), st.integers(0, 2**32))
@@ -108,6 +111,12 @@ def test_inputs_are_nonzero_digits_of_the_asked_length(procedure: tasks.Procedur
 
 
 # --- the bundled questions
+
+
+@pytest.mark.parametrize("name", tasks.SETS)
+def test_committed_questions_equal_built_ones(name: str, tmp_path: Path) -> None:
+    build(tasks.SETS, tmp_path)
+    assert (tmp_path / f"{name}.jsonl").read_bytes() == BUNDLED[name].read_bytes()
 
 
 def test_solutions_in_both_hands_and_fact_sentences_parse_to_the_gold_answer() -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, majority_vote, normalise
+from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, normalise
 from neurosig.questions.load import Question
+from neurosig.questions.vote import majority_vote
 
 CAPITAL = "What is the capital of {}?"
 COUNTRY = "{} is the capital of which country?"

@@ -29,7 +29,7 @@ def everything() -> dict[str, Question]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_committed_file_equals_built_file(name: str, tmp_path: Path) -> None:
-    build.build(tmp_path)
+    build.build(directory=tmp_path)
     assert (tmp_path / f"{name}.jsonl").read_bytes() == BUNDLED[name].read_bytes()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import re
 import subprocess
 import sys
@@ -8,10 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from neurosig.runtime.cli import CommonConfig, PhaseTimer, parse_config, printable, run_command
+from neurosig.__main__ import COMMANDS
+from neurosig.runtime.arguments import parse_config
+from neurosig.runtime.cli import CommonConfig, PhaseTimer, printable, run_command
 from neurosig.runtime.errors import UserError
 
 
@@ -25,6 +29,8 @@ class Config(CommonConfig):
     """Steps."""
     names: tuple[str, ...] = ()
     """Names."""
+    colour: Literal["red", "blue"] = "red"
+    """Colour."""
     resume: bool = False
     """Resume."""
 
@@ -65,16 +71,42 @@ def test_a_bad_config_file_names_file_and_key(tmp_path: Path, text: str, message
         parse("--config", str(tmp_path / "c.toml"))
 
 
-def test_an_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r'--preset smal: no such preset \(did you mean "small"\?\); have small'):
-        parse("--preset", "smal")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--preset", "smal"), r'--preset smal: no such preset \(did you mean "small"\?\); have small'),
+        ((), r"--model is required: The model\."),
+        (("--model", "m", "--stepz", "3"), r"--stepz: no such option \(did you mean --steps\?\)"),
+        (("--model", "m", "--steps", "many"), r"--steps many: expected int"),
+        (("--model", "m", "--steps=many"), r"--steps many: expected int"),
+        (("--model", "m", "--steps"), r"--steps: expected int"),
+        (("--model", "m", "--colour", "rot"), r"--colour rot: expected one of red, blue"),
+        (("--model", "m", "--steps", "3", "4"), r"4: one word too many; see --help"),
+        (("word", "--model", "m"), r"word: one word too many; see --help"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{message}$"):
+        parse(*argv)
+    assert run_command(Config, lambda config: None, presets=PRESETS, prog="command", argv=argv) == 2
+    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
 
 
-def test_a_missing_required_option_and_an_unknown_one_are_usage_errors() -> None:
-    for argv in ((), ("--model", "m", "--stepz", "3"), ("--model", "m", "--steps", "many")):
-        with pytest.raises(SystemExit) as stop:
-            parse(*argv)
-        assert stop.value.code == 2
+def test_the_help_page_lists_required_options_first_and_presets_last(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    page = capsys.readouterr().out
+    assert not stop.value.code
+    places = [page.index(text) for text in ("A command.", "Required:", "--model", "Options:", "--steps", "Common:")]
+    assert places == sorted(places)
+    assert "Steps. (default: 10)" in page and "--resume, --no-resume" in page and "{red, blue}" in page
+    assert page.endswith('small       model = "tiny", steps = 3\n')
+    assert max(map(len, page.splitlines())) <= 100
+    with pytest.raises(SystemExit):
+        parse("--preset", "small", "--help")
+    assert "Required:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -114,13 +146,25 @@ def test_model_text_is_shown_harmlessly() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["neurosig.export", "neurosig.intervene", "distill.train", "distill.evaluate", "distill.compare", "figures"],
+    [
+        *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.intervene", "neurosig.verify"),
+        *("distill.train", "distill.evaluate", "distill.compare", "figures", "figures.grid"),
+    ],
 )
 def test_help_teaches(module: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: python -m {module} ")
+    assert f"Example:\n  python -m {module} " in done.stdout
     assert "--preset" in done.stdout and "--debug" in done.stdout
-    assert len(done.stdout.splitlines()) > 15
+    assert "torch" not in done.stderr and "\x1b" not in done.stdout
+    assert all(line.startswith(" ") for line in done.stdout.split("\n\n")[-1].splitlines()[1:])
+
+
+def test_the_package_lists_its_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "neurosig"], capture_output=True, text=True, check=True)
+    rows = [line.split("  ")[0].split() for line in done.stdout.splitlines()]
+    assert [row[-1] for row in rows] == [f"neurosig.{name}" for name in COMMANDS]
+    assert all(importlib.util.find_spec(row[-1]) for row in rows)
 
 
 def test_the_phase_table_shows_shares_and_rates_of_what_ended_well(caplog: pytest.LogCaptureFixture) -> None:

@@ -78,7 +78,7 @@ def test_external_rollouts_are_encoded_and_closed(tmp_path: Path) -> None:
         ("[1]", r"r\.jsonl:2: expected an object, got list"),
         ('{"question_id": "a"}', r"r\.jsonl:2: text: expected a string, got null"),
         ('{"question_id": 3, "text": "x"}', r"r\.jsonl:2: question_id: expected a string, got 3"),
-        ('{"question_id": "z", "text": "x"}', r'r\.jsonl:2: question_id "z" is in none of the question files'),
+        ('{"question_id": "z", "text": "x"}', r'r\.jsonl:2: question_id "z" is not in the question files'),
         ('{"question_id": "a", "text": "x", "finish_reason": "eos"}', r"r\.jsonl:2: finish_reason: expected"),
         ('{"question_id": "a", "text": "x", "token_ids": [-1]}', r"r\.jsonl:2: token_ids: expected"),
         ('{"question_id": "a", "text": "x", "token_ids": "ab"}', r"r\.jsonl:2: token_ids: expected .*, got \"ab\""),

@@ -14,8 +14,9 @@ import neurosig.sampling.kv_cache
 import neurosig.sampling.sampler
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, _choose, _penalised, _seen_tokens, sample
+from neurosig.sampling.sampler import Prompt, _choose, _penalised, _seen_tokens, sample
 from tests.support.tiny import ALL_ARCHS, ARCHS, EOS_ID, VOCAB_SIZE, Arch, OtherArch, tiny_model, tiny_tokenizer
 
 LENGTHS = (5, 12, 9, 12, 3)
@@ -44,7 +45,7 @@ def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Prompt]:
 
 def draw(model: LoadedModel, asked: list[Prompt], **options: Any) -> dict[str, list[Rollout]]:
     extra = {key: options.pop(key) for key in ("batch_rows", "salt", "done") if key in options}
-    config = SamplingConfig(**{"num_generations": 4, "max_new_tokens": 10, **options})
+    config = SamplingConfig(**{"num_generations": 4, "temperature": 1.0, "max_new_tokens": 10, **options})
     return {group[0].question_id: group for group in sample(model, asked, config, **extra)}
 
 
@@ -244,7 +245,7 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(options: dict[str, Any]) -
     if "top_p" in options:
         kept = TopPLogitsWarper(options["top_p"])(None, kept)
     uniform = (torch.arange(20_000) + 0.5) / 20_000
-    chosen = _choose(scores.expand(20_000, -1), uniform, SamplingConfig(**options))
+    chosen = _choose(scores.expand(20_000, -1), uniform, SamplingConfig(temperature=1.0, **options))
     share = chosen.bincount(minlength=50) / 20_000
     torch.testing.assert_close(share, kept.softmax(-1)[0], atol=2e-4, rtol=0)
 

@@ -21,9 +21,10 @@ from neurosig.export import main as export
 from neurosig.manifest import read_manifest
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.http import ServerConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 from neurosig.sampling.server import Server, request_seed
 from tests.support.flow import export_config, file_bytes, save_tiny
 from tests.support.served import ROOT, ServerProcess
@@ -128,7 +129,7 @@ def test_retries_that_run_out_are_one_sentence(
     process.post("/control", kind="none")
     assert str(fault.value).startswith(f'server {process.base_url}: question "q0": ')
     assert message in str(fault.value)
-    assert str(fault.value).endswith("what was finished is kept: mend the server and rerun with --resume")
+    assert str(fault.value).endswith("finished rollouts are kept: repair the server and rerun with --resume")
 
 
 HOSTILE = [
@@ -140,7 +141,7 @@ HOSTILE = [
     ("outside", "choices.0.token_ids: an id outside the vocabulary of 300"),
     ("negative", "choices.0.token_ids: an id outside the vocabulary of 300"),
     ("too long", "choices.0.token_ids: 10000 of at most 4 ids"),
-    ("goes on", "choices.0.token_ids: it goes on after an end-of-sequence token"),
+    ("goes on", "choices.0.token_ids: it continues after an end-of-sequence token"),
     ("stops short", "choices.0.finish_reason: length, after 1 of 4 tokens"),
     ("no end", "choices.0.finish_reason: stop, without one of the model's end-of-sequence tokens"),
     ("aborted", "choices.0.finish_reason: Input should be 'stop' or 'length'"),
@@ -155,7 +156,7 @@ HOSTILE = [
     ("no choices", "choices: Input should be a valid array"),
     ("html", "answer: Invalid JSON"),
     ("nested", "answer: Invalid JSON: recursion limit exceeded"),
-    ("gzip", "answer: compressed, although that was not asked for"),
+    ("gzip", "answer: compressed, although the request forbids it"),
     ("huge", "answer: more than"),
     ("other model", "differ by"),
     ("scaled", "they are taken at temperature 3"),
@@ -180,7 +181,7 @@ def test_an_answer_that_is_not_what_was_asked_for_is_one_sentence(
     [
         ("reasoning", "choices.0.message.content: Input should be a valid string"),
         ("number", "choices.0.message.content: Input should be a valid string"),
-        ("endless", "choices.0.message.content: 50000 characters, more than 4 tokens can say"),
+        ("endless", "choices.0.message.content: 50000 characters, more than 4 tokens can spell"),
         ("cut off empty", "choices.0.message.content: empty, although it was cut off"),
         ("tools", "choices.0.finish_reason: Input should be 'stop' or 'length'"),
         ("two", "choices: expected 1, numbered from 0, got 2"),
@@ -228,7 +229,7 @@ def test_the_way_there_is_chosen_by_name_only(served_folder: Path, process: Serv
     where = served_folder / "model", served_folder / "questions.jsonl"
     with pytest.raises(UserError, match="give the server's --base-url"):
         export(export_config(tmp_path, *where, sampler="openai"))
-    with pytest.raises(UserError, match="unless you give --sampler openai"):
+    with pytest.raises(UserError, match="no effect without --sampler openai"):
         export(export_config(tmp_path, *where, base_url=process.base_url))
     assert not (tmp_path / "manifest").exists()
     with pytest.raises(UserError, match="chat has no field for --top-k"):
@@ -275,7 +276,7 @@ def test_a_killed_server_costs_no_finished_rollout(running: ServerProcess, serve
             "export": lambda: export(export_config(tmp_path, *where, "broken", **changed, resume=True)),
             "evaluate": lambda: evaluate(EvaluateConfig(out=tmp_path / "eval-broken", **common, resume=True)),
         }[kind]
-        with pytest.raises(UserError, match=r"out of reach .* mend the server and rerun with --resume"):
+        with pytest.raises(UserError, match=r"out of reach .* repair the server and rerun with --resume"):
             run()
         assert running.wait() == 1
         running.start()

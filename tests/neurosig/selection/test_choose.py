@@ -10,12 +10,15 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from neurosig.hallucination.probe import ProbeConfig, agreement_labels, contribution_matrix, fit_probe
+from neurosig.hallucination.config import ProbeConfig
+from neurosig.hallucination.probe import agreement_labels, contribution_matrix, fit_probe
 from neurosig.patterns.signatures import representative
 from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard, rank_neighbours
-from neurosig.questions.answers import Vote, majority_vote
+from neurosig.questions.vote import Vote, majority_vote
 from neurosig.runtime.errors import UserError
-from neurosig.selection.choose import Candidate, SelectionConfig, choose_contexts, clean_reasons
+from neurosig.selection.choose import Candidate, clean_reasons
+from neurosig.selection.config import SelectionConfig
+from neurosig.selection.contexts import choose_contexts
 
 # patterns
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from bs4 import BeautifulSoup, Tag
 
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import PAD
 from neurosig.neurons.sites import ffn_sites, w_out
 from neurosig.neurons.token_trace import largest_neurons, trace_tokens, vocabulary_effect
-from neurosig.neurons.tracer import NeuronTracer, TraceConfig
+from neurosig.neurons.tracer import NeuronTracer
 from neurosig.patterns.similarity import jaccard
 from neurosig.runtime.errors import UserError
 from neurosig.views.explorer import Choice, Explorer, NeighbourBrowser, NeuronCard, RolloutComparison, TokenLayerMap

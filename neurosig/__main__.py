@@ -1,0 +1,18 @@
+"""List the commands: ``python -m neurosig``."""
+
+from __future__ import annotations
+
+import sys
+
+from neurosig.runtime.cli import list_commands
+
+COMMANDS = {
+    "export": "sample, trace and score unlabelled questions, and write the selection manifest",
+    "check": "compare nnsight, plain hooks and TransformerLens on a model's neurons",
+    "report": "measure what each signal of a manifest knows about right answers",
+    "intervene": "scale a manifest's neurons during generation and measure the answers",
+    "verify": "recompute a results folder and compare it with its records",
+}
+
+if __name__ == "__main__":
+    sys.exit(list_commands("neurosig", COMMANDS))

@@ -1,0 +1,66 @@
+"""Options of the hallucination scores; the flags of ``neurosig.export`` take their defaults from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from neurosig.runtime.errors import UserError
+
+NeuronScore = Literal["probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count"]
+OutputScore = Literal["vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random"]
+HallucinationScore = Literal[NeuronScore, OutputScore]
+INVERSE_PENALTY = 0.1
+"""C of the probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeConfig:
+    """Options of the probe.
+
+    Attributes:
+        agree_share: A question is labelled known when its majority holds at least this share of the K answers; 1
+            asks for unanimity, which a weak model rarely reaches.
+        split_share: A question is labelled guessed when its majority holds less than this share.
+        inverse_penalty: sklearn's ``C``; smaller keeps fewer neurons. None: chosen on the path by cross-validation.
+        folds: Cross-fitting folds; a question's rollouts are always scored by a probe that never saw the question.
+        seed: Seed of the folds, the halves and the solver.
+        min_active_share: Neurons active in a smaller share of the rollouts are left out, whatever the labels.
+        path_steps: Inverse penalties on the path, equally spaced in their logarithm.
+        path_span: The path's largest inverse penalty over its smallest, at which the first neuron enters.
+        choose_by: What cross-validation compares on the path.
+        one_standard_error: Take the sparsest probe within one standard error of the best one, not the best.
+        pairs: Pairs of complementary halves of the questions in stability selection.
+        stable_frequency: Share of the halves from which on a selected neuron is called stable.
+        max_false: False discoveries to expect at most among the stable neurons (`neurosig.hallucination.stability`).
+    """
+
+    agree_share: float = 0.75
+    split_share: float = 0.5
+    inverse_penalty: float | None = INVERSE_PENALTY
+    folds: int = 5
+    seed: int = 0
+    min_active_share: float = 0.02
+    path_steps: int = 8
+    path_span: float = 100.0
+    choose_by: Literal["log_loss", "auroc"] = "log_loss"
+    one_standard_error: bool = True
+    pairs: int = 50
+    stable_frequency: float = 0.75
+    max_false: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("agree_share", 0 <= self.agree_share <= 1, "0 to 1"),
+            ("split_share", 0 <= self.split_share <= self.agree_share, "0 to --probe-agree-share"),
+            ("inverse_penalty", self.inverse_penalty is None or self.inverse_penalty > 0, "above 0"),
+            ("folds", self.folds >= 2, "at least 2"),
+            ("min_active_share", 0 <= self.min_active_share <= 1, "0 to 1"),
+            ("path_steps", self.path_steps >= 2, "at least 2"),
+            ("path_span", self.path_span > 1, "above 1"),
+            ("pairs", self.pairs >= 1, "at least 1"),
+            ("stable_frequency", 0.5 < self.stable_frequency <= 1, "above 0.5 and at most 1"),
+            ("max_false", self.max_false > 0, "above 0"),
+        ):
+            if not valid:
+                raise UserError(f"probe-{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")

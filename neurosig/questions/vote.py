@@ -1,0 +1,49 @@
+"""From K answers to a majority vote; a non-answer (``None``) never wins and stays in the denominator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """A majority vote over K answers.
+
+    Attributes:
+        winner: The winning candidate, ``None`` if no answer could be parsed.
+        count: Its votes.
+        tied: All candidates with that many votes, sorted; more than one is a tie.
+        n: K, with the non-answers.
+    """
+
+    winner: str | None
+    count: int
+    tied: tuple[str, ...]
+    n: int
+
+    @property
+    def share(self) -> float:
+        """Confidence: votes of the winner over all K samples."""
+        return self.count / self.n
+
+
+def majority_vote(answers: Sequence[str | None], question_id: str) -> Vote:
+    """Vote over K answers.
+
+    Ties are decided by a hash of (question id, candidate), so the order of the answers does not matter.
+
+    Raises:
+        ValueError: There are no answers to vote over.
+    """
+    if not answers:
+        raise ValueError("a vote needs at least one answer")
+    counts = Counter(answer for answer in answers if answer is not None)
+    if not counts:
+        return Vote(None, 0, (), len(answers))
+    most = max(counts.values())
+    tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))
+    winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\x00{candidate}".encode()).digest())
+    return Vote(winner, most, tied, len(answers))

@@ -1,0 +1,41 @@
+"""Marks that say what an option shapes; reuse, resume and records follow from them."""
+
+from __future__ import annotations
+
+import enum
+import typing
+
+
+class Shapes(enum.Flag):
+    """Mark of an option, written as ``temperature: Annotated[float, Shapes.ROLLOUTS] = 0.8``."""
+
+    MODEL = enum.auto()
+    """The model's weights and dtype, which are compared directly, not by their options."""
+    ROLLOUTS = enum.auto()
+    """The questions, their prompts and what is sampled."""
+    TRACES = enum.auto()
+    """The neurons that are read and the active sets."""
+    SELECTION = enum.auto()
+    """Parsed answers, votes, scores, selected questions and contexts."""
+    TRAINING = enum.auto()
+    """The trained weights."""
+    DISTILLATION = enum.auto()
+    """Only the methods nopsd and u-opsd; the baselines refuse the option."""
+    RESOURCES = enum.auto()
+    """Memory and speed only."""
+    PLACE = enum.auto()
+    """No result: folders, checkpoints to keep, how requests are sent."""
+    MESSAGES = enum.auto()
+    """The terminal's output alone; no record holds the option."""
+
+
+def option_names(config_class: type, *marks: Shapes) -> tuple[str, ...]:
+    """Names of a dataclass's options with any of these marks, in the order of its fields."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return tuple(
+        name
+        for name, hint in hints.items()
+        if any(
+            isinstance(mark, Shapes) and mark & wanted for mark in getattr(hint, "__metadata__", ()) for wanted in marks
+        )
+    )
