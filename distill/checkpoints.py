@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.distributed import ALONE, Ranks, part_like
-from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import disk_space, sha256_file, write_atomic
+from neurosig.runtime.provenance import check_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +133,7 @@ def _newest_intact(folder: Path, key: Mapping[str, Any]) -> Path | None:
             shutil.rmtree(aside, ignore_errors=True)
             candidate.rename(aside)
             continue
-        wanted = json.loads(json.dumps(key))
-        changed = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        if changed:
-            raise UserError(
-                f"{folder.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
-                "use the same options or --overwrite"
-            )
+        check_same_run(folder.parent, found, json.loads(json.dumps(key)))
         return candidate
     return None
 

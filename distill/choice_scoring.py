@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from distill.completion_hidden import completion_hidden
+from distill.completion_hidden import completion_hidden, head_logits
 from neurosig.models.finite import first_not_finite
 from neurosig.questions.answers import is_correct, normalise
 from neurosig.runtime.errors import UserError
@@ -108,15 +108,10 @@ def _mean_logprobs(loaded: LoadedModel, rows: Sequence[tuple[tuple[int, ...], tu
     """Mean log-probability of each row's completion after its prompt."""
     prompts, said = [prompt for prompt, _ in rows], [ids for _, ids in rows]
     hidden = completion_hidden(loaded.model, prompts, said)
-    head = loaded.model.get_output_embeddings()
-    softcap = getattr(loaded.model.config.get_text_config(), "final_logit_softcapping", None)
     tokens = torch.tensor([token for ids in said for token in ids], device=hidden.device)
     parts = []
     for block, chosen in zip(hidden.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True):
-        logits = head(block).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        parts.append(logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].cpu())
+        parts.append(head_logits(loaded.model, block).log_softmax(-1).gather(1, chosen[:, None])[:, 0].cpu())
     return [float(mine.mean()) for mine in torch.cat(parts).split([len(ids) for ids in said])]
 
 

@@ -1,4 +1,4 @@
-"""Last hidden states of completions, every distinct prompt computed once."""
+"""Last hidden states of completions, every distinct prompt computed once, and their logits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from neurosig.models.load import logit_softcap
 from neurosig.models.prefix import distinct_rows, pad, run_prompts
 
 if TYPE_CHECKING:
@@ -47,3 +48,10 @@ def completion_hidden(
         first = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
     position = torch.arange(hidden.shape[1], device=hidden.device)
     return hidden[(position >= first) & (position < first + lengths)]
+
+
+def head_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocab"]:
+    """Float32 logits of hidden states, after the model's softcap if it has one."""
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = logit_softcap(model)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

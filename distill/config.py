@@ -152,6 +152,10 @@ class TrainConfig(SamplerOptions):
         """Whether rollouts that agree with the majority leave the loss."""
         return self.method == "u-opsd" or self.loss_on == "disagreeing"
 
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step."""
+        return step % self.save_steps == 0 or step == self.steps
+
 
 BASELINES = ("lmsi", "ttrl", "intuitor")
 """The methods of `distill.baselines.trl`."""
@@ -178,30 +182,21 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 }
 
 
+_AT_LEAST = {
+    **dict.fromkeys(("warmup_steps", "topk", "skip_first", "sync_steps", "max_staleness"), 0),
+    **dict.fromkeys(("steps", "questions_per_step", "num_generations", "micro_batch_size", "lora_r", "save_steps"), 1),
+    **dict.fromkeys(("keep_checkpoints", "collapse_window", "replay_per_step", "dev_generations"), 1),
+    "dev_limit": 2,
+}
+
+
 def check_options(config: TrainConfig) -> None:
     """Refuse options out of range, before anything is loaded or written.
 
     Raises:
         UserError: Naming the flag and its bounds.
     """
-    for name, least in (
-        ("steps", 1),
-        ("questions_per_step", 1),
-        ("num_generations", 1),
-        ("micro_batch_size", 1),
-        ("warmup_steps", 0),
-        ("lora_r", 1),
-        ("topk", 0),
-        ("skip_first", 0),
-        ("save_steps", 1),
-        ("keep_checkpoints", 1),
-        ("collapse_window", 1),
-        ("replay_per_step", 1),
-        ("dev_limit", 2),
-        ("dev_generations", 1),
-        ("sync_steps", 0),
-        ("max_staleness", 0),
-    ):
+    for name, least in _AT_LEAST.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
@@ -260,35 +255,12 @@ def _check_method(config: TrainConfig) -> None:
         )
 
 
-def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
-    """How the student samples: as the manifest's rollouts were, unless an option says otherwise."""
-    from distill.tasks import manifest_sampling
-
-    given = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
-    changes = {name: value for name, value in given.items() if value is not None}
-    return manifest_sampling(manifest.header, num_generations=config.num_generations, seed=config.seed, **changes)
-
-
 def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:
     """Everything that must be the same for a resumed run to come out as an uninterrupted one."""
     import torch
 
-    free = {
-        "preset",
-        "config",
-        "manifest",
-        "out",
-        "model",
-        "resume",
-        "overwrite",
-        "save_steps",
-        "keep_checkpoints",
-        "license",
-        "push_to_hub",
-        "report_to",
-        "adapter_dir",
-        *SERVER_PLACES,
-    }
+    free = {"preset", "config", "manifest", "out", "model", "resume", "overwrite", "save_steps", "keep_checkpoints"}
+    free |= {"license", "push_to_hub", "report_to", "adapter_dir", *SERVER_PLACES}
     record = {name: value for name, value in config_record(config).items() if name not in free}
     return {
         **record,

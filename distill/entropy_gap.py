@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 
 from distill.completion_hidden import completion_hidden
-from distill.losses import chunked_divergence
+from distill.losses import Divergence, chunked_divergence
 from distill.tasks import manifest_sampling, manifest_tasks
 from neurosig.manifest import Manifest
-from neurosig.models.load import LoadedModel
+from neurosig.models.load import LoadedModel, logit_softcap
 from neurosig.questions.answers import extract_answer, is_correct
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
@@ -67,7 +67,7 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
     """
     model = loaded.model
     head = model.get_output_embeddings().weight
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    divergence = Divergence(softcap=logit_softcap(model))
     tasks = manifest_tasks(manifest, loaded, max_new_tokens=manifest.header.options["max_new_tokens"])
     answers = {row.id: len(row.answers) for row in manifest.rows}
     pairs = [
@@ -81,7 +81,7 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
         completions = [rollout.token_ids for _, rollout in batch]
         teacher = completion_hidden(model, [task.teacher_prompt for task, _ in batch], completions)
         student = completion_hidden(model, [task.student_prompt for task, _ in batch], completions)
-        output = chunked_divergence(student, teacher, head, head, softcap=softcap)
+        output = chunked_divergence(student, teacher, head, head, divergence)
         lengths = [len(ids) for ids in completions]
         by_rollout = zip(
             batch,

@@ -17,10 +17,10 @@ from neurosig.runtime.provenance import run_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from distill.config import TrainConfig
+    from distill.distributed import Ranks
     from neurosig.manifest import Manifest
     from neurosig.models.load import LoadedModel
 
@@ -74,13 +74,19 @@ def write_final(
     adapter: PeftModel | None,
     history: Sequence[Mapping[str, float | int]],
     stopped: Mapping[str, Any] | None,
-    weights: dict[str, Tensor] | None = None,
+    ranks: Ranks,
 ) -> None:
     """Write ``adapter/`` (or ``model/``), and then the run record, whose presence means that the run is complete.
 
     Raises:
-        UserError: The disk is full; or the upload asked for did not succeed, and the run is complete all the same.
+        UserError: The disk is full; or the run is complete, but its upload failed.
     """
+    weights = None
+    if ranks.sharded:
+        trained = ((name, p) for name, p in (adapter or model).named_parameters() if p.requires_grad)
+        weights = ranks.whole_tensors(model.state_dict().items() if adapter is None else trained)
+    if not ranks.main:
+        return
     name = "model" if adapter is None else "adapter"
     aside, target = config.out / ".final", config.out / name
     shutil.rmtree(aside, ignore_errors=True)

@@ -1,23 +1,27 @@
-"""The trainable model, and its weights as they act."""
+"""The trainable model, its effective weights, and the rollouts sampled from it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from distill.distributed import decoder_layers
+from distill.distributed import Ranks, decoder_layers
+from distill.served_student import ServedStudent
+from neurosig.sampling.rollouts import Rollout
+from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from distill.config import TrainConfig
+    from distill.tasks import Task
     from neurosig.models.load import LoadedModel
 
 
@@ -138,3 +142,65 @@ class TrainingForward:
         finally:
             for layer in self._layers:
                 del layer.forward
+
+
+class StudentSampler:
+    """Samples rollouts from the student as it is now, here on all ranks or on a server from the main one.
+
+    Args:
+        config: Batch size and server.
+        loaded: Model and tokenizer.
+        model: The student.
+        adapter: The peft wrapper around it, ``None`` under full fine-tuning.
+        ranks: The processes of the run.
+        done: Optimizer steps done.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        loaded: LoadedModel,
+        model: PreTrainedModel,
+        adapter: PeftModel | None,
+        ranks: Ranks,
+        done: int,
+    ):
+        self._loaded, self._model, self._adapter, self._ranks = loaded, model, adapter, ranks
+        self._batch_rows = config.batch_rows
+        server = config.server(loaded)
+        self._served = None if server is None or adapter is None else ServedStudent(config, server, adapter, done)
+
+    def rollouts(self, tasks: Iterable[Task], sampling: SamplingConfig, step: int) -> list[Rollout]:
+        """The rollouts of a training step, in the order of `draw`."""
+        prompts = [Prompt(task.id, task.student_prompt) for task in tasks]
+        return [rollout for group in self.draw(prompts, sampling, f"step{step}") for rollout in group]
+
+    def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str) -> list[list[Rollout]]:
+        """The rollouts of each prompt, short prompts first, the same on every rank."""
+        if self._served is not None:
+            served = self._served
+            groups = self._ranks.on_main(lambda: served.sample(prompts, sampling, salt, fresh=salt == "development"))
+        else:
+            own, model = self._ranks.share(prompts), self._model
+            with (
+                self._ranks.whole(model),
+                self._ranks.together(),
+                merged(model, self._adapter),
+                sampling_attention(model),
+            ):
+                drawn = list(sample(self._loaded, own, sampling, batch_rows=self._batch_rows, salt=salt))
+            groups = [group for part in self._ranks.gather(drawn) for group in part]
+        by_id = {group[0].question_id: group for group in groups}
+        return [by_id[prompt.question_id] for prompt in sorted(prompts, key=lambda prompt: len(prompt.token_ids))]
+
+    def updated(self, step: int) -> dict[str, int]:
+        """Tell the server's sampler that the student made another update; the age of the weights last sampled from."""
+        if self._served is None:
+            return {}
+        record, self._served.updates = self._served.record(), step
+        return record
+
+    def close(self) -> None:
+        """Unload the adapter from the server."""
+        if self._served is not None and self._ranks.main:
+            self._served.close()

@@ -11,9 +11,11 @@ import numpy as np
 
 from neurosig.manifest import Header, Manifest
 from neurosig.models.load import LoadedModel, load_model
+from neurosig.questions.answers import extract_answer
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import SamplingConfig
 
 if TYPE_CHECKING:
@@ -81,6 +83,20 @@ def _short(digest: Mapping[str, str] | str | None) -> str:
     return str(next(iter(digest.values()), None) if isinstance(digest, Mapping) else digest)[:12]
 
 
+def training_tasks(config: TrainConfig, manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
+    """The manifest's tasks and those of ``--replay``.
+
+    Raises:
+        UserError: See `manifest_tasks` and `replay_tasks`.
+    """
+    tasks = manifest_tasks(manifest, loaded, max_new_tokens=max_new_tokens)
+    if config.replay is not None:
+        tasks += replay_tasks(
+            config.replay, manifest.header, loaded, weight=config.replay_weight, max_new_tokens=max_new_tokens
+        )
+    return tasks
+
+
 def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
     """Prompts of every selected question; one that does not fit is an error now, never cut later.
 
@@ -123,6 +139,13 @@ def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: fl
     return tasks
 
 
+def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
+    """How the student samples: as the manifest's rollouts were, unless an option says otherwise."""
+    options = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    changes = {name: value for name, value in options.items() if value is not None}
+    return manifest_sampling(manifest.header, num_generations=config.num_generations, seed=config.seed, **changes)
+
+
 def manifest_sampling(header: Header, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
     """Sampling as the manifest's rollouts were drawn, with another K and seed; ``changes`` replaces its options."""
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
@@ -149,11 +172,44 @@ def _check_length(task: Task, loaded: LoadedModel, max_new_tokens: int) -> None:
             )
 
 
-def tasks_of_step(tasks: Sequence[Task], step: int, *, per_step: int, seed: int) -> list[Task]:
-    """Tasks of a step, by `questions_of_step`."""
-    return (
-        [tasks[index] for index in questions_of_step(len(tasks), step, per_step=per_step, seed=seed)] if tasks else []
-    )
+def check_majority_context(manifest: Manifest) -> None:
+    """U-OPSD's teacher sees the question's own shortest majority rollout.
+
+    Raises:
+        UserError: The manifest shows it something else.
+    """
+    policy = manifest.header.options.get("context_policy")
+    if policy != "majority_solution":
+        raise UserError(
+            f"manifest {manifest.folder}: --method u-opsd shows each question its own majority solution, but the "
+            f"contexts here are {policy}; export again with --context-policy majority_solution"
+        )
+
+
+def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, int]]:
+    """(question id, rollout id) of the rollouts whose answer is their question's pseudo-label.
+
+    Rollouts of other questions (replayed prompts) and rollouts without an answer agree with nothing.
+    """
+    rows = {row.id: row for row in manifest.rows}
+    answer_format = manifest.header.options["answer_format"]
+    return {
+        (rollout.question_id, rollout.rollout_id)
+        for rollout in rollouts
+        if (row := rows.get(rollout.question_id)) is not None
+        and row.pseudo_label is not None
+        and extract_answer(rollout.text, row.as_question(), answer_format) == row.pseudo_label
+    }
+
+
+def tasks_of_step(config: TrainConfig, tasks: Sequence[Task], step: int) -> dict[str, Task]:
+    """Tasks of a step by id, by `questions_of_step`: the manifest's, then the replayed ones."""
+    chosen = {}
+    for replay, per_step in ((False, config.questions_per_step), (True, config.replay_per_step)):
+        pool = [task for task in tasks if task.replay == replay]
+        for index in questions_of_step(len(pool), step, per_step=per_step, seed=config.seed):
+            chosen[pool[index].id] = pool[index]
+    return chosen
 
 
 def questions_of_step(n: int, step: int, *, per_step: int, seed: int) -> list[int]:

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.completion_hidden import completion_hidden
-from distill.stopping import distinct_3
+from distill.completion_hidden import completion_hidden, head_logits
+from distill.metrics_log import rollout_metrics
 from distill.student import merged
 from neurosig.manifest import Manifest
 from neurosig.questions.answers import extract_answer, majority_vote
@@ -89,46 +89,12 @@ def self_certainty(
         chunk_tokens: Positions whose logits exist at a time.
     """
     hidden = completion_hidden(model, prompts, completions)
-    head = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     divergences = []
     for part in hidden.split(chunk_tokens):
-        logits = head(part).float()
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = head_logits(model, part)
         divergences.append(logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1]))
     rows = torch.cat(divergences).split([len(ids) for ids in completions])
     return torch.stack([row.mean() for row in rows])
-
-
-def check_majority_context(manifest: Manifest) -> None:
-    """U-OPSD's teacher sees the question's own shortest majority rollout.
-
-    Raises:
-        UserError: The manifest shows it something else.
-    """
-    policy = manifest.header.options.get("context_policy")
-    if policy != "majority_solution":
-        raise UserError(
-            f"manifest {manifest.folder}: --method u-opsd shows each question its own majority solution, but the "
-            f"contexts here are {policy}; export again with --context-policy majority_solution"
-        )
-
-
-def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, int]]:
-    """(question id, rollout id) of the rollouts whose answer is their question's pseudo-label.
-
-    Rollouts of other questions (replayed prompts) and rollouts without an answer agree with nothing.
-    """
-    rows = {row.id: row for row in manifest.rows}
-    answer_format = manifest.header.options["answer_format"]
-    return {
-        (rollout.question_id, rollout.rollout_id)
-        for rollout in rollouts
-        if (row := rows.get(rollout.question_id)) is not None
-        and row.pseudo_label is not None
-        and extract_answer(rollout.text, row.as_question(), answer_format) == row.pseudo_label
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,11 +217,3 @@ class Rollouts:
             "generated_tokens": sum(len(rollout.token_ids) for rollout in sampled),
             "teacher_tokens": read,
         }
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | int]:
-    return {
-        "mean_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
-        "distinct_3": distinct_3([rollout.token_ids for rollout in rollouts]),
-        "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
-    }

@@ -26,7 +26,7 @@ from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt
 from neurosig.verify.__main__ import VerifyConfig
 from neurosig.verify.__main__ import main as verify
-from tests.distill.test_evaluate import evaluate_config
+from tests.support.distilling import evaluate_config, write_choices
 from tests.support.flow import WORDS
 from tests.support.tiny import ARCHS, Arch, OtherArch, tiny_model, tiny_tokenizer
 
@@ -36,18 +36,6 @@ QUESTIONS = [
     Question("long", "d", "Which of these many colours is the nicest?", ("red", "navy blue", "<|im_end|>", "red ")),
     Question("other", "e", "Who?", tuple(WORDS)),
 ]
-
-
-def write_choices(path: Path, n: int = 8) -> Path:
-    records = [
-        {
-            **{"id": f"q{index}", "domain": ("colour", "tone")[index % 2], "kind": f"k{index % 3}"},
-            **{"question": f"Which is like {word}?", "choices": list(WORDS[: 2 + index % 4]), "answer": "A"},
-        }
-        for index, word in enumerate(WORDS[:n])
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def scoring(tmp_path: Path, out: str = "eval", **changes: Any) -> Any:

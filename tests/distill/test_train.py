@@ -24,8 +24,8 @@ from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder
 from neurosig.sampling.rollouts import Rollout
+from tests.support.distilling import train, train_config
 from tests.support.flow import interrupted_at, make_manifest, save_tiny
-from tests.support.processes import TRAIN
 from tests.support.tiny import ARCHS, Arch, tiny_model
 
 FIELDS = {
@@ -38,16 +38,6 @@ FIELDS = {
     "grad_norm",
     "clip_fraction",
 }
-
-
-def train_config(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> TrainConfig:
-    return TrainConfig(manifest=manifest, out=tmp_path / out, **{**TRAIN, "quiet": True, **changes})
-
-
-def train(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> tuple[list[dict[str, float]], bytes]:
-    main(train_config(tmp_path, manifest, out, **changes))
-    metrics = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-    return metrics, (tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +156,7 @@ def test_a_step_without_a_finished_rollout_is_told(
     with caplog.at_level(logging.WARNING):
         metrics, _ = train(tmp_path, manifest, steps=1, skip_first=50)
     assert (metrics[0]["loss"], metrics[0]["grad_norm"], metrics[0]["rollouts_in_loss"]) == (0, 0, 0)
-    assert "step 1: no rollout is in the loss" in caplog.text
+    assert "step 1: every rollout was masked (0% finished with EOS)" in caplog.text
 
 
 @pytest.mark.parametrize(

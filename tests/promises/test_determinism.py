@@ -18,8 +18,7 @@ import distill.evaluate
 import distill.train
 import neurosig.export
 from neurosig.manifest import read_manifest
-from tests.distill.test_evaluate import evaluate_config
-from tests.distill.test_train import train_config
+from tests.support.distilling import evaluate_config, train_config
 from tests.support.flow import export_config, file_bytes, save_tiny, write_questions
 
 TOLERANCE = 1e-4

@@ -28,8 +28,7 @@ from neurosig.runtime.cli import run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, csv_cell, write_atomic
 from neurosig.sampling.rollouts import RolloutLog
-from tests.distill.test_evaluate import evaluate_config
-from tests.distill.test_train import train_config
+from tests.support.distilling import evaluate_config, train_config
 from tests.support.flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
 
 pytestmark = pytest.mark.forks

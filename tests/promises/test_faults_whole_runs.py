@@ -22,8 +22,7 @@ from figures.grid.tables import METRICS, Cell, Row, Table
 from neurosig.manifest import read_manifest
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
-from tests.distill.test_evaluate import evaluate_config
-from tests.distill.test_train import train_config
+from tests.support.distilling import evaluate_config, train_config
 from tests.support.flow import export_config, save_tiny, write_questions
 from tests.support.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 

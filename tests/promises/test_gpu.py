@@ -26,10 +26,9 @@ from neurosig.neurons.nnsight_reader import NeuronScaler
 from neurosig.neurons.sites import ffn_sites
 from neurosig.neurons.tracer import NeuronTracer, TraceConfig
 from neurosig.sampling.rollouts import Rollout
-from tests.distill.test_choice_scoring import write_choices
-from tests.distill.test_evaluate import evaluate_config
 from tests.neurosig.neurons.test_tracer import rollouts
 from tests.neurosig.sampling.test_sampler import draw, prompts, tokens
+from tests.support.distilling import evaluate_config, write_choices
 from tests.support.flow import interrupted_at, make_manifest
 from tests.support.tiny import ARCHS, Arch, tiny_model, tiny_tokenizer
 

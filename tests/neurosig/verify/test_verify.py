@@ -20,9 +20,8 @@ import neurosig.verify.recomputed
 from figures.grid.collect import collect
 from neurosig.runtime.errors import UserError
 from neurosig.verify.__main__ import VerifyConfig, main
-from tests.distill.test_evaluate import evaluate_config
-from tests.distill.test_train import train_config
 from tests.neurosig.test_manifest import edit_header, edit_row
+from tests.support.distilling import evaluate_config, train_config
 from tests.support.flow import make_manifest
 
 
