@@ -24,14 +24,15 @@ def completion_hidden(
 ) -> Float[Tensor, "tokens d_model"]:
     """Hidden states, after the final norm, at the positions that predict each completion token.
 
-    A few-shot prefix costs once a question instead of once a rollout; gradients flow through it. Rows follow one
-    another, each as long as its completion. Always two forward passes, or one without sharing: ranks stay in step.
+    A few-shot prefix is computed once per question instead of once per rollout; gradients flow through it. The rows are
+    concatenated, each as long as its completion. Every call makes two forward passes, or one without sharing, so that
+    ranks stay in step.
 
     Args:
         model: Causal language model; its head is not computed.
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
-        share_prompts: Off where a cache of keys and values is not possible: each row then holds its prompt.
+        share_prompts: Off where a KV cache is not possible; each row then contains its prompt.
     """
     lengths = torch.tensor([[len(completion)] for completion in completions], device=model.device)
     if share_prompts:

@@ -31,11 +31,11 @@ class TrainConfig(SamplerOptions):
     manifest: Path
     """Folder written by neurosig.export."""
     out: Path
-    """Folder of metrics.jsonl, checkpoints/ and the final adapter/ (or model/)."""
+    """Folder for metrics.jsonl, checkpoints/ and the final adapter/ (or model/)."""
     model: str | None = None
-    """The manifest's model, if it lies elsewhere here; its weights must be the same."""
+    """Load the model from here instead of the id in the manifest; the weights must match."""
     allow_model_mismatch: bool = False
-    """Train although the model is not the one that made the manifest; noted in the run record."""
+    """Train although the model is not the one that made the manifest; recorded in train.json."""
     resume: bool = False
     """Continue from the newest checkpoint; leave a finished run alone."""
     overwrite: bool = False
@@ -44,11 +44,11 @@ class TrainConfig(SamplerOptions):
     steps: int = 20
     """Optimizer steps."""
     questions_per_step: int = 8
-    """Questions sampled a step."""
+    """Questions sampled per step."""
     num_generations: int = 2
-    """Rollouts a question and step."""
+    """Rollouts per question in each step."""
     micro_batch_size: int = 16
-    """Rollouts in one forward and backward; memory and speed only."""
+    """Rollouts per forward and backward pass; memory and speed only."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     warmup_steps: int = 3
@@ -63,41 +63,41 @@ class TrainConfig(SamplerOptions):
     """LoRA scale numerator."""
 
     teacher: Literal["base", "live", "ema"] = "base"
-    """base: the model before training; live: the student as it stands; ema: the average of its past weights."""
+    """base: the model before training; live: the student as it is now; ema: the average of its past weights."""
     ema_decay: float = 0.99
-    """What the ema teacher keeps of itself at each step."""
+    """Share of its weights that the ema teacher keeps at each step."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"] = "forward_kl"
     """forward_kl is KL(teacher || student); sampled_token estimates reverse_kl from the student's own tokens."""
     topk: int = 0
-    """The student's k likeliest vocabulary entries stand for all; 0 takes the whole vocabulary."""
+    """Sum over the student's k likeliest vocabulary entries only; 0 sums over the whole vocabulary."""
     tail: bool = True
-    """With --topk: the other entries count as one more."""
+    """With --topk: treat the other entries as one more."""
     beta: float = 0.5
     """Teacher's share of the mixture in jsd."""
     loss_temperature: float = 1.0
     """Divides both logits in the loss."""
     clip: Literal["none", "pointwise", "token"] = "none"
-    """Cap on each vocabulary entry's, or each token's, contribution."""
+    """Cap the contribution of each vocabulary entry (pointwise) or of each token."""
     clip_value: float = 0.05
     """The cap, in nats."""
     loss_mean: Literal["token", "sequence"] = "token"
     """Mean over all completion tokens of the step, or over its rollouts, each with the mean of its tokens."""
     skip_first: int = 0
-    """Completion tokens left out at the start of each rollout."""
+    """Completion tokens masked at the start of each rollout."""
     loss_on: Literal["all", "disagreeing"] = "all"
-    """disagreeing: only rollouts whose answer is not their question's majority answer; u-opsd always does that."""
+    """disagreeing: only rollouts whose answer is not their question's majority answer, which u-opsd always implies."""
     keep_truncated: bool = False
     """Learn from rollouts without an end-of-sequence token too."""
 
     questions_of: Literal["selected", "all"] = "selected"
-    """lmsi, ttrl, intuitor: the questions nopsd trains on, or all that are in the manifest, as in their papers."""
+    """lmsi, ttrl, intuitor: train on the questions of nopsd, or on all in the manifest as in their papers."""
     vote_generations: int | None = None
-    """ttrl: rollouts that vote, of which --num-generations are trained on; default: just these."""
+    """ttrl: rollouts that vote, of which --num-generations are trained on; default: as many."""
 
     temperature: float | None = None
     """Sampling temperature; default: the manifest's."""
     max_new_tokens: int | None = None
-    """Completion tokens of a rollout; default: the manifest's."""
+    """Completion tokens before a rollout is cut off; default: the manifest's."""
     batch_rows: int = 256
     """Rollouts decoded at a time (memory and speed only)."""
     seed: int = 0
@@ -105,37 +105,36 @@ class TrainConfig(SamplerOptions):
     adapter_dir: Path | None = None
     """With --sampler openai: where the student's adapter is written for the server to read; default: OUT/served."""
     sync_steps: int = 1
-    """Steps between adapters sent to the server; 0: none, the rollouts come from the weights it serves."""
+    """Send the adapter to the server every N steps; 0: never, rollouts come from the weights it serves."""
     max_staleness: int = 0
-    """Most steps that the weights sampled from may lie behind the student."""
+    """Maximum steps between the weights sampled from and the student."""
     save_steps: int = 10
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints kept."""
     replay: str | None = None
-    """Questions (file, folder, bundled set) mixed in as general prompts on which the teacher sees no context either, so
-    that the model goes on answering them as before."""
+    """Questions (file, folder, bundled set) mixed in as general prompts; the teacher sees no context on them either, so
+    the model keeps answering them as before."""
     replay_per_step: int = 2
-    """Prompts of --replay sampled a step, beside the manifest's questions."""
+    """Prompts of --replay sampled per step, in addition to the manifest's questions."""
     replay_weight: float = 1.0
     """Their weight in the loss."""
     stop_on_collapse: bool = True
-    """Stop when lengths change by half, or entropy or distinct trigrams fall below half, and go back to the last
-    checkpoint before."""
+    """Stop, and go back, when lengths change by half, or entropy or distinct trigrams fall below half."""
     collapse_window: int = 10
-    """Steps whose mean is compared with that of the first steps."""
+    """Compare the mean of the last N steps with that of the first N."""
     license: str | None = None
-    """SPDX name of the licence in the model card; default: left to the base model's."""
+    """SPDX name of the licence in the model card; default: the base model's."""
     push_to_hub: str | None = None
     """Upload the result to this Hugging Face repository, private; needs `hf auth login`."""
     dev_questions: str | None = None
-    """Labelled questions whose maj@K is measured at every save; stop when it falls. Gold answers serve nothing else."""
+    """Labelled questions whose maj@K is measured at every save; stop when it falls. Gold answers have no other use."""
     dev_limit: int = 64
-    """Use the first so many of --dev-questions."""
+    """Use only the first N of --dev-questions."""
     dev_generations: int = 8
-    """K of that vote."""
+    """Rollouts per question of --dev-questions."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Send the metrics there too; tensorboard writes to --out."""
+    """Also log the metrics to these trackers; tensorboard writes to --out."""
     dtype: str = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: str | None = None
@@ -143,7 +142,7 @@ class TrainConfig(SamplerOptions):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernels; flash_attention_2 needs the package flash-attn and an accelerator."""
     gradient_checkpointing: bool = False
-    """Compute the student's activations again in the backward pass instead of keeping them."""
+    """Recompute the student's activations in the backward pass instead of storing them."""
     compile: bool = False
     """Compile the student's layers for training with torch.compile."""
 
@@ -168,20 +167,10 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
     "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": {
-        "steps": 100,
-        "questions_per_step": 32,
-        "num_generations": 1,
-        "micro_batch_size": 4,
-        "learning_rate": 5e-6,
-        "warmup_steps": 10,
-        "lora_r": 64,
-        "lora_alpha": 128,
-        "clip": "pointwise",
-        "save_steps": 25,
+        **{"steps": 100, "questions_per_step": 32, "num_generations": 1, "micro_batch_size": 4, "save_steps": 25},
+        **{"learning_rate": 5e-6, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128, "clip": "pointwise"},
     },
 }
-
-
 _AT_LEAST = {
     **dict.fromkeys(("warmup_steps", "topk", "skip_first", "sync_steps", "max_staleness"), 0),
     **dict.fromkeys(("steps", "questions_per_step", "num_generations", "micro_batch_size", "lora_r", "save_steps"), 1),
@@ -209,7 +198,7 @@ def check_options(config: TrainConfig) -> None:
     if config.divergence == "jsd" and not 0 < config.beta < 1:
         raise UserError(f"--beta: expected strictly between 0 and 1, got {config.beta}; its ends are the two KLs")
     if config.divergence == "sampled_token" and (config.topk or config.clip != "none"):
-        raise UserError("--divergence sampled_token looks at one entry a token; leave out --topk and --clip")
+        raise UserError("--divergence sampled_token scores one entry per token; leave out --topk and --clip")
     if config.sampler == "openai" or config.base_url is not None:
         _check_server_options(config)
     for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value", "replay_weight"):
@@ -220,7 +209,7 @@ def check_options(config: TrainConfig) -> None:
 def _check_server_options(config: TrainConfig) -> None:
     config.server_config("")
     if config.full:
-        raise UserError("--sampler openai: a server can take the student's adapter, but there is none with --full")
+        raise UserError("--sampler openai: a server loads the student's adapter, but --full trains none")
     if config.server_api != "completions":
         raise UserError(f"--server-api {config.server_api}: training needs the tokens as sampled; use completions")
     behind = (config.sync_steps or config.steps) - 1
@@ -234,7 +223,7 @@ def _check_server_options(config: TrainConfig) -> None:
 
 
 def _check_method(config: TrainConfig) -> None:
-    """Options that the method does not know are refused, not passed over."""
+    """Refuse options that the method ignores."""
     method = config.method
     unknown = [] if method in BASELINES else ["questions_of"]
     unknown += _OF_DISTILLATION if method in BASELINES else []
@@ -256,7 +245,7 @@ def _check_method(config: TrainConfig) -> None:
 
 
 def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:
-    """Everything that must be the same for a resumed run to come out as an uninterrupted one."""
+    """Everything that must be unchanged for a resumed run to equal an uninterrupted one."""
     import torch
 
     free = {"preset", "config", "manifest", "out", "model", "resume", "overwrite", "save_steps", "keep_checkpoints"}

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: weights that load anywhere, a model card and the run record."""
+"""The output of a finished run: weights in PEFT or transformers format, a model card and the run record."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _METHODS = {
     "ttrl": ("trained by GRPO, rewarded for the majority's answer (TTRL", "2504.16084"),
     "intuitor": ("trained by GRPO, rewarded for its own self-certainty (Intuitor", "2505.19590"),
 }
-"""What was done, and the paper: U-OPSD as Neuron-OPSD's paper compares with it."""
+"""What was done, and the paper; for U-OPSD the paper that compares with it."""
 
 
 def write_final(
@@ -90,8 +90,8 @@ def write_final(
     name = "model" if adapter is None else "adapter"
     aside, target = config.out / ".final", config.out / name
     shutil.rmtree(aside, ignore_errors=True)
-    held = [p for p in (adapter or model).parameters() if p.requires_grad or adapter is None]
-    needed = sum(p.numel() * p.element_size() for p in held) + len(loaded.tokenizer.backend_tokenizer.to_str())
+    written = [p for p in (adapter or model).parameters() if p.requires_grad or adapter is None]
+    needed = sum(p.numel() * p.element_size() for p in written) + len(loaded.tokenizer.backend_tokenizer.to_str())
     try:
         with disk_space(target, needed, kept="the checkpoints are kept"):
             if adapter is None:
@@ -133,7 +133,7 @@ def write_final(
 
 
 def token_budget(manifest: Manifest, history: Sequence[Mapping[str, float | int]]) -> dict[str, int]:
-    """What a run spent, the same for every method: the manifest's rollouts, and the sums over its steps.
+    """Tokens that a run spent, counted alike for every method: the manifest's rollouts, and sums over its steps.
 
     ``generated_tokens`` are sampled in training, ``trained_tokens`` are in the loss, ``teacher_tokens`` are read by a
     second model: the teacher's prompts (once a question and step) and completions, or those of GRPO's KL reference.
@@ -160,7 +160,7 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
 
     Args:
         record: Content of ``train.json``.
-        license: SPDX name; ``None`` leaves the base model's to be looked up.
+        license: SPDX name, or ``None``.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -92,14 +92,7 @@ def collapse(metrics: Sequence[Mapping[str, float | int]], window: int) -> str |
 class Development:
     """Majority accuracy on each development question, before training and at every save since.
 
-    Args:
-        config: Source and number of the questions, K of the vote, and the run's folder.
-        sampling: How training samples.
-        header: The manifest's, for wording and answer format.
-        loaded: Model and tokenizer.
-        draw: Samples prompts from the student as it is now.
-        timer: Its phase ``development``.
-        main: Whether this process writes the measurements.
+    ``draw`` samples prompts from the student as it is now; only the ``main`` process writes the measurements.
 
     Raises:
         UserError: A question has no gold answer.

@@ -53,7 +53,7 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
 
 @torch.no_grad()
 def effective_weights(model: PreTrainedModel, adapter: PeftModel | None) -> dict[str, Tensor]:
-    """The trained weights as they act, by parameter name: ``W + scale * B A``, or the trained parameters themselves."""
+    """Effective weights by parameter name: ``W + scale * B A``, or the trained parameters themselves."""
     if adapter is None:
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     from peft.tuners.lora import Linear
@@ -67,7 +67,7 @@ def effective_weights(model: PreTrainedModel, adapter: PeftModel | None) -> dict
 
 @contextlib.contextmanager
 def in_place(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """These weights stand in for the model's own, which are put back, not computed back."""
+    """Replace the model's weights in the block; afterwards its own are put back, not recomputed."""
     replaced = [(model.get_parameter(name), tensor) for name, tensor in weights.items()]
     own = [parameter.data for parameter, _ in replaced]
     try:
@@ -81,7 +81,7 @@ def in_place(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[
 
 @contextlib.contextmanager
 def merged(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[None]:
-    """The student without its adapter's detour, for sampling: the same function (rounded to the weights' dtype)."""
+    """Sample with the adapter merged: the same function, rounded to the weights' dtype, but faster."""
     if adapter is None:
         yield
         return
@@ -91,7 +91,7 @@ def merged(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Flash attention gives way to sdpa: its kernels know no cache with room for tokens to come, as sampling has."""
+    """Use SDPA while sampling: flash-attention kernels do not support our preallocated KV cache."""
     own = str(model.config._attn_implementation)
     if not own.startswith("flash"):
         yield
@@ -104,20 +104,17 @@ def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 class TrainingForward:
-    """How the decoder's layers run in the student's forward pass; everywhere else they run as they are.
-
-    Made after sharding. Hooks of a layer run around what is done here.
+    """How the decoder's layers run in the student's forward pass, and only there; made after sharding.
 
     Args:
         model: The student.
-        gradient_checkpointing: Keep a layer's input only and compute the rest again in the backward pass. (Not by the
-            model's own switch, which needs train mode and so turns dropout on.)
+        gradient_checkpointing: Store a layer's input only and recompute the rest in the backward pass. (The model's own
+            switch needs train mode, which turns dropout on.)
         compile: Compile each layer.
 
     Attributes:
-        share_prompts: Whether `distill.completion_hidden.completion_hidden` may use a cache: a layer that runs twice
-        would fill
-            it twice, and one that is compiled would be compiled anew for each layer's place in it.
+        share_prompts: Whether `distill.completion_hidden.completion_hidden` may use a cache: a layer that is recomputed
+            would fill it twice, and a compiled one would be compiled for each layer's place in it.
     """
 
     def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False):
@@ -134,7 +131,7 @@ class TrainingForward:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """The layers run so in the block, and in the backward pass of what was computed there."""
+        """Apply it in the block, and in the backward pass of what was computed there."""
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             layer.forward = forward
         try:
@@ -147,13 +144,7 @@ class TrainingForward:
 class StudentSampler:
     """Samples rollouts from the student as it is now, here on all ranks or on a server from the main one.
 
-    Args:
-        config: Batch size and server.
-        loaded: Model and tokenizer.
-        model: The student.
-        adapter: The peft wrapper around it, ``None`` under full fine-tuning.
-        ranks: The processes of the run.
-        done: Optimizer steps done.
+    ``done`` optimizer steps are behind the student.
     """
 
     def __init__(

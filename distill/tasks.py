@@ -1,4 +1,4 @@
-"""What a manifest asks the trainer to do: one task a selected question, in a seeded order."""
+"""A manifest's tasks, one per selected question, in a seeded order, and the sampling they are answered with."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 class Task:
     """A selected question: the prompts of student and teacher, and its rollouts' weight in the loss.
 
-    A replayed prompt is no question of the manifest: its teacher sees the same prompt and so holds the student to
-    the answers of the model it was.
+    A replayed prompt is not one of the manifest's questions: its teacher sees the same prompt, which keeps the student
+    close to the model before training.
     """
 
     id: str
@@ -40,7 +40,7 @@ class Task:
 
 
 def load_student(config: TrainConfig, manifest: Manifest, device: str | None) -> LoadedModel:
-    """The manifest's model, or the one that ``config`` names in its place, checked against the manifest.
+    """Load the manifest's model, or the one of ``--model``, and check it against the manifest.
 
     Raises:
         UserError: See `neurosig.models.load.load_model` and `check_model`.
@@ -57,10 +57,10 @@ def load_student(config: TrainConfig, manifest: Manifest, device: str | None) ->
 
 
 def check_model(header: Header, loaded: LoadedModel, *, allow_mismatch: bool) -> None:
-    """The model must be the one that made the manifest: same weights, tokenizer and chat template.
+    """Check that the model made the manifest: same weights, tokenizer and chat template.
 
     Raises:
-        UserError: It is another one and ``allow_mismatch`` is off (else a warning).
+        UserError: It did not, and ``allow_mismatch`` is off (else a warning).
     """
     info = loaded.info
     for what, made, here in (
@@ -98,7 +98,7 @@ def training_tasks(config: TrainConfig, manifest: Manifest, loaded: LoadedModel,
 
 
 def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
-    """Prompts of every selected question; one that does not fit is an error now, never cut later.
+    """Prompts of every selected question; none is ever truncated.
 
     Raises:
         UserError: Nothing is selected, or a prompt and its completion exceed the model's positions.
@@ -122,7 +122,7 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
 
 
 def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: float, max_new_tokens: int) -> list[Task]:
-    """General prompts, without the manifest's instruction line, that the student is to go on answering as before.
+    """General prompts, without the manifest's instruction line, that the student should keep answering as before.
 
     Raises:
         UserError: The source cannot be read, or a prompt and its completion exceed the model's positions.
@@ -147,7 +147,7 @@ def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
 
 
 def manifest_sampling(header: Header, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
-    """Sampling as the manifest's rollouts were drawn, with another K and seed; ``changes`` replaces its options."""
+    """The manifest's sampling options with another K and seed, and with ``changes``."""
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
     options = {name: header.options[name] for name in names} | changes
     return SamplingConfig(num_generations=num_generations, seed=seed, **options)
@@ -173,23 +173,23 @@ def _check_length(task: Task, loaded: LoadedModel, max_new_tokens: int) -> None:
 
 
 def check_majority_context(manifest: Manifest) -> None:
-    """U-OPSD's teacher sees the question's own shortest majority rollout.
+    """Check that the teacher sees each question's own shortest majority rollout, as U-OPSD needs.
 
     Raises:
-        UserError: The manifest shows it something else.
+        UserError: The manifest has other contexts.
     """
     policy = manifest.header.options.get("context_policy")
     if policy != "majority_solution":
         raise UserError(
             f"manifest {manifest.folder}: --method u-opsd shows each question its own majority solution, but the "
-            f"contexts here are {policy}; export again with --context-policy majority_solution"
+            f"contexts are {policy}; export again with --context-policy majority_solution"
         )
 
 
 def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, int]]:
     """(question id, rollout id) of the rollouts whose answer is their question's pseudo-label.
 
-    Rollouts of other questions (replayed prompts) and rollouts without an answer agree with nothing.
+    Replayed prompts and rollouts without an answer never agree.
     """
     rows = {row.id: row for row in manifest.rows}
     answer_format = manifest.header.options["answer_format"]

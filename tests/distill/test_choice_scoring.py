@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import distill.choice_scoring
-from distill.choice_scoring import choice_row, completions, score_choices, summarise_choices
+from distill.choice_scoring import completions, score_choices
 from distill.evaluate import main
+from distill.results import choice_row, summarise_choices
 from figures.grid.rows import Run, evaluation_rows
 from neurosig.models.load import LoadedModel, ModelInfo
 from neurosig.questions.load import Question

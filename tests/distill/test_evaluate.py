@@ -77,7 +77,7 @@ def test_the_adapter_of_another_run_is_not_resumed_into(tmp_path: Path, monkeypa
     manifest = make_manifest(tmp_path)
     train(TrainConfig(manifest=manifest, out=tmp_path / "run", steps=1, keep_truncated=True, quiet=True))
     adapter = tmp_path / "run" / "adapter"
-    monkeypatch.setattr("distill.evaluate.summarise", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("distill.results.summarise", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main(evaluate_config(tmp_path, adapter=adapter))
     monkeypatch.undo()

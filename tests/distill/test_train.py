@@ -274,7 +274,7 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(
         ({"loss_temperature": 0.0}, "--loss-temperature: expected a number above 0, got 0.0"),
         ({"clip_value": -1.0}, "--clip-value: expected a number above 0, got -1.0"),
         ({"divergence": "jsd", "beta": 1.0}, "--beta: expected strictly between 0 and 1, got 1.0"),
-        ({"divergence": "sampled_token", "topk": 5}, "--divergence sampled_token looks at one entry a token"),
+        ({"divergence": "sampled_token", "topk": 5}, "--divergence sampled_token scores one entry per token"),
         ({"topk": -1}, "--topk: expected at least 0, got -1"),
         ({"teacher": "ema", "ema_decay": 1.0}, "--ema-decay: expected 0 to below 1, got 1.0"),
         ({"max_new_tokens": 0}, "max-new-tokens: expected at least 1, got 0"),

@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate": Command(
         "distill.evaluate", "EvaluateConfig", {"--model": "{w}/model", "--questions": "{w}/questions.jsonl", **SAMPLING}
     ),
-    "compare": Command("distill.compare", "ReportConfig", {"--base": "{w}/base", "--trained": "{w}/trained"}),
+    "compare": Command("distill.compare", "CompareConfig", {"--base": "{w}/base", "--trained": "{w}/trained"}),
     "signals": Command("neurosig.report", "ReportConfig", {"--run": "{w}/manifest", "--resamples": "100"}),
     "intervene": Command(
         "neurosig.intervene",
@@ -544,7 +544,7 @@ CASES = [
     Case(
         "compare",
         "another K",
-        r"K=3 samples a question",
+        r"K=3 samples per question",
         table("trained/results.parquet", lambda rows: [row.update(k=3) for row in rows]),
     ),
     Case(

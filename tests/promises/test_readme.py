@@ -23,7 +23,7 @@ CONFIGS = {
     "neurosig.verify": "VerifyConfig",
     "distill.train": "TrainConfig",
     "distill.evaluate": "EvaluateConfig",
-    "distill.compare": "ReportConfig",
+    "distill.compare": "CompareConfig",
     "figures.grid": "GridConfig",
 }
 
