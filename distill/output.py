@@ -56,6 +56,10 @@ Divergence, entropies and self-certainty are in nats a token. They are no accura
 Options, versions, seeds and the hashes of the weights are in `train.json`.
 """
 _SHOWN = ("reward", "divergence", "teacher_entropy", "student_entropy", "entropy_gap", "mean_length", "eos_rate")
+_SPENT = {
+    **{"rollouts": "rollouts", "generated_tokens": "generated_tokens", "trained_rollouts": "rollouts_in_loss"},
+    **{"trained_tokens": "tokens_in_loss", "teacher_tokens": "teacher_tokens"},
+}
 _METHODS = {
     "nopsd": ("distilled on its own rollouts against itself with context (Neuron-OPSD", "2607.02460"),
     "u-opsd": ("distilled on its own rollouts against itself with its own majority solution (U-OPSD", "2607.02460"),
@@ -97,8 +101,12 @@ def write_final(
             if adapter is None:
                 model.save_pretrained(aside, state_dict=weights)
             else:
-                adapter.peft_config["default"].base_model_name_or_path = _base(loaded)
-                adapter.peft_config["default"].revision = loaded.info.revision
+                lora, info = (
+                    adapter.peft_config["default"],
+                    loaded.info,
+                )  # peft finds the base model by hub id or folder
+                lora.base_model_name_or_path = info.id if info.revision is not None else str(model.name_or_path)
+                lora.revision = info.revision
                 adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
             loaded.tokenizer.save_pretrained(aside)
     except Exception:
@@ -136,22 +144,13 @@ def token_budget(manifest: Manifest, history: Sequence[Mapping[str, float | int]
     """Tokens that a run spent, counted alike for every method: the manifest's rollouts, and sums over its steps.
 
     ``generated_tokens`` are sampled in training, ``trained_tokens`` are in the loss, ``teacher_tokens`` are read by a
-    second model: the teacher's prompts (once a question and step) and completions, or those of GRPO's KL reference.
+    second model: the teacher's prompts (once per question and step) and completions, or those of GRPO's KL reference.
     """
     return {
         "manifest_rollouts": len(manifest.rollouts),
         "manifest_tokens": sum(len(rollout.token_ids) for rollout in manifest.rollouts.values()),
         "steps": len(history),
-        **{
-            name: int(sum(step[key] for step in history))
-            for name, key in (
-                ("rollouts", "rollouts"),
-                ("generated_tokens", "generated_tokens"),
-                ("trained_rollouts", "rollouts_in_loss"),
-                ("trained_tokens", "tokens_in_loss"),
-                ("teacher_tokens", "teacher_tokens"),
-            )
-        },
+        **{name: int(sum(step[metric] for step in history)) for name, metric in _SPENT.items()},
     }
 
 
@@ -164,29 +163,23 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    full = record["config"]["full"]
-    base = record["model"]["id"]
+    full, method, base = record["config"]["full"], record["config"]["method"], record["model"]["id"]
     loader = "AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM"
     data = ModelCardData(
         base_model=base,
         library_name="transformers" if full else "peft",
         license=license,
         pipeline_tag="text-generation",
-        tags=["neuron-opsd", "self-distillation"]
-        if record["config"]["method"] == "nopsd"
-        else [record["config"]["method"]],
+        tags=["neuron-opsd", "self-distillation"] if method == "nopsd" else [method],
     )
+    shown = [name for name in _SHOWN if name in record["first"]]
     card = ModelCard.from_template(
         data,
         template_str=_CARD,
         name=Path(record["config"]["out"]).name,
         base=base,
-        method="{0}, [arXiv {1}](https://arxiv.org/abs/{1}))".format(*_METHODS[record["config"]["method"]]),
-        rows=[
-            {"name": name, "first": record["first"][name], "last": record["last"][name]}
-            for name in _SHOWN
-            if name in record["first"]
-        ],
+        method="{0}, [arXiv {1}](https://arxiv.org/abs/{1}))".format(*_METHODS[method]),
+        rows=[{"name": name, **{end: record[end][name] for end in ("first", "last")}} for name in shown],
         steps=record["last"]["step"],
         questions=record["questions_selected"],
         domains=", ".join(record["domains"]),
@@ -195,11 +188,6 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
         usage=f"from {'transformers' if full else 'peft'} import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER)",
     )
     return str(card)
-
-
-def _base(loaded: LoadedModel) -> str:
-    """Where peft finds the base model again: the hub id, or the folder that was loaded."""
-    return loaded.info.id if loaded.info.revision is not None else str(loaded.model.name_or_path)
 
 
 def _push(folder: Path, repo_id: str) -> None:

@@ -1,7 +1,7 @@
-"""What a model's own rollouts are worth without a label, and the rollouts that TRL's GRPO trains on.
+"""Rewards of a model's own rollouts without a label, and the rollouts that TRL's GRPO trains on.
 
 LMSI (arXiv 2210.11610) keeps the rollouts that give the majority's answer, TTRL (arXiv 2504.16084) rewards them,
-Intuitor (arXiv 2505.19590) rewards certainty; U-OPSD learns only where a rollout disagrees with the majority.
+Intuitor (arXiv 2505.19590) rewards certainty.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def vote_rewards(answers: Sequence[str | None], question_id: str) -> list[float]:
     """TTRL's reward of each rollout of one question: 1 if its answer is the majority's, else 0.
 
-    All answers must be there, wherever their rollouts are trained on: a vote over a part is another vote. A non-answer
-    never wins, so a group without any answer gets nothing.
+    The vote needs all answers, also those of rollouts that another process trains on. A non-answer never wins, so a
+    group without any answer gets no reward.
     """
     winner = majority_vote(answers, question_id).winner
     return [float(answer is not None and answer == winner) for answer in answers]
@@ -78,15 +78,14 @@ def self_certainty(
     """Intuitor's reward of each completion: the mean over its tokens of KL(U || p), in nats, at temperature 1.
 
     p is the distribution the token was drawn from, at the position *before* it; the public open-r1 port of Intuitor
-    reads the one after. The head is applied to ``chunk_tokens`` positions at a time. The sampler notes the same number
-    while it samples (`neurosig.sampling.rollouts.Rollout.mean_self_certainty`); this is what the model in training
-    says.
+    reads the one after. The sampler records the same number (`neurosig.sampling.rollouts.Rollout.mean_self_certainty`);
+    this one is of the model in training.
 
     Args:
-        model: Causal language model, as it stands.
+        model: Causal language model.
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
-        chunk_tokens: Positions whose logits exist at a time.
+        chunk_tokens: Positions whose logits are computed at once.
     """
     hidden = completion_hidden(model, prompts, completions)
     divergences = []
@@ -107,8 +106,8 @@ class _Scored:
 class Rollouts:
     """TRL's rollout function: our sampler, and the rewards.
 
-    Each process samples whole questions and rewards their rollouts, for which it holds every vote; then all processes
-    exchange them, and each trains on its share of the rows, which may be half a group.
+    Each process samples whole questions and rewards their rollouts, with all votes at hand; then all processes exchange
+    them, and each trains on its share of the rows, which may be half a group.
     """
 
     def __init__(
@@ -140,10 +139,10 @@ class Rollouts:
 
         Args:
             prompts: The question id of each row.
-            trainer: Says which step it is and which process this is.
+            trainer: Gives the step and the process.
 
         Returns:
-            What TRL asks for, with ``reward``, and in ``env_mask`` which completion tokens are learned.
+            TRL's fields, with ``reward``, and in ``env_mask`` which completion tokens are learned.
         """
         from accelerate.utils import gather_object
 
@@ -170,10 +169,10 @@ class Rollouts:
         }
 
     def _sample(self, names: Sequence[str], step: int) -> list[list[_Scored]]:
-        asked = [Prompt(name, self.prompts[name]) for name in names]
+        batch = [Prompt(name, self.prompts[name]) for name in names]
         with merged(self.model, self.adapter):
             groups = list(
-                sample(self.loaded, asked, self.sampling, batch_rows=self.config.batch_rows, salt=f"step{step}")
+                sample(self.loaded, batch, self.sampling, batch_rows=self.config.batch_rows, salt=f"step{step}")
             )
         self.timer.add_tokens("sample", sum(len(rollout.token_ids) for group in groups for rollout in group))
         scored = []

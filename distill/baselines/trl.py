@@ -3,13 +3,13 @@
     python -m distill.train --method ttrl --manifest runs/demo/manifest --out runs/demo/ttrl --num-generations 8
 
 They share N-OPSD's questions and their order, its prompts, parser, sampler, seeds, adapter, optimizer (AdamW without
-weight decay, linear warm-up, then constant) and output files; each run's record counts the tokens it spent. Where an
-epoch ends inside a step, the next question in order takes the place of one already drawn, for TRL wants batches of one
-size. ``--questions-of all`` takes every question, as these papers do. A manifest's question weights are N-OPSD's.
+weight decay, linear warm-up, then constant) and output files; each run's record counts the tokens it spent. TRL needs
+batches of one size: where an epoch ends inside a step, a question already drawn is replaced by the next in order.
+``--questions-of all`` takes every question, as these papers do. Only N-OPSD uses a manifest's question weights.
 
 **LMSI** (arXiv 2210.11610): supervised fine-tuning (`trl.SFTTrainer`) on the manifest's rollouts that give the
 majority's answer: their exact token ids, the loss on the completion alone. A step takes as many of them as N-OPSD
-samples. The paper samples 32 paths at T=0.7 and trains 10,000 steps at 5e-5 with 32 paths a batch.
+samples. The paper samples 32 paths at T=0.7 and trains 10,000 steps at 5e-5 with 32 paths per batch.
 
 **TTRL** (arXiv 2504.16084): GRPO (`trl.GRPOTrainer`), reward 1 for the majority's answer. Of the paper's public scripts
 (verl, examples/ttrl): vote over 64 samples and train on the first 32 (``--vote-generations``), T=1, clip 0.2, mean over
@@ -20,16 +20,15 @@ with verl's default weight 0.001, learning rate 5e-7. They make several updates 
 KL weight 0.005, clip 0.2, learning rate 3e-6; the token mean is verl's default.
 
 As with N-OPSD, cut-off rollouts leave the loss unless ``--keep-truncated`` is given; they still vote and are rewarded.
-The stop rules, the teacher's and the divergence's options are N-OPSD's alone.
+Only N-OPSD has stop rules and options of teacher and divergence.
 
-TRL's own checkpoints hold pickles. Ours (`distill.checkpoints`) take their place, and a resumed run comes out to the
-same bytes: the order of the questions and every random number depend on the seed and the step alone.
+TRL's own checkpoints contain pickles, so `distill.checkpoints` writes them instead. A resumed run gives the same bytes:
+the order of the questions and every random number depend on the seed and the step alone.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -59,8 +58,6 @@ from neurosig.models.load import LoadedModel
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.sampler import SamplingConfig
-
-logger = logging.getLogger(__name__)
 
 KL_WEIGHT = {"ttrl": 0.001, "intuitor": 0.005}
 Metrics = dict[str, float | int]
@@ -133,7 +130,7 @@ def question_prompts(
 
 
 def plan_steps(config: TrainConfig, items: Sequence[T], per_step: int) -> list[list[T]]:
-    """What each step of the run trains on: seeded epochs over ``items``, a function of the step alone."""
+    """The items of each step: seeded epochs over ``items``, a function of the step alone."""
     return [
         [items[i] for i in batch_of_step(len(items), step, per_step=per_step, seed=config.seed)]
         for step in range(1, config.steps + 1)
