@@ -1,8 +1,8 @@
-"""Checkpoints that appear whole and resume bit for bit.
+"""Atomic checkpoints that resume bit for bit.
 
 A checkpoint is a folder ``step-000010`` with the trained weights, the teacher's averages, the optimizer's state and
-``state.json``, which is written last. Nothing is pickled. The main process writes whole tensors, and every rank reads
-its part of them, so a run goes on with any number of processes that see the folder.
+``state.json``, which is written last. Nothing is pickled. The main process writes whole tensors and every rank reads
+its part of them, so a run resumes with any number of processes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.distributed import ALONE, Ranks, part_like
-from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import disk_space, sha256_file, write_atomic
+from neurosig.runtime.provenance import check_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ def save_checkpoint(
         step: Steps done.
         parameters: Name -> trained parameter, in the optimizer's order.
         optimizer: Its per-parameter tensors are stored under the parameter's name.
-        key: Everything that must be the same when the run is resumed.
+        key: Everything that must be unchanged when the run is resumed.
         averages: `distill.teacher.Teacher.average`.
-        keep: Checkpoints kept.
+        keep: Number of checkpoints kept.
         ranks: The processes, all of which must call this.
 
     Raises:
@@ -107,11 +107,10 @@ def load_newest(
 ) -> int:
     """Restore the newest intact checkpoint in place; returns its step, 0 when there is none.
 
-    A damaged checkpoint is moved aside as ``.corrupt`` and the one before it is used. One that a killed run was still
-    writing is removed.
+    A damaged checkpoint is renamed to ``.corrupt`` and the one before it is used; a half-written one is removed.
 
     Raises:
-        UserError: The checkpoint comes from a run with other options; each differing one is named.
+        UserError: The run that wrote it had other options; each is named.
     """
     chosen = ranks.on_main(lambda: _newest_intact(folder, key))
     if chosen is None:
@@ -133,22 +132,13 @@ def _newest_intact(folder: Path, key: Mapping[str, Any]) -> Path | None:
             shutil.rmtree(aside, ignore_errors=True)
             candidate.rename(aside)
             continue
-        wanted = json.loads(json.dumps(key))
-        changed = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        if changed:
-            raise UserError(
-                f"{folder.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
-                "use the same options or --overwrite"
-            )
+        check_same_run(folder.parent, found, json.loads(json.dumps(key)))
         return candidate
     return None
 
 
 def load_before(folder: Path, limit: int, parameters: Mapping[str, Tensor]) -> int | None:
-    """Put the weights of the newest checkpoint up to step ``limit`` in place, or of the oldest one kept.
-
-    Returns its step, ``None`` without any checkpoint.
-    """
+    """Restore the newest weights up to step ``limit``, else the oldest; their step, ``None`` without a checkpoint."""
     kept = _existing(folder)
     if not kept:
         return None
@@ -158,7 +148,7 @@ def load_before(folder: Path, limit: int, parameters: Mapping[str, Tensor]) -> i
 
 
 def _read_key(candidate: Path) -> dict[str, Any]:
-    """Key of a checkpoint whose files are as they were written."""
+    """Key of a checkpoint whose files are intact."""
     state = json.loads((candidate / STATE).read_bytes())
     step, key, hashes = state["step"], state["key"], state["sha256"]
     if step != _step(candidate) or not isinstance(key, dict):
@@ -177,8 +167,8 @@ def _existing(folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def _restore(held: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-    for name, tensor in held.items():
+def _restore(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
         tensor.copy_(part_like(tensor, stored[name]))
 
 

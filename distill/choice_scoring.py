@@ -1,52 +1,46 @@
-"""Multiple choice without sampling: every choice is scored by the log-probability that the model gives it.
+"""Multiple choice without sampling: each choice is scored by its log-probability.
 
 ``letter`` scores the reply ``Answer: A`` by the sum over its tokens; lm-evaluation-harness calls the accuracy of that
 sum ``acc``, and so scores tasks whose choices are letters, such as MMLU. ``text`` scores the choice's text by the mean
 over its tokens, so that long choices are not at a loss; the harness's ``acc_norm`` divides by characters instead. The
 answer is the best choice, the first of equals; its confidence is the softmax of the scores over the question's choices.
 
-A scored choice is kept as a rollout that nobody sampled, so the files and ``--resume`` are those of sampling.
+A scored choice is stored as a rollout, so the files and ``--resume`` are those of sampling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from distill.completion_hidden import completion_hidden
+from distill.completion_hidden import completion_hidden, head_logits
+from distill.results import ChoiceForm
 from neurosig.models.finite import first_not_finite
-from neurosig.questions.answers import is_correct, normalise
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
-from neurosig.statistics import metrics
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
     from neurosig.questions.load import Question
     from neurosig.sampling.sampler import Prompt
 
-ChoiceForm = Literal["letter", "text"]
-
-PARTS = 1000
-"""Confidences count in thousandths where `neurosig.statistics.metrics` bins them, as it bins votes."""
 HEAD_ROWS = 256
-"""Positions whose logits exist at a time."""
+"""Positions whose logits are computed at once."""
 _OPENED = "Answer:"
 
 
 def completions(question: Question, form: ChoiceForm, prompt: str) -> list[str]:
-    """What the model would say for each choice, after a prompt that may end in ``Answer:`` (``--template plain``)."""
-    said = [choice.strip() for choice in question.choices or ()]
+    """The reply scored for each choice, after a prompt that may end in ``Answer:`` (``--template plain``)."""
+    replies = [choice.strip() for choice in question.choices or ()]
     if form == "letter":
-        said = list(ascii_uppercase[: len(said)])
+        replies = list(ascii_uppercase[: len(replies)])
     if prompt.rstrip().endswith(_OPENED):
-        return [f" {text}" for text in said]
-    return [f"{_OPENED} {text}" for text in said] if form == "letter" else said
+        return [f" {text}" for text in replies]
+    return [f"{_OPENED} {text}" for text in replies] if form == "letter" else replies
 
 
 def score_choices(
@@ -58,18 +52,18 @@ def score_choices(
     batch_rows: int = 256,
     done: Collection[str] = (),
 ) -> Iterator[list[Rollout]]:
-    """Yield the choices of each question in their order, each with its mean log-probability in nats a token.
+    """Yield the choices of each question in their order, each with its mean log-probability in nats per token.
 
-    A prompt is computed once for all its choices. Batches are cut alike whatever is done, so that what an interrupted
-    call left over comes out the same to the last bit.
+    A prompt is computed once for all its choices. Batches do not depend on ``done``, so a resumed call gives the same
+    bits.
 
     Args:
         loaded: Model and tokenizer.
-        prompts: One prompt a question.
+        prompts: One prompt per question.
         questions: Id -> question, each with choices.
         form: What is scored; see `completions`.
-        batch_rows: Choices computed at a time; memory and speed only.
-        done: Question ids of an earlier call, which are not yielded again.
+        batch_rows: Choices per batch; memory and speed only.
+        done: Question ids to skip.
 
     Raises:
         UserError: A question is too long for the model, or its log-probabilities are not finite.
@@ -79,7 +73,7 @@ def score_choices(
         texts = completions(questions[prompt.question_id], form, str(loaded.tokenizer.decode(list(prompt.token_ids))))
         encoded = loaded.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         _check_length(loaded, prompt, max(map(len, encoded)))
-        if batches[-1] and sum(len(asked[1]) for asked in batches[-1]) + len(texts) > batch_rows:
+        if batches[-1] and sum(len(item[1]) for item in batches[-1]) + len(texts) > batch_rows:
             batches.append([])
         batches[-1].append((prompt, texts, [tuple(ids) for ids in encoded]))
     for batch in batches:
@@ -106,18 +100,13 @@ def score_choices(
 @torch.inference_mode()
 def _mean_logprobs(loaded: LoadedModel, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
     """Mean log-probability of each row's completion after its prompt."""
-    prompts, said = [prompt for prompt, _ in rows], [ids for _, ids in rows]
-    hidden = completion_hidden(loaded.model, prompts, said)
-    head = loaded.model.get_output_embeddings()
-    softcap = getattr(loaded.model.config.get_text_config(), "final_logit_softcapping", None)
-    tokens = torch.tensor([token for ids in said for token in ids], device=hidden.device)
+    prompts, replies = [prompt for prompt, _ in rows], [ids for _, ids in rows]
+    hidden = completion_hidden(loaded.model, prompts, replies)
+    tokens = torch.tensor([token for ids in replies for token in ids], device=hidden.device)
     parts = []
     for block, chosen in zip(hidden.split(HEAD_ROWS), tokens.split(HEAD_ROWS), strict=True):
-        logits = head(block).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        parts.append(logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0].cpu())
-    return [float(mine.mean()) for mine in torch.cat(parts).split([len(ids) for ids in said])]
+        parts.append(head_logits(loaded.model, block).log_softmax(-1).gather(1, chosen[:, None])[:, 0].cpu())
+    return [float(part.mean()) for part in torch.cat(parts).split([len(ids) for ids in replies])]
 
 
 def _check_length(loaded: LoadedModel, prompt: Prompt, longest: int) -> None:
@@ -126,59 +115,3 @@ def _check_length(loaded: LoadedModel, prompt: Prompt, longest: int) -> None:
             f'question "{prompt.question_id}": a prompt of {len(prompt.token_ids)} tokens and a choice of {longest} '
             f"exceed the {loaded.max_length} positions of model {loaded.info.id}; leave the question out"
         )
-
-
-def choice_row(question: Question, group: Sequence[Rollout], form: ChoiceForm) -> dict[str, Any]:
-    """One question's result: a score for each choice, the best of them, and whether it is right.
-
-    ``scores`` are in nats: sums over the tokens for ``letter``, means for ``text``.
-    """
-    scores = [(rollout.mean_logprob or 0.0) * (len(rollout.token_ids) if form == "letter" else 1) for rollout in group]
-    best = int(np.argmax(scores))
-    winner = normalise(ascii_uppercase[best])
-    return {
-        "id": question.id,
-        "domain": question.domain,
-        "kind": question.kind,
-        "choices": len(group),
-        "scores": scores,
-        "winner": winner,
-        "confidence": float(1 / np.exp(np.array(scores) - scores[best]).sum()),
-        "correct": int(is_correct(winner, question)),
-    }
-
-
-def summarise_choices(rows: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, dict[str, Any]]:
-    """Aggregates of each domain, with 95% bootstrap intervals over questions; ``chance`` is what guessing would get."""
-    summary = {}
-    for domain in dict.fromkeys(row["domain"] for row in rows):
-        mine = sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])
-        n = len(mine)
-        correct = np.array([float(row["correct"]) for row in mine])
-        confidence = np.array([row["confidence"] for row in mine])
-        parts = np.rint(confidence * PARTS).astype(np.int64)
-
-        def calibration(index: Any, parts: Any = parts, correct: Any = correct) -> float:
-            return metrics.ece(parts[index], PARTS, correct[index])
-
-        none = {"low": None, "high": None}
-        summary[domain] = {
-            "n": n,
-            "accuracy": asdict(metrics.paired_mean_interval(correct, np.zeros(n), seed=seed))
-            if n > 1
-            else {"estimate": float(correct[0]), **none},
-            "ece": asdict(metrics.bootstrap_interval(calibration, n, seed=seed, resamples=2000))
-            if n > 1
-            else {"estimate": metrics.ece(parts, PARTS, correct), **none},
-            "smooth_ece": metrics.smooth_ece(parts, PARTS, correct),
-            "brier": metrics.brier(parts, PARTS, correct),
-            "mean_confidence": float(confidence.mean()),
-            "signed_gap": float((confidence - correct).mean()),
-            "chance": float(np.mean([1 / row["choices"] for row in mine])),
-            "by_kind": {
-                kind: {"n": len(right), "accuracy": sum(right) / len(right)}
-                for kind in dict.fromkeys(row["kind"] for row in mine if row["kind"] is not None)
-                for right in [[row["correct"] for row in mine if row["kind"] == kind]]
-            },
-        }
-    return summary

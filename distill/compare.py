@@ -1,11 +1,11 @@
-"""Compare evaluations of the same questions: the table of a run, with paired intervals and an honest sentence.
+"""Compare evaluations of the same questions: a table with paired intervals, and a closing sentence.
 
     python -m distill.compare --base runs/demo/eval/base --control runs/demo/eval/control \\
         --trained runs/demo/eval/nopsd --train runs/demo/nopsd --out runs/demo/report
 
-Much of what self-training gains in Avg@K is mere sharpening, which a lower sampling temperature gives for free. So the
-untrained base at the temperature that a development split prefers stands in the table as a control, and the closing
-sentence says what is left beyond it.
+Much of what self-training gains in Avg@K is mere sharpening, which a lower sampling temperature gives for free. The
+control is therefore the untrained base at the temperature that a development split prefers, and the closing sentence
+gives the gain beyond it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METRICS = {"avg_at_k": "Avg@{k}", "maj_at_k": "maj@{k}", "ece": "ECE"}
 
 
 @dataclass(kw_only=True)
-class ReportConfig(CommonConfig):
+class CompareConfig(CommonConfig):
     """Print the table of base, control and trained model, with 95% paired bootstrap intervals over questions."""
 
     base: Path
@@ -41,7 +41,7 @@ class ReportConfig(CommonConfig):
     control: Path | None = None
     """Evaluation of the untrained model at the sampling temperature chosen on a development split."""
     train: Path | None = None
-    """Training run; its manifest's domains are the in-domain ones (default: the first domain)."""
+    """Training run whose manifest gives the in-domain domains; default: the first domain."""
     out: Path
     """Folder of table.md and comparison.json."""
     resamples: int = 10_000
@@ -50,7 +50,7 @@ class ReportConfig(CommonConfig):
     """Seed of the bootstrap."""
 
 
-def main(config: ReportConfig) -> None:
+def main(config: CompareConfig) -> None:
     """Write and print the comparison described by ``config``."""
     from neurosig.runtime.files import write_atomic
     from neurosig.runtime.provenance import run_record
@@ -59,29 +59,14 @@ def main(config: ReportConfig) -> None:
         raise UserError(f"--out {config.out}: is a file; give a folder")
     folders = {"base": config.base, "control": config.control, "trained": config.trained}
     runs = {name: _read(folder) for name, folder in folders.items() if folder is not None}
-    ids = {name: sorted(run["rows"]) for name, run in runs.items()}
-    for name in runs:
-        if ids[name] != ids["base"]:
-            raise UserError(
-                f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
-            )
-        if None not in (one := {runs[name]["questions"], runs["base"]["questions"]}) and len(one) > 1:
-            raise UserError(
-                f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
-                "not; evaluate both on the same --questions"
-            )
-        if runs[name]["k"] != runs["base"]["k"]:
-            raise UserError(
-                f"{folders[name]}: K={runs[name]['k']} samples a question, {config.base} has {runs['base']['k']}; ECEs "
-                "of different K do not compare, evaluate both with the same --num-generations"
-            )
+    _check_same_questions(config, folders, runs)
     source = _source_domains(config, runs["base"])
     groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
     for scope, domains in groups.items():
-        held = [row["id"] for row in runs["base"]["rows"].values() if row["domain"] in domains]
-        if len(held) == 1:
+        ids = [row["id"] for row in runs["base"]["rows"].values() if row["domain"] in domains]
+        if len(ids) == 1:
             raise UserError(
-                f'{config.base}: "{held[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
+                f'{config.base}: "{ids[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
             )
     rows = [
         {"run": name, "scope": scope, **_compare(runs, name, domains, config)}
@@ -105,6 +90,25 @@ def main(config: ReportConfig) -> None:
     print(text)
 
 
+def _check_same_questions(config: CompareConfig, folders: Mapping[str, Path | None], runs: Mapping[str, Any]) -> None:
+    base = runs["base"]
+    for name, run in runs.items():
+        if run["rows"].keys() != base["rows"].keys():
+            raise UserError(
+                f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
+            )
+        if None not in (one := {run["questions"], base["questions"]}) and len(one) > 1:
+            raise UserError(
+                f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
+                "not; evaluate both on the same --questions"
+            )
+        if run["k"] != base["k"]:
+            raise UserError(
+                f"{folders[name]}: K={run['k']} samples per question, {config.base} has {base['k']}; ECEs of different "
+                "K do not compare, evaluate both with the same --num-generations"
+            )
+
+
 def _read(folder: Path) -> dict[str, Any]:
     from distill.evaluate import read_sampled
 
@@ -114,11 +118,11 @@ def _read(folder: Path) -> dict[str, Any]:
         "rows": {row["id"]: row for row in rows},
         "domains": list(summary["domains"]),
         "config": summary["config"],
-        "questions": summary.get("questions_sha256"),  # an older evaluation did not say
+        "questions": summary.get("questions_sha256"),  # absent in older evaluations
     }
 
 
-def _source_domains(config: ReportConfig, base: Mapping[str, Any]) -> list[str]:
+def _source_domains(config: CompareConfig, base: Mapping[str, Any]) -> list[str]:
     from distill.output import RECORD
 
     if config.train is None:
@@ -135,17 +139,19 @@ def _source_domains(config: ReportConfig, base: Mapping[str, Any]) -> list[str]:
     return source
 
 
-def _compare(runs: Mapping[str, Any], name: str, domains: Sequence[str], config: ReportConfig) -> dict[str, Any]:
+def _compare(runs: Mapping[str, Any], name: str, domains: Sequence[str], config: CompareConfig) -> dict[str, Any]:
     """Every metric of one run, and its change against base and control, over the questions of ``domains``."""
-    mine = _columns(runs[name], domains)
-    row: dict[str, Any] = {"n": len(mine["avg_at_k"]), "temperature": runs[name]["config"]["temperature"]}
+    from neurosig.statistics.metrics import ece_floor
+
+    own = _columns(runs[name], domains)
+    row: dict[str, Any] = {"n": len(own["avg_at_k"]), "temperature": runs[name]["config"]["temperature"]}
     for metric in METRICS:
-        row[metric] = asdict(_difference(metric, mine, None, config))
+        row[metric] = asdict(_difference(metric, own, None, config))
         for other in ("base", "control"):
             if other in runs and name not in ("base", other):
-                row[f"{metric}_vs_{other}"] = asdict(_difference(metric, mine, _columns(runs[other], domains), config))
-    row["mean_confidence"] = float((mine["votes"] / mine["k"]).mean())
-    row["ece_floor"] = _floor(mine)
+                row[f"{metric}_vs_{other}"] = asdict(_difference(metric, own, _columns(runs[other], domains), config))
+    row["mean_confidence"] = float((own["votes"] / own["k"]).mean())
+    row["ece_floor"] = ece_floor(own["k"], len(own["votes"]))
     return row
 
 
@@ -165,7 +171,7 @@ def _columns(run: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _difference(metric: str, a: Mapping[str, Any], b: Mapping[str, Any] | None, config: ReportConfig) -> Interval:
+def _difference(metric: str, a: Mapping[str, Any], b: Mapping[str, Any] | None, config: CompareConfig) -> Interval:
     """Interval of a metric of ``a``, or of its difference from ``b`` paired by question."""
     import numpy as np
 
@@ -182,13 +188,7 @@ def _difference(metric: str, a: Mapping[str, Any], b: Mapping[str, Any] | None, 
     return bootstrap_interval(statistic, len(a["votes"]), seed=config.seed, resamples=config.resamples)
 
 
-def _floor(run: Mapping[str, Any]) -> float:
-    from neurosig.statistics.metrics import ece_floor
-
-    return ece_floor(run["k"], len(run["votes"]))
-
-
-def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], config: ReportConfig) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], config: CompareConfig) -> str:
     names = {metric: title.format(k=k) for metric, title in METRICS.items()}
     lines = [
         "| scope | run | n | " + " | ".join(f"{name} | change" for name in names.values()) + " |",
@@ -197,7 +197,7 @@ def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], c
     for row in rows:
         cells = [row["scope"], f"{row['run']} (T={row['temperature']:g})", str(row["n"])]
         for metric in names:
-            cells += [_number(row[metric]["estimate"]), _signed(row.get(f"{metric}_vs_base"))]
+            cells += [f"{row[metric]['estimate']:.3f}", _signed(row.get(f"{metric}_vs_base"))]
         lines.append("| " + " | ".join(cells) + " |")
     floors = ", ".join(f"{row['ece_floor']:.3f} {row['scope']}" for row in rows if row["run"] == "base")
     lines += [
@@ -211,7 +211,7 @@ def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], c
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
-    """The closing sentence: does the gain's interval exclude zero, and what is left beyond the control."""
+    """The closing sentence: whether the gain's interval excludes zero, and the gain beyond the control."""
     row = next(row for row in rows if row["run"] == "trained" and row["scope"] == "in-domain")
     change = row["avg_at_k_vs_base"]
     text = (
@@ -234,10 +234,6 @@ def _reading(interval: Mapping[str, float]) -> str:
     return "a loss" if interval["high"] < 0 else "not distinguishable from zero"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}"
-
-
 def _signed(interval: Mapping[str, float] | None) -> str:
     if interval is None:
         return ""
@@ -247,4 +243,4 @@ def _signed(interval: Mapping[str, float] | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(ReportConfig, main, presets={}, prog="python -m distill.compare"))
+    sys.exit(run_command(CompareConfig, main, presets={}, prog="python -m distill.compare"))

@@ -1,4 +1,4 @@
-"""Last hidden states of completions, every distinct prompt computed once."""
+"""Last hidden states of completions, every distinct prompt computed once, and their logits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from neurosig.models.load import logit_softcap
 from neurosig.models.prefix import distinct_rows, pad, run_prompts
 
 if TYPE_CHECKING:
@@ -23,14 +24,15 @@ def completion_hidden(
 ) -> Float[Tensor, "tokens d_model"]:
     """Hidden states, after the final norm, at the positions that predict each completion token.
 
-    A few-shot prefix costs once a question instead of once a rollout; gradients flow through it. Rows follow one
-    another, each as long as its completion. Always two forward passes, or one without sharing: ranks stay in step.
+    A few-shot prefix is computed once per question instead of once per rollout; gradients flow through it. The rows are
+    concatenated, each as long as its completion. Every call makes two forward passes, or one without sharing, so that
+    ranks stay in step.
 
     Args:
         model: Causal language model; its head is not computed.
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
-        share_prompts: Off where a cache of keys and values is not possible: each row then holds its prompt.
+        share_prompts: Off where a KV cache is not possible; each row then contains its prompt.
     """
     lengths = torch.tensor([[len(completion)] for completion in completions], device=model.device)
     if share_prompts:
@@ -47,3 +49,10 @@ def completion_hidden(
         first = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
     position = torch.arange(hidden.shape[1], device=hidden.device)
     return hidden[(position >= first) & (position < first + lengths)]
+
+
+def head_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocab"]:
+    """Float32 logits of hidden states, after the model's softcap if it has one."""
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = logit_softcap(model)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -159,6 +159,10 @@ class TrainConfig(SamplerOptions):
         """Whether rollouts that agree with the majority leave the loss."""
         return self.method == "u-opsd" or self.loss_on == "disagreeing"
 
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is written after this step."""
+        return step % self.save_steps == 0 or step == self.steps
+
 
 BASELINES = ("lmsi", "ttrl", "intuitor")
 """The methods of `distill.baselines.trl`."""
@@ -167,17 +171,15 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
     "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": {
-        "steps": 100,
-        "questions_per_step": 32,
-        "num_generations": 1,
-        "micro_batch_size": 4,
-        "learning_rate": 5e-6,
-        "warmup_steps": 10,
-        "lora_r": 64,
-        "lora_alpha": 128,
-        "clip": "pointwise",
-        "save_steps": 25,
+        **{"steps": 100, "questions_per_step": 32, "num_generations": 1, "micro_batch_size": 4, "save_steps": 25},
+        **{"learning_rate": 5e-6, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128, "clip": "pointwise"},
     },
+}
+_AT_LEAST = {
+    **dict.fromkeys(("warmup_steps", "topk", "skip_first", "sync_steps", "max_staleness"), 0),
+    **dict.fromkeys(("steps", "questions_per_step", "num_generations", "micro_batch_size", "lora_r", "save_steps"), 1),
+    **dict.fromkeys(("keep_checkpoints", "collapse_window", "replay_per_step", "dev_generations"), 1),
+    "dev_limit": 2,
 }
 
 
@@ -187,24 +189,7 @@ def check_options(config: TrainConfig) -> None:
     Raises:
         UserError: Naming the flag and its bounds.
     """
-    for name, least in (
-        ("steps", 1),
-        ("questions_per_step", 1),
-        ("num_generations", 1),
-        ("micro_batch_size", 1),
-        ("warmup_steps", 0),
-        ("lora_r", 1),
-        ("topk", 0),
-        ("skip_first", 0),
-        ("save_steps", 1),
-        ("keep_checkpoints", 1),
-        ("collapse_window", 1),
-        ("replay_per_step", 1),
-        ("dev_limit", 2),
-        ("dev_generations", 1),
-        ("sync_steps", 0),
-        ("max_staleness", 0),
-    ):
+    for name, least in _AT_LEAST.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
@@ -217,7 +202,7 @@ def check_options(config: TrainConfig) -> None:
     if config.divergence == "jsd" and not 0 < config.beta < 1:
         raise UserError(f"--beta: expected strictly between 0 and 1, got {config.beta}; its ends are the two KLs")
     if config.divergence == "sampled_token" and (config.topk or config.clip != "none"):
-        raise UserError("--divergence sampled_token looks at one entry a token; leave out --topk and --clip")
+        raise UserError("--divergence sampled_token scores one entry per token; leave out --topk and --clip")
     if config.sampler == "openai" or config.base_url is not None:
         _check_server_options(config)
     for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value", "replay_weight"):
@@ -228,7 +213,7 @@ def check_options(config: TrainConfig) -> None:
 def _check_server_options(config: TrainConfig) -> None:
     config.server_config("")
     if config.full:
-        raise UserError("--sampler openai: a server can take the student's adapter, but there is none with --full")
+        raise UserError("--sampler openai: a server loads the student's adapter, but --full trains none")
     if config.server_api != "completions":
         raise UserError(f"--server-api {config.server_api}: training needs the tokens as sampled; use completions")
     behind = (config.sync_steps or config.steps) - 1
@@ -242,7 +227,7 @@ def _check_server_options(config: TrainConfig) -> None:
 
 
 def _check_method(config: TrainConfig) -> None:
-    """Options that the method does not know are refused, not passed over."""
+    """Refuse options that the method ignores."""
     method = config.method
     unknown = option_names(TrainConfig, Shapes.DISTILLATION) if method in BASELINES else ("questions_of",)
     unknown += () if method == "ttrl" else ("vote_generations",)
@@ -262,17 +247,8 @@ def _check_method(config: TrainConfig) -> None:
         )
 
 
-def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
-    """How the student samples: as the manifest's rollouts were, unless an option says otherwise."""
-    from distill.tasks import manifest_sampling
-
-    given = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
-    changes = {name: value for name, value in given.items() if value is not None}
-    return manifest_sampling(manifest.header, num_generations=config.num_generations, seed=config.seed, **changes)
-
-
 def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:
-    """Everything that must be the same for a resumed run to come out as an uninterrupted one."""
+    """Everything that must be unchanged for a resumed run to equal an uninterrupted one."""
     import torch
 
     free = option_names(TrainConfig, Shapes.PLACE)

@@ -1,14 +1,14 @@
-"""One run on several processes, under ``accelerate launch`` or ``torchrun``; alone, all of this does nothing.
+"""One run on several processes, under ``accelerate launch`` or ``torchrun``; in a single process a no-op.
 
-What is decided in common: after sampling, every rank holds every rollout of the step, so the loss's normaliser, the
-share of each rank and the number of its micro-batches follow from what all know, without a message. Gradients are
-sums over ranks, never means of means: ranks may hold different numbers of questions, rollouts and tokens, or none.
+After sampling, every rank holds every rollout of the step, so the loss's normaliser, the share of each rank and the
+number of its micro-batches follow without a message. Gradients are sums over ranks, never means of means: ranks may
+hold different numbers of questions, rollouts and tokens, or none.
 
-Data parallel: no DDP wrapper. Its hooks fire in one forward of the wrapped module, ours are two of the decoder (prompt,
-completion) with the head apart, any number of times a step; local sums and one all-reduce before clipping are right for
-every split. FSDP2: the decoder and its layers are sharded; the embeddings, which are never trained, stay whole, so that
-the head is at hand wherever the loss wants it. While sampling, all weights are whole on each rank: ranks then decode at
-their own pace.
+Data parallel: no DDP wrapper, whose hooks fire once per forward of the wrapped module, while we run the decoder twice
+(prompt, completion) and the head separately, any number of times per step; local sums and one all-reduce before
+clipping are right for every split. FSDP2: the decoder and its layers are sharded; the embeddings are never trained and
+stay whole, so the loss can use the head. While sampling, all weights are whole on each rank, which decodes at its own
+pace.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ class Ranks:
 
     Attributes:
         world: Number of processes.
-        rank: Which of them this is.
+        rank: Index of this process.
         main: Whether it is the one that writes files and messages.
         sharded: Whether FSDP2 shards the weights.
-        device: Kind of this process's torch device among several (accelerate has made its own the current one);
-            ``None`` alone, where the options choose.
+        device: Type of this process's torch device; ``None`` in a single process, where the options choose.
     """
 
     def __init__(self, accelerator: Accelerator | None = None):
@@ -96,7 +95,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What one rank raises in the block ends all: it is raised there, and the others exit without a message.
+        """An exception of one rank in the block ends all: it is raised there, and the others exit without a message.
 
         The block must not wait for other ranks.
         """
@@ -114,7 +113,7 @@ class Ranks:
             raise SystemExit(EXIT_USER)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns on the main process, on every rank."""
+        """Call ``work`` on the main process and return its result on every rank."""
         result: list[T] = []
         with self.together():
             if self.main:
@@ -153,7 +152,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def whole(self, model: PreTrainedModel) -> Iterator[None]:
-        """All weights on each rank: in the block the model runs as if alone, and no rank waits for another."""
+        """Gather all weights on each rank for the block, in which no rank waits for another."""
         if not self.sharded:
             yield
             return
@@ -169,7 +168,7 @@ class Ranks:
             _units(model)[0].reset_iter_state()
 
     def whole_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Named tensors, whole, on the main process and nothing elsewhere; every rank must ask.
+        """Named tensors, whole, on the main process and nothing elsewhere; every rank must call this.
 
         One is gathered at a time, and those that were sharded go to the CPU.
         """
@@ -192,7 +191,7 @@ ALONE = Ranks()
 
 
 def launched(config: TrainConfig) -> Ranks:
-    """The ranks of this run; all but the main one fall silent.
+    """The ranks of this run; all but the main one are silenced.
 
     A process that no launcher started stays alone: no process group is made.
     """
@@ -200,7 +199,7 @@ def launched(config: TrainConfig) -> Ranks:
 
     # accelerate would have transformers load empty weights on all ranks but the first, for it to fill in
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)  # the others wait while one asks a server
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)  # the others wait while one samples from a server
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     ranks = Ranks(Accelerator(cpu=on_cpu, kwargs_handlers=[patience]))
     if not ranks.main:
@@ -210,7 +209,7 @@ def launched(config: TrainConfig) -> Ranks:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 may have sharded; every rank must ask."""
+    """All of a tensor that FSDP2 may have sharded; every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

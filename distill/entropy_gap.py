@@ -1,8 +1,8 @@
-"""The entropy gap: how much surer the teacher's context makes it, token by token, and whether that predicts its gain.
+"""The entropy gap: how much the context lowers the teacher's entropy, token by token, and whether it predicts its gain.
 
 The paper's fourth finding relates the gap to what distillation gains. Here the gap is the student's minus the teacher's
-next-token entropy on the student's own completions, and the gain what the context adds to the teacher's accuracy:
-what there is to learn, measured without training.
+next-token entropy on the student's own completions, and the gain is what the context adds to the teacher's accuracy:
+both are measured without training.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 
 from distill.completion_hidden import completion_hidden
-from distill.losses import chunked_divergence
+from distill.losses import Divergence, chunked_divergence
 from distill.tasks import manifest_sampling, manifest_tasks
 from neurosig.manifest import Manifest
-from neurosig.models.load import LoadedModel
+from neurosig.models.load import LoadedModel, logit_softcap
 from neurosig.questions.answers import extract_answer, is_correct
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
@@ -26,7 +26,7 @@ from neurosig.sampling.sampler import Prompt, sample
 from neurosig.statistics.metrics import Interval, bootstrap_interval
 
 ROWS = 32
-"""Completions in one forward pass."""
+"""Completions per forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +60,14 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
     Args:
         manifest: Its contexts are the teacher's.
         loaded: The model of both.
-        rollouts: Use the first so many of each question; all by default.
+        rollouts: Use the first N of each question; all by default.
 
     Raises:
         UserError: Nothing is selected, or a prompt does not fit the model.
     """
     model = loaded.model
     head = model.get_output_embeddings().weight
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    divergence = Divergence(softcap=logit_softcap(model))
     tasks = manifest_tasks(manifest, loaded, max_new_tokens=manifest.header.options["max_new_tokens"])
     answers = {row.id: len(row.answers) for row in manifest.rows}
     pairs = [
@@ -75,24 +75,19 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
         for task in tasks
         for index in range(min(rollouts or answers[task.id], answers[task.id]))
     ]
-    found = []
+    entropies = []
     for start in range(0, len(pairs), ROWS):
         batch = pairs[start : start + ROWS]
         completions = [rollout.token_ids for _, rollout in batch]
-        teacher = completion_hidden(model, [task.teacher_prompt for task, _ in batch], completions)
-        student = completion_hidden(model, [task.student_prompt for task, _ in batch], completions)
-        output = chunked_divergence(student, teacher, head, head, softcap=softcap)
+        teacher_hidden = completion_hidden(model, [task.teacher_prompt for task, _ in batch], completions)
+        student_hidden = completion_hidden(model, [task.student_prompt for task, _ in batch], completions)
+        output = chunked_divergence(student_hidden, teacher_hidden, head, head, divergence)
         lengths = [len(ids) for ids in completions]
-        by_rollout = zip(
-            batch,
-            output.student_entropy.cpu().split(lengths),
-            output.teacher_entropy.cpu().split(lengths),
-            strict=True,
-        )
-        for (task, rollout), student_part, teacher_part in by_rollout:
-            entropies = student_part.double().numpy(), teacher_part.double().numpy()
-            found.append(TokenEntropies(task.id, rollout.rollout_id, rollout.token_ids, *entropies))
-    return found
+        sides = (values.cpu().split(lengths) for values in (output.student_entropy, output.teacher_entropy))
+        for (task, rollout), *parts in zip(batch, *sides, strict=True):
+            student, teacher = (part.double().numpy() for part in parts)
+            entropies.append(TokenEntropies(task.id, rollout.rollout_id, rollout.token_ids, student, teacher))
+    return entropies
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +122,15 @@ def fresh_accuracy(
 ) -> dict[str, float]:
     """Share of right answers to each selected question that has a gold answer, in samples of their own.
 
-    Selection liked the manifest's rollouts because they agree, so they flatter the student; student and teacher are
-    compared on new samples, drawn as the manifest's were and with the same random numbers for both.
+    The manifest's rollouts flatter the student, because its questions were selected for their agreement; student and
+    teacher are compared on new samples, drawn as the manifest's were and with the same random numbers for both.
 
     Args:
-        manifest: Its selected questions are asked.
+        manifest: Its selected questions are sampled.
         loaded: The model.
         gold: Questions with gold answers, by id.
         teacher: Whether the prompt holds the context.
-        num_generations: Samples a question; by default as many as the manifest's.
+        num_generations: Samples per question; by default as many as the manifest's.
         seed: Seed of these samples.
 
     Raises:
@@ -164,18 +159,15 @@ def context_gains(
     """Gap and accuracies of every question that has both, in the order of ``entropies``.
 
     Args:
-        entropies: What `token_entropies` found under the context.
+        entropies: `token_entropies` under the context.
         student: `fresh_accuracy` without the context.
         teacher: `fresh_accuracy` with it.
     """
     gaps: dict[str, list[float]] = {}
-    for one in entropies:
-        gaps.setdefault(one.question_id, []).extend((one.student - one.teacher).tolist())
-    return [
-        ContextGain(name, float(np.mean(gap)), student[name], teacher[name])
-        for name, gap in gaps.items()
-        if name in student and name in teacher
-    ]
+    for rollout in entropies:
+        gaps.setdefault(rollout.question_id, []).extend((rollout.student - rollout.teacher).tolist())
+    both = student.keys() & teacher.keys()
+    return [ContextGain(q, float(np.mean(gap)), student[q], teacher[q]) for q, gap in gaps.items() if q in both]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +175,7 @@ class GapFit:
     """A least-squares line of gain on gap with 95% bootstrap intervals over questions.
 
     Attributes:
-        slope: Gain for each nat of gap.
+        slope: Gain per nat of gap.
         intercept: Gain without a gap.
         r: Pearson correlation; 0 where one side does not vary.
     """
@@ -201,31 +193,23 @@ def gap_fit(
     seed: int = 0,
     resamples: int = 2000,
 ) -> GapFit:
-    """Fit gain on gap; a question that stands under several contexts is resampled with all its points.
-
-    Args:
-        gap: In nats.
-        gain: Of the same points.
-        questions: The question of each point.
-        seed: Of the bootstrap.
-        resamples: Bootstrap resamples.
+    """Fit gain on gap (nats); a question with points under several contexts is resampled with all of them.
 
     Raises:
         UserError: The arrays differ in length, or there are fewer than two questions.
     """
     if not len(gap) == len(gain) == len(questions):
-        raise UserError(
-            f"gap fit: {len(gap)} gaps, {len(gain)} gains, {len(questions)} questions; give one each a point"
-        )
+        raise UserError(f"gap fit: {len(gap)} gaps, {len(gain)} gains, {len(questions)} questions; give one per point")
     owners = np.unique(np.asarray(questions), return_inverse=True)[1]
     n = int(owners.max()) + 1 if len(owners) else 0
 
     def weights(chosen: Int[np.ndarray, " questions"]) -> Float[np.ndarray, " points"]:
         return np.bincount(chosen, minlength=n)[owners].astype(np.float64)
 
-    slope = bootstrap_interval(lambda q: _line(gap, gain, weights(q))[0], n, seed=seed, resamples=resamples)
-    r = bootstrap_interval(lambda q: _line(gap, gain, weights(q))[2], n, seed=seed, resamples=resamples)
-    return GapFit(slope, _line(gap, gain, np.ones(len(gap)))[1], r)
+    def interval(part: int) -> Interval:
+        return bootstrap_interval(lambda q: _line(gap, gain, weights(q))[part], n, seed=seed, resamples=resamples)
+
+    return GapFit(interval(0), _line(gap, gain, np.ones(len(gap)))[1], interval(2))
 
 
 def _line(

@@ -1,11 +1,10 @@
-"""Measure a model on labelled questions: accuracy and calibration of K samples a question.
+"""Measure a model on labelled questions: accuracy and calibration of K samples per question.
 
     python -m distill.evaluate --model smollm2-135m --questions world-facts --out runs/demo/eval/base
     python -m distill.evaluate --model smollm2-135m --adapter runs/demo/nopsd/adapter --questions world-facts ...
 
-Gold answers are what it compares with. Confidence is the majority's share of all K samples; a sample without an
-answer is wrong, never wins and stays in the denominator. Per-question results go to ``results.parquet``, aggregates
-for each domain to ``summary.json``.
+Confidence is the majority's share of all K samples; a sample without an answer is wrong, never wins and stays in the
+denominator. ``results.parquet`` has one row per question, ``summary.json`` the aggregates per domain.
 
 Greedy decoding is ``--temperature 0 --num-generations 1``. ``--scoring loglikelihood`` samples nothing: it compares the
 log-probabilities of the choices of multiple-choice questions (`distill.choice_scoring`).
@@ -94,48 +93,32 @@ def main(config: EvaluateConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
+    from distill.results import choice_row, sampled_row, summarise, summarise_choices
+
     config.server_config(config.model)  # options out of range are refused before the model loads
-    if config.scoring == "loglikelihood" and config.sampler != "transformers":
-        raise UserError("--scoring loglikelihood: the model here scores the choices; leave out --sampler openai")
+    scored = config.scoring == "loglikelihood"
+    if scored and config.sampler != "transformers":
+        raise UserError("--scoring loglikelihood scores the choices with the local model; leave out --sampler openai")
     questions = _questions(config)
     with timer.phase("load"):
         loaded, adapter_sha256 = _load(config)
-    if config.scoring == "loglikelihood":
-        _evaluate_choices(config, loaded, questions, adapter_sha256, timer)
-        return
-    with timer.phase("sample"):
+    with timer.phase("score" if scored else "sample"):
         groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
     with timer.phase("score"):
-        rows = [_row(question, groups[question.id], config) for question in questions]
-        summary = summarise(rows, seed=config.seed)
+        if scored:
+            rows = [choice_row(question, groups[question.id], config.choice_form) for question in questions]
+            summary = summarise_choices(rows, seed=config.seed)
+        else:
+            rows = [sampled_row(question, groups[question.id], config.answer_format) for question in questions]
+            summary = summarise(rows, seed=config.seed)
     _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
-    for domain, metrics in summary.items():
-        logger.info(
-            "%s: Avg@%d %.3f, maj@%d %.3f, ECE %.3f (n=%d)",
-            domain, metrics["k"], metrics["avg_at_k"]["estimate"], metrics["k"], metrics["maj_at_k"]["estimate"],
-            metrics["ece"]["estimate"], metrics["n"],
-        )  # fmt: skip
-
-
-def _evaluate_choices(
-    config: EvaluateConfig,
-    loaded: LoadedModel,
-    questions: Sequence[Question],
-    adapter_sha256: str | None,
-    timer: PhaseTimer,
-) -> None:
-    from distill.choice_scoring import choice_row, summarise_choices
-
-    with timer.phase("score"):
-        groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
-        rows = [choice_row(question, groups[question.id], config.choice_form) for question in questions]
-        summary = summarise_choices(rows, seed=config.seed)
-    _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
-    for domain, metrics in summary.items():
-        logger.info(
-            "%s: accuracy %.3f (chance %.3f), ECE %.3f (n=%d)",
-            domain, metrics["accuracy"]["estimate"], metrics["chance"], metrics["ece"]["estimate"], metrics["n"],
-        )  # fmt: skip
+    for domain, block in summary.items():
+        if scored:
+            values = f"accuracy {block['accuracy']['estimate']:.3f} (chance {block['chance']:.3f})"
+        else:
+            k, avg, maj = block["k"], block["avg_at_k"]["estimate"], block["maj_at_k"]["estimate"]
+            values = f"Avg@{k} {avg:.3f}, maj@{k} {maj:.3f}"
+        logger.info("%s: %s, ECE %.3f (n=%d)", domain, values, block["ece"]["estimate"], block["n"])
 
 
 def _questions(config: EvaluateConfig) -> list[Question]:
@@ -146,7 +129,7 @@ def _questions(config: EvaluateConfig) -> list[Question]:
         limits *= len(config.questions)
     if len(limits) != len(config.questions):
         raise UserError(
-            f"--limit: {len(limits)} numbers for {len(config.questions)} --questions; give one, or one a source"
+            f"--limit: {len(limits)} numbers for {len(config.questions)} --questions; give one, or one per source"
         )
     by_source = [
         load_questions(source, split=config.split, limit=limit)
@@ -180,7 +163,7 @@ def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
     weights = config.adapter / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(
-            f"--adapter {config.adapter}: no adapter_model.safetensors there; give a folder of distill.train"
+            f"--adapter {config.adapter}: no adapter_model.safetensors there; give an adapter folder of distill.train"
         )
     from peft import PeftModel
     from safetensors import SafetensorError
@@ -240,100 +223,6 @@ def _rollouts(
     return log.groups
 
 
-def _row(question: Question, group: Sequence[Rollout], config: EvaluateConfig) -> dict[str, Any]:
-    """One question's result: what its K samples said, and what of it was right."""
-    from neurosig.questions.answers import extract_answer, is_correct, right_winners
-    from neurosig.questions.vote import majority_vote
-
-    answers = [extract_answer(rollout.text, question, config.answer_format) for rollout in group]
-    vote = majority_vote(answers, question.id)
-    return {
-        "id": question.id,
-        "domain": question.domain,
-        "kind": question.kind,
-        "k": len(group),
-        "answers": answers,
-        "winner": vote.winner,
-        "votes": vote.count,
-        "winners": len(vote.tied),
-        "right_winners": right_winners(vote, question),
-        "n_correct": sum(is_correct(answer, question) for answer in answers),
-        "unparsed": sum(answer is None for answer in answers),
-        "distinct": len({answer for answer in answers if answer is not None}),
-        "truncated": sum(rollout.finish_reason == "length" for rollout in group),
-        "mean_length": sum(len(rollout.token_ids) for rollout in group) / len(group),
-        "mean_entropy": _mean([rollout.mean_entropy for rollout in group]),
-        "mean_logprob": _mean([rollout.mean_logprob for rollout in group]),
-    }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """None when one is not known, as a server gives no entropies."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int) -> dict[str, dict[str, Any]]:
-    """Aggregates of each domain, with 95% bootstrap intervals over questions where they are the point."""
-    from dataclasses import asdict
-
-    import numpy as np
-
-    from neurosig.statistics import metrics
-
-    summary = {}
-    for domain in dict.fromkeys(row["domain"] for row in rows):
-        mine = sorted((row for row in rows if row["domain"] == domain), key=lambda row: row["id"])
-        k, n = mine[0]["k"], len(mine)
-        column = {
-            name: np.array([row[name] for row in mine])
-            for name in mine[0]
-            if name not in ("answers", "winner", "mean_entropy", "mean_logprob")
-        }
-        avg = column["n_correct"] / k
-        votes = column["votes"]
-        maj = metrics.maj_at_k(column["right_winners"], column["winners"])
-
-        def interval(values: Any, n: int = n) -> dict[str, Any]:
-            if n < 2:
-                return {"estimate": float(values[0]), "low": None, "high": None}
-            return asdict(metrics.paired_mean_interval(values, np.zeros(n), seed=seed))
-
-        def calibration(index: Any, votes: Any = votes, k: int = k, maj: Any = maj) -> float:
-            return metrics.ece(votes[index], k, maj[index])
-
-        summary[domain] = {
-            "n": n,
-            "k": k,
-            "avg_at_k": interval(avg),
-            "maj_at_k": interval(maj),
-            "pass_at_k": float(metrics.pass_at_k(k, column["n_correct"], k).mean()),
-            "ece": asdict(metrics.bootstrap_interval(calibration, n, seed=seed, resamples=2000))
-            if n > 1
-            else {"estimate": metrics.ece(votes, k, maj), "low": None, "high": None},
-            "ece_floor": metrics.ece_floor(k, n, seed=seed),
-            "smooth_ece": metrics.smooth_ece(votes, k, maj),
-            "brier": metrics.brier(votes, k, maj),
-            "mean_confidence": float((votes / k).mean()),
-            "signed_gap": metrics.signed_gap(votes, k, maj),
-            "tie_rate": float((column["winners"] > 1).mean()),
-            "unparsed_rate": float(column["unparsed"].sum() / (n * k)),
-            "truncated_rate": float(column["truncated"].sum() / (n * k)),
-            "distinct_answers": float(column["distinct"].mean()),
-            "mean_length": float(column["mean_length"].mean()),
-            "mean_entropy": _mean([row["mean_entropy"] for row in mine]),
-            "by_kind": {
-                kind: {
-                    "n": int((column["kind"] == kind).sum()),
-                    "avg_at_k": float(avg[column["kind"] == kind].mean()),
-                    "maj_at_k": float(maj[column["kind"] == kind].mean()),
-                }
-                for kind in dict.fromkeys(row["kind"] for row in mine if row["kind"] is not None)
-            },
-        }
-    return summary
-
-
 def _write(
     config: EvaluateConfig,
     loaded: LoadedModel,
@@ -356,10 +245,10 @@ def _write(
     write_atomic(config.out / RESULTS, buffer.getvalue())
     lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["id"]]]
     write_atomic(config.out / ROLLOUTS, "".join(lines))
-    asked = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
+    hashed = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
     record = {
         "domains": summary,
-        "questions_sha256": sha256_text(json.dumps(asked)),
+        "questions_sha256": sha256_text(json.dumps(hashed)),
         "model": loaded.info.as_dict(),
         "adapter_sha256": adapter_sha256,
         "config": config_record(config),

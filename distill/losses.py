@@ -1,15 +1,13 @@
 """Divergence between teacher and student over the whole vocabulary, a few rows at a time.
 
-Hidden states go in; the loss and its gradient come out. The ``[tokens, vocab]`` logits never exist: each
-chunk of rows is projected, reduced and turned into its gradient at once. A step costs three projections
-(student, teacher, gradient of the hidden states), a fourth where the head is trained, and two ``[chunk,
-vocab]`` buffers.
+Hidden states go in; the loss and its gradient come out. The ``[tokens, vocab]`` logits never exist: each chunk of rows
+is projected, reduced and turned into its gradient at once. A step costs three projections (student, teacher, gradient
+of the hidden states), a fourth where the head is trained, and two ``[chunk, vocab]`` buffers.
 
-Notation: s and t are the student's and the teacher's next-token probabilities, f_v the contribution of
-vocabulary entry v. Every divergence here is a sum over v, which the pointwise clip of OPSD (arXiv 2601.18734)
-needs: ``sum_v min(f_v, clip_value)``. A contribution may be negative and is not clipped from below, so a
-clipped loss can be negative too. With ``topk`` the sum runs over the student's k likeliest entries and one bucket
-for all others; ``sampled_token`` looks at the token that was sampled, and nothing else.
+Notation: s and t are the student's and the teacher's next-token probabilities, f_v the contribution of vocabulary entry
+v. Every divergence except ``sampled_token`` is a sum over v, which the pointwise clip of OPSD (arXiv 2601.18734) needs:
+``sum_v min(f_v, clip_value)``. A contribution may be negative and is not clipped from below, so a clipped loss can be
+negative too. With ``topk`` the sum runs over the student's k likeliest entries and one bucket for all others.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from neurosig.runtime.errors import UserError
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"]
 ClipName = Literal["none", "pointwise", "token"]
+Entries = Float[Tensor, "rows vocab"]
 
 _CPU_BLOCK_ENTRIES = 2**19
 """Entries handled at once on the CPU: a block and its temporaries stay in the cache between operations."""
@@ -44,8 +43,7 @@ class DivergenceOutput:
         unclipped: divergence of each token without the clip.
         teacher_entropy: entropy of the teacher's next-token distribution, in nats, at the loss temperature.
         student_entropy: the same for the student.
-        clip_fraction: share of what the clip looks at that it cut, over the tokens with a weight: entries of the
-            sum for ``pointwise``, tokens for ``token``.
+        clip_fraction: share of the weighted tokens (``token``), or of their entries (``pointwise``), that was cut.
     """
 
     loss: Float[Tensor, ""]
@@ -63,30 +61,74 @@ class Terms(NamedTuple):
     changes nothing after the softmax, and without it the slope is exactly 0 for KL where s and t agree.
     """
 
-    value: Float[Tensor, "rows vocab"]
-    slope: Float[Tensor, "rows vocab"]
+    value: Entries
+    slope: Entries
     gauge: int
 
 
 _TermsFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Terms]
 
 
-def forward_kl(
-    log_s: Float[Tensor, "rows vocab"],
-    s: Float[Tensor, "rows vocab"],
-    log_t: Float[Tensor, "rows vocab"],
-    t: Float[Tensor, "rows vocab"],
-) -> Terms:
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Which divergence, over which entries, clipped how.
+
+    Attributes:
+        name: ``forward_kl`` is KL(teacher || student), ``reverse_kl`` is KL(student || teacher). ``sampled_token``
+            estimates the reverse KL from the student's own token y: its value is ``log s_y - log t_y``, its gradient
+            that of ``log s_y`` times this number held fixed (REINFORCE).
+        beta: The teacher's share of the mixture; for ``jsd`` only.
+        temperature: Divides both logits. The loss is not multiplied by its square.
+        clip: ``pointwise`` caps each vocabulary entry's contribution, ``token`` each token's sum; what exceeds the cap
+            gives no gradient.
+        clip_value: The cap, in nats.
+        topk: Sum over the student's k likeliest entries; 0 sums over the whole vocabulary.
+        tail: With ``topk``, treat the other entries as one more; else both sides are renormalised without them.
+        softcap: ``final_logit_softcapping`` of Gemma 2, applied before the temperature.
+        chunk_size: Rows projected at once; memory and speed only.
+
+    Raises:
+        UserError: An option is unknown or out of range.
+    """
+
+    name: DivergenceName = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    clip: ClipName = "none"
+    clip_value: float = 0.05
+    topk: int = 0
+    tail: bool = True
+    softcap: float | None = None
+    chunk_size: int = 256
+
+    def __post_init__(self) -> None:
+        for option, value, choices in (("divergence", self.name, DivergenceName), ("clip", self.clip, ClipName)):
+            if value not in get_args(choices):
+                raise UserError(f"{option} is {value!r}; choose one of {', '.join(get_args(choices))}")
+        for option in ("temperature", "clip_value", "chunk_size", "softcap"):
+            if (value := getattr(self, option)) is not None and not value > 0:
+                raise UserError(f"{option} is {value}; it must be above 0")
+        if self.name == "jsd" and not 0 < self.beta < 1:
+            raise UserError(f"beta is {self.beta}; it must be in (0, 1): its ends are forward_kl and reverse_kl")
+        if self.topk < 0:
+            raise UserError(f"topk is {self.topk}; choose 0 for the whole vocabulary, or 1 and more")
+        if self.name == "sampled_token" and (self.topk or self.clip != "none"):
+            raise UserError("sampled_token scores one entry per token; it takes no topk and no clip")
+
+    def terms(self) -> _TermsFunction:
+        """The function of ``log s, s, log t, t`` that gives the contribution of each entry."""
+        return {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": generalized_jsd(self.beta)}[self.name]
+
+
+FORWARD_KL = Divergence()
+
+
+def forward_kl(log_s: Entries, s: Entries, log_t: Entries, t: Entries) -> Terms:
     """KL(teacher || student): ``t (log t - log s)``."""
     return Terms((log_t - log_s).mul_(t), s - t, -1)
 
 
-def reverse_kl(
-    log_s: Float[Tensor, "rows vocab"],
-    s: Float[Tensor, "rows vocab"],
-    log_t: Float[Tensor, "rows vocab"],
-    t: Float[Tensor, "rows vocab"],
-) -> Terms:
+def reverse_kl(log_s: Entries, s: Entries, log_t: Entries, t: Entries) -> Terms:
     """KL(student || teacher): ``s (log s - log t)``."""
     value = (log_s - log_t).mul_(s)
     return Terms(value, value.clone(), 1)
@@ -100,7 +142,7 @@ def generalized_jsd(beta: float) -> _TermsFunction:
     beta goes to 1.
     """
 
-    def terms(log_s: Tensor, s: Tensor, log_t: Tensor, t: Tensor) -> Terms:
+    def terms(log_s: Entries, s: Entries, log_t: Entries, t: Entries) -> Terms:
         log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
         slope = (log_s - log_m).mul_(s).mul_(1 - beta)
         value = (log_t - log_m).mul_(t).mul_(beta).add_(slope)
@@ -114,99 +156,48 @@ def chunked_divergence(
     teacher_hidden: Float[Tensor, "tokens d_teacher"],
     student_head: Float[Tensor, "vocab d_model"],
     teacher_head: Float[Tensor, "vocab d_teacher"],
+    divergence: Divergence = FORWARD_KL,
     *,
-    divergence: DivergenceName = "forward_kl",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    clip: ClipName = "none",
-    clip_value: float = 0.05,
-    topk: int = 0,
-    tail: bool = True,
     token_ids: Int[Tensor, " tokens"] | None = None,
-    softcap: float | None = None,
-    chunk_size: int = 256,
     weights: Float[Tensor, " tokens"] | None = None,
 ) -> DivergenceOutput:
     """Weighted sum over tokens of the divergence between teacher and student.
 
-    The gradient reaches ``student_hidden`` and ``student_head``, whichever require it, and never the teacher.
-    It is formed during the forward pass; second derivatives are not available. Softmax and sums run in
-    float32, or in float64 for float64 input; on the CPU a bfloat16 head is converted once a call.
+    The gradient reaches ``student_hidden`` and ``student_head``, whichever require it, and never the teacher. It is
+    formed during the forward pass; second derivatives are not available. Softmax and sums run in float32, or in float64
+    for float64 input; on the CPU a bfloat16 head is converted once per call.
 
     Args:
         student_hidden: last hidden states, after the final norm, at the positions that predict the tokens.
         teacher_hidden: the teacher's, for the same tokens.
         student_head: output embedding.
         teacher_head: the teacher's, over the same vocabulary.
-        divergence: ``forward_kl`` is KL(teacher || student), ``reverse_kl`` is KL(student || teacher).
-            ``sampled_token`` estimates the reverse KL from the student's own token y: its value is ``log s_y -
-            log t_y``, its gradient that of ``log s_y`` times this number held fixed (REINFORCE).
-        beta: the teacher's share of the mixture; for ``jsd`` only.
-        temperature: divides both logits. The loss is not multiplied by its square.
-        clip: ``pointwise`` caps each vocabulary entry's contribution, ``token`` each token's sum; what lies
-            above the cap gives no gradient.
-        clip_value: the cap, in nats.
-        topk: the student's k likeliest entries stand for the vocabulary; 0 takes all of it.
-        tail: with ``topk``, whether the other entries form one more; else both sides are renormalised without them.
+        divergence: forward KL over the whole vocabulary by default.
         token_ids: the sampled tokens, for ``sampled_token``.
-        softcap: ``final_logit_softcapping`` of Gemma 2, applied before the temperature.
-        chunk_size: rows projected at once.
-        weights: one for each token; a token of weight 0 is never looked at.
+        weights: one per token; a token of weight 0 is never read.
 
     Raises:
-        UserError: if shapes do not fit together or an option is out of range.
+        UserError: shapes do not fit together, ``topk`` exceeds the vocabulary, or ``token_ids`` are missing.
     """
-    _check(student_hidden, teacher_hidden, student_head, teacher_head, weights)
-    if clip not in get_args(ClipName):
-        raise UserError(f"clip is {clip!r}; choose one of {', '.join(get_args(ClipName))}")
-    for name, option in (
-        ("temperature", temperature),
-        ("clip_value", clip_value),
-        ("chunk_size", chunk_size),
-    ):
-        if not option > 0:
-            raise UserError(f"{name} is {option}; it must be above 0")
-    if not 0 <= topk <= student_head.shape[0]:
-        raise UserError(f"topk is {topk}; choose 0 for the whole vocabulary, or 1 to {student_head.shape[0]}")
-    if (divergence == "sampled_token") != (token_ids is not None):
-        raise UserError("token_ids and the divergence sampled_token belong together; give both or neither")
-    if divergence == "sampled_token" and (topk or clip != "none"):
-        raise UserError("sampled_token looks at one entry a token; it takes no topk and no clip")
-    if softcap is not None and not softcap > 0:
-        raise UserError(f"softcap is {softcap}; it must be above 0, or None")
-    terms = None if token_ids is not None else _terms_function(divergence, beta)
-    options = _Options(terms, temperature, clip, clip_value, topk, tail, softcap, chunk_size)
-
+    _check((student_hidden, student_head), (teacher_hidden, teacher_head), divergence, token_ids, weights)
     tokens = student_hidden.shape[0]
-    if weights is None:
-        weights = student_hidden.new_ones(tokens)
-    kept = weights.detach().nonzero().squeeze(1)
+    weights = student_hidden.new_ones(tokens) if weights is None else weights.detach()
+    kept = weights.nonzero().squeeze(1)
     gradients = torch.is_grad_enabled()
     loss, statistics, clip_fraction = _ChunkedDivergence.apply(
         student_hidden.index_select(0, kept),
         student_head,
         teacher_hidden.detach().index_select(0, kept),
         teacher_head.detach(),
-        weights.detach()[kept],
+        weights[kept],
         None if token_ids is None else token_ids[kept],
-        options,
+        divergence,
         gradients and student_hidden.requires_grad,
         gradients and student_head.requires_grad,
     )
     scattered = statistics.new_zeros(4, tokens).index_copy_(1, kept, statistics)
     per_token, unclipped, teacher_entropy, student_entropy = scattered.unbind(0)
     return DivergenceOutput(loss, per_token, unclipped, teacher_entropy, student_entropy, clip_fraction)
-
-
-class _Options(NamedTuple):
-    terms: _TermsFunction | None
-    temperature: float
-    clip: ClipName
-    clip_value: float
-    topk: int
-    tail: bool
-    softcap: float | None
-    chunk_size: int
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -219,7 +210,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         teacher_head: Tensor,
         weights: Tensor,
         token_ids: Tensor | None,
-        options: _Options,
+        options: Divergence,
         train_hidden: bool,
         train_head: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,12 +281,12 @@ def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _reduce(
-    logits: Float[Tensor, "rows vocab"],
-    teacher_logits: Float[Tensor, "rows vocab"],
+    logits: Entries,
+    teacher_logits: Entries,
     weights: Float[Tensor, " rows"],
     token_ids: Int[Tensor, " rows"] | None,
     statistics: Float[Tensor, "4 rows"],
-    options: _Options,
+    options: Divergence,
     with_gradient: bool,
 ) -> Tensor:
     """Fill ``statistics``, turn ``logits`` into the gradient of the loss and return the count clipped."""
@@ -306,8 +297,7 @@ def _reduce(
     torch.sum(s * log_s, dim=1, out=student_entropy).neg_()
 
     clipped = torch.zeros((), dtype=torch.int64, device=logits.device)
-    if options.terms is None:
-        assert token_ids is not None
+    if token_ids is not None:
         gradient = _sampled_token(log_s, s, log_t, token_ids, unclipped)
         per_token.copy_(unclipped)
     else:
@@ -316,7 +306,7 @@ def _reduce(
             full = s
             log_s, log_t = _support(log_s, chosen, options.tail), _support(log_t, chosen, options.tail)
             s, t = log_s.exp(), log_t.exp()
-        value, slope, gauge = options.terms(log_s, s, log_t, t)
+        value, slope, gauge = options.terms()(log_s, s, log_t, t)
         torch.sum(value, dim=1, out=unclipped)
         per_token.copy_(unclipped)
         if options.clip == "pointwise":
@@ -343,20 +333,16 @@ def _reduce(
 
 
 def _sampled_token(
-    log_s: Float[Tensor, "rows vocab"],
-    s: Float[Tensor, "rows vocab"],
-    log_t: Float[Tensor, "rows vocab"],
-    token_ids: Int[Tensor, " rows"],
-    value: Float[Tensor, " rows"],
-) -> Float[Tensor, "rows vocab"]:
-    """Log ratio of the sampled tokens into ``value``; the gradient on the logits, ``(1_y - s) * ratio``, comes back."""
+    log_s: Entries, s: Entries, log_t: Entries, token_ids: Int[Tensor, " rows"], value: Float[Tensor, " rows"]
+) -> Entries:
+    """Write the log ratio of the sampled tokens into ``value``; return the gradient, ``(1_y - s) * ratio``."""
     token = rearrange(token_ids, "rows -> rows 1")
     ratio = log_s.gather(1, token) - log_t.gather(1, token)
     value.copy_(ratio[:, 0])
     return s.mul(-ratio).scatter_add_(1, token, ratio)
 
 
-def _support(log_p: Float[Tensor, "rows vocab"], chosen: Int[Tensor, "rows k"], tail: bool) -> Float[Tensor, "rows n"]:
+def _support(log_p: Entries, chosen: Int[Tensor, "rows k"], tail: bool) -> Float[Tensor, "rows n"]:
     """Log-probabilities of the chosen entries, then of all others together; or of the chosen alone, renormalised."""
     kept = log_p.gather(1, chosen)
     mass = kept.logsumexp(dim=1, keepdim=True)
@@ -369,62 +355,45 @@ def _support(log_p: Float[Tensor, "rows vocab"], chosen: Int[Tensor, "rows k"], 
 def _spread(
     gradient: Float[Tensor, "rows n"],
     s: Float[Tensor, "rows n"],
-    full: Float[Tensor, "rows vocab"],
+    full: Entries,
     chosen: Int[Tensor, "rows k"],
     tail: bool,
-) -> Float[Tensor, "rows vocab"]:
-    """From the entries of the sum to the vocabulary: the tail's gradient falls on its members by their share of it."""
+) -> Entries:
+    """The gradient of the whole vocabulary: each entry of the tail gets its share of the tail's gradient."""
     k = chosen.shape[1]
     spread = full * (gradient[:, k:] / s[:, k:]) if tail else torch.zeros_like(full)
     return spread.scatter_(1, chosen, gradient[:, :k])
 
 
-def _log_softmax(logits: Float[Tensor, "rows vocab"], options: _Options) -> Float[Tensor, "rows vocab"]:
+def _log_softmax(logits: Entries, options: Divergence) -> Entries:
     if options.softcap is not None:
         logits.div_(options.softcap).tanh_().mul_(options.softcap)
     scaled = logits if options.temperature == 1.0 else logits / options.temperature
     return torch.log_softmax(scaled, dim=1)
 
 
-def _terms_function(divergence: DivergenceName, beta: float) -> _TermsFunction:
-    if divergence == "forward_kl":
-        return forward_kl
-    if divergence == "reverse_kl":
-        return reverse_kl
-    if divergence == "jsd":
-        if not 0 < beta < 1:
-            raise UserError(
-                f"beta is {beta}; jsd needs it strictly between 0 and 1: "
-                "choose forward_kl or reverse_kl for the two ends"
-            )
-        return generalized_jsd(beta)
-    raise UserError(f"divergence is {divergence!r}; choose one of {', '.join(get_args(DivergenceName))}")
-
-
 def _check(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    student_head: Tensor,
-    teacher_head: Tensor,
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    divergence: Divergence,
+    token_ids: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    tokens = student_hidden.shape[0]
-    if teacher_hidden.shape[0] != tokens:
-        raise UserError(
-            f"chunked_divergence: {tokens} student tokens but {teacher_hidden.shape[0]} teacher tokens; "
-            "both sides must score the same completion"
-        )
+    """Both sides are (hidden states, head)."""
+    (tokens, vocab), (teacher_tokens, teacher_vocab) = ((len(hidden), len(head)) for hidden, head in (student, teacher))
+    if teacher_tokens != tokens:
+        raise UserError(f"{tokens} student tokens but {teacher_tokens} teacher tokens; score one completion with both")
     if weights is not None and weights.shape != (tokens,):
-        raise UserError(f"chunked_divergence: weights of shape {tuple(weights.shape)} for {tokens} tokens")
-    if student_head.shape[0] != teacher_head.shape[0]:
-        raise UserError(
-            f"chunked_divergence: heads of {student_head.shape[0]} and {teacher_head.shape[0]} entries; "
-            "teacher and student must share one tokenizer"
-        )
-    sides = (("student", student_hidden, student_head), ("teacher", teacher_hidden, teacher_head))
-    for side, hidden, head in sides:
+        raise UserError(f"weights of shape {tuple(weights.shape)} for {tokens} tokens; give one per token")
+    if teacher_vocab != vocab:
+        raise UserError(f"heads of {vocab} and {teacher_vocab} entries; teacher and student must share one tokenizer")
+    for side, (hidden, head) in {"student": student, "teacher": teacher}.items():
         if hidden.shape[1] != head.shape[1] or hidden.dtype != head.dtype:
             raise UserError(
-                f"chunked_divergence: {side} hidden states of width {hidden.shape[1]} in {hidden.dtype}, "
-                f"head of width {head.shape[1]} in {head.dtype}; they must agree"
+                f"{side} hidden states of width {hidden.shape[1]} in {hidden.dtype}, head of width {head.shape[1]} in "
+                f"{head.dtype}; they must agree"
             )
+    if divergence.topk > vocab:
+        raise UserError(f"topk is {divergence.topk}; choose 0 for the whole vocabulary, or 1 to {vocab}")
+    if (divergence.name == "sampled_token") != (token_ids is not None):
+        raise UserError("token_ids and the divergence sampled_token belong together; give both or neither")

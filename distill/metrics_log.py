@@ -1,19 +1,135 @@
-"""Metrics on TensorBoard and Weights & Biases, through accelerate's trackers."""
+"""The metrics of a training run: ``metrics.jsonl``, the progress bar, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
+from neurosig.runtime.cli import progress
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig
+    from distill.distributed import Ranks
+    from neurosig.sampling.rollouts import Rollout
 
-Report = Callable[[Mapping[str, float | int]], None]
+logger = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float | int]
+METRICS = "metrics.jsonl"
 PROJECT = "neurosig"
+
+
+class MetricsLog:
+    """Checks the metrics of each step and, on the main process, writes them to ``metrics.jsonl`` and the trackers.
+
+    Use it as a context manager: leaving the block closes file, progress bar and trackers.
+
+    Args:
+        config: The run's folder, trackers and number of steps.
+        done: Steps done by the interrupted run; the file is cut back to them.
+        ranks: The processes of the run, all of which must make one.
+
+    Attributes:
+        history: The metrics of every step so far.
+
+    Raises:
+        UserError: The file has fewer than ``done`` lines.
+    """
+
+    def __init__(self, config: TrainConfig, done: int, ranks: Ranks):
+        path = config.out / METRICS
+        self.history: list[Metrics] = ranks.on_main(lambda: reopen_metrics(path, done))
+        self._main = ranks.main
+        self._stack = contextlib.ExitStack()
+        bar = progress(total=config.steps, desc=config.method, quiet=config.quiet or not ranks.main)
+        self._bar = self._stack.enter_context(bar)
+        self._bar.update(done)
+        if ranks.main:
+            self._file = self._stack.enter_context(path.open("a", encoding="utf-8"))
+            self._trackers = [_tracker(name, config, self._stack) for name in config.report_to]
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def add(self, metrics: Metrics, question_ids: Sequence[str] = ()) -> None:
+        """Add the metrics of a step, sampled from ``question_ids``.
+
+        Raises:
+            UserError: Loss or gradient norm is not finite; nothing is written.
+        """
+        check_finite(metrics, question_ids)
+        self.history.append(metrics)
+        if not self._main:
+            return
+        if not metrics["tokens_in_loss"]:
+            logger.warning(
+                "step %d: every rollout was masked (%.0f%% finished with EOS), so nothing was learned; raise "
+                "--max-new-tokens or pass --keep-truncated", metrics["step"], 100 * metrics["eos_rate"],
+            )  # fmt: skip
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(dict(metrics), step=int(metrics["step"]))
+        self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "entropy_gap") if name in metrics})
+        self._bar.update()
+
+
+def reopen_metrics(path: Path, done: int) -> list[Metrics]:
+    """Cut the metrics file back to ``done`` steps and return their metrics.
+
+    Raises:
+        UserError: It has fewer.
+    """
+    lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
+    if len(lines) < done:
+        raise UserError(f"{path}: {len(lines)} lines, but the checkpoint has done {done} steps; use --overwrite")
+    write_atomic(path, "".join(lines))
+    return [json.loads(line) for line in lines]
+
+
+def check_finite(metrics: Metrics, question_ids: Sequence[str]) -> None:
+    """Refuse a step whose loss or gradient norm is not finite.
+
+    Raises:
+        UserError: Naming the step and its questions.
+    """
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            questions = f" (question ids {', '.join(question_ids)})" if question_ids else ""
+            raise UserError(
+                f"step {metrics['step']}: {name} is {metrics[name]}{questions}; the last checkpoint is kept, lower "
+                "--learning-rate and --resume from it"
+            )
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | int]:
+    """Mean length in tokens, share of distinct trigrams and share finished with an end-of-sequence token."""
+    return {
+        "mean_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
+        "distinct_3": distinct_3([rollout.token_ids for rollout in rollouts]),
+        "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
+    }
+
+
+def distinct_3(completions: Sequence[Sequence[int]]) -> float:
+    """Distinct token trigrams over all trigrams of a step's completions, each counted by itself; 1 without any."""
+    trigrams = [list(zip(ids, ids[1:], ids[2:], strict=False)) for ids in completions]
+    total = sum(map(len, trigrams))
+    return sum(len(set(own)) for own in trigrams) / total if total else 1.0
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -27,32 +143,19 @@ def check_trackers(config: TrainConfig) -> None:
             raise UserError(f"--report-to {name}: not installed; run `pip install 'neurosig[trackers]'`")
 
 
-@contextlib.contextmanager
-def trackers(config: TrainConfig, *, main: bool = True) -> Iterator[Report]:
-    """What a step's metrics are given to; it does nothing without ``--report-to`` or off the main process.
+def _tracker(name: str, config: TrainConfig, stack: contextlib.ExitStack) -> Any:
+    """One of accelerate's trackers, which ``stack`` finishes.
 
-    TensorBoard writes into the folder ``tensorboard`` of the run; wandb goes by its own environment variables
+    TensorBoard writes into the folder ``tensorboard`` of the run; wandb follows its own environment variables
     (``WANDB_MODE=offline``, say) and names the run after its folder.
     """
-    opened = []
-    if main and config.report_to:
-        from accelerate.tracking import TensorBoardTracker, WandBTracker
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-        for name in config.report_to:
-            tracker = (
-                TensorBoardTracker("tensorboard", logging_dir=config.out)
-                if name == "tensorboard"
-                else WandBTracker(PROJECT, name=config.out.name, dir=str(config.out), resume="allow")
-            )
-            tracker.start()
-            opened.append(tracker)
-
-    def report(metrics: Mapping[str, float | int]) -> None:
-        for tracker in opened:
-            tracker.log(dict(metrics), step=int(metrics["step"]))
-
-    try:
-        yield report
-    finally:
-        for tracker in opened:
-            tracker.finish()
+    tracker = (
+        TensorBoardTracker("tensorboard", logging_dir=config.out)
+        if name == "tensorboard"
+        else WandBTracker(PROJECT, name=config.out.name, dir=str(config.out), resume="allow")
+    )
+    tracker.start()
+    stack.callback(tracker.finish)
+    return tracker

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: weights that load anywhere, a model card and the run record."""
+"""The output of a finished run: weights in PEFT or transformers format, a model card and the run record."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from neurosig.runtime.provenance import run_record
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from distill.config import TrainConfig
+    from distill.distributed import Ranks
     from neurosig.manifest import Manifest
     from neurosig.models.load import LoadedModel
 
@@ -56,6 +56,10 @@ Divergence, entropies and self-certainty are in nats a token. They are no accura
 Options, versions, seeds and the hashes of the weights are in `train.json`.
 """
 _SHOWN = ("reward", "divergence", "teacher_entropy", "student_entropy", "entropy_gap", "mean_length", "eos_rate")
+_SPENT = {
+    **{"rollouts": "rollouts", "generated_tokens": "generated_tokens", "trained_rollouts": "rollouts_in_loss"},
+    **{"trained_tokens": "tokens_in_loss", "teacher_tokens": "teacher_tokens"},
+}
 _METHODS = {
     "nopsd": ("distilled on its own rollouts against itself with context (Neuron-OPSD", "2607.02460"),
     "u-opsd": ("distilled on its own rollouts against itself with its own majority solution (U-OPSD", "2607.02460"),
@@ -63,7 +67,7 @@ _METHODS = {
     "ttrl": ("trained by GRPO, rewarded for the majority's answer (TTRL", "2504.16084"),
     "intuitor": ("trained by GRPO, rewarded for its own self-certainty (Intuitor", "2505.19590"),
 }
-"""What was done, and the paper: U-OPSD as Neuron-OPSD's paper compares with it."""
+"""What was done, and the paper; for U-OPSD the paper that compares with it."""
 
 
 def write_final(
@@ -74,25 +78,35 @@ def write_final(
     adapter: PeftModel | None,
     history: Sequence[Mapping[str, float | int]],
     stopped: Mapping[str, Any] | None,
-    weights: dict[str, Tensor] | None = None,
+    ranks: Ranks,
 ) -> None:
     """Write ``adapter/`` (or ``model/``), and then the run record, whose presence means that the run is complete.
 
     Raises:
-        UserError: The disk is full; or the upload asked for did not succeed, and the run is complete all the same.
+        UserError: The disk is full; or the run is complete, but its upload failed.
     """
+    weights = None
+    if ranks.sharded:
+        trained = ((name, p) for name, p in (adapter or model).named_parameters() if p.requires_grad)
+        weights = ranks.whole_tensors(model.state_dict().items() if adapter is None else trained)
+    if not ranks.main:
+        return
     name = "model" if adapter is None else "adapter"
     aside, target = config.out / ".final", config.out / name
     shutil.rmtree(aside, ignore_errors=True)
-    held = [p for p in (adapter or model).parameters() if p.requires_grad or adapter is None]
-    needed = sum(p.numel() * p.element_size() for p in held) + len(loaded.tokenizer.backend_tokenizer.to_str())
+    written = [p for p in (adapter or model).parameters() if p.requires_grad or adapter is None]
+    needed = sum(p.numel() * p.element_size() for p in written) + len(loaded.tokenizer.backend_tokenizer.to_str())
     try:
         with disk_space(target, needed, kept="the checkpoints are kept"):
             if adapter is None:
                 model.save_pretrained(aside, state_dict=weights)
             else:
-                adapter.peft_config["default"].base_model_name_or_path = _base(loaded)
-                adapter.peft_config["default"].revision = loaded.info.revision
+                lora, info = (
+                    adapter.peft_config["default"],
+                    loaded.info,
+                )  # peft finds the base model by hub id or folder
+                lora.base_model_name_or_path = info.id if info.revision is not None else str(model.name_or_path)
+                lora.revision = info.revision
                 adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
             loaded.tokenizer.save_pretrained(aside)
     except Exception:
@@ -127,25 +141,16 @@ def write_final(
 
 
 def token_budget(manifest: Manifest, history: Sequence[Mapping[str, float | int]]) -> dict[str, int]:
-    """What a run spent, the same for every method: the manifest's rollouts, and the sums over its steps.
+    """Tokens that a run spent, counted alike for every method: the manifest's rollouts, and sums over its steps.
 
     ``generated_tokens`` are sampled in training, ``trained_tokens`` are in the loss, ``teacher_tokens`` are read by a
-    second model: the teacher's prompts (once a question and step) and completions, or those of GRPO's KL reference.
+    second model: the teacher's prompts (once per question and step) and completions, or those of GRPO's KL reference.
     """
     return {
         "manifest_rollouts": len(manifest.rollouts),
         "manifest_tokens": sum(len(rollout.token_ids) for rollout in manifest.rollouts.values()),
         "steps": len(history),
-        **{
-            name: int(sum(step[key] for step in history))
-            for name, key in (
-                ("rollouts", "rollouts"),
-                ("generated_tokens", "generated_tokens"),
-                ("trained_rollouts", "rollouts_in_loss"),
-                ("trained_tokens", "tokens_in_loss"),
-                ("teacher_tokens", "teacher_tokens"),
-            )
-        },
+        **{name: int(sum(step[metric] for step in history)) for name, metric in _SPENT.items()},
     }
 
 
@@ -154,33 +159,27 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
 
     Args:
         record: Content of ``train.json``.
-        license: SPDX name; ``None`` leaves the base model's to be looked up.
+        license: SPDX name, or ``None``.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    full = record["config"]["full"]
-    base = record["model"]["id"]
+    full, method, base = record["config"]["full"], record["config"]["method"], record["model"]["id"]
     loader = "AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM"
     data = ModelCardData(
         base_model=base,
         library_name="transformers" if full else "peft",
         license=license,
         pipeline_tag="text-generation",
-        tags=["neuron-opsd", "self-distillation"]
-        if record["config"]["method"] == "nopsd"
-        else [record["config"]["method"]],
+        tags=["neuron-opsd", "self-distillation"] if method == "nopsd" else [method],
     )
+    shown = [name for name in _SHOWN if name in record["first"]]
     card = ModelCard.from_template(
         data,
         template_str=_CARD,
         name=Path(record["config"]["out"]).name,
         base=base,
-        method="{0}, [arXiv {1}](https://arxiv.org/abs/{1}))".format(*_METHODS[record["config"]["method"]]),
-        rows=[
-            {"name": name, "first": record["first"][name], "last": record["last"][name]}
-            for name in _SHOWN
-            if name in record["first"]
-        ],
+        method="{0}, [arXiv {1}](https://arxiv.org/abs/{1}))".format(*_METHODS[method]),
+        rows=[{"name": name, **{end: record[end][name] for end in ("first", "last")}} for name in shown],
         steps=record["last"]["step"],
         questions=record["questions_selected"],
         domains=", ".join(record["domains"]),
@@ -189,11 +188,6 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
         usage=f"from {'transformers' if full else 'peft'} import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER)",
     )
     return str(card)
-
-
-def _base(loaded: LoadedModel) -> str:
-    """Where peft finds the base model again: the hub id, or the folder that was loaded."""
-    return loaded.info.id if loaded.info.revision is not None else str(loaded.model.name_or_path)
 
 
 def _push(folder: Path, repo_id: str) -> None:

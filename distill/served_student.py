@@ -1,4 +1,4 @@
-"""The student on a server: its adapter is written, loaded there by name, and sampled from."""
+"""The student on a server: write its adapter, load it there by name, and sample from it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ FOLDER = "served"
 
 
 class ServedStudent:
-    """What a server knows of the student, and how far that lies behind.
+    """The adapter that a server has of the student, and its age.
 
-    Every ``sync_steps`` optimizer steps (0: never) the adapter goes to the server under a new name and the one before
-    is unloaded. A resumed run sends its weights at once, so only with ``sync_steps=1`` is it the run that was not
-    interrupted.
+    Every ``sync_steps`` optimizer steps (0: never) the adapter is sent under a new name and the one before is unloaded.
+    A resumed run sends its weights at once, so it equals an uninterrupted one with ``sync_steps=1`` only.
 
     Attributes:
-        updates: Optimizer steps behind the student.
-        policy_step: Optimizer steps behind the weights that were sampled from last.
+        updates: Optimizer steps of the student.
+        policy_step: Optimizer steps of the weights that were sampled from last.
     """
 
     def __init__(self, config: TrainConfig, server: Server, adapter: PeftModel, updates: int):
         self._config, self._server, self._adapter = config, server, adapter
         self._folder = (config.adapter_dir or config.out / FOLDER).resolve()
-        self._run = secrets.token_hex(4)  # another run's adapters may lie on the same server
+        self._run = secrets.token_hex(4)  # other runs may use the same server
         self._name: str | None = None
         self.updates, self.policy_step = updates, 0
 
@@ -53,9 +52,9 @@ class ServedStudent:
     def sample(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str, *, fresh: bool = False
     ) -> list[list[Rollout]]:
-        """Rollouts from the served weights, which are brought up to date first when that is due or ``fresh`` asks.
+        """Rollouts from the served weights, which are updated first when that is due or if ``fresh``.
 
-        While the student's own weights are served, the server's log-probabilities are held against the student's.
+        While the student's current weights are served, the server's log-probabilities are compared with the student's.
 
         Raises:
             UserError: The server cannot load the adapter, the weights are too stale, or see
@@ -66,7 +65,7 @@ class ServedStudent:
             self._send()
         if self.staleness > self._config.max_staleness:
             raise UserError(
-                f"the served weights lie {self.staleness} steps behind, more than --max-staleness "
+                f"the served weights are {self.staleness} steps behind, more than --max-staleness "
                 f"{self._config.max_staleness} allows"
             )
         if self.staleness:
@@ -74,7 +73,7 @@ class ServedStudent:
         return list(self._server.sample(prompts, sampling, salt=salt, model=self._name, compare=not self.staleness))
 
     def record(self) -> dict[str, int]:
-        """What the metrics of a step say of the weights behind its rollouts."""
+        """The metrics of the weights that the rollouts of a step came from."""
         return {"policy_step": self.policy_step, "staleness": self.staleness}
 
     def close(self) -> None:
@@ -87,7 +86,7 @@ class ServedStudent:
 
     def _send(self) -> None:
         before, name = self._name, f"neurosig-{self._run}-step{self.updates}"
-        if before is None and self._config.adapter_dir is None:  # what a killed run left
+        if before is None and self._config.adapter_dir is None:  # left by a killed run
             shutil.rmtree(self._folder, ignore_errors=True)
         path = write_adapter(self._adapter, self._folder, name)
         try:
@@ -105,13 +104,13 @@ class ServedStudent:
     def _forget(self, name: str) -> None:
         try:
             self._server.unload_adapter(name)
-        except UserError as error:  # a server that was started anew has forgotten it already
+        except UserError as error:  # a restarted server no longer has it
             logger.warning("%s", error)
         shutil.rmtree(self._folder / name, ignore_errors=True)
 
 
 def write_adapter(adapter: PeftModel, folder: Path, name: str) -> Path:
-    """Write a PEFT adapter to ``folder / name``, which appears whole; returns its path."""
+    """Write a PEFT adapter to ``folder / name`` atomically; returns its path."""
     aside, target = folder / f".{name}", folder / name
     for leftover in (aside, target):
         shutil.rmtree(leftover, ignore_errors=True)

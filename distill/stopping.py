@@ -1,33 +1,75 @@
-"""Signs that training collapses: answers that grow or shrink, sharpen or repeat themselves.
+"""When training stops early: it collapses, or maj@K on a development split falls.
 
-Source: the stop rules of public on-policy distillation recipes; the thresholds are a reconstruction.
+Collapse means answers that grow or shrink, sharpen or repeat themselves. Source: the stop rules of public on-policy
+distillation recipes; the thresholds are a reconstruction. The development split is the one place where training reads
+gold answers, only with ``--dev-questions``, and only to stop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distill.tasks import prompt_builder
+from neurosig.questions.answers import AnswerFormat, extract_answer, right_winners
+from neurosig.questions.load import load_questions
+from neurosig.questions.vote import majority_vote
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
+from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.rollouts import Rollout
+from neurosig.sampling.sampler import Prompt
+from neurosig.statistics.metrics import maj_at_k, paired_mean_interval
+
+if TYPE_CHECKING:
+    from distill.config import TrainConfig
+    from neurosig.manifest import Header
+    from neurosig.models.load import LoadedModel
+    from neurosig.questions.load import Question
+    from neurosig.runtime.cli import PhaseTimer
+
+logger = logging.getLogger(__name__)
 
 LENGTH_RATIO = 1.5
 ENTROPY_RATIO = 0.5
 DISTINCT_RATIO = 0.5
+DEVELOPMENT = "development.jsonl"
+Draw = Callable[[Sequence[Prompt], SamplingConfig, str], Sequence[Sequence[Rollout]]]
 
 
-def distinct_3(completions: Sequence[Sequence[int]]) -> float:
-    """Distinct token trigrams over all trigrams of a step's completions, each counted by itself; 1 without any."""
-    trigrams = [list(zip(ids, ids[1:], ids[2:], strict=False)) for ids in completions]
-    total = sum(map(len, trigrams))
-    return sum(len(set(own)) for own in trigrams) / total if total else 1.0
+def stop_reason(
+    config: TrainConfig, step: int, history: Sequence[Mapping[str, float | int]], development: Development | None
+) -> tuple[str, int] | None:
+    """Why to stop after ``step`` and the last step whose weights are good; ``None`` to go on.
+
+    Args:
+        config: Which rules apply, and when the run is saved.
+        step: Steps done.
+        history: The metrics of each.
+        development: The development split, measured here whenever the run is saved.
+    """
+    reason = collapse(history, config.collapse_window) if config.stop_on_collapse else None
+    good = step - config.collapse_window
+    if development is not None and config.saves_after(step):
+        development.measure(step)
+        if reason is None:
+            reason, good = development.fallen, step - 1
+    return None if reason is None else (reason, good)
 
 
 def collapse(metrics: Sequence[Mapping[str, float | int]], window: int) -> str | None:
     """Why the last ``window`` steps count as collapsed against the first; ``None`` when they do not.
 
-    Steps differ in their questions, so means over windows are compared, and nothing is said before two windows of
-    steps are done.
+    Steps differ in their questions, so means over windows are compared, from the time two windows are complete.
 
     Args:
         metrics: ``mean_length``, ``student_entropy`` and ``distinct_3`` of every step so far.
-        window: Steps a mean is taken over.
+        window: Steps per mean.
     """
     if len(metrics) < 2 * window:
         return None
@@ -39,11 +81,88 @@ def collapse(metrics: Sequence[Mapping[str, float | int]], window: int) -> str |
     start, now = means("mean_length")
     if not start / LENGTH_RATIO <= now <= start * LENGTH_RATIO:
         return f"the mean length went from {start:.1f} to {now:.1f} tokens"
-    for name, ratio, said in (
+    for name, ratio, message in (
         ("student_entropy", ENTROPY_RATIO, "the student's entropy fell from {:.3f} to {:.3f} nats"),
         ("distinct_3", DISTINCT_RATIO, "the share of distinct trigrams fell from {:.2f} to {:.2f}"),
     ):
         start, now = means(name)
         if now < ratio * start:
-            return said.format(start, now)
+            return message.format(start, now)
     return None
+
+
+class Development:
+    """Majority accuracy on each development question, before training and at every save since.
+
+    ``draw`` samples prompts from the student as it is now; only the ``main`` process writes the measurements.
+
+    Raises:
+        UserError: A question has no gold answer.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        sampling: SamplingConfig,
+        header: Header,
+        loaded: LoadedModel,
+        draw: Draw,
+        timer: PhaseTimer,
+        main: bool,
+    ):
+        assert config.dev_questions is not None
+        self._questions = load_questions(config.dev_questions, split="dev", limit=config.dev_limit)
+        for question in self._questions:
+            if question.answer is None:
+                raise UserError(f'--dev-questions {config.dev_questions}: question "{question.id}" has no answer')
+        builder = prompt_builder(header, loaded)
+        self._prompts = [Prompt(question.id, builder.student(question)) for question in self._questions]
+        self._sampling = replace(sampling, num_generations=config.dev_generations)
+        self._draw, self._timer, self._main = draw, timer, main
+        self._format = header.options["answer_format"]
+        self._path = config.out / DEVELOPMENT
+        self._measured: list[dict[str, Any]] = []
+
+    def reopen(self, done: int) -> None:
+        """Read the measurements of an interrupted run of ``done`` steps, or make the first.
+
+        Raises:
+            UserError: They are lost.
+        """
+        if not done:
+            self.measure(0)
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        self._measured = [entry for entry in map(json.loads, lines) if entry["step"] <= done]
+        if not self._measured:
+            raise UserError(f"{self._path}: no measurement before step {done}; use --overwrite")
+
+    def measure(self, step: int) -> None:
+        """Sample, vote, compare with the gold answers, and write the result."""
+        with self._timer.phase("development"):
+            drawn = self._draw(self._prompts, self._sampling, "development")
+        groups = {group[0].question_id: group for group in drawn}
+        right = [_majority_is_right(question, groups[question.id], self._format) for question in self._questions]
+        self._measured.append({"step": step, "maj_at_k": float(np.mean(right)), "by_question": right})
+        if self._main:
+            write_atomic(self._path, "".join(json.dumps(entry) + "\n" for entry in self._measured))
+        logger.info(
+            "step %d: maj@%d %.3f on the development split", step, self._sampling.num_generations, np.mean(right)
+        )
+
+    @property
+    def fallen(self) -> str | None:
+        """Why the newest measurement is below the first, judged by the 95% interval of their paired difference."""
+        first, last = self._measured[0], self._measured[-1]
+        change = paired_mean_interval(np.array(last["by_question"]), np.array(first["by_question"]), seed=0)
+        if change.high >= 0:
+            return None
+        return (
+            f"maj@{self._sampling.num_generations} on {len(self._questions)} development questions fell from "
+            f"{first['maj_at_k']:.3f} to {last['maj_at_k']:.3f}"
+        )
+
+
+def _majority_is_right(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> float:
+    vote = majority_vote([extract_answer(rollout.text, question, answer_format) for rollout in group], question.id)
+    return float(maj_at_k(np.array([right_winners(vote, question)]), np.array([len(vote.tied)]))[0])

@@ -1,23 +1,28 @@
-"""The trainable model, and its weights as they act."""
+"""The trainable model, its effective weights, and the rollouts sampled from it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from distill.distributed import decoder_layers
+from distill.distributed import Ranks, decoder_layers
+from distill.served_student import ServedStudent
+from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.rollouts import Rollout
+from neurosig.sampling.sampler import Prompt, sample
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from distill.config import TrainConfig
+    from distill.tasks import Task
     from neurosig.models.load import LoadedModel
 
 
@@ -49,7 +54,7 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
 
 @torch.no_grad()
 def effective_weights(model: PreTrainedModel, adapter: PeftModel | None) -> dict[str, Tensor]:
-    """The trained weights as they act, by parameter name: ``W + scale * B A``, or the trained parameters themselves."""
+    """Effective weights by parameter name: ``W + scale * B A``, or the trained parameters themselves."""
     if adapter is None:
         return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     from peft.tuners.lora import Linear
@@ -63,7 +68,7 @@ def effective_weights(model: PreTrainedModel, adapter: PeftModel | None) -> dict
 
 @contextlib.contextmanager
 def in_place(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """These weights stand in for the model's own, which are put back, not computed back."""
+    """Replace the model's weights in the block; afterwards its own are put back, not recomputed."""
     replaced = [(model.get_parameter(name), tensor) for name, tensor in weights.items()]
     own = [parameter.data for parameter, _ in replaced]
     try:
@@ -77,7 +82,7 @@ def in_place(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[
 
 @contextlib.contextmanager
 def merged(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[None]:
-    """The student without its adapter's detour, for sampling: the same function (rounded to the weights' dtype)."""
+    """Sample with the adapter merged: the same function, rounded to the weights' dtype, but faster."""
     if adapter is None:
         yield
         return
@@ -87,7 +92,7 @@ def merged(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Flash attention gives way to sdpa: its kernels know no cache with room for tokens to come, as sampling has."""
+    """Use SDPA while sampling: flash-attention kernels do not support our preallocated KV cache."""
     own = str(model.config._attn_implementation)
     if not own.startswith("flash"):
         yield
@@ -100,20 +105,17 @@ def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 class TrainingForward:
-    """How the decoder's layers run in the student's forward pass; everywhere else they run as they are.
-
-    Made after sharding. Hooks of a layer run around what is done here.
+    """How the decoder's layers run in the student's forward pass, and only there; made after sharding.
 
     Args:
         model: The student.
-        gradient_checkpointing: Keep a layer's input only and compute the rest again in the backward pass. (Not by the
-            model's own switch, which needs train mode and so turns dropout on.)
+        gradient_checkpointing: Store a layer's input only and recompute the rest in the backward pass. (The model's own
+            switch needs train mode, which turns dropout on.)
         compile: Compile each layer.
 
     Attributes:
-        share_prompts: Whether `distill.completion_hidden.completion_hidden` may use a cache: a layer that runs twice
-        would fill
-            it twice, and one that is compiled would be compiled anew for each layer's place in it.
+        share_prompts: Whether `distill.completion_hidden.completion_hidden` may use a cache: a layer that is recomputed
+            would fill it twice, and a compiled one would be compiled for each layer's place in it.
     """
 
     def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False):
@@ -130,7 +132,7 @@ class TrainingForward:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """The layers run so in the block, and in the backward pass of what was computed there."""
+        """Apply it in the block, and in the backward pass of what was computed there."""
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             layer.forward = forward
         try:
@@ -138,3 +140,59 @@ class TrainingForward:
         finally:
             for layer in self._layers:
                 del layer.forward
+
+
+class StudentSampler:
+    """Samples rollouts from the student as it is now, here on all ranks or on a server from the main one.
+
+    ``done`` optimizer steps are behind the student.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        loaded: LoadedModel,
+        model: PreTrainedModel,
+        adapter: PeftModel | None,
+        ranks: Ranks,
+        done: int,
+    ):
+        self._loaded, self._model, self._adapter, self._ranks = loaded, model, adapter, ranks
+        self._batch_rows = config.batch_rows
+        server = config.server(loaded)
+        self._served = None if server is None or adapter is None else ServedStudent(config, server, adapter, done)
+
+    def rollouts(self, tasks: Iterable[Task], sampling: SamplingConfig, step: int) -> list[Rollout]:
+        """The rollouts of a training step, in the order of `draw`."""
+        prompts = [Prompt(task.id, task.student_prompt) for task in tasks]
+        return [rollout for group in self.draw(prompts, sampling, f"step{step}") for rollout in group]
+
+    def draw(self, prompts: Sequence[Prompt], sampling: SamplingConfig, salt: str) -> list[list[Rollout]]:
+        """The rollouts of each prompt, short prompts first, the same on every rank."""
+        if self._served is not None:
+            served = self._served
+            groups = self._ranks.on_main(lambda: served.sample(prompts, sampling, salt, fresh=salt == "development"))
+        else:
+            own, model = self._ranks.share(prompts), self._model
+            with (
+                self._ranks.whole(model),
+                self._ranks.together(),
+                merged(model, self._adapter),
+                sampling_attention(model),
+            ):
+                drawn = list(sample(self._loaded, own, sampling, batch_rows=self._batch_rows, salt=salt))
+            groups = [group for part in self._ranks.gather(drawn) for group in part]
+        by_id = {group[0].question_id: group for group in groups}
+        return [by_id[prompt.question_id] for prompt in sorted(prompts, key=lambda prompt: len(prompt.token_ids))]
+
+    def updated(self, step: int) -> dict[str, int]:
+        """Tell the server's sampler that the student made another update; the age of the weights last sampled from."""
+        if self._served is None:
+            return {}
+        record, self._served.updates = self._served.record(), step
+        return record
+
+    def close(self) -> None:
+        """Unload the adapter from the server."""
+        if self._served is not None and self._ranks.main:
+            self._served.close()

@@ -1,4 +1,4 @@
-"""What a manifest asks the trainer to do: one task a selected question, in a seeded order."""
+"""A manifest's tasks, one per selected question, in a seeded order, and the sampling they are answered with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import numpy as np
 
 from neurosig.manifest import Header, Manifest
 from neurosig.models.load import LoadedModel, load_model
+from neurosig.questions.answers import extract_answer
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.rollouts import Rollout
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig
@@ -26,8 +28,8 @@ logger = logging.getLogger(__name__)
 class Task:
     """A selected question: the prompts of student and teacher, and its rollouts' weight in the loss.
 
-    A replayed prompt is no question of the manifest: its teacher sees the same prompt and so holds the student to
-    the answers of the model it was.
+    A replayed prompt is not one of the manifest's questions: its teacher sees the same prompt, which keeps the student
+    close to the model before training.
     """
 
     id: str
@@ -38,7 +40,7 @@ class Task:
 
 
 def load_student(config: TrainConfig, manifest: Manifest, device: str | None) -> LoadedModel:
-    """The manifest's model, or the one that ``config`` names in its place, checked against the manifest.
+    """Load the manifest's model, or the one of ``--model``, and check it against the manifest.
 
     Raises:
         UserError: See `neurosig.models.load.load_model` and `check_model`.
@@ -55,10 +57,10 @@ def load_student(config: TrainConfig, manifest: Manifest, device: str | None) ->
 
 
 def check_model(header: Header, loaded: LoadedModel, *, allow_mismatch: bool) -> None:
-    """The model must be the one that made the manifest: same weights, tokenizer and chat template.
+    """Check that the model made the manifest: same weights, tokenizer and chat template.
 
     Raises:
-        UserError: It is another one and ``allow_mismatch`` is off (else a warning).
+        UserError: It did not, and ``allow_mismatch`` is off (else a warning).
     """
     info = loaded.info
     for what, made, here in (
@@ -81,8 +83,22 @@ def _short(digest: Mapping[str, str] | str | None) -> str:
     return str(next(iter(digest.values()), None) if isinstance(digest, Mapping) else digest)[:12]
 
 
+def training_tasks(config: TrainConfig, manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
+    """The manifest's tasks and those of ``--replay``.
+
+    Raises:
+        UserError: See `manifest_tasks` and `replay_tasks`.
+    """
+    tasks = manifest_tasks(manifest, loaded, max_new_tokens=max_new_tokens)
+    if config.replay is not None:
+        tasks += replay_tasks(
+            config.replay, manifest.header, loaded, weight=config.replay_weight, max_new_tokens=max_new_tokens
+        )
+    return tasks
+
+
 def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
-    """Prompts of every selected question; one that does not fit is an error now, never cut later.
+    """Prompts of every selected question; none is ever truncated.
 
     Raises:
         UserError: Nothing is selected, or a prompt and its completion exceed the model's positions.
@@ -106,7 +122,7 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
 
 
 def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: float, max_new_tokens: int) -> list[Task]:
-    """General prompts, without the manifest's instruction line, that the student is to go on answering as before.
+    """General prompts, without the manifest's instruction line, that the student should keep answering as before.
 
     Raises:
         UserError: The source cannot be read, or a prompt and its completion exceed the model's positions.
@@ -123,8 +139,15 @@ def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: fl
     return tasks
 
 
+def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
+    """How the student samples: as the manifest's rollouts were, unless an option says otherwise."""
+    options = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
+    changes = {name: value for name, value in options.items() if value is not None}
+    return manifest_sampling(manifest.header, num_generations=config.num_generations, seed=config.seed, **changes)
+
+
 def manifest_sampling(header: Header, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
-    """Sampling as the manifest's rollouts were drawn, with another K and seed; ``changes`` replaces its options."""
+    """The manifest's sampling options with another K and seed, and with ``changes``."""
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
     options = {name: header.options[name] for name in names} | changes
     return SamplingConfig(num_generations=num_generations, seed=seed, **options)
@@ -149,11 +172,44 @@ def _check_length(task: Task, loaded: LoadedModel, max_new_tokens: int) -> None:
             )
 
 
-def tasks_of_step(tasks: Sequence[Task], step: int, *, per_step: int, seed: int) -> list[Task]:
-    """Tasks of a step, by `questions_of_step`."""
-    return (
-        [tasks[index] for index in questions_of_step(len(tasks), step, per_step=per_step, seed=seed)] if tasks else []
-    )
+def check_majority_context(manifest: Manifest) -> None:
+    """Check that the teacher sees each question's own shortest majority rollout, as U-OPSD needs.
+
+    Raises:
+        UserError: The manifest has other contexts.
+    """
+    policy = manifest.header.options.get("context_policy")
+    if policy != "majority_solution":
+        raise UserError(
+            f"manifest {manifest.folder}: --method u-opsd shows each question its own majority solution, but the "
+            f"contexts are {policy}; export again with --context-policy majority_solution"
+        )
+
+
+def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, int]]:
+    """(question id, rollout id) of the rollouts whose answer is their question's pseudo-label.
+
+    Replayed prompts and rollouts without an answer never agree.
+    """
+    rows = {row.id: row for row in manifest.rows}
+    answer_format = manifest.header.options["answer_format"]
+    return {
+        (rollout.question_id, rollout.rollout_id)
+        for rollout in rollouts
+        if (row := rows.get(rollout.question_id)) is not None
+        and row.pseudo_label is not None
+        and extract_answer(rollout.text, row.as_question(), answer_format) == row.pseudo_label
+    }
+
+
+def tasks_of_step(config: TrainConfig, tasks: Sequence[Task], step: int) -> dict[str, Task]:
+    """Tasks of a step by id, by `questions_of_step`: the manifest's, then the replayed ones."""
+    chosen = {}
+    for replay, per_step in ((False, config.questions_per_step), (True, config.replay_per_step)):
+        pool = [task for task in tasks if task.replay == replay]
+        for index in questions_of_step(len(pool), step, per_step=per_step, seed=config.seed):
+            chosen[pool[index].id] = pool[index]
+    return chosen
 
 
 def questions_of_step(n: int, step: int, *, per_step: int, seed: int) -> list[int]:

@@ -1,8 +1,7 @@
-"""The teacher: the student's own model, seen from where no gradient flows.
+"""The teacher: the student's own model, without gradients.
 
 ``base`` is the model before training (the adapter switched off, or a frozen copy under full fine-tuning); ``live`` is
-the student as it stands; ``ema`` an average over its past. Whatever the teacher knows more than the student comes from
-its context alone.
+the student as it is now; ``ema`` an average over its past. The teacher's only advantage is its context.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ TeacherName = Literal["base", "live", "ema"]
 
 
 class Teacher:
-    """Gives the model whose distribution is learned from.
+    """Gives the model whose distribution is the target.
 
     Args:
         name: ``base``, ``live`` or ``ema``.
         model: The student's causal language model, adapter layers included.
         adapter: The peft wrapper around it, ``None`` under full fine-tuning.
-        ema_decay: What an average keeps of itself at each step.
+        ema_decay: Share of itself that the average keeps at each step.
 
     Attributes:
         average: Name -> fp32 average of an effective weight; empty but for ``ema``. Under LoRA these are the merged
@@ -53,13 +52,13 @@ class Teacher:
             }
 
     def shard(self, ranks: Ranks) -> None:
-        """Under FSDP2, split the frozen copy's weights as the student's."""
+        """Under FSDP2, shard the frozen copy like the student."""
         if self._copy is not None:
             ranks.shard(self._copy)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
-        """The teacher's model, without gradients; the student is as before when the block ends."""
+        """The teacher's model, without gradients, for the block; the student is left unchanged."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self.name != "live" and self._adapter is not None:
@@ -70,6 +69,6 @@ class Teacher:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the student as it stands now; call it after each optimizer step."""
+        """Move the average towards the student; call it after each optimizer step."""
         for name, tensor in effective_weights(self._model, self._adapter).items() if self.average else ():
             self.average[name].lerp_(tensor.float(), 1 - self._decay)

@@ -1,7 +1,7 @@
-"""What a model's own rollouts are worth without a label, and the rollouts that TRL's GRPO trains on.
+"""Rewards of a model's own rollouts without a label, and the rollouts that TRL's GRPO trains on.
 
 LMSI (arXiv 2210.11610) keeps the rollouts that give the majority's answer, TTRL (arXiv 2504.16084) rewards them,
-Intuitor (arXiv 2505.19590) rewards certainty; U-OPSD learns only where a rollout disagrees with the majority.
+Intuitor (arXiv 2505.19590) rewards certainty.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.completion_hidden import completion_hidden
-from distill.stopping import distinct_3
+from distill.completion_hidden import completion_hidden, head_logits
+from distill.metrics_log import rollout_metrics
 from distill.student import merged
 from neurosig.manifest import Manifest
 from neurosig.questions.answers import extract_answer
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 def vote_rewards(answers: Sequence[str | None], question_id: str) -> list[float]:
     """TTRL's reward of each rollout of one question: 1 if its answer is the majority's, else 0.
 
-    All answers must be there, wherever their rollouts are trained on: a vote over a part is another vote. A non-answer
-    never wins, so a group without any answer gets nothing.
+    The vote needs all answers, also those of rollouts that another process trains on. A non-answer never wins, so a
+    group without any answer gets no reward.
     """
     winner = majority_vote(answers, question_id).winner
     return [float(answer is not None and answer == winner) for answer in answers]
@@ -80,57 +80,22 @@ def self_certainty(
     """Intuitor's reward of each completion: the mean over its tokens of KL(U || p), in nats, at temperature 1.
 
     p is the distribution the token was drawn from, at the position *before* it; the public open-r1 port of Intuitor
-    reads the one after. The head is applied to ``chunk_tokens`` positions at a time. The sampler notes the same number
-    while it samples (`neurosig.sampling.rollouts.Rollout.mean_self_certainty`); this is what the model in training
-    says.
+    reads the one after. The sampler records the same number (`neurosig.sampling.rollouts.Rollout.mean_self_certainty`);
+    this one is of the model in training.
 
     Args:
-        model: Causal language model, as it stands.
+        model: Causal language model.
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
-        chunk_tokens: Positions whose logits exist at a time.
+        chunk_tokens: Positions whose logits are computed at once.
     """
     hidden = completion_hidden(model, prompts, completions)
-    head = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     divergences = []
     for part in hidden.split(chunk_tokens):
-        logits = head(part).float()
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+        logits = head_logits(model, part)
         divergences.append(logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[-1]))
     rows = torch.cat(divergences).split([len(ids) for ids in completions])
     return torch.stack([row.mean() for row in rows])
-
-
-def check_majority_context(manifest: Manifest) -> None:
-    """U-OPSD's teacher sees the question's own shortest majority rollout.
-
-    Raises:
-        UserError: The manifest shows it something else.
-    """
-    policy = manifest.header.options.get("context_policy")
-    if policy != "majority_solution":
-        raise UserError(
-            f"manifest {manifest.folder}: --method u-opsd shows each question its own majority solution, but the "
-            f"contexts here are {policy}; export again with --context-policy majority_solution"
-        )
-
-
-def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, int]]:
-    """(question id, rollout id) of the rollouts whose answer is their question's pseudo-label.
-
-    Rollouts of other questions (replayed prompts) and rollouts without an answer agree with nothing.
-    """
-    rows = {row.id: row for row in manifest.rows}
-    answer_format = manifest.header.options["answer_format"]
-    return {
-        (rollout.question_id, rollout.rollout_id)
-        for rollout in rollouts
-        if (row := rows.get(rollout.question_id)) is not None
-        and row.pseudo_label is not None
-        and extract_answer(rollout.text, row.as_question(), answer_format) == row.pseudo_label
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +108,8 @@ class _Scored:
 class Rollouts:
     """TRL's rollout function: our sampler, and the rewards.
 
-    Each process samples whole questions and rewards their rollouts, for which it holds every vote; then all processes
-    exchange them, and each trains on its share of the rows, which may be half a group.
+    Each process samples whole questions and rewards their rollouts, with all votes at hand; then all processes exchange
+    them, and each trains on its share of the rows, which may be half a group.
     """
 
     def __init__(
@@ -176,10 +141,10 @@ class Rollouts:
 
         Args:
             prompts: The question id of each row.
-            trainer: Says which step it is and which process this is.
+            trainer: Gives the step and the process.
 
         Returns:
-            What TRL asks for, with ``reward``, and in ``env_mask`` which completion tokens are learned.
+            TRL's fields, with ``reward``, and in ``env_mask`` which completion tokens are learned.
         """
         from accelerate.utils import gather_object
 
@@ -206,10 +171,10 @@ class Rollouts:
         }
 
     def _sample(self, names: Sequence[str], step: int) -> list[list[_Scored]]:
-        asked = [Prompt(name, self.prompts[name]) for name in names]
+        batch = [Prompt(name, self.prompts[name]) for name in names]
         with merged(self.model, self.adapter):
             groups = list(
-                sample(self.loaded, asked, self.sampling, batch_rows=self.config.batch_rows, salt=f"step{step}")
+                sample(self.loaded, batch, self.sampling, batch_rows=self.config.batch_rows, salt=f"step{step}")
             )
         self.timer.add_tokens("sample", sum(len(rollout.token_ids) for group in groups for rollout in group))
         scored = []
@@ -253,11 +218,3 @@ class Rollouts:
             "generated_tokens": sum(len(rollout.token_ids) for rollout in sampled),
             "teacher_tokens": read,
         }
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | int]:
-    return {
-        "mean_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
-        "distinct_3": distinct_3([rollout.token_ids for rollout in rollouts]),
-        "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
-    }

@@ -3,13 +3,13 @@
     python -m distill.train --method ttrl --manifest runs/demo/manifest --out runs/demo/ttrl --num-generations 8
 
 They share N-OPSD's questions and their order, its prompts, parser, sampler, seeds, adapter, optimizer (AdamW without
-weight decay, linear warm-up, then constant) and output files; each run's record counts the tokens it spent. Where an
-epoch ends inside a step, the next question in order takes the place of one already drawn, for TRL wants batches of one
-size. ``--questions-of all`` takes every question, as these papers do. A manifest's question weights are N-OPSD's.
+weight decay, linear warm-up, then constant) and output files; each run's record counts the tokens it spent. TRL needs
+batches of one size: where an epoch ends inside a step, a question already drawn is replaced by the next in order.
+``--questions-of all`` takes every question, as these papers do. Only N-OPSD uses a manifest's question weights.
 
 **LMSI** (arXiv 2210.11610): supervised fine-tuning (`trl.SFTTrainer`) on the manifest's rollouts that give the
 majority's answer: their exact token ids, the loss on the completion alone. A step takes as many of them as N-OPSD
-samples. The paper samples 32 paths at T=0.7 and trains 10,000 steps at 5e-5 with 32 paths a batch.
+samples. The paper samples 32 paths at T=0.7 and trains 10,000 steps at 5e-5 with 32 paths per batch.
 
 **TTRL** (arXiv 2504.16084): GRPO (`trl.GRPOTrainer`), reward 1 for the majority's answer. Of the paper's public scripts
 (verl, examples/ttrl): vote over 64 samples and train on the first 32 (``--vote-generations``), T=1, clip 0.2, mean over
@@ -20,22 +20,19 @@ with verl's default weight 0.001, learning rate 5e-7. They make several updates 
 KL weight 0.005, clip 0.2, learning rate 3e-6; the token mean is verl's default.
 
 As with N-OPSD, cut-off rollouts leave the loss unless ``--keep-truncated`` is given; they still vote and are rewarded.
-The stop rules, the teacher's and the divergence's options are N-OPSD's alone.
+Only N-OPSD has stop rules and options of teacher and divergence.
 
-TRL's own checkpoints hold pickles. Ours (`distill.checkpoints`) take their place, and a resumed run comes out to the
-same bytes: the order of the questions and every random number depend on the seed and the step alone.
+TRL's own checkpoints contain pickles, so `distill.checkpoints` writes them instead. A resumed run gives the same bytes:
+the order of the questions and every random number depend on the seed and the step alone.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import logging
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub.constants
 import torch
@@ -48,27 +45,26 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-from distill.baselines.rewards import Rollouts, consistent_rollouts, rollout_metrics
+from distill.baselines.rewards import Rollouts, consistent_rollouts
 from distill.checkpoints import load_newest, save_checkpoint
-from distill.config import TrainConfig, resume_key, sampling_config
-from distill.metrics_log import Report, trackers
+from distill.config import TrainConfig, resume_key
+from distill.distributed import Ranks
+from distill.metrics_log import MetricsLog, rollout_metrics
 from distill.output import write_final
 from distill.student import make_student
-from distill.tasks import load_student, prompt_builder, questions_of_step
+from distill.tasks import load_student, prompt_builder, questions_of_step, sampling_config
 from neurosig.manifest import Manifest, read_manifest
 from neurosig.models.load import LoadedModel
-from neurosig.runtime.cli import PhaseTimer, progress
+from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
-
-logger = logging.getLogger(__name__)
 
 KL_WEIGHT = {"ttrl": 0.001, "intuitor": 0.005}
 Metrics = dict[str, float | int]
 T = TypeVar("T")
 
 
-def train_baseline(config: TrainConfig, timer: PhaseTimer) -> None:
+def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     """Run LMSI, TTRL or Intuitor as ``config`` says; under a launcher, as one of its processes.
 
     Raises:
@@ -98,18 +94,14 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer) -> None:
     else:
         plan = plan_steps(config, list(prompts), config.questions_per_step)
         batches = Rollouts(config, manifest, loaded, model, adapter, sampling, prompts, plan, done, timer)
-    log, history = _metrics_file(config, done) if process.is_main_process else (None, [])
-    saver = _Saver(config, parameters, optimizer, key, batches, done, log, history)
     started = time.perf_counter()
-    with saver.bar, trackers(config, main=log is not None) as saver.report:
+    with MetricsLog(config, done, ranks) as log:
         if done < config.steps:
             trainer = _trainer(config, batches, loaded, optimizer, reference, done)
-            trainer.add_callback(saver)
+            trainer.add_callback(_Saver(config, parameters, optimizer, key, batches, done, log, ranks))
             trainer.train()
     timer.seconds["learn"] = time.perf_counter() - started - timer.seconds.get("sample", 0.0)
-    if log is not None:
-        log.close()
-        write_final(config, manifest, loaded, model, adapter, history, None)
+    write_final(config, manifest, loaded, model, adapter, log.history, None, ranks)
 
 
 def question_prompts(
@@ -138,7 +130,7 @@ def question_prompts(
 
 
 def plan_steps(config: TrainConfig, items: Sequence[T], per_step: int) -> list[list[T]]:
-    """What each step of the run trains on: seeded epochs over ``items``, a function of the step alone."""
+    """The items of each step: seeded epochs over ``items``, a function of the step alone."""
     return [
         [items[i] for i in batch_of_step(len(items), step, per_step=per_step, seed=config.seed)]
         for step in range(1, config.steps + 1)
@@ -310,7 +302,7 @@ class Consistent:
 
 
 class _Saver(TrainerCallback):
-    """Seeds each step, writes its metrics and the checkpoints."""
+    """Seeds each step, logs its metrics and writes the checkpoints."""
 
     _RENAMED: Mapping[str, str] = {
         "reward": "reward",
@@ -328,14 +320,11 @@ class _Saver(TrainerCallback):
         key: Mapping[str, Any],
         batches: Consistent | Rollouts,
         done: int,
-        log: TextIO | None,
-        history: list[Metrics],
+        log: MetricsLog,
+        ranks: Ranks,
     ):
         self.config, self.parameters, self.optimizer, self.key = config, parameters, optimizer, key
-        self.batches, self.done, self.log, self.history = batches, done, log, history
-        self.report: Report = lambda metrics: None
-        self.bar = progress(total=config.steps, desc=config.method, quiet=config.quiet or log is None)
-        self.bar.update(done)
+        self.batches, self.done, self.log, self.main = batches, done, log, ranks.main
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         torch.manual_seed(self.config.seed * 1_000_003 + self.done + state.global_step)  # TRL shuffles a step's rows
@@ -348,32 +337,7 @@ class _Saver(TrainerCallback):
         metrics: Metrics = {"step": step, **{name: logs[name] for name in ("learning_rate", "loss", "grad_norm")}}
         metrics |= {ours: logs[theirs] for theirs, ours in self._RENAMED.items() if theirs in logs}
         metrics |= self.batches.metrics(step)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                raise UserError(
-                    f"step {step}: {name} is {metrics[name]}; the last checkpoint is kept, lower --learning-rate and "
-                    "--resume from it"
-                )
-        if self.log is None:
-            return
-        if not metrics["tokens_in_loss"]:
-            logger.warning(
-                "step %d: no rollout is in the loss (%.0f%% ended by themselves); nothing was learned, raise "
-                "--max-new-tokens or give --keep-truncated", step, 100 * metrics["eos_rate"],
-            )  # fmt: skip
-        self.log.write(json.dumps(metrics) + "\n")
-        self.log.flush()
-        self.history.append(metrics)
-        self.report(metrics)
-        self.bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-        self.bar.update()
-        if step % self.config.save_steps == 0 or step == self.config.steps:
+        self.log.add(metrics)
+        if self.main and self.config.saves_after(step):
             folder = self.config.out / "checkpoints"
             save_checkpoint(folder, step, self.parameters, self.optimizer, self.key, keep=self.config.keep_checkpoints)
-
-
-def _metrics_file(config: TrainConfig, done: int) -> tuple[TextIO, list[Metrics]]:
-    from distill.train import METRICS, reopen_metrics
-
-    history = reopen_metrics(config.out / METRICS, done)
-    return (config.out / METRICS).open("a", encoding="utf-8"), history

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.train import METRICS as METRICS_FILE
+from distill.metrics_log import METRICS as METRICS_FILE
 from figures.grid.config import BASE, CONTROL
 from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from figures.grid.table_text import markdown

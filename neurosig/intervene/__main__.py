@@ -224,6 +224,7 @@ def _write_plan(
 ) -> None:
     """Everything that determines the cells; a resumed run must have the same."""
     from neurosig.runtime.files import write_atomic
+    from neurosig.runtime.provenance import check_same_run
 
     plan = {
         "manifest": manifest.header.content_sha256,
@@ -238,13 +239,7 @@ def _write_plan(
     }
     path = config.out / PLAN
     if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in {*plan, *earlier} if plan.get(name) != earlier.get(name))
-        if changed:
-            raise UserError(
-                f"{config.out}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; use the "
-                "same options or --overwrite"
-            )
+        check_same_run(config.out, json.loads(path.read_text(encoding="utf-8")), plan)
     write_atomic(path, json.dumps(plan) + "\n")
 
 

@@ -8,10 +8,12 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import neurosig
+from neurosig.runtime.errors import UserError
 
 LIBRARIES = (
     "torch",
@@ -56,6 +58,25 @@ def run_record() -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def check_same_run(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to resume a run that other options started.
+
+    Args:
+        folder: The run's folder.
+        found: Recorded options of the interrupted run, as JSON values.
+        wanted: Options of this run, as JSON values.
+
+    Raises:
+        UserError: Naming every key that differs.
+    """
+    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if names:
+        raise UserError(
+            f"{folder}: cannot resume, these differ from the interrupted run: {', '.join(names)}; use the same options "
+            "or --overwrite"
+        )
 
 
 def _version(distribution: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, write_atomic
+from neurosig.runtime.provenance import check_same_run
 
 FinishReason = Literal["stop", "length"]
 
@@ -80,12 +81,7 @@ class RolloutLog:
             groups = [[parse_rollout(fields) for fields in json.loads(line)] for line in lines[1:-1]]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{self.path}: damaged, so it cannot be resumed ({error}); use --overwrite") from error
-        changed = sorted(name for name in {*earlier, *self.key} if earlier.get(name) != self.key.get(name))
-        if changed:
-            raise UserError(
-                f"{self.path.parent}: cannot resume, these differ from the interrupted run: {', '.join(changed)}; "
-                "use the same options or --overwrite"
-            )
+        check_same_run(self.path.parent, earlier, self.key)
         self.groups = {group[0].question_id: group for group in groups}
         write_atomic(self.path, b"\n".join(lines[:-1]) + b"\n")
 

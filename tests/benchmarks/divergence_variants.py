@@ -20,9 +20,9 @@ TOKENS, VOCAB, D_MODEL, CHUNK = 1024, 49_152, 576, 256
 
 
 def ours(topk: int, student: Tensor, teacher: Tensor, head: Tensor) -> None:
-    from distill.losses import chunked_divergence
+    from distill.losses import Divergence, chunked_divergence
 
-    chunked_divergence(student, teacher, head, head, topk=topk, weights=torch.ones(TOKENS)).loss.backward()
+    chunked_divergence(student, teacher, head, head, Divergence(topk=topk), weights=torch.ones(TOKENS)).loss.backward()
 
 
 def trl_full(student: Tensor, teacher: Tensor, head: Tensor) -> None:

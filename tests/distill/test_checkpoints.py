@@ -18,8 +18,8 @@ import distill.step
 from distill.checkpoints import AVERAGES, OPTIMIZER, STATE, WEIGHTS, load_newest, save_checkpoint
 from distill.train import main
 from neurosig.runtime.errors import UserError
-from tests.distill.test_train import train, train_config
 from tests.support.flow import make_manifest
+from tests.support.runs import train, train_config
 
 KEY = {"learning_rate": 0.1, "sampling": {"seed": 0}, "shape": (1, 2)}
 Run = tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]

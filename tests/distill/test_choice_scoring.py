@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import distill.choice_scoring
-from distill.choice_scoring import choice_row, completions, score_choices, summarise_choices
+from distill.choice_scoring import completions, score_choices
 from distill.evaluate import main
+from distill.results import choice_row, summarise_choices
 from figures.grid.rows import Run, evaluation_rows
 from neurosig.models.load import LoadedModel, ModelInfo
 from neurosig.questions.load import Question
@@ -26,8 +27,8 @@ from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt
 from neurosig.verify.__main__ import VerifyConfig
 from neurosig.verify.__main__ import main as verify
-from tests.distill.test_evaluate import evaluate_config
 from tests.support.flow import WORDS
+from tests.support.runs import evaluate_config, write_choices
 from tests.support.tiny import ARCHS, Arch, OtherArch, tiny_model, tiny_tokenizer
 
 INFO = ModelInfo("tiny", None, {}, "", "", None, "float32", "sdpa")
@@ -36,18 +37,6 @@ QUESTIONS = [
     Question("long", "d", "Which of these many colours is the nicest?", ("red", "navy blue", "<|im_end|>", "red ")),
     Question("other", "e", "Who?", tuple(WORDS)),
 ]
-
-
-def write_choices(path: Path, n: int = 8) -> Path:
-    records = [
-        {
-            **{"id": f"q{index}", "domain": ("colour", "tone")[index % 2], "kind": f"k{index % 3}"},
-            **{"question": f"Which is like {word}?", "choices": list(WORDS[: 2 + index % 4]), "answer": "A"},
-        }
-        for index, word in enumerate(WORDS[:n])
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def scoring(tmp_path: Path, out: str = "eval", **changes: Any) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from distill.compare import ReportConfig, main
-from distill.evaluate import EvaluateConfig, _row, _write, summarise
+from distill.compare import CompareConfig, main
+from distill.evaluate import EvaluateConfig, _write
+from distill.results import sampled_row, summarise
 from neurosig.models.load import ModelInfo
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
@@ -47,7 +48,7 @@ def evaluation(out: Path, right_of: dict[str, list[int]], k: int = 4, **changes:
             asked = question(index, domain)
             questions.append(asked)
             groups[asked.id] = group(asked, ["Paris."] * right + ["Rome."] * (k - right))
-            rows.append(_row(asked, groups[asked.id], config(out)))
+            rows.append(sampled_row(asked, groups[asked.id], "auto"))
     (out / ".rollouts.log").touch()
     loaded: Any = Loaded()
     _write(config(out, **changes), loaded, None, questions, groups, rows, summarise(rows, seed=0))
@@ -56,10 +57,10 @@ def evaluation(out: Path, right_of: dict[str, list[int]], k: int = 4, **changes:
 
 def test_a_row_counts_ties_aliases_and_what_cannot_be_parsed(tmp_path: Path) -> None:
     asked = question(0)
-    row = _row(asked, group(asked, ["Paris.", "Lutetia.", "I'm sorry, I cannot.", "Rome."]), config(tmp_path))
+    row = sampled_row(asked, group(asked, ["Paris.", "Lutetia.", "I'm sorry, I cannot.", "Rome."]), "auto")
     assert (row["votes"], row["winners"], row["right_winners"]) == (1, 3, 2)
     assert (row["n_correct"], row["unparsed"], row["distinct"], row["k"]) == (2, 1, 3, 4)
-    silent = _row(asked, group(asked, [""] * 4), config(tmp_path))
+    silent = sampled_row(asked, group(asked, [""] * 4), "auto")
     assert (silent["votes"], silent["winners"], silent["winner"], silent["unparsed"]) == (0, 0, None, 4)
 
 
@@ -67,7 +68,7 @@ def test_a_summary_by_hand(tmp_path: Path) -> None:
     """Votes 4, 3, 2 (a tie), 0 of 4; right 4, 1, 2, 0."""
     asked = [question(index) for index in range(4)]
     answers = [["Paris."] * 4, ["Rome."] * 3 + ["Paris."], ["Paris."] * 2 + ["Rome."] * 2, [""] * 4]
-    rows = [_row(q, group(q, a), config(tmp_path)) for q, a in zip(asked, answers, strict=True)]
+    rows = [sampled_row(q, group(q, a), "auto") for q, a in zip(asked, answers, strict=True)]
     (summary,) = summarise(rows, seed=0).values()
     assert summary["avg_at_k"]["estimate"] == pytest.approx((1 + 0.25 + 0.5 + 0) / 4)
     assert summary["maj_at_k"]["estimate"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
@@ -82,7 +83,7 @@ def test_a_gain_that_excludes_zero_is_called_so(tmp_path: Path, capsys: pytest.C
     base = evaluation(tmp_path / "base", {"geography": [1, 2] * 20, "language": [2] * 10})
     trained = evaluation(tmp_path / "trained", {"geography": [3, 3] * 20, "language": [2] * 10})
     control = evaluation(tmp_path / "control", {"geography": [3, 3] * 20, "language": [1] * 10}, temperature=0.1)
-    main(ReportConfig(base=base, trained=trained, control=control, out=tmp_path / "report", resamples=500))
+    main(CompareConfig(base=base, trained=trained, control=control, out=tmp_path / "report", resamples=500))
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "report" / "table.md").read_text().strip()
     record = json.loads((tmp_path / "report" / "comparison.json").read_text())
@@ -100,7 +101,7 @@ def test_a_gain_that_excludes_zero_is_called_so(tmp_path: Path, capsys: pytest.C
 def test_a_change_that_may_be_nothing_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = evaluation(tmp_path / "base", {"geography": [1, 3] * 10})
     trained = evaluation(tmp_path / "trained", {"geography": [3, 1] * 10})
-    main(ReportConfig(base=base, trained=trained, out=tmp_path / "report", resamples=500))
+    main(CompareConfig(base=base, trained=trained, out=tmp_path / "report", resamples=500))
     assert "the interval includes zero" in capsys.readouterr().out
 
 
@@ -108,16 +109,16 @@ def test_evaluations_of_different_questions_are_not_compared(tmp_path: Path) -> 
     base = evaluation(tmp_path / "base", {"geography": [1, 2, 3]})
     trained = evaluation(tmp_path / "trained", {"geography": [1, 2]})
     with pytest.raises(UserError, match="not the questions of"):
-        main(ReportConfig(base=base, trained=trained, out=tmp_path / "report"))
+        main(CompareConfig(base=base, trained=trained, out=tmp_path / "report"))
     with pytest.raises(UserError, match="no finished evaluation"):
-        main(ReportConfig(base=base, trained=tmp_path / "nowhere", out=tmp_path / "report"))
+        main(CompareConfig(base=base, trained=tmp_path / "nowhere", out=tmp_path / "report"))
 
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
     """Base: 1 of 4 right (the majority wrong, confidence 3/4) on half of the questions, 4 of 4 on the other half."""
     base = evaluation(tmp_path / "base", {"geography": [1, 4] * 10})
     trained = evaluation(tmp_path / "trained", {"geography": [4, 4] * 10})
-    main(ReportConfig(base=base, trained=trained, out=tmp_path / "report", resamples=500))
+    main(CompareConfig(base=base, trained=trained, out=tmp_path / "report", resamples=500))
     lines = (tmp_path / "report" / "table.md").read_text().splitlines()
     assert lines[0] == "| scope | run | n | Avg@4 | change | maj@4 | change | ECE | change |"
     assert lines[2] == "| in-domain | base (T=0.8) | 20 | 0.625 |  | 0.500 |  | 0.375 |  |"
@@ -133,7 +134,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
 def test_a_loss_is_called_a_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = evaluation(tmp_path / "base", {"geography": [3, 4] * 10})
     trained = evaluation(tmp_path / "trained", {"geography": [1, 1] * 10})
-    main(ReportConfig(base=base, trained=trained, control=base, out=tmp_path / "report", resamples=500))
+    main(CompareConfig(base=base, trained=trained, control=base, out=tmp_path / "report", resamples=500))
     text = capsys.readouterr().out
     assert "training changes Avg@4 by -0.625 [" in text and "the interval excludes zero" in text
     assert text.count("(a loss)") == 2
@@ -143,22 +144,22 @@ def test_what_was_trained_on_decides_what_is_in_domain(tmp_path: Path) -> None:
     base = evaluation(tmp_path / "base", {"geography": [1, 2], "language": [2, 3], "chemistry": [1, 1]})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "train.json").write_text(json.dumps({"domains": ["chemistry", "language", "history"]}))
-    main(ReportConfig(base=base, trained=base, train=tmp_path / "run", out=tmp_path / "report", resamples=100))
+    main(CompareConfig(base=base, trained=base, train=tmp_path / "run", out=tmp_path / "report", resamples=100))
     record = json.loads((tmp_path / "report" / "comparison.json").read_text())
     assert record["domains"] == {"in-domain": ["language", "chemistry"], "cross-domain": ["geography"]}
     assert {(row["scope"], row["n"]) for row in record["rows"]} == {("in-domain", 4), ("cross-domain", 2)}
     (tmp_path / "run" / "train.json").write_text(json.dumps({"domains": ["history"]}))
     with pytest.raises(UserError, match=r"trained on history, but .* holds geography, language, chemistry"):
-        main(ReportConfig(base=base, trained=base, train=tmp_path / "run", out=tmp_path / "report"))
+        main(CompareConfig(base=base, trained=base, train=tmp_path / "run", out=tmp_path / "report"))
     with pytest.raises(UserError, match="no finished training run"):
-        main(ReportConfig(base=base, trained=base, train=tmp_path, out=tmp_path / "report"))
+        main(CompareConfig(base=base, trained=base, train=tmp_path, out=tmp_path / "report"))
 
 
 def test_different_numbers_of_samples_are_not_compared(tmp_path: Path) -> None:
     base = evaluation(tmp_path / "base", {"geography": [1, 2, 3]})
     trained = evaluation(tmp_path / "trained", {"geography": [1, 2, 3]}, k=8)
-    with pytest.raises(UserError, match=r"trained: K=8 samples a question, \S+base has 4; ECEs of different K"):
-        main(ReportConfig(base=base, trained=trained, out=tmp_path / "report"))
+    with pytest.raises(UserError, match=r"trained: K=8 samples per question, \S+base has 4; ECEs of different K"):
+        main(CompareConfig(base=base, trained=trained, out=tmp_path / "report"))
     assert not (tmp_path / "report").exists()
 
 
@@ -168,7 +169,7 @@ def test_an_evaluation_that_cannot_be_read_is_named(tmp_path: Path, name: str) -
     trained = evaluation(tmp_path / "trained", {"geography": [1, 2, 3]})
     (trained / name).write_bytes(b"{")
     with pytest.raises(UserError, match=r"trained: cannot be read \("):
-        main(ReportConfig(base=base, trained=trained, out=tmp_path / "report"))
+        main(CompareConfig(base=base, trained=trained, out=tmp_path / "report"))
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -217,17 +217,16 @@ def test_more_processes_than_questions_full_fine_tuning_and_a_development_split(
 
 def training_with_a_fault(arguments: list[str]) -> int:
     """The train command; the second rank's sampler finds a fault."""
-    import neurosig.sampling.sampler
     from neurosig.runtime.errors import UserError
 
-    sample = neurosig.sampling.sampler.sample
+    sample = distill.student.sample
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         if os.environ["RANK"] == "1":
             raise UserError("the second rank has a fault")
         return sample(*args, **kwargs)
 
-    neurosig.sampling.sampler.sample = faulty
+    distill.student.sample = faulty
     return run_training(arguments)
 
 

@@ -97,7 +97,7 @@ def test_points_of_one_question_are_resampled_together() -> None:
 def test_a_flat_gap_gives_a_flat_line() -> None:
     fit = gap_fit(np.zeros(6), np.arange(6.0), list("abcdef"))
     assert fit.slope.estimate == fit.r.estimate == 0 and fit.intercept == 2.5
-    with pytest.raises(UserError, match="one each a point"):
+    with pytest.raises(UserError, match="one per point"):
         gap_fit(np.zeros(2), np.zeros(2), ["a", "b", "c"])
     with pytest.raises(UserError, match="at least 2"):
         gap_fit(np.zeros(2), np.zeros(2), ["a", "a"])

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -12,21 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.config import TrainConfig
-from distill.evaluate import EvaluateConfig, _load, main
+from distill.evaluate import _load, main
 from distill.train import main as train
 from neurosig.runtime.errors import UserError
-from tests.support.flow import decoded_windows, killed_while_sampling, make_manifest, save_tiny, write_questions
-
-
-def evaluate_config(tmp_path: Path, out: str = "eval", **changes: Any) -> EvaluateConfig:
-    model, questions = tmp_path / "model", tmp_path / "questions.jsonl"
-    if not model.exists():
-        save_tiny(model)
-    if not questions.exists():
-        write_questions(questions)
-    defaults: dict[str, Any] = {"num_generations": 4, "max_new_tokens": 4, "quiet": True}
-    defaults |= {"questions": (str(questions),)}
-    return EvaluateConfig(model=str(model), out=tmp_path / out, **{**defaults, **changes})
+from tests.support.flow import decoded_windows, killed_while_sampling, make_manifest, write_questions
+from tests.support.runs import evaluate_config
 
 
 def test_results_are_written_question_by_question(tmp_path: Path) -> None:
@@ -88,7 +77,7 @@ def test_the_adapter_of_another_run_is_not_resumed_into(tmp_path: Path, monkeypa
     manifest = make_manifest(tmp_path)
     train(TrainConfig(manifest=manifest, out=tmp_path / "run", steps=1, keep_truncated=True, quiet=True))
     adapter = tmp_path / "run" / "adapter"
-    monkeypatch.setattr("distill.evaluate.summarise", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("distill.results.summarise", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main(evaluate_config(tmp_path, adapter=adapter))
     monkeypatch.undo()

@@ -13,11 +13,15 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.losses import chunked_divergence
+from distill.losses import Divergence, DivergenceOutput, chunked_divergence
 from neurosig.runtime.errors import UserError
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 CLIPS = ("none", "pointwise", "token")
+
+
+def divergence_of(*tensors, divergence="forward_kl", token_ids=None, weights=None, **options) -> DivergenceOutput:
+    return chunked_divergence(*tensors, Divergence(divergence, **options), token_ids=token_ids, weights=weights)
 
 
 def inputs(tokens=13, d_model=8, vocab=37, dtype=torch.float64, scale=1.5, seed=0) -> list[Tensor]:
@@ -89,7 +93,7 @@ def test_value_and_gradient_equal_dense_autograd(divergence, clip, softcap):
     expected = (weights * clipped).sum()
     expected_gradients = torch.autograd.grad(expected, [tensors[0], tensors[2]])
 
-    output = chunked_divergence(*tensors, **options, chunk_size=5, weights=weights)
+    output = divergence_of(*tensors, **options, chunk_size=5, weights=weights)
     gradients = torch.autograd.grad(output.loss, [tensors[0], tensors[2]])
 
     torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-10)
@@ -110,14 +114,14 @@ def test_topk_value_and_gradient_equal_dense_autograd(divergence, clip, tail):
     weights = torch.linspace(0, 2, len(tensors[0]), dtype=torch.float64)
     per_token, unclipped, value = dense(*tensors, **options)
     expected = torch.autograd.grad((weights * per_token).sum(), [tensors[0], tensors[2]])
-    output = chunked_divergence(*tensors, **options, weights=weights, chunk_size=4)
+    output = divergence_of(*tensors, **options, weights=weights, chunk_size=4)
     torch.testing.assert_close(output.per_token[1:], per_token[1:].detach())
     torch.testing.assert_close(output.unclipped[1:], unclipped[1:].detach())
     for gradient, reference in zip(torch.autograd.grad(output.loss, [tensors[0], tensors[2]]), expected, strict=True):
         torch.testing.assert_close(gradient, reference)
     if clip == "pointwise":
         torch.testing.assert_close(output.clip_fraction, (value[1:] > 0.03).double().mean())
-    full = chunked_divergence(*tensors, divergence=divergence, beta=0.3, temperature=1.3, softcap=2.0, weights=weights)
+    full = divergence_of(*tensors, divergence=divergence, beta=0.3, temperature=1.3, softcap=2.0, weights=weights)
     torch.testing.assert_close(output.student_entropy, full.student_entropy)
     if tail:  # coarser than the whole vocabulary, so never larger
         assert (output.unclipped <= full.unclipped + 1e-9).all()
@@ -126,8 +130,8 @@ def test_topk_value_and_gradient_equal_dense_autograd(divergence, clip, tail):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_topk_of_everything_is_the_whole_vocabulary(divergence):
     tensors = inputs()
-    full = chunked_divergence(*tensors, divergence=divergence)
-    every = chunked_divergence(*tensors, divergence=divergence, topk=37, tail=False)
+    full = divergence_of(*tensors, divergence=divergence)
+    every = divergence_of(*tensors, divergence=divergence, topk=37, tail=False)
     torch.testing.assert_close(every.per_token, full.per_token)
     for got, wanted in zip(
         torch.autograd.grad(every.loss, [tensors[0], tensors[2]]),
@@ -143,8 +147,8 @@ def test_sampled_tokens_estimate_the_reverse_kl():
     vocab = len(head)
     repeated = student.expand(vocab, -1), teacher.expand(vocab, -1), head, teacher_head
     s = torch.softmax(student @ head.T, dim=-1)[0].detach()
-    output = chunked_divergence(*repeated, divergence="sampled_token", token_ids=torch.arange(vocab), weights=s)
-    full = chunked_divergence(student, teacher, head, teacher_head, divergence="reverse_kl")
+    output = divergence_of(*repeated, divergence="sampled_token", token_ids=torch.arange(vocab), weights=s)
+    full = divergence_of(student, teacher, head, teacher_head, divergence="reverse_kl")
     torch.testing.assert_close(output.loss, full.loss)
     for got, wanted in zip(
         torch.autograd.grad(output.loss, [student, head]), torch.autograd.grad(full.loss, [student, head]), strict=True
@@ -157,7 +161,7 @@ def test_gradient_equals_finite_differences(divergence):
     hidden, teacher, head, teacher_head = inputs(tokens=3, vocab=7)
 
     def loss(hidden, head):
-        return chunked_divergence(hidden, teacher, head, teacher_head, divergence=divergence, chunk_size=2).loss
+        return divergence_of(hidden, teacher, head, teacher_head, divergence=divergence, chunk_size=2).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, head), atol=1e-7)
 
@@ -170,15 +174,13 @@ def test_two_entries_by_hand():
     forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     reverse = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
 
-    output = chunked_divergence(student, teacher, head, head)
+    output = divergence_of(student, teacher, head, head)
     assert output.loss.item() == pytest.approx(forward)
     assert output.student_entropy.item() == pytest.approx(math.log(2))
     assert output.teacher_entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
-    assert chunked_divergence(student, teacher, head, head, divergence="reverse_kl").loss.item() == pytest.approx(
-        reverse
-    )
+    assert divergence_of(student, teacher, head, head, divergence="reverse_kl").loss.item() == pytest.approx(reverse)
     # 0.75 ln 1.5 = 0.304 is cut to 0.05; 0.25 ln 0.5 = -0.173 stays: one of two entries, and a negative sum
-    clipped = chunked_divergence(student, teacher, head, head, clip="pointwise", clip_value=0.05)
+    clipped = divergence_of(student, teacher, head, head, clip="pointwise", clip_value=0.05)
     assert clipped.per_token.item() == pytest.approx(0.05 + 0.25 * math.log(0.5))
     assert clipped.unclipped.item() == pytest.approx(forward)
     assert clipped.clip_fraction.item() == 0.5
@@ -188,22 +190,22 @@ def test_two_entries_by_hand():
 def test_clip_lowers_the_loss_and_counts_what_it_cut(divergence):
     tensors = inputs()
     _, _, value = dense(*tensors, divergence=divergence)
-    full = chunked_divergence(*tensors, divergence=divergence)
-    clipped = chunked_divergence(*tensors, divergence=divergence, clip="pointwise", clip_value=0.01)
+    full = divergence_of(*tensors, divergence=divergence)
+    clipped = divergence_of(*tensors, divergence=divergence, clip="pointwise", clip_value=0.01)
     assert full.clip_fraction == 0
     assert clipped.clip_fraction.item() == pytest.approx((value > 0.01).double().mean().item())
     assert 0 < clipped.clip_fraction < 0.5
     assert clipped.loss < full.loss
     torch.testing.assert_close(clipped.unclipped, full.per_token, rtol=0, atol=1e-12)
-    high = chunked_divergence(*tensors, divergence=divergence, clip="pointwise", clip_value=100.0)
+    high = divergence_of(*tensors, divergence=divergence, clip="pointwise", clip_value=100.0)
     assert torch.equal(high.loss, full.loss)
 
 
 def test_jsd_tends_to_both_kls():
     tensors = inputs()
     for beta, end in ((1e-5, "forward_kl"), (1 - 1e-5, "reverse_kl")):
-        jsd = chunked_divergence(*tensors, divergence="jsd", beta=beta).loss / min(beta, 1 - beta)
-        torch.testing.assert_close(jsd, chunked_divergence(*tensors, divergence=end).loss, rtol=1e-3, atol=0)
+        jsd = divergence_of(*tensors, divergence="jsd", beta=beta).loss / min(beta, 1 - beta)
+        torch.testing.assert_close(jsd, divergence_of(*tensors, divergence=end).loss, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -211,7 +213,7 @@ def test_jsd_tends_to_both_kls():
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient_at_all(divergence, clip, dtype):
     hidden, _, head, _ = inputs(tokens=40, d_model=24, vocab=501, dtype=dtype)
-    output = chunked_divergence(
+    output = divergence_of(
         hidden,
         hidden.detach().clone(),
         head,
@@ -227,7 +229,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient_at_all(diver
 
 def test_jsd_of_equal_distributions_is_zero_to_rounding():
     hidden, _, head, _ = inputs(dtype=torch.float32)
-    output = chunked_divergence(hidden, hidden.detach(), head, head.detach(), divergence="jsd", beta=0.3)
+    output = divergence_of(hidden, hidden.detach(), head, head.detach(), divergence="jsd", beta=0.3)
     (gradient,) = torch.autograd.grad(output.loss, [hidden])
     assert abs(output.loss.item()) < 1e-5
     assert gradient.abs().max() < 1e-6
@@ -238,7 +240,7 @@ def test_chunk_size_changes_nothing_beyond_rounding(divergence):
     results = []
     for chunk_size in (1, 4, 13, 1000):
         tensors = inputs(dtype=torch.float32)
-        output = chunked_divergence(*tensors, divergence=divergence, clip="pointwise", chunk_size=chunk_size)
+        output = divergence_of(*tensors, divergence=divergence, clip="pointwise", chunk_size=chunk_size)
         output.loss.backward()
         results.append((output.loss.detach(), output.per_token, output.clip_fraction, tensors[0].grad, tensors[2].grad))
     for other in results[1:]:
@@ -255,7 +257,7 @@ def test_a_masked_token_contributes_exactly_nothing(divergence):
     poisoned[weights == 0] = math.nan
     poisoned_teacher[weights == 0] = math.inf
     poisoned.requires_grad_()
-    output = chunked_divergence(
+    output = divergence_of(
         poisoned,
         poisoned_teacher,
         head,
@@ -267,7 +269,7 @@ def test_a_masked_token_contributes_exactly_nothing(divergence):
     gradient, head_gradient = torch.autograd.grad(output.loss, [poisoned, head])
 
     kept = weights > 0
-    alone = chunked_divergence(hidden[kept], teacher[kept], head, teacher_head, divergence=divergence, clip="pointwise")
+    alone = divergence_of(hidden[kept], teacher[kept], head, teacher_head, divergence=divergence, clip="pointwise")
     expected, expected_head = torch.autograd.grad(alone.loss, [hidden, head])
     pairs = (output.loss, alone.loss), (output.clip_fraction, alone.clip_fraction)
     for value, reference in (*pairs, (gradient, expected), (head_gradient, expected_head)):
@@ -277,7 +279,7 @@ def test_a_masked_token_contributes_exactly_nothing(divergence):
 
 def test_nothing_but_masked_tokens_gives_a_zero_loss_with_a_gradient():
     hidden, *rest = inputs()
-    output = chunked_divergence(hidden, *rest, weights=torch.zeros(13, dtype=torch.float64), clip="pointwise")
+    output = divergence_of(hidden, *rest, weights=torch.zeros(13, dtype=torch.float64), clip="pointwise")
     output.loss.backward()
     assert output.loss.item() == output.clip_fraction.item() == 0
     assert torch.count_nonzero(hidden.grad) == 0
@@ -289,7 +291,7 @@ def test_extreme_logits_stay_finite(divergence, clip):
     head = torch.eye(6)
     student = torch.tensor([[1e4, -1e4, 0, 1, 2, 3], [0.0] * 6, [-1e4] * 5 + [1e4]]).requires_grad_()
     teacher = torch.tensor([[-1e4, 1e4, 0, 1, 2, 3], [1e4, 0, 0, 0, 0, -1e4], [1e4] + [-1e4] * 5])
-    output = chunked_divergence(student, teacher, head, head, divergence=divergence, clip=clip)
+    output = divergence_of(student, teacher, head, head, divergence=divergence, clip=clip)
     output.loss.backward()
     for tensor in (
         output.loss,
@@ -307,25 +309,23 @@ def test_extreme_logits_stay_finite(divergence, clip):
 def test_the_teacher_gets_no_gradient_even_where_it_shares_the_students_head():
     hidden, teacher, head, _ = inputs()
     teacher.requires_grad_()
-    shared = torch.autograd.grad(
-        chunked_divergence(hidden, teacher, head, head).loss, [head, teacher], allow_unused=True
-    )
-    apart = torch.autograd.grad(chunked_divergence(hidden, teacher, head, head.detach().clone()).loss, [head])
+    shared = torch.autograd.grad(divergence_of(hidden, teacher, head, head).loss, [head, teacher], allow_unused=True)
+    apart = torch.autograd.grad(divergence_of(hidden, teacher, head, head.detach().clone()).loss, [head])
     assert torch.equal(shared[0], apart[0])
     assert shared[1] is None
 
 
 def test_backward_scales_with_what_comes_from_above():
     hidden, *rest = inputs()
-    (once,) = torch.autograd.grad(chunked_divergence(hidden, *rest).loss, [hidden])
-    (thrice,) = torch.autograd.grad(3 * chunked_divergence(hidden, *rest).loss, [hidden])
+    (once,) = torch.autograd.grad(divergence_of(hidden, *rest).loss, [hidden])
+    (thrice,) = torch.autograd.grad(3 * divergence_of(hidden, *rest).loss, [hidden])
     torch.testing.assert_close(thrice, 3 * once)
 
 
 def test_bfloat16_hidden_states_are_reduced_in_float32():
     tensors = inputs(dtype=torch.bfloat16, vocab=400)
-    output = chunked_divergence(*tensors)
-    exact = chunked_divergence(*(tensor.detach().double() for tensor in tensors))
+    output = divergence_of(*tensors)
+    exact = divergence_of(*(tensor.detach().double() for tensor in tensors))
     assert output.loss.dtype == torch.float32
     torch.testing.assert_close(output.loss.double(), exact.loss, rtol=1e-5, atol=0)
     output.loss.backward()
@@ -351,7 +351,7 @@ class VocabularyRows(TorchDispatchMode):
 def test_no_tensor_holds_more_rows_of_logits_than_a_chunk(divergence):
     tensors = inputs(tokens=96, d_model=4, vocab=1000, dtype=torch.float32)
     with VocabularyRows(1000) as recorded:
-        chunked_divergence(*tensors, divergence=divergence, clip="pointwise", chunk_size=8).loss.backward()
+        divergence_of(*tensors, divergence=divergence, clip="pointwise", chunk_size=8).loss.backward()
     assert recorded.rows == 8
     with VocabularyRows(1000) as recorded:
         dense(*tensors, divergence=divergence)
@@ -361,7 +361,7 @@ def test_no_tensor_holds_more_rows_of_logits_than_a_chunk(divergence):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"divergence": "jsd", "beta": 0.0}, "forward_kl or reverse_kl"),
+        ({"divergence": "jsd", "beta": 0.0}, "its ends are forward_kl and reverse_kl"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"clip": "pointwise", "clip_value": -1.0}, "clip_value is -1.0"),
@@ -377,13 +377,13 @@ def test_no_tensor_holds_more_rows_of_logits_than_a_chunk(divergence):
 )
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(UserError, match=message):
-        chunked_divergence(*inputs(), **options)
+        divergence_of(*inputs(), **options)
 
 
 def test_unknown_names_and_tensors_that_do_not_fit_together_are_refused():
     for options in ({"divergence": "forward"}, {"clip": "tokens"}):
         with pytest.raises((UserError, TypeCheckError)):  # the type checks of the tests may come first
-            chunked_divergence(*inputs(), **options)
+            divergence_of(*inputs(), **options)
     hidden, teacher, head, teacher_head = inputs()
     for arguments in (
         (hidden, teacher[:5], head, teacher_head),
@@ -392,7 +392,7 @@ def test_unknown_names_and_tensors_that_do_not_fit_together_are_refused():
         (hidden, teacher, head.float(), teacher_head),
     ):
         with pytest.raises((UserError, TypeCheckError)):
-            chunked_divergence(*arguments)
+            divergence_of(*arguments)
 
 
 # TRL as an oracle
@@ -429,7 +429,7 @@ def test_value_and_gradient_equal_trl(trl, divergence, temperature):
         logits, teacher_logits.detach(), labels=labels, beta=beta, temperature=temperature
     )
     expected_gradients = torch.autograd.grad(expected, [hidden, head])
-    output = chunked_divergence(
+    output = divergence_of(
         *(hidden, teacher, head, teacher_head),
         **{"divergence": divergence, "beta": 0.3, "temperature": temperature, "chunk_size": 7},
         weights=kept / kept.sum(),
@@ -443,7 +443,7 @@ def test_value_and_gradient_equal_trl(trl, divergence, temperature):
 def test_per_token_values_equal_trl_self_distillation(trl, divergence):
     hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
     expected = trl.sdft_loss(hidden @ head.T, teacher @ teacher_head.T, distillation_alpha=TRL_BETA[divergence])
-    output = chunked_divergence(hidden, teacher, head, teacher_head, divergence=divergence, beta=0.3)
+    output = divergence_of(hidden, teacher, head, teacher_head, divergence=divergence, beta=0.3)
     torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
 
 
@@ -458,9 +458,7 @@ def test_topk_equals_trl_self_distillation(trl, divergence, tail):
         distillation_alpha=TRL_BETA[divergence],
         distillation_add_tail=tail,
     )
-    output = chunked_divergence(
-        *(hidden, teacher, head, teacher_head), divergence=divergence, beta=0.3, topk=20, tail=tail
-    )
+    output = divergence_of(*(hidden, teacher, head, teacher_head), divergence=divergence, beta=0.3, topk=20, tail=tail)
     torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
     expected_gradients = torch.autograd.grad(expected.sum(), [hidden, head])
     for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
@@ -472,7 +470,7 @@ def test_sampled_token_gradient_equals_trl_self_distillation(trl):
     hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
     ids = torch.arange(10) * 29
     expected = trl.sdft_sampled(hidden @ head.T, (teacher @ teacher_head.T).detach(), ids, distillation_alpha=1.0)
-    output = chunked_divergence(
+    output = divergence_of(
         *(hidden, teacher, head, teacher_head), divergence="sampled_token", token_ids=ids, chunk_size=3
     )
     expected_gradients = torch.autograd.grad(expected.sum(), [hidden, head])
@@ -490,7 +488,7 @@ def test_pointwise_clip_equals_clamping_the_entries_of_kl_div():
     )
     expected = entries.clamp(max=0.05).sum()
     expected_gradients = torch.autograd.grad(expected, [hidden, head])
-    output = chunked_divergence(hidden, teacher, head, teacher_head, clip="pointwise", clip_value=0.05)
+    output = divergence_of(hidden, teacher, head, teacher_head, clip="pointwise", clip_value=0.05)
     torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-5)
     for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
         assert (gradient - reference).norm() < 1e-4 * reference.norm()

@@ -1,4 +1,4 @@
-"""The stop rules by hand, and a run that they stop."""
+"""The stop rules by hand, and runs that they stop: a collapsed one, and one whose development split falls."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import distill.step
+import distill.metrics_log
 from distill.config import TrainConfig
-from distill.stopping import collapse, distinct_3
+from distill.metrics_log import distinct_3
+from distill.stopping import Development, collapse
 from distill.train import main
+from neurosig.models.load import load_model
+from neurosig.questions.answers import extract_answer
+from neurosig.questions.load import Question
+from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
-from tests.support.flow import make_manifest
+from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.sampler import Prompt, sample
+from tests.support.flow import WORDS, make_manifest
 
 
 def test_distinct_trigrams_by_hand() -> None:
@@ -59,7 +66,7 @@ def run(tmp_path: Path, out: str, **changes: Any) -> dict[str, Any]:
 def test_a_collapsed_run_stops_and_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trigrams are made to look repeated from step 4 on: the windows of steps 1-2 and 4-5 differ first."""
     seen: list[int] = []
-    monkeypatch.setattr(distill.step, "distinct_3", lambda ids: 0.9 if seen.append(1) or len(seen) < 4 else 0.1)
+    monkeypatch.setattr(distill.metrics_log, "distinct_3", lambda ids: 0.9 if seen.append(1) or len(seen) < 4 else 0.1)
     record = run(tmp_path, "stopped")
     assert record["stopped"] == {
         "step": 5,
@@ -85,3 +92,87 @@ def test_a_healthy_run_is_left_alone(tmp_path: Path) -> None:
     record = run(tmp_path, "healthy", learning_rate=1e-5)
     assert record["stopped"] is None and record["last"]["step"] == 8
     assert 0 < record["last"]["distinct_3"] <= 1
+
+
+# the development split: measured before training and at every save
+
+INSTRUCTION = "Answer in one short sentence."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest, and dev.jsonl: questions whose gold answer is what the untrained model says, sampling greedily."""
+    folder = tmp_path_factory.mktemp("development")
+    make_manifest(folder)
+    loaded = load_model(folder / "model")
+    builder = PromptBuilder(loaded.tokenizer, PromptConfig(None, INSTRUCTION, "", None))
+    questions = [Question(id=f"d{i}", domain="dev", question=f"What is {word}?") for i, word in enumerate(WORDS)]
+    prompts = [Prompt(question.id, builder.student(question)) for question in questions]
+    said = {
+        group[0].question_id: group[0].text
+        for group in sample(loaded, prompts, SamplingConfig(num_generations=1, temperature=0.0, max_new_tokens=4))
+    }
+    answers = {question: extract_answer(said[question.id], question) for question in questions}
+    records = [{"id": q.id, "question": q.question, "answer": answer} for q, answer in answers.items() if answer]
+    assert len(records) >= 4
+    (folder / "dev.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def run_watched(folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {"steps": 6, "questions_per_step": 3, "lora_r": 4, "learning_rate": 5e-4}
+    options |= {"warmup_steps": 0, "keep_truncated": True, "save_steps": 1, "quiet": True, "temperature": 0.0}
+    options |= {"dev_questions": str(folder / "dev.jsonl"), "dev_generations": 1, "stop_on_collapse": False}
+    main(TrainConfig(manifest=folder / "manifest", out=out, **{**options, **changes}))
+    return json.loads((out / "train.json").read_text())
+
+
+def measured(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "development.jsonl").read_text().splitlines()]
+
+
+def test_a_falling_majority_stops_the_run(folder: Path, tmp_path: Path) -> None:
+    stopped = run_watched(folder, tmp_path / "run", steps=20)["stopped"]
+    values = measured(tmp_path / "run")
+    assert values[0]["step"] == 0 and values[0]["maj_at_k"] == 1.0
+    assert values[-1]["step"] == stopped["step"] > 1
+    assert stopped["weights_of_step"] == stopped["step"] - 1
+    n, now = len(values[0]["by_question"]), values[-1]["maj_at_k"]
+    assert stopped["reason"] == f"maj@1 on {n} development questions fell from 1.000 to {now:.3f}"
+
+
+def test_a_run_that_holds_its_majority_goes_on(folder: Path, tmp_path: Path) -> None:
+    assert run_watched(folder, tmp_path / "run", learning_rate=1e-9, steps=3, save_steps=2)["stopped"] is None
+    assert [(entry["step"], entry["maj_at_k"]) for entry in measured(tmp_path / "run")] == [
+        (0, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+    ]
+
+
+def test_a_killed_run_measures_again_and_stops_at_the_same_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_watched(folder, tmp_path / "whole", steps=20)["stopped"]
+    measure = Development.measure
+
+    def killed(self: Development, step: int) -> None:
+        measure(self, step)
+        if step == whole["step"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Development, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_watched(folder, tmp_path / "killed", steps=20)
+    monkeypatch.undo()
+    assert run_watched(folder, tmp_path / "killed", steps=20, resume=True)["stopped"] == whole
+    assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
+    for file in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_questions_without_gold_answers_are_refused(folder: Path, tmp_path: Path) -> None:
+    unlabelled = tmp_path / "unlabelled.jsonl"
+    unlabelled.write_text('{"id": "x", "question": "Why?"}\n{"id": "y", "question": "Who?"}\n')
+    with pytest.raises(UserError, match='question "x" has no answer'):
+        run_watched(folder, tmp_path / "run", dev_questions=str(unlabelled))

@@ -23,8 +23,8 @@ from distill.teacher import Teacher
 from distill.train import main
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
-from tests.distill.test_train import train, train_config
 from tests.support.flow import make_manifest
+from tests.support.runs import train, train_config
 from tests.support.tiny import ALL_ARCHS, Arch, OtherArch, tiny_model
 
 PAIRS = [

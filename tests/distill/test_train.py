@@ -25,7 +25,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import interrupted_at, make_manifest, save_tiny
-from tests.support.processes import TRAIN
+from tests.support.runs import train, train_config
 from tests.support.tiny import ARCHS, Arch, tiny_model
 
 FIELDS = {
@@ -38,16 +38,6 @@ FIELDS = {
     "grad_norm",
     "clip_fraction",
 }
-
-
-def train_config(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> TrainConfig:
-    return TrainConfig(manifest=manifest, out=tmp_path / out, **{**TRAIN, "quiet": True, **changes})
-
-
-def train(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> tuple[list[dict[str, float]], bytes]:
-    main(train_config(tmp_path, manifest, out, **changes))
-    metrics = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-    return metrics, (tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +156,7 @@ def test_a_step_without_a_finished_rollout_is_told(
     with caplog.at_level(logging.WARNING):
         metrics, _ = train(tmp_path, manifest, steps=1, skip_first=50)
     assert (metrics[0]["loss"], metrics[0]["grad_norm"], metrics[0]["rollouts_in_loss"]) == (0, 0, 0)
-    assert "step 1: no rollout is in the loss" in caplog.text
+    assert "step 1: every rollout was masked (0% finished with EOS)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -284,7 +274,7 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(
         ({"loss_temperature": 0.0}, "--loss-temperature: expected a number above 0, got 0.0"),
         ({"clip_value": -1.0}, "--clip-value: expected a number above 0, got -1.0"),
         ({"divergence": "jsd", "beta": 1.0}, "--beta: expected strictly between 0 and 1, got 1.0"),
-        ({"divergence": "sampled_token", "topk": 5}, "--divergence sampled_token looks at one entry a token"),
+        ({"divergence": "sampled_token", "topk": 5}, "--divergence sampled_token scores one entry per token"),
         ({"topk": -1}, "--topk: expected at least 0, got -1"),
         ({"teacher": "ema", "ema_decay": 1.0}, "--ema-decay: expected 0 to below 1, got 1.0"),
         ({"max_new_tokens": 0}, "max-new-tokens: expected at least 1, got 0"),

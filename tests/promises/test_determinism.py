@@ -123,7 +123,7 @@ def test_nothing_contacts_the_network(world: Path, monkeypatch: pytest.MonkeyPat
     for out, adapter in (("offline-base", None), ("offline-eval", world / "offline-run" / "adapter")):
         distill.evaluate.main(evaluate_config(world, out, adapter=adapter))
     distill.compare.main(
-        distill.compare.ReportConfig(
+        distill.compare.CompareConfig(
             base=world / "offline-base", trained=world / "offline-eval", out=world / "offline-report", resamples=100
         )
     )

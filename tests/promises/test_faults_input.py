@@ -41,7 +41,7 @@ COMMANDS: Mapping[str, Command] = {
     "evaluate": Command(
         "distill.evaluate", "EvaluateConfig", {"--model": "{w}/model", "--questions": "{w}/questions.jsonl", **SAMPLING}
     ),
-    "compare": Command("distill.compare", "ReportConfig", {"--base": "{w}/base", "--trained": "{w}/trained"}),
+    "compare": Command("distill.compare", "CompareConfig", {"--base": "{w}/base", "--trained": "{w}/trained"}),
     "report": Command("neurosig.report", "ReportConfig", {"--run": "{w}/manifest", "--resamples": "100"}),
     "intervene": Command(
         "neurosig.intervene",
@@ -316,7 +316,7 @@ CASES = [
     Case("compare", "other texts under the same ids",
          r"trained: the ids are those of .*, but texts or gold answers of its questions are not",
          again("trained/summary.json", lambda data: data.replace(b'"questions_sha256": "', b'"questions_sha256": "0'))),
-    Case("compare", "another K", r"K=3 samples a question",
+    Case("compare", "another K", r"K=3 samples per question",
          table("trained/results.parquet", lambda rows: [row.update(k=3) for row in rows])),
     Case("compare", "a missing training run", r"--train \S+gone: no finished training run",
          options={"--train": "{w}/gone"}),

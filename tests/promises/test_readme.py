@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from neurosig.runtime.cli import parse_config
+from neurosig.runtime.arguments import parse_config
 from tests.benchmarks import memory
 from tests.support.commands import command_module
 from tests.support.paths import ROOT
@@ -24,7 +24,7 @@ CONFIGS = {
     "neurosig.verify": "VerifyConfig",
     "distill.train": "TrainConfig",
     "distill.evaluate": "EvaluateConfig",
-    "distill.compare": "ReportConfig",
+    "distill.compare": "CompareConfig",
     "figures.grid": "GridConfig",
 }
 

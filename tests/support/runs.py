@@ -8,13 +8,36 @@ from typing import Any
 
 from distill.config import TrainConfig
 from distill.evaluate import EvaluateConfig
+from distill.train import main
 from tests.support.flow import WORDS, save_tiny, write_questions
 from tests.support.processes import TRAIN
+
+BASELINE: dict[str, Any] = {"method": "ttrl", "steps": 2, "num_generations": 4}
 
 
 def train_config(folder: Path, manifest: Path, out: str = "run", **changes: Any) -> TrainConfig:
     """A quick training run into ``folder / out``."""
     return TrainConfig(manifest=manifest, out=folder / out, **{**TRAIN, "quiet": True, **changes})
+
+
+def train(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> tuple[list[dict[str, float]], bytes]:
+    """Metrics of each step, and the adapter's bytes."""
+    main(train_config(tmp_path, manifest, out, **changes))
+    return metrics_of(tmp_path / out), (tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def baseline_config(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> TrainConfig:
+    return train_config(tmp_path, manifest, out, **{**BASELINE, **changes})
+
+
+def train_baseline(tmp_path: Path, manifest: Path, out: str = "run", **changes: Any) -> list[dict[str, float]]:
+    """Metrics of each step."""
+    main(baseline_config(tmp_path, manifest, out, **changes))
+    return metrics_of(tmp_path / out)
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def evaluate_config(folder: Path, out: str = "eval", **changes: Any) -> EvaluateConfig:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from neurosig.models.load import LoadedModel
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, SamplingConfig, sample
+from neurosig.sampling.sampler import Prompt, sample
 from tests.support.tiny import VOCAB_SIZE
 
 

@@ -310,7 +310,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     return {
         "export": Job("export", export, folder / "export", exporting, "neurosig.sampling.rollouts:RolloutLog.append"),
         "train": Job(
-            "train", train, folder / "train", {"training": "distill.train:reopen_metrics"}, "distill.step:learn"
+            "train", train, folder / "train", {"training": "distill.metrics_log:reopen_metrics"}, "distill.step:learn"
         ),
         "evaluate": Job(
             "evaluate", evaluate, folder / "evaluate", {"evaluation": "distill.evaluate:_rollouts"},

@@ -21,7 +21,8 @@ from figures.grid.collect import control_temperature
 from figures.grid.config import PRESETS, GridConfig
 from figures.grid.evidence import EvidenceConfig
 from figures.grid.evidence import main as keep
-from neurosig.runtime.cli import command_words, parse_config
+from neurosig.runtime.arguments import parse_config
+from neurosig.runtime.cli import command_words
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder
 from tests.support.flow import save_tiny, write_questions

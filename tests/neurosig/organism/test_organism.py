@@ -23,7 +23,8 @@ from neurosig.questions.bundled.build import build
 from neurosig.questions.load import BUNDLED, Question, load_questions
 from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
 from neurosig.questions.vote import majority_vote
-from neurosig.runtime.cli import parse_config, run_command
+from neurosig.runtime.arguments import parse_config
+from neurosig.runtime.cli import run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file
 from neurosig.sampling.config import SamplingConfig

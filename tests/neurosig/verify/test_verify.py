@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for out, adapter in (("base", None), ("nopsd", folder / "nopsd" / "adapter")):
         distill.evaluate.main(evaluate_config(world, f"demo/eval/{out}", adapter=adapter))
     distill.compare.main(
-        distill.compare.ReportConfig(
+        distill.compare.CompareConfig(
             base=folder / "eval" / "base", trained=folder / "eval" / "nopsd", out=folder / "report", resamples=100
         )
     )

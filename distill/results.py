@@ -1,0 +1,163 @@
+"""Rows of an evaluation and their aggregates per domain, with 95% bootstrap intervals over questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, normalise, right_winners
+from neurosig.questions.vote import majority_vote
+from neurosig.statistics import metrics
+
+if TYPE_CHECKING:
+    from neurosig.questions.load import Question
+    from neurosig.sampling.rollouts import Rollout
+
+Row = Mapping[str, Any]
+ChoiceForm = Literal["letter", "text"]
+
+PARTS = 1000
+"""Confidences count in thousandths where `neurosig.statistics.metrics` bins them, as it bins votes."""
+
+
+def sampled_row(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> dict[str, Any]:
+    """One question's result: the answers of its K samples, their vote, and which of them are right."""
+    answers = [extract_answer(rollout.text, question, answer_format) for rollout in group]
+    vote = majority_vote(answers, question.id)
+    return {
+        "id": question.id,
+        "domain": question.domain,
+        "kind": question.kind,
+        "k": len(group),
+        "answers": answers,
+        "winner": vote.winner,
+        "votes": vote.count,
+        "winners": len(vote.tied),
+        "right_winners": right_winners(vote, question),
+        "n_correct": sum(is_correct(answer, question) for answer in answers),
+        "unparsed": sum(answer is None for answer in answers),
+        "distinct": len({answer for answer in answers if answer is not None}),
+        "truncated": sum(rollout.finish_reason == "length" for rollout in group),
+        "mean_length": sum(len(rollout.token_ids) for rollout in group) / len(group),
+        "mean_entropy": _mean([rollout.mean_entropy for rollout in group]),
+        "mean_logprob": _mean([rollout.mean_logprob for rollout in group]),
+    }
+
+
+def choice_row(question: Question, group: Sequence[Rollout], form: ChoiceForm) -> dict[str, Any]:
+    """One question's result: a score for each choice, the best of them, and whether it is right.
+
+    ``scores`` are in nats: sums over the tokens for ``letter``, means for ``text``.
+    """
+    scores = [(rollout.mean_logprob or 0.0) * (len(rollout.token_ids) if form == "letter" else 1) for rollout in group]
+    best = int(np.argmax(scores))
+    winner = normalise(ascii_uppercase[best])
+    return {
+        "id": question.id,
+        "domain": question.domain,
+        "kind": question.kind,
+        "choices": len(group),
+        "scores": scores,
+        "winner": winner,
+        "confidence": float(1 / np.exp(np.array(scores) - scores[best]).sum()),
+        "correct": int(is_correct(winner, question)),
+    }
+
+
+def summarise(rows: Sequence[Row], *, seed: int) -> dict[str, dict[str, Any]]:
+    """Aggregates of `sampled_row` by domain."""
+    return {domain: _summary(part, seed) for domain, part in _by_domain(rows).items()}
+
+
+def summarise_choices(rows: Sequence[Row], *, seed: int) -> dict[str, dict[str, Any]]:
+    """Aggregates of `choice_row` by domain; ``chance`` is the expected accuracy of guessing."""
+    return {domain: _choice_summary(part, seed) for domain, part in _by_domain(rows).items()}
+
+
+def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    k, n = rows[0]["k"], len(rows)
+    names = ("n_correct", "votes", "winners", "right_winners", "unparsed", "distinct", "truncated", "mean_length")
+    column = {name: np.array([row[name] for row in rows]) for name in names}
+    avg, votes = column["n_correct"] / k, column["votes"]
+    maj = metrics.maj_at_k(column["right_winners"], column["winners"])
+    return {
+        "n": n,
+        "k": k,
+        "avg_at_k": _mean_interval(avg, seed),
+        "maj_at_k": _mean_interval(maj, seed),
+        "pass_at_k": float(metrics.pass_at_k(k, column["n_correct"], k).mean()),
+        "ece": _ece_interval(votes, k, maj, seed),
+        "ece_floor": metrics.ece_floor(k, n, seed=seed),
+        "smooth_ece": metrics.smooth_ece(votes, k, maj),
+        "brier": metrics.brier(votes, k, maj),
+        "mean_confidence": float((votes / k).mean()),
+        "signed_gap": metrics.signed_gap(votes, k, maj),
+        "tie_rate": float((column["winners"] > 1).mean()),
+        "unparsed_rate": float(column["unparsed"].sum() / (n * k)),
+        "truncated_rate": float(column["truncated"].sum() / (n * k)),
+        "distinct_answers": float(column["distinct"].mean()),
+        "mean_length": float(column["mean_length"].mean()),
+        "mean_entropy": _mean([row["mean_entropy"] for row in rows]),
+        "by_kind": _by_kind(rows, avg_at_k=avg, maj_at_k=maj),
+    }
+
+
+def _choice_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
+    correct = np.array([float(row["correct"]) for row in rows])
+    confidence = np.array([row["confidence"] for row in rows])
+    parts = np.rint(confidence * PARTS).astype(np.int64)
+    return {
+        "n": len(rows),
+        "accuracy": _mean_interval(correct, seed),
+        "ece": _ece_interval(parts, PARTS, correct, seed),
+        "smooth_ece": metrics.smooth_ece(parts, PARTS, correct),
+        "brier": metrics.brier(parts, PARTS, correct),
+        "mean_confidence": float(confidence.mean()),
+        "signed_gap": float((confidence - correct).mean()),
+        "chance": float(np.mean([1 / row["choices"] for row in rows])),
+        "by_kind": _by_kind(rows, accuracy=correct),
+    }
+
+
+def _by_domain(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of each domain in id order, so that resamples repeat exactly."""
+    domains = dict.fromkeys(row["domain"] for row in rows)
+    return {d: sorted((row for row in rows if row["domain"] == d), key=lambda row: row["id"]) for d in domains}
+
+
+def _by_kind(rows: Sequence[Row], **columns: Float[np.ndarray, " questions"]) -> dict[str, dict[str, Any]]:
+    blocks = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] is not None):
+        mask = np.array([row["kind"] == kind for row in rows])
+        means = {name: float(values[mask].mean()) for name, values in columns.items()}
+        blocks[kind] = {"n": int(mask.sum()), **means}
+    return blocks
+
+
+def _mean_interval(values: Float[np.ndarray, " questions"], seed: int) -> dict[str, Any]:
+    """Mean and interval; a single question has no interval."""
+    if len(values) < 2:
+        return {"estimate": float(values[0]), "low": None, "high": None}
+    return asdict(metrics.paired_mean_interval(values, np.zeros(len(values)), seed=seed))
+
+
+def _ece_interval(
+    votes: Int[np.ndarray, " questions"], k: int, right: Float[np.ndarray, " questions"], seed: int
+) -> dict[str, Any]:
+    def ece(index: Any) -> float:
+        return metrics.ece(votes[index], k, right[index])
+
+    if len(votes) < 2:
+        return {"estimate": ece(slice(None)), "low": None, "high": None}
+    return asdict(metrics.bootstrap_interval(ece, len(votes), seed=seed, resamples=2000))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """``None`` when one is unknown: a server gives no entropies."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
