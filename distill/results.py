@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, normalise, right_winners
-from neurosig.questions.vote import majority_vote
+from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, normalise
+from neurosig.questions.vote import majority_vote, right_winners
 from neurosig.statistics import metrics
 
 if TYPE_CHECKING:

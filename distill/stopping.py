@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill.tasks import prompt_builder
-from neurosig.questions.answers import AnswerFormat, extract_answer, right_winners
+from neurosig.questions.answers import AnswerFormat, extract_answer
 from neurosig.questions.load import load_questions
-from neurosig.questions.vote import majority_vote
+from neurosig.questions.vote import majority_vote, right_winners
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.sampling.config import SamplingConfig

@@ -16,9 +16,9 @@ from einops import einsum
 from jaxtyping import Float
 
 from neurosig.intervene.interventions import NeuronSet
-from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, is_refusal, right_winners
+from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, is_refusal
 from neurosig.questions.load import Question
-from neurosig.questions.vote import majority_vote
+from neurosig.questions.vote import majority_vote, right_winners
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 from neurosig.statistics.resampling import resample_weights

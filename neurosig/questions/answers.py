@@ -86,15 +86,6 @@ def is_correct(answer: str | None, question: Question) -> bool:
     return answer is not None and answer in {normalise(gold) for gold in (question.answer, *question.aliases)}
 
 
-def right_winners(vote: Vote, question: Question) -> int:
-    """How many of the answers that tie for most votes are right. For evaluation only.
-
-    Raises:
-        ValueError: The question carries no gold answer.
-    """
-    return sum(is_correct(candidate, question) for candidate in vote.tied)
-
-
 def is_refusal(text: str) -> bool:
     """Whether a completion declines to answer.
 

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from neurosig.questions.answers import is_correct
+from neurosig.questions.load import Question
+
 
 @dataclass(frozen=True, slots=True)
 class Vote:
@@ -47,3 +50,12 @@ def majority_vote(answers: Sequence[str | None], question_id: str) -> Vote:
     tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))
     winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\x00{candidate}".encode()).digest())
     return Vote(winner, most, tied, len(answers))
+
+
+def right_winners(vote: Vote, question: Question) -> int:
+    """How many of the answers that tie for most votes are right. For evaluation only.
+
+    Raises:
+        ValueError: The question carries no gold answer.
+    """
+    return sum(is_correct(candidate, question) for candidate in vote.tied)
