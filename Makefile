@@ -58,7 +58,7 @@ control: setup ## the dev runs that chose the control's temperature; results in 
 	done
 
 report: setup ## what the demo's signals are worth: one page in runs/demo/manifest/report
-	$(RUN) neurosig.report --run $(DEMO)/manifest
+	$(RUN) neurosig.report --manifest $(DEMO)/manifest
 
 intervene: setup ## scale the demo's located neurons and their controls (half an hour); results in runs/demo/intervene
 	$(RUN) neurosig.intervene --manifest $(DEMO)/manifest --questions world-facts --limit 40 --num-generations 4 \

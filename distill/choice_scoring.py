@@ -88,7 +88,7 @@ def score_choices(
             ]
             if not all(np.isfinite(rollout.mean_logprob or 0.0) for rollout in group):
                 bad = next(rollout for rollout in group if not np.isfinite(rollout.mean_logprob or 0.0))
-                where = first_not_finite(loaded.model, (*prompt.token_ids, *bad.token_ids))
+                where = first_not_finite(loaded.model, (*prompt.token_ids, *bad.completion_ids))
                 raise UserError(
                     f"model {loaded.info.id}: log-probabilities are not finite for the choices of question "
                     f'"{prompt.question_id}"{where}; get intact weights or another --dtype'

@@ -63,7 +63,7 @@ def main(config: CompareConfig) -> None:
     source = _source_domains(config, runs["base"])
     groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
     for scope, domains in groups.items():
-        ids = [row["id"] for row in runs["base"]["rows"].values() if row["domain"] in domains]
+        ids = [row["question_id"] for row in runs["base"]["rows"].values() if row["domain"] in domains]
         if len(ids) == 1:
             raise UserError(
                 f'{config.base}: "{ids[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
@@ -115,7 +115,7 @@ def _read(folder: Path) -> dict[str, Any]:
     summary, rows = read_sampled(folder)
     return {
         "k": rows[0]["k"],
-        "rows": {row["id"]: row for row in rows},
+        "rows": {row["question_id"]: row for row in rows},
         "domains": list(summary["domains"]),
         "config": summary["config"],
         "questions": summary.get("questions_sha256"),  # absent in older evaluations
@@ -162,12 +162,12 @@ def _columns(run: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
     from neurosig.statistics.metrics import maj_at_k
 
     rows = [run["rows"][key] for key in sorted(run["rows"]) if run["rows"][key]["domain"] in domains]
-    column = {key: np.array([row[key] for row in rows]) for key in ("n_correct", "votes", "winners", "right_winners")}
+    column = {key: np.array([row[key] for row in rows]) for key in ("n_correct", "votes", "n_tied", "n_tied_right")}
     return {
         "k": rows[0]["k"],
         "votes": column["votes"],
         "avg_at_k": column["n_correct"] / rows[0]["k"],
-        "maj_at_k": maj_at_k(column["right_winners"], column["winners"]),
+        "maj_at_k": maj_at_k(column["n_tied_right"], column["n_tied"]),
     }
 
 

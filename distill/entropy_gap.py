@@ -36,14 +36,14 @@ class TokenEntropies:
     Attributes:
         question_id: The question it answers.
         rollout_id: Its index among the question's rollouts.
-        token_ids: Its tokens, the end of sequence included.
+        completion_ids: Its tokens, the end of sequence included.
         student: Entropy of the student's prediction of each token.
         teacher: The same of the teacher's, which sees the context.
     """
 
     question_id: str
     rollout_id: int
-    token_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
     student: Float[np.ndarray, " tokens"]
     teacher: Float[np.ndarray, " tokens"]
 
@@ -69,7 +69,7 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
     head = model.get_output_embeddings().weight
     divergence = Divergence(softcap=logit_softcap(model))
     tasks = manifest_tasks(manifest, loaded, max_new_tokens=manifest.header.options["max_new_tokens"])
-    answers = {row.id: len(row.answers) for row in manifest.rows}
+    answers = {row.question_id: len(row.answers) for row in manifest.rows}
     pairs = [
         (task, manifest.rollouts[task.id, index])
         for task in tasks
@@ -78,7 +78,7 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
     entropies = []
     for start in range(0, len(pairs), ROWS):
         batch = pairs[start : start + ROWS]
-        completions = [rollout.token_ids for _, rollout in batch]
+        completions = [rollout.completion_ids for _, rollout in batch]
         teacher_hidden = completion_hidden(model, [task.teacher_prompt for task, _ in batch], completions)
         student_hidden = completion_hidden(model, [task.student_prompt for task, _ in batch], completions)
         output = chunked_divergence(student_hidden, teacher_hidden, head, head, divergence)

@@ -218,7 +218,7 @@ def _rollouts(
         for group in todo:
             log.append(group)
             if config.scoring == "sampling":
-                timer.add_tokens("sample", sum(len(rollout.token_ids) for rollout in group))
+                timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in group))
             bar.update(len(log.groups) - bar.n)
     return log.groups
 
@@ -243,7 +243,7 @@ def _write(
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
     write_atomic(config.out / RESULTS, buffer.getvalue())
-    lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["id"]]]
+    lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["question_id"]]]
     write_atomic(config.out / ROLLOUTS, "".join(lines))
     hashed = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
     record = {

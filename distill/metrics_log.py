@@ -119,8 +119,8 @@ def check_finite(metrics: Metrics, question_ids: Sequence[str]) -> None:
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | int]:
     """Mean length in tokens, share of distinct trigrams and share finished with an end-of-sequence token."""
     return {
-        "mean_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
-        "distinct_3": distinct_3([rollout.token_ids for rollout in rollouts]),
+        "mean_length": sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
+        "distinct_3": distinct_3([rollout.completion_ids for rollout in rollouts]),
         "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),
     }
 

@@ -148,7 +148,7 @@ def token_budget(manifest: Manifest, history: Sequence[Mapping[str, float | int]
     """
     return {
         "manifest_rollouts": len(manifest.rollouts),
-        "manifest_tokens": sum(len(rollout.token_ids) for rollout in manifest.rollouts.values()),
+        "manifest_tokens": sum(len(rollout.completion_ids) for rollout in manifest.rollouts.values()),
         "steps": len(history),
         **{name: int(sum(step[metric] for step in history)) for name, metric in _SPENT.items()},
     }

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, normalise
-from neurosig.questions.vote import majority_vote, right_winners
+from neurosig.questions.vote import majority_vote, n_tied_right
 from neurosig.statistics import metrics
 
 if TYPE_CHECKING:
@@ -30,20 +30,20 @@ def sampled_row(question: Question, group: Sequence[Rollout], answer_format: Ans
     answers = [extract_answer(rollout.text, question, answer_format) for rollout in group]
     vote = majority_vote(answers, question.id)
     return {
-        "id": question.id,
+        "question_id": question.id,
         "domain": question.domain,
         "kind": question.kind,
         "k": len(group),
         "answers": answers,
         "winner": vote.winner,
         "votes": vote.count,
-        "winners": len(vote.tied),
-        "right_winners": right_winners(vote, question),
+        "n_tied": len(vote.tied_answers),
+        "n_tied_right": n_tied_right(vote, question),
         "n_correct": sum(is_correct(answer, question) for answer in answers),
         "unparsed": sum(answer is None for answer in answers),
         "distinct": len({answer for answer in answers if answer is not None}),
         "truncated": sum(rollout.finish_reason == "length" for rollout in group),
-        "mean_length": sum(len(rollout.token_ids) for rollout in group) / len(group),
+        "mean_length": sum(len(rollout.completion_ids) for rollout in group) / len(group),
         "mean_entropy": _mean([rollout.mean_entropy for rollout in group]),
         "mean_logprob": _mean([rollout.mean_logprob for rollout in group]),
     }
@@ -54,11 +54,13 @@ def choice_row(question: Question, group: Sequence[Rollout], form: ChoiceForm) -
 
     ``scores`` are in nats: sums over the tokens for ``letter``, means for ``text``.
     """
-    scores = [(rollout.mean_logprob or 0.0) * (len(rollout.token_ids) if form == "letter" else 1) for rollout in group]
+    scores = [
+        (rollout.mean_logprob or 0.0) * (len(rollout.completion_ids) if form == "letter" else 1) for rollout in group
+    ]
     best = int(np.argmax(scores))
     winner = normalise(ascii_uppercase[best])
     return {
-        "id": question.id,
+        "question_id": question.id,
         "domain": question.domain,
         "kind": question.kind,
         "choices": len(group),
@@ -81,10 +83,10 @@ def summarise_choices(rows: Sequence[Row], *, seed: int) -> dict[str, dict[str, 
 
 def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     k, n = rows[0]["k"], len(rows)
-    names = ("n_correct", "votes", "winners", "right_winners", "unparsed", "distinct", "truncated", "mean_length")
+    names = ("n_correct", "votes", "n_tied", "n_tied_right", "unparsed", "distinct", "truncated", "mean_length")
     column = {name: np.array([row[name] for row in rows]) for name in names}
     avg, votes = column["n_correct"] / k, column["votes"]
-    maj = metrics.maj_at_k(column["right_winners"], column["winners"])
+    maj = metrics.maj_at_k(column["n_tied_right"], column["n_tied"])
     return {
         "n": n,
         "k": k,
@@ -97,7 +99,7 @@ def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
         "brier": metrics.brier(votes, k, maj),
         "mean_confidence": float((votes / k).mean()),
         "signed_gap": metrics.signed_gap(votes, k, maj),
-        "tie_rate": float((column["winners"] > 1).mean()),
+        "tie_rate": float((column["n_tied"] > 1).mean()),
         "unparsed_rate": float(column["unparsed"].sum() / (n * k)),
         "truncated_rate": float(column["truncated"].sum() / (n * k)),
         "distinct_answers": float(column["distinct"].mean()),
@@ -127,7 +129,7 @@ def _choice_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
 def _by_domain(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of each domain in id order, so that resamples repeat exactly."""
     domains = dict.fromkeys(row["domain"] for row in rows)
-    return {d: sorted((row for row in rows if row["domain"] == d), key=lambda row: row["id"]) for d in domains}
+    return {d: sorted((row for row in rows if row["domain"] == d), key=lambda row: row["question_id"]) for d in domains}
 
 
 def _by_kind(rows: Sequence[Row], **columns: Float[np.ndarray, " questions"]) -> dict[str, dict[str, Any]]:

@@ -74,8 +74,8 @@ def learn(
     forward = forward or TrainingForward(model)
     timer = timer or PhaseTimer()
     rows = _rows_in_loss(config, pairs, left_out)
-    total = sum(len(row.rollout.token_ids) - config.skip_first for row in rows)
-    replayed = sum(len(row.rollout.token_ids) - config.skip_first for row in rows if row.task.replay)
+    total = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows)
+    replayed = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows if row.task.replay)
     sums = dict.fromkeys(("loss", "divergence", "teacher_entropy", "student_entropy", "clip_fraction"), 0.0)
     if any(task.replay for task, _ in pairs):
         sums["replay_divergence"] = 0.0
@@ -108,8 +108,9 @@ def learn(
         "rollouts_in_loss": float(len(rows)),
         "tokens_in_loss": float(total),
         "rollouts": len(rollouts),
-        "generated_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
-        "teacher_tokens": sum(len(row.rollout.token_ids) for row in rows) + sum(map(len, teacher_prompts.values())),
+        "generated_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
+        "teacher_tokens": sum(len(row.rollout.completion_ids) for row in rows)
+        + sum(map(len, teacher_prompts.values())),
     }
 
 
@@ -118,10 +119,10 @@ def _rows_in_loss(
 ) -> list[_Row]:
     """The rollouts that are not masked, each with its share of the loss."""
     kept = [
-        (task, rollout, len(rollout.token_ids) - config.skip_first)
+        (task, rollout, len(rollout.completion_ids) - config.skip_first)
         for task, rollout in pairs
         if (config.keep_truncated or rollout.finish_reason == "stop")
-        and len(rollout.token_ids) > config.skip_first
+        and len(rollout.completion_ids) > config.skip_first
         and (rollout.question_id, rollout.rollout_id) not in left_out
     ]
     shares = [task.weight * (1.0 if config.loss_mean == "token" else 1.0 / length) for task, _, length in kept]
@@ -160,7 +161,7 @@ def _backward(
 
     Of the ``total`` tokens in the loss of the whole step, ``replayed`` answer replayed prompts.
     """
-    completions = [row.rollout.token_ids for row in batch]
+    completions = [row.rollout.completion_ids for row in batch]
     with _phase(timer, "teacher"), teacher.active() as teacher_model:
         teacher_hidden = completion_hidden(teacher_model, [row.task.teacher_prompt for row in batch], completions)
     with _phase(timer, "student"):

@@ -18,7 +18,7 @@ import numpy as np
 from distill.tasks import prompt_builder
 from neurosig.questions.answers import AnswerFormat, extract_answer
 from neurosig.questions.load import load_questions
-from neurosig.questions.vote import majority_vote, right_winners
+from neurosig.questions.vote import majority_vote, n_tied_right
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.sampling.config import SamplingConfig
@@ -165,4 +165,4 @@ class Development:
 
 def _majority_is_right(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> float:
     vote = majority_vote([extract_answer(rollout.text, question, answer_format) for rollout in group], question.id)
-    return float(maj_at_k(np.array([right_winners(vote, question)]), np.array([len(vote.tied)]))[0])
+    return float(maj_at_k(np.array([n_tied_right(vote, question)]), np.array([len(vote.tied_answers)]))[0])

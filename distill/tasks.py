@@ -108,14 +108,19 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
     if not selected:
         counts = ", ".join(f"{n} {reason}" for reason, n in manifest.header.counts.items() if reason != "questions")
         raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected ({counts})")
-    by_id = {row.id: row.as_question() for row in manifest.rows}
+    by_id = {row.question_id: row.as_question() for row in manifest.rows}
     tasks = []
     for row in selected:
         context = [
             Demonstration(by_id[item.question_id], manifest.rollouts[item.question_id, item.rollout_id].text)
             for item in row.context
         ]
-        task = Task(row.id, builder.student(by_id[row.id]), builder.teacher(by_id[row.id], context), row.weight)
+        task = Task(
+            row.question_id,
+            builder.student(by_id[row.question_id]),
+            builder.teacher(by_id[row.question_id], context),
+            row.weight,
+        )
         _check_length(task, loaded, max_new_tokens)
         tasks.append(task)
     return tasks
@@ -191,7 +196,7 @@ def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, 
 
     Replayed prompts and rollouts without an answer never agree.
     """
-    rows = {row.id: row for row in manifest.rows}
+    rows = {row.question_id: row for row in manifest.rows}
     answer_format = manifest.header.options["answer_format"]
     return {
         (rollout.question_id, rollout.rollout_id)

@@ -120,7 +120,7 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             batch = tasks_of_step(config, tasks, step)
             with timer.phase("sample"):
                 rollouts = sampler.rollouts(batch.values(), sampling, step)
-            timer.add_tokens("sample", sum(len(rollout.token_ids) for rollout in rollouts))
+            timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in rollouts))
 
             rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
             for group in optimizer.param_groups:

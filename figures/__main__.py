@@ -28,7 +28,7 @@ FIGURES = {
     "dose_response": "figures.draw.dose_response",
     "findings": "figures.draw.findings",
     "gap_gain": "figures.draw.gap_gain",
-    "hallucination_sign": "figures.draw.hallucination_sign",
+    "hallucination_score": "figures.draw.hallucination_score",
     "methods": "figures.draw.methods",
     "organism": "figures.draw.organism",
     "overview": "figures.draw.overview",

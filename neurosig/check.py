@@ -147,7 +147,9 @@ def _rollouts(config: CheckConfig, loaded: LoadedModel) -> tuple[list[list[int]]
         prompts = [Prompt(str(number), tuple(ids)) for number, ids in enumerate(encoded)]
     ids = {prompt.question_id: prompt.token_ids for prompt in prompts}
     rollouts = [rollout for group in sample(loaded, prompts, sampling) for rollout in group]
-    return [list(ids[rollout.question_id]) for rollout in rollouts], [list(rollout.token_ids) for rollout in rollouts]
+    return [list(ids[rollout.question_id]) for rollout in rollouts], [
+        list(rollout.completion_ids) for rollout in rollouts
+    ]
 
 
 def _question_prompts(config: CheckConfig, loaded: LoadedModel) -> list[Prompt]:
@@ -173,7 +175,7 @@ def _traced(
 
     every = loaded.model.num_parameters()  # more than there are neurons
     tracer = tracer_class(backend)(loaded.model, TraceConfig(set_size=every, batch_tokens=batch_tokens))
-    means = tracer.trace(prompts, completions).values
+    means = tracer.trace(prompts, completions).contributions
     return means.unflatten(1, (tracer.sites.n_layers, tracer.sites.d_mlp))
 
 

@@ -28,7 +28,7 @@ from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress,
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes, option_names
-from neurosig.selection.config import CleanFilter, ContextPolicy, QuestionWeight, SelectionConfig
+from neurosig.selection.config import ContextPolicy, QuestionFilter, QuestionWeight, SelectionConfig
 
 if TYPE_CHECKING:
     from neurosig.hallucination.scores import QuestionSignals, Scores
@@ -63,7 +63,7 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the manifest."""
     rollouts: Annotated[Path | None, Shapes.ROLLOUTS] = None
-    """JSONL of rollouts made elsewhere that replace sampling: question_id, text, optional token_ids, finish_reason."""
+    """JSONL of rollouts that replace sampling: question_id, text, optional completion_ids and finish_reason."""
     reuse: Annotated[Path | None, Shapes.PLACE] = None
     """Finished export with the same questions, sampling and tracing; only scoring and selection are done again."""
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "train"
@@ -87,8 +87,8 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     """Neurons per active set; per_token: neurons per token; entries: entries per layer."""
     positive_only: Annotated[bool, Shapes.TRACES] = TRACE.positive_only
     """Leave out neurons whose mean score is not above 0; for the signed unembed."""
-    hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION, Section.SCORE] = "probe"
-    """Score that --clean-filter ranks by; the manifest holds all of them. vote_share to random are baselines without
+    hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION, Section.SCORE] = "probe_score"
+    """Score that --question-filter ranks by; the manifest holds all of them. vote_share to random are baselines without
     neurons."""
     probe_agree_share: Annotated[float, Shapes.SELECTION] = PROBE.agree_share
     """The probe learns a question as known when the winner has at least this share of the K answers, 0 to 1; 1 asks for
@@ -100,7 +100,7 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     probe_folds: Annotated[int, Shapes.SELECTION] = PROBE.folds
     """Cross-fitting folds of the probe, at least 2."""
 
-    clean_filter: Annotated[CleanFilter, Shapes.SELECTION, Section.SELECTION] = SELECTION.clean_filter
+    question_filter: Annotated[QuestionFilter, Shapes.SELECTION, Section.SELECTION] = SELECTION.question_filter
     """Questions to train on. neuron: --min-vote-share, then the --keep-fraction with the lowest scores; vote_only and
     neuron_only: one of these two conditions; threshold: --min-vote-share and --max-score; all: every question."""
     min_vote_share: Annotated[float, Shapes.SELECTION] = SELECTION.min_vote_share
@@ -108,7 +108,7 @@ class ExportConfig(SamplerOptions, GenerationOptions):
     keep_fraction: Annotated[float, Shapes.SELECTION] = SELECTION.keep_fraction
     """Share of the questions to select by score, above 0 and at most 1."""
     max_score: Annotated[float, Shapes.SELECTION] = SELECTION.max_score
-    """Largest score that --clean-filter threshold selects."""
+    """Largest score that --question-filter threshold selects."""
     signature: Annotated[Signature, Shapes.SELECTION] = SELECTION.signature
     """What similarity compares: representative, the active set of the most trusted majority rollout; union,
     intersection and frequency, neurons in any, all or half of these rollouts; hidden_state, the embedding baseline."""
@@ -266,7 +266,7 @@ def _rollouts(
         bar.update(len(log.groups))
         for group in todo:
             log.append(group)
-            timer.add_tokens("sample", sum(len(rollout.token_ids) for rollout in group))
+            timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in group))
             bar.update(len(log.groups) - bar.n)
     return {name: log.groups[name] for name in prompts}
 
@@ -294,7 +294,11 @@ def _trace(
             batch_tokens=config.batch_tokens,
         ),
     )
-    flat = [(prompts[name].token_ids, rollout.body_ids) for name, group in groups.items() for rollout in group]
+    flat = [
+        (prompts[name].token_ids, rollout.completion_ids_without_eos)
+        for name, group in groups.items()
+        for rollout in group
+    ]
     with progress(total=len(flat), desc="trace", quiet=config.quiet) as bar:
 
         def advance(rollouts: int, tokens: int) -> None:
@@ -373,7 +377,7 @@ def _write(
         rows,
         [rollout for group in groups.values() for rollout in group],
         signals=signals_file(sets, scores.rollout_probe, sites),
-        neurons_csv=neurons_csv(sets.ids, scores.probe, sites.d_mlp),
+        neurons_csv=neurons_csv(sets.neuron_ids, scores.probe, sites.d_mlp),
         header=header,
     )
 

@@ -43,7 +43,9 @@ class Exported:
             UserError: See `neurosig.manifest.read_manifest`.
         """
         self.manifest = read_manifest(folder)
-        self.rows: Mapping[str, QuestionRow] = {row.id: row for row in self.manifest.rows if row.vote is not None}
+        self.rows: Mapping[str, QuestionRow] = {
+            row.question_id: row for row in self.manifest.rows if row.vote is not None
+        }
         self.rollouts: Mapping[str, list[Rollout]] = {
             name: [self.manifest.rollouts[name, index] for index in range(len(row.answers))]
             for name, row in self.rows.items()
@@ -61,8 +63,8 @@ class Exported:
 
         path = self.manifest.folder / SIGNALS
         signals = read_signals(path)
-        if len(signals.ids) != len(self.place):
-            raise UserError(f"{path}: {len(signals.ids)} rows for {len(self.place)} rollouts; export again")
+        if len(signals.neuron_ids) != len(self.place):
+            raise UserError(f"{path}: {len(signals.neuron_ids)} rows for {len(self.place)} rollouts; export again")
         return signals
 
     @cached_property
@@ -81,7 +83,7 @@ class Exported:
         """Question id -> rollout id of its representative, for the questions with a majority answer."""
         from neurosig.patterns.signatures import representative
 
-        probe = self.signals.probe.tolist()
+        probe = self.signals.probe_scores.tolist()
         chosen = {
             name: representative(
                 row.answers, row.pseudo_label, [probe[self.place[name, index]] for index in range(len(row.answers))]
@@ -115,15 +117,15 @@ def join_gold(
     gold = {}
     lacking: defaultdict[str, list[str]] = defaultdict(list)
     for row in rows:
-        match = labelled.get(row.id)
+        match = labelled.get(row.question_id)
         if match is None:
-            lacking["not in the question files"].append(f'"{row.id}"')
+            lacking["not in the question files"].append(f'"{row.question_id}"')
         elif match.text_sha256 != row.text_sha256:
-            lacking["there with another text"].append(f'"{row.id}" on line {match.line}')
+            lacking["there with another text"].append(f'"{row.question_id}" on line {match.line}')
         elif match.answer is None:
-            lacking["there without an answer"].append(f'"{row.id}" on line {match.line}')
+            lacking["there without an answer"].append(f'"{row.question_id}" on line {match.line}')
         else:
-            gold[row.id] = match
+            gold[row.question_id] = match
     if not lacking:
         return gold, None
     parts = ", ".join(f"{len(which)} {what} (the first is {which[0]})" for what, which in lacking.items())

@@ -24,7 +24,7 @@ from neurosig.runtime.files import sha256_file, sha256_text, write_atomic
 from neurosig.sampling.rollouts import Rollout
 
 FORMAT = "neurosig-manifest"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 HEADER = "manifest.json"
 QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = (
     "questions.jsonl",
@@ -59,7 +59,7 @@ class VoteRecord(_Strict):
 
     count: Count
     n: Annotated[Count, Field(ge=1)]
-    tied: Count
+    n_tied: Count
 
 
 class DemonstrationRecord(_Strict):
@@ -83,7 +83,7 @@ class QuestionRow(_Strict):
         weight: Weight of its rollouts in the loss.
     """
 
-    id: str
+    question_id: str
     line: Count
     domain: str
     kind: str | None
@@ -101,7 +101,7 @@ class QuestionRow(_Strict):
 
     def as_question(self) -> Question:
         """The question, without a gold answer."""
-        return Question(self.id, self.domain, self.question, self.choices, kind=self.kind, line=self.line)
+        return Question(self.question_id, self.domain, self.question, self.choices, kind=self.kind, line=self.line)
 
 
 class RolloutRow(_Strict):
@@ -110,7 +110,7 @@ class RolloutRow(_Strict):
     question_id: str
     rollout_id: Count
     text: str
-    token_ids: tuple[Count, ...] = Field(min_length=1)
+    completion_ids: tuple[Count, ...] = Field(min_length=1)
     finish_reason: Literal["stop", "length"]
     mean_logprob: float | None
     mean_entropy: float | None
@@ -240,6 +240,8 @@ def _parse_header(path: Path, text: bytes) -> Header:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON ({error})") from error
     version = str(raw.get("schema_version")) if isinstance(raw, dict) else "none"
+    if version == "1.0":
+        raise UserError(f"{path}: schema version 1.0 has other field names than {SCHEMA_VERSION}; export again")
     if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
         raise UserError(
             f"{path}: schema version {version}, this neurosig reads {SCHEMA_VERSION}; upgrade neurosig or export again"
@@ -305,8 +307,8 @@ def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
     """Rows by id in file order, after checking that ids are unique and each row is consistent."""
     by_id: dict[str, QuestionRow] = {}
     for number, row in enumerate(rows, start=1):
-        if row.id in by_id:
-            raise UserError(f'{path}:{number}: $.id: "{row.id}" appears on an earlier line; export again')
+        if row.question_id in by_id:
+            raise UserError(f'{path}:{number}: $.id: "{row.question_id}" appears on an earlier line; export again')
         if row.as_question().text_sha256 != row.text_sha256:
             raise UserError(f"{path}:{number}: $.text_sha256: not the hash of this question; export again")
         if row.selected != (row.reason == "selected"):
@@ -316,7 +318,7 @@ def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
             )
         if row.vote is not None and row.vote.n != len(row.answers):
             raise UserError(f"{path}:{number}: $.vote.n: {row.vote.n}, but there are {len(row.answers)} answers")
-        by_id[row.id] = row
+        by_id[row.question_id] = row
     return by_id
 
 
@@ -332,6 +334,6 @@ def _verify_contexts(
             where = f"{path}:{number}: $.context[{index}]"
             if (item.question_id, item.rollout_id) not in rollouts:
                 raise UserError(f'{where}: no rollout {item.rollout_id} of question "{item.question_id}"')
-            allowed = own_solution and item.question_id == row.id
+            allowed = own_solution and item.question_id == row.question_id
             if by_id[item.question_id].text_sha256 == row.text_sha256 and not allowed:
                 raise UserError(f"{where}: a question is its own context")

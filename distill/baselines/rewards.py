@@ -51,7 +51,7 @@ def consistent_rollouts(manifest: Manifest, question_ids: Sequence[str], *, keep
     Raises:
         UserError: There is none.
     """
-    rows = {row.id: row for row in manifest.rows}
+    rows = {row.question_id: row for row in manifest.rows}
     found = [
         rollout
         for name in question_ids
@@ -129,7 +129,7 @@ class Rollouts:
         self.prompts, self.timer, self.done = prompts, timer, done
         self.sampling = replace(sampling, num_generations=config.vote_generations or config.num_generations)
         self.answer_format = manifest.header.options["answer_format"]
-        self.questions = {row.id: row.as_question() for row in manifest.rows}
+        self.questions = {row.question_id: row.as_question() for row in manifest.rows}
         self.plan = plan
         self._metrics: dict[str, float | int] = {}
 
@@ -164,7 +164,7 @@ class Rollouts:
         return {
             "prompt_ids": [list(self.prompts[name]) for name in prompts],
             # of a rollout that is not learned from, one token: TRL pads all rows to the longest
-            "completion_ids": [list(s.rollout.token_ids[: None if any(s.mask) else 1]) for s in rows],
+            "completion_ids": [list(s.rollout.completion_ids[: None if any(s.mask) else 1]) for s in rows],
             "logprobs": None,
             "reward": [scored.reward for scored in rows],
             "env_mask": [scored.mask if any(scored.mask) else [0] for scored in rows],
@@ -176,7 +176,7 @@ class Rollouts:
             groups = list(
                 sample(self.loaded, batch, self.sampling, batch_rows=self.config.batch_rows, salt=f"step{step}")
             )
-        self.timer.add_tokens("sample", sum(len(rollout.token_ids) for group in groups for rollout in group))
+        self.timer.add_tokens("sample", sum(len(rollout.completion_ids) for group in groups for rollout in group))
         scored = []
         for group, rewards in zip(groups, self._rewards(groups), strict=True):
             scored.append([_Scored(r, reward, self._mask(r)) for r, reward in zip(group, rewards, strict=True)])
@@ -196,7 +196,7 @@ class Rollouts:
         for start in range(0, len(rollouts), self.config.micro_batch_size):
             part = rollouts[start : start + self.config.micro_batch_size]
             certainty = self_certainty(
-                self.model, [self.prompts[r.question_id] for r in part], [r.token_ids for r in part]
+                self.model, [self.prompts[r.question_id] for r in part], [r.completion_ids for r in part]
             )
             rewards += certainty.tolist()
         size = self.sampling.num_generations
@@ -204,17 +204,18 @@ class Rollouts:
 
     def _mask(self, rollout: Rollout) -> list[int]:
         kept = self.config.keep_truncated or rollout.finish_reason == "stop"
-        return [int(kept and position >= self.config.skip_first) for position in range(len(rollout.token_ids))]
+        return [int(kept and position >= self.config.skip_first) for position in range(len(rollout.completion_ids))]
 
     def _count(self, kept: Sequence[_Scored], sampled: Sequence[Rollout]) -> dict[str, float | int]:
         read = sum(
-            len(self.prompts[s.rollout.question_id]) + (len(s.rollout.token_ids) if any(s.mask) else 1) for s in kept
+            len(self.prompts[s.rollout.question_id]) + (len(s.rollout.completion_ids) if any(s.mask) else 1)
+            for s in kept
         )
         return {
             **rollout_metrics([scored.rollout for scored in kept]),
             "rollouts_in_loss": sum(any(scored.mask) for scored in kept),
             "tokens_in_loss": sum(sum(scored.mask) for scored in kept),
             "rollouts": len(sampled),
-            "generated_tokens": sum(len(rollout.token_ids) for rollout in sampled),
+            "generated_tokens": sum(len(rollout.completion_ids) for rollout in sampled),
             "teacher_tokens": read,
         }

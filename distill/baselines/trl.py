@@ -118,11 +118,12 @@ def question_prompts(
     for row in manifest.rows if config.questions_of == "all" else manifest.selected:
         prompt = builder.student(row.as_question())
         if len(prompt) + sampling.max_new_tokens <= loaded.max_length:
-            prompts[row.id] = prompt
+            prompts[row.question_id] = prompt
         elif row.selected:
             raise UserError(
-                f'question "{row.id}": the student prompt of {len(prompt)} tokens and {sampling.max_new_tokens} new '
-                f"tokens exceed the model's {loaded.max_length} positions; lower --max-new-tokens"
+                f'question "{row.question_id}": the student prompt of {len(prompt)} tokens and '
+                f"{sampling.max_new_tokens} new tokens exceed the model's {loaded.max_length} positions; lower
+                --max-new-tokens"
             )
     if not prompts:
         raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected")
@@ -280,7 +281,7 @@ class Consistent:
 
     def dataset(self, done: int) -> Dataset:
         """The examples of the steps after ``done``: token ids as sampled, and which of them are learned."""
-        examples = [(self.prompts[r.question_id], r.token_ids) for rollouts in self.plan[done:] for r in rollouts]
+        examples = [(self.prompts[r.question_id], r.completion_ids) for rollouts in self.plan[done:] for r in rollouts]
         return Dataset.from_dict(
             {
                 "input_ids": [[*prompt, *ids] for prompt, ids in examples],
@@ -290,7 +291,7 @@ class Consistent:
 
     def metrics(self, step: int) -> Metrics:
         rollouts = self.plan[step - 1]
-        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
         return {
             **rollout_metrics(rollouts),
             "rollouts_in_loss": len(rollouts),

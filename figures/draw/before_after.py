@@ -76,7 +76,7 @@ def _reliability_table(record: dict[str, Any], results: Path) -> pd.DataFrame:
         rows = pd.read_parquet(_evaluation(Path(folder), results))
         rows = rows[rows["domain"].isin(record["domains"]["in-domain"])]
         rows = rows.assign(
-            confidence=rows["votes"] / rows["k"], right=rows["right_winners"] / rows["winners"].clip(lower=1)
+            confidence=rows["votes"] / rows["k"], right=rows["n_tied_right"] / rows["n_tied"].clip(lower=1)
         )
         binned = rows.groupby("confidence")["right"].agg(value="mean", n="size").reset_index()
         frames.append(binned.assign(panel="reliability", scope="in-domain", run=run, metric="maj_accuracy"))

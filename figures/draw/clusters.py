@@ -76,7 +76,7 @@ def numbers(folder: Path) -> pd.DataFrame:
     kinds = np.array([row.kind or row.domain for row in result.rows])
     clusters = result.found.clustering.labels
     order = np.lexsort((kinds, clusters))
-    sets = exported.signals.ids[result.places[order]]
+    sets = exported.signals.neuron_ids[result.places[order]]
     similarity = jaccard(sets, sets).double().numpy()
     x, y = principal_coordinates(similarity)
     questions = [

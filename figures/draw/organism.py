@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "organism"
 NEEDS = None
-NEURON = {"neurons", "probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count", "nearest neurons"}
+NEURON = {"neurons", "probe_score", "agreement", "agreement_majority", "knn_medoid", "neuron_count", "nearest neurons"}
 """Rows that read neurons."""
 PANELS = (
     ("patterns", {"ari": "clusters (ARI)", "neighbours": "5 nearest"}, "agreement with the procedures", 0.0),

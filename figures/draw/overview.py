@@ -1,4 +1,4 @@
-"""The method at a glance, drawn from a run: sample and vote, trace, sign and pattern, manifest, teacher, distillation.
+"""The method at a glance, drawn from a run: sample and vote, trace, score and pattern, manifest, teacher, distillation.
 
 Reads ``manifest`` and, for the last panel, ``nopsd/metrics.jsonl`` of a results folder, or the committed
 ``figures/data/overview.csv`` where there is no export; writes ``overview.pdf``, ``.png`` and the drawn numbers and
@@ -49,7 +49,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     figure.set_layout_engine("none")
     _draw_votes(_panel(figure, 0.1, TOP, 0.14, "1  Sample, vote", LEFT), parts, facts)
     _draw_trace(_panel(figure, 0.335, TOP, 0.16, "2  Trace"), parts, facts)
-    _draw_sign(_panel(figure, 0.56, TOP, 0.165, "3  Hallucination sign"), parts, facts)
+    _draw_score(_panel(figure, 0.56, TOP, 0.165, "3  Hallucination score"), parts, facts)
     _draw_pattern(_panel(figure, 0.79, TOP, 0.19, "4  Reasoning pattern"), parts)
     _draw_manifest(_panel(figure, 0.015, BOTTOM, 0.21, "5  Manifest"), parts, facts)
     _draw_prompts(_panel(figure, 0.28, BOTTOM, 0.405, "6  Teacher with context, student without"), parts)
@@ -71,8 +71,11 @@ def numbers(results: Path) -> pd.DataFrame:
     exported = Exported(results / "manifest")
     manifest, signals = exported.manifest, exported.signals
     example = _example(manifest)
-    places = {row.id: exported.place[row.id, exported.representatives[row.id]] for row in manifest.selected}
-    ids = signals.ids[places[example.id]].numpy()
+    places = {
+        row.question_id: exported.place[row.question_id, exported.representatives[row.question_id]]
+        for row in manifest.selected
+    }
+    ids = signals.neuron_ids[places[example.question_id]].numpy()
     facts = {
         "questions": len(exported.rows),
         "rollouts": len(manifest.rollouts),
@@ -93,13 +96,13 @@ def numbers(results: Path) -> pd.DataFrame:
     cells = Counter(zip(layer.tolist(), (neuron * NEURON_BINS // signals.d_mlp).tolist(), strict=True))
     table += [{"part": "trace", "x": bin_, "y": at, "value": count} for (at, bin_), count in sorted(cells.items())]
     table += [
-        {"part": "score", "label": "kept" if row.selected else "left out", "value": row.scores["probe"]}
+        {"part": "score", "label": "kept" if row.selected else "left out", "value": row.scores["probe_score"]}
         for row in exported.rows.values()
     ]
-    sets = signals.ids[list(places.values())]
+    sets = signals.neuron_ids[list(places.values())]
     context = {item.question_id for item in example.context}
     for row, x, y in zip(manifest.selected, *principal_coordinates(jaccard(sets, sets).double().numpy()), strict=True):
-        role = "example" if row.id == example.id else "context" if row.id in context else "other"
+        role = "example" if row.id == example.question_id else "context" if row.id in context else "other"
         table.append({"part": "map", "label": role, "x": x, "y": y})
     for item in example.context:
         solution = manifest.rollouts[item.question_id, item.rollout_id].text.strip()
@@ -172,7 +175,7 @@ def _draw_trace(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int
     _note(axis, f"{facts['active']:,} of {facts['neurons']:,} active")
 
 
-def _draw_sign(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int]) -> None:
+def _draw_score(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int]) -> None:
     scores = parts["score"]
     values = [scores[scores["label"] == label]["value"].to_numpy(np.float64) for label in ("kept", "left out")]
     axis.hist(

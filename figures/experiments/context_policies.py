@@ -45,8 +45,8 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
     CONTROL: {"context_policy": CONTROL},
     "hidden_state": {"context_policy": "nearest", "signature": "hidden_state"},
     "nearest": {"context_policy": "nearest"},
-    "nearest_vote_only": {"context_policy": "nearest", "clean_filter": "vote_only"},
-    "nearest_all": {"context_policy": "nearest", "clean_filter": "all"},
+    "nearest_vote_only": {"context_policy": "nearest", "question_filter": "vote_only"},
+    "nearest_all": {"context_policy": "nearest", "question_filter": "all"},
 }
 """Policy -> options of its selection; the questions are always those that the manifest's own filter selects."""
 
@@ -172,22 +172,22 @@ def _measured(
     part = config.out / "parts" / f"{name}-{key}.csv"
     if not part.is_file():
         chosen = select_again(config.manifest, config.out / "selections", **POLICIES[name])
-        contexts = _only(chosen, [row.id for row in manifest.selected if row.id in gold])
+        contexts = _only(chosen, [row.question_id for row in manifest.selected if row.question_id in gold])
         gaps: dict[str, list[float]] = {}
         for one in token_entropies(contexts, loaded, rollouts=config.entropy_rollouts):
             gaps.setdefault(one.question_id, []).extend((one.student - one.teacher).tolist())
         right = fresh_accuracy(
             contexts, loaded, gold, teacher=True, num_generations=config.num_generations, seed=config.seed
         )
-        kinds = {row.id: row.kind or row.domain for row in contexts.rows}
+        kinds = {row.question_id: row.kind or row.domain for row in contexts.rows}
         rows = [
             {
                 "policy": name,
-                "question": row.id,
-                "kind": kinds[row.id],
-                "same_kind": _mean([kinds[item.question_id] == kinds[row.id] for item in row.context]),
-                "gap": _mean(gaps[row.id]),
-                "teacher": right[row.id],
+                "question": row.question_id,
+                "kind": kinds[row.question_id],
+                "same_kind": _mean([kinds[item.question_id] == kinds[row.question_id] for item in row.context]),
+                "gap": _mean(gaps[row.question_id]),
+                "teacher": right[row.question_id],
             }
             for row in contexts.selected
         ]
@@ -199,7 +199,7 @@ def _measured(
 def _only(manifest: Manifest, question_ids: Sequence[str]) -> Manifest:
     """The manifest with these questions selected and no others; all remain available as demonstrations."""
     kept = set(question_ids)
-    rows = tuple(row.model_copy(update={"selected": row.id in kept}) for row in manifest.rows)
+    rows = tuple(row.model_copy(update={"selected": row.question_id in kept}) for row in manifest.rows)
     return dataclasses.replace(manifest, rows=rows)
 
 

@@ -109,7 +109,7 @@ def _trace(exported: Exported, quiet: bool) -> Features:
     rows, groups = list(exported.rows.values()), list(exported.rollouts.values())
     prompts = [builder.student(row.as_question()) for row in rows]
     answers = [row.answers for row in rows]
-    completions = [[rollout.body_ids for rollout in group] for group in groups]
+    completions = [[rollout.completion_ids_without_eos for rollout in group] for group in groups]
     marked = [
         [answer_tokens(_pieces(loaded, ids), answer) for ids, answer in zip(group, texts, strict=True)]
         for group, texts in zip(completions, answers, strict=True)

@@ -196,7 +196,7 @@ def _labels(exported: Exported, config: SearchConfig) -> dict[str, Array]:
         for answer in row.answers
     ]
     gold, _ = join_gold(exported.manifest, required=True)
-    wrong = [int(not is_correct(answer, gold[row.id])) for row in rows for answer in row.answers]
+    wrong = [int(not is_correct(answer, gold[row.question_id])) for row in rows for answer in row.answers]
     return {
         "agreement": np.repeat(of_question, k),
         "shuffled": np.repeat(shuffled, k),
@@ -207,7 +207,7 @@ def _labels(exported: Exported, config: SearchConfig) -> dict[str, Array]:
 
 def _clear_majority(rows: Sequence[QuestionRow]) -> list[bool]:
     """Whether one answer has at least half of the votes, and no other answer as many."""
-    return [row.vote is not None and 2 * row.vote.count >= row.vote.n and row.vote.tied == 1 for row in rows]
+    return [row.vote is not None and 2 * row.vote.count >= row.vote.n and row.vote.n_tied == 1 for row in rows]
 
 
 def _fit_neurons(

@@ -67,7 +67,7 @@ def grid_folder(results: Path) -> Path:
 
 
 def signals(folder: Path, source: str) -> pd.DataFrame:
-    """One row per question of a manifest: ``source``, ``id``, ``right`` and the trust that each score puts in it.
+    """One row per question of a manifest: ``source``, ``question_id``, ``right``, and its trust by each score.
 
     Raises:
         UserError: The manifest, or the gold answers of its questions, cannot be read.
@@ -77,7 +77,7 @@ def signals(folder: Path, source: str) -> pd.DataFrame:
     level = question_level(exported, gold)
     ids = [name for name in exported.rows if name in gold]
     columns = {signal.name: signal.trust for signal in level.signals}
-    return pd.DataFrame({"source": source, "id": ids, "right": level.right, **columns})
+    return pd.DataFrame({"source": source, "question_id": ids, "right": level.right, **columns})
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@
     source         the domain that it was trained on; empty for untrained models
     target         the domain of the question
     seed           training seed; sampling seed for untrained models
-    id             id of the question
+    question_id    id of the question
     n_correct      number of right samples among the k
     k              number of samples; the same in the whole file, because the ECE depends on it
     votes          votes of the majority answer; 0 without any answer
-    winners        number of answers tied for most votes
-    right_winners  number of right answers among those
+    n_tied         number of answers tied for most votes
+    n_tied_right   number of right answers among those
 
 All but the first four are columns of distill.evaluate's ``results.parquet``, whose ``domain`` is the target. Every run
 answers the same questions as the base, so that every comparison is paired by question. ``layout.json`` next to it gives
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILES, LAYOUT = ("grid.parquet", "grid.csv"), "layout.json"
-TEXT = ("method", "source", "target", "id")
-WHOLE = ("seed", "n_correct", "k", "votes", "winners", "right_winners")
-KEY = ("method", "source", "seed", "target", "id")
+TEXT = ("method", "source", "target", "question_id")
+WHOLE = ("seed", "n_correct", "k", "votes", "n_tied", "n_tied_right")
+KEY = ("method", "source", "seed", "target", "question_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def evaluation_rows(run: Run, folder: Path) -> list[dict[str, Any]]:
 
     known = {"method": run.method, "source": run.source, "seed": run.seed}
     return [
-        known | {"target": row["domain"]} | {name: row[name] for name in ("id", *WHOLE[1:])}
+        known | {"target": row["domain"]} | {name: row[name] for name in ("question_id", *WHOLE[1:])}
         for row in read_sampled(folder)[1]
     ]
 
@@ -267,15 +267,15 @@ def _checked(table: pyarrow.Table, path: Path) -> pyarrow.Table:
         ("n_correct is not between 0 and k", (count["n_correct"] < 0) | (count["n_correct"] > count["k"])),
         ("votes is not between 0 and k", (count["votes"] < 0) | (count["votes"] > count["k"])),
         (
-            "right_winners is not between 0 and winners",
-            (count["right_winners"] < 0) | (count["right_winners"] > count["winners"]),
+            "n_tied_right is not between 0 and n_tied",
+            (count["n_tied_right"] < 0) | (count["n_tied_right"] > count["n_tied"]),
         ),
         ("k differs from the first row's; evaluate all with the same --num-generations", count["k"] != count["k"][0]),
         ("k is below 1", count["k"] < 1),
     ):
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise UserError(f"{path}: row {row + 1} (question {columns['id'][row]}): {reason}")
+            raise UserError(f"{path}: row {row + 1} (question {columns['question_id'][row]}): {reason}")
     return pyarrow.table(columns).sort_by([(name, "ascending") for name in KEY])
 
 
@@ -285,23 +285,23 @@ def _split(
     """Answers and question ids of each run, by target; methods in the order of `METHOD_LABELS`."""
     key = {name: table[name].to_numpy() for name in KEY}
     count = {name: table[name].to_numpy() for name in WHOLE}
-    new = np.zeros(len(key["id"]), dtype=bool)
+    new = np.zeros(len(key["question_id"]), dtype=bool)
     for name in KEY[:-1]:
         new[1:] |= key[name][1:] != key[name][:-1]
-    twice = ~new[1:] & (key["id"][1:] == key["id"][:-1])
+    twice = ~new[1:] & (key["question_id"][1:] == key["question_id"][:-1])
     if twice.any():
         row = int(np.argmax(twice))
         run = Run(key["method"][row], key["source"][row], int(key["seed"][row]))
-        raise UserError(f'{path}: {run}: question "{key["id"][row]}" of {key["target"][row]} appears twice')
+        raise UserError(f'{path}: {run}: question "{key["question_id"][row]}" of {key["target"][row]} appears twice')
     edges = [0, *np.flatnonzero(new).tolist(), len(new)]
     answers: dict[Run, dict[str, Answers]] = {}
     ids: dict[Run, dict[str, Sequence[str]]] = {}
     for start, end in pairwise(edges):
         run, target = Run(key["method"][start], key["source"][start], int(key["seed"][start])), key["target"][start]
         rows = slice(start, end)
-        majority = maj_at_k(count["right_winners"][rows], count["winners"][rows])
+        majority = maj_at_k(count["n_tied_right"][rows], count["n_tied"][rows])
         answers.setdefault(run, {})[target] = Answers(count["n_correct"][rows], count["votes"][rows], majority)
-        ids.setdefault(run, {})[target] = key["id"][rows].tolist()
+        ids.setdefault(run, {})[target] = key["question_id"][rows].tolist()
     order = [*METHOD_LABELS, *sorted({run.method for run in answers} - set(METHOD_LABELS))]
     return dict(sorted(answers.items(), key=lambda item: order.index(item[0].method))), ids
 

@@ -193,7 +193,7 @@ def calibration_table(run: Path) -> pd.DataFrame:
     """Every question of every evaluation in ``run/eval``, one row each.
 
     Columns: ``method``, ``temperature``, ``scope`` (``in-domain`` if the manifest has the domain), ``domain``,
-    ``id``, ``k``, ``votes`` and ``accuracy`` (of the majority, in expectation over ties).
+    ``question_id``, ``k``, ``votes`` and ``accuracy`` (of the majority, in expectation over ties).
 
     Raises:
         UserError: There is no finished evaluation.
@@ -214,10 +214,10 @@ def calibration_table(run: Path) -> pd.DataFrame:
                     "temperature": json.loads(summary.read_text())["config"]["temperature"],
                     "scope": np.where(rows["domain"].isin(trained_on), "in-domain", "cross-domain"),
                     "domain": rows["domain"],
-                    "id": rows["id"],
+                    "question_id": rows["question_id"],
                     "k": rows["k"],
                     "votes": rows["votes"],
-                    "accuracy": metrics.maj_at_k(rows["right_winners"].to_numpy(), rows["winners"].to_numpy()),
+                    "accuracy": metrics.maj_at_k(rows["n_tied_right"].to_numpy(), rows["n_tied"].to_numpy()),
                 }
             )
         )

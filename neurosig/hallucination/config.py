@@ -7,7 +7,7 @@ from typing import Literal
 
 from neurosig.runtime.errors import UserError
 
-NeuronScore = Literal["probe", "agreement", "agreement_majority", "knn_medoid", "neuron_count"]
+NeuronScore = Literal["probe_score", "agreement", "agreement_majority", "knn_medoid", "neuron_count"]
 OutputScore = Literal["vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random"]
 HallucinationScore = Literal[NeuronScore, OutputScore]
 INVERSE_PENALTY = 0.1

@@ -70,7 +70,7 @@ def hallucination_scores(
 ) -> Scores:
     """All scores of all questions, in the order of ``questions``.
 
-    ``probe`` is the mean cross-fitted probe score over the majority's rollouts; ``random`` a control drawn from
+    ``probe_score`` is the mean cross-fitted probe score over the majority's rollouts; ``random`` a control drawn from
     ``seed`` and the question's id.
 
     Args:
@@ -90,7 +90,9 @@ def hallucination_scores(
     rollout_probe = fitted.scores.reshape(len(signals), k)
 
     by_name = {
-        "probe": np.array([row[signal.majority].mean() for signal, row in zip(signals, rollout_probe, strict=True)]),
+        "probe_score": np.array(
+            [row[signal.majority].mean() for signal, row in zip(signals, rollout_probe, strict=True)]
+        ),
         "neuron_count": neuron_count(signals),
         "random": np.array([random_score(question_id, seed) for question_id in questions]),
     }
@@ -131,7 +133,7 @@ def neuron_count(signals: Sequence[QuestionSignals]) -> Float[np.ndarray, " ques
     log tokens over all questions. Source: the "neuron consensus" of the author's code, length-controlled.
     """
     counts = np.log([int((signal.ids.unique() >= 0).sum()) for signal in signals])
-    tokens = np.log([sum(len(rollout.body_ids) for rollout in signal.rollouts) for signal in signals])
+    tokens = np.log([sum(len(rollout.completion_ids_without_eos) for rollout in signal.rollouts) for signal in signals])
     centred = tokens - tokens.mean()
     spread = (centred**2).sum()
     slope = (centred * counts).sum() / spread if spread else 0.0
@@ -160,7 +162,7 @@ def self_certainty(signal: QuestionSignals) -> float | None:
 
 def length(signal: QuestionSignals) -> float | None:
     """Mean completion tokens of the majority's rollouts; output-level baseline."""
-    return _over_majority(signal, lambda rollout: float(len(rollout.body_ids)))
+    return _over_majority(signal, lambda rollout: float(len(rollout.completion_ids_without_eos)))
 
 
 def random_score(question_id: str, seed: int) -> float:
@@ -187,4 +189,4 @@ _SCORES: Mapping[str, Callable[[QuestionSignals], float | None]] = {
     "self_certainty": self_certainty,
     "length": length,
 }
-assert {"probe", "neuron_count", "random", *_SCORES} == set(get_args(HallucinationScore))
+assert {"probe_score", "neuron_count", "random", *_SCORES} == set(get_args(HallucinationScore))

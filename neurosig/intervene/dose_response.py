@@ -18,7 +18,7 @@ from jaxtyping import Float
 from neurosig.intervene.interventions import NeuronSet
 from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, is_refusal
 from neurosig.questions.load import Question
-from neurosig.questions.vote import majority_vote, right_winners
+from neurosig.questions.vote import majority_vote, n_tied_right
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 from neurosig.statistics.resampling import resample_weights
@@ -69,16 +69,16 @@ def measure(
     vote = majority_vote(answers, question.id)
     return {
         "avg_at_k": _mean(is_correct(answer, question) for answer in answers),
-        "maj_at_k": right_winners(vote, question) / max(len(vote.tied), 1),
+        "maj_at_k": n_tied_right(vote, question) / max(len(vote.tied_answers), 1),
         "agreement": vote.share,
         "unparsed": _mean(answer is None for answer in answers),
         "refusal": _mean(refused),
         "no_answer": _mean(answer is None or declined for answer, declined in zip(answers, refused, strict=True)),
         "nll": nll,
         "entropy": _mean(rollout.mean_entropy or 0.0 for rollout in group),
-        "length": _mean(len(rollout.token_ids) for rollout in group),
+        "length": _mean(len(rollout.completion_ids) for rollout in group),
         "truncated": _mean(rollout.finish_reason == "length" for rollout in group),
-        "repetition": _mean(repetition(rollout.token_ids) for rollout in group),
+        "repetition": _mean(repetition(rollout.completion_ids) for rollout in group),
     }
 
 

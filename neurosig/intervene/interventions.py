@@ -91,7 +91,7 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
 
 def mean_contributions(signals: Signals) -> Float[np.ndarray, " n_neurons"]:
     """Each neuron's mean absolute contribution over an export's rollouts; a rollout without it counts as 0."""
-    ids, values = signals.ids.numpy(), np.abs(signals.values.numpy().astype(np.float64))
+    ids, values = signals.neuron_ids.numpy(), np.abs(signals.contributions.numpy().astype(np.float64))
     active = ids != PAD
     return np.bincount(ids[active], weights=values[active], minlength=signals.n_neurons) / len(ids)
 
@@ -168,13 +168,13 @@ def completion_nll(
         groups: The completions of each question, equally many; their closing token counts.
     """
     k = len(groups[prompts[0].question_id])
-    longest = max(len(rollout.token_ids) for group in groups.values() for rollout in group)
+    longest = max(len(rollout.completion_ids) for group in groups.values() for rollout in group)
     questions = max(1, LOGITS_AT_ONCE // (k * longest * loaded.model.config.get_text_config().vocab_size))
     ordered = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
     means: dict[str, float] = {}
     for start in range(0, len(ordered), questions):
         batch = ordered[start : start + questions]
-        completions = [rollout.token_ids for prompt in batch for rollout in groups[prompt.question_id]]
+        completions = [rollout.completion_ids for prompt in batch for rollout in groups[prompt.question_id]]
         nats, tokens = _score_batch(loaded, batch, completions, k)
         for row, prompt in enumerate(batch):
             own = slice(row * k, (row + 1) * k)

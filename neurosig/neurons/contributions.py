@@ -22,14 +22,14 @@ class ActiveSets(NamedTuple):
     """What is kept of each rollout.
 
     Attributes:
-        ids: Its active set as flat ids, ``layer * d_mlp + index``, ascending; shorter rows end in -1.
-        values: Mean score of each of these neurons over the rollout's positions; 0 where ``ids`` is -1.
-        hidden: Residual stream two thirds up the layers, mean over the same positions.
+        neuron_ids: Its active set as flat ids, ``layer * d_mlp + index``, ascending; shorter rows end in -1.
+        contributions: Mean score of each of these neurons over the rollout's positions; 0 where the id is -1.
+        hidden_states: Residual stream two thirds up the layers, mean over the same positions.
     """
 
-    ids: Int32[Tensor, "n size"]
-    values: Float[Tensor, "n size"]
-    hidden: Float[Tensor, "n d_model"]
+    neuron_ids: Int32[Tensor, "n size"]
+    contributions: Float[Tensor, "n size"]
+    hidden_states: Float[Tensor, "n d_model"]
 
 
 def magnitude(
@@ -129,13 +129,13 @@ def neurons_per_layer(n_layers: int, d_mlp: int, set_size: int = 1000) -> int:
 
 def concat_sets(parts: Sequence[ActiveSets]) -> ActiveSets:
     """The rollouts of all parts, in order, padded to the widest set among them."""
-    width = max(part.ids.shape[1] for part in parts)
+    width = max(part.neuron_ids.shape[1] for part in parts)
 
     def widened(tensor: Tensor, fill: int) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
 
     return ActiveSets(
-        torch.cat([widened(part.ids, PAD) for part in parts]),
-        torch.cat([widened(part.values, 0) for part in parts]),
-        torch.cat([part.hidden for part in parts]),
+        torch.cat([widened(part.neuron_ids, PAD) for part in parts]),
+        torch.cat([widened(part.contributions, 0) for part in parts]),
+        torch.cat([part.hidden_states for part in parts]),
     )

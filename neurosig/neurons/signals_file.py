@@ -36,18 +36,18 @@ class Signals:
     """``signals.safetensors`` in memory.
 
     Attributes:
-        ids: Active set of each rollout as flat ids ``layer * d_mlp + index``, ascending; shorter sets end in -1.
-        values: Mean contribution of each of these neurons; 0 where ``ids`` is -1.
-        hidden: Mean hidden state of each rollout.
-        probe: Cross-fitted probe score of each rollout; higher points to hallucination.
+        neuron_ids: Active set of each rollout as flat ids ``layer * d_mlp + index``, ascending; shorter sets end in -1.
+        contributions: Mean contribution of each of these neurons; 0 where the id is -1.
+        hidden_states: Mean hidden state of each rollout.
+        probe_scores: Cross-fitted probe score of each rollout; higher points to hallucination.
         n_layers: Layers of the model.
         d_mlp: FFN neurons per layer.
     """
 
-    ids: Int32[Tensor, "n size"]
-    values: Float16[Tensor, "n size"]
-    hidden: Float16[Tensor, "n d_model"]
-    probe: Float32[Tensor, " n"]
+    neuron_ids: Int32[Tensor, "n size"]
+    contributions: Float16[Tensor, "n size"]
+    hidden_states: Float16[Tensor, "n d_model"]
+    probe_scores: Float32[Tensor, " n"]
     n_layers: int
     d_mlp: int
 
@@ -85,7 +85,11 @@ def trace_to_shards(
         kept = _has_key(shard, key)
         if not kept:
             sets = tracer.trace(*zip(*part, strict=True))
-            tensors = {"ids": sets.ids, "values": sets.values.half(), "hidden": sets.hidden.half()}
+            tensors = {
+                "neuron_ids": sets.neuron_ids,
+                "contributions": sets.contributions.half(),
+                "hidden_states": sets.hidden_states.half(),
+            }
             write_atomic(shard, save(tensors, metadata={"key": key}))
         shards.append(shard)
         advance(len(part), 0 if kept else sum(len(completion) for _, completion in part))
@@ -104,7 +108,7 @@ def load_shards(shards: Sequence[Path]) -> ActiveSets:
 def signals_file(sets: ActiveSets, rollout_probe: Float[np.ndarray, "questions k"], sites: FFNSites) -> bytes:
     """The bytes of ``signals.safetensors``."""
     probe = torch.from_numpy(rollout_probe.ravel().astype(np.float32))
-    tensors = {**{name: tensor.contiguous() for name, tensor in sets._asdict().items()}, "probe": probe}
+    tensors = {**{name: tensor.contiguous() for name, tensor in sets._asdict().items()}, "probe_scores": probe}
     shape = json.dumps({"n_layers": sites.n_layers, "d_mlp": sites.d_mlp})
     return save(tensors, metadata={"sites": shape})  # one entry: safetensors writes several in random order
 
@@ -121,10 +125,13 @@ def read_signals(path: str | Path) -> Signals:
     try:
         with safe_open(path, framework="pt") as stored:
             shape = json.loads((stored.metadata() or {})["sites"])
-            tensors = {name: stored.get_tensor(name) for name in ("ids", "values", "hidden", "probe")}
+            tensors = {
+                name: stored.get_tensor(name)
+                for name in ("neuron_ids", "contributions", "hidden_states", "probe_scores")
+            }
         signals = Signals(**tensors, **shape)
-        if len(signals.ids) and int(signals.ids.max()) >= signals.n_neurons:
-            raise ValueError(f"active sets name neuron {int(signals.ids.max())} of {signals.n_neurons}")
+        if len(signals.neuron_ids) and int(signals.neuron_ids.max()) >= signals.n_neurons:
+            raise ValueError(f"active sets name neuron {int(signals.neuron_ids.max())} of {signals.n_neurons}")
         return signals
     except (SafetensorError, LookupError, ValueError, TypeError) as error:
         raise UserError(f"signals {path}: not what neurosig.export writes ({error}); export again") from error

@@ -114,7 +114,7 @@ def _export(config: StudyConfig, name: str, questions: str) -> Exported:
         "num_generations": config.num_generations,
         "temperature": config.temperature,
         "seed": config.seed,
-        "clean_filter": "vote_only",
+        "question_filter": "vote_only",
         "context_policy": "none",
     }
     export(ExportConfig(**options, out=config.out / name, resume=True, quiet=config.quiet))
@@ -182,10 +182,10 @@ def _distances(exported: Exported) -> dict[str, Float[np.ndarray, "n n"]]:
 
     representatives = exported.representatives
     places = [exported.place[item] for item in representatives.items()]
-    hidden = exported.signals.hidden[places].float()
-    completions = [exported.rollouts[name][k].body_ids for name, k in representatives.items()]
+    hidden = exported.signals.hidden_states[places].float()
+    completions = [exported.rollouts[name][k].completion_ids_without_eos for name, k in representatives.items()]
     return {
-        "neurons": jaccard_distances(exported.signals.ids[places]),
+        "neurons": jaccard_distances(exported.signals.neuron_ids[places]),
         "hidden": cosine_distances(hidden - hidden.mean(dim=0)),
         "completion tokens": _overlap([set(ids) for ids in completions]),
         "completion bigrams": _overlap([set(pairwise(ids)) for ids in completions]),
@@ -208,7 +208,7 @@ def hallucination_rows(exported: Exported, seed: int) -> list[Row]:
 
     config = AnalysisConfig(seed=seed, resamples=RESAMPLES)
     questions = list(exported.rows.values())
-    made_up = np.array([not was_trained(row.id) for row in questions])
+    made_up = np.array([not was_trained(row.question_id) for row in questions])
     agreeing = np.array([row.vote is not None and row.vote.count / row.vote.n >= 7 / 8 for row in questions])
     rows = []
     for name in questions[0].scores:

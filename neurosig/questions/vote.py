@@ -18,14 +18,19 @@ class Vote:
     Attributes:
         winner: The winning candidate, ``None`` if no answer could be parsed.
         count: Its votes.
-        tied: All candidates with that many votes, sorted; more than one is a tie.
+        tied_answers: All candidates with that many votes, sorted; more than one is a tie.
         n: K, with the non-answers.
     """
 
     winner: str | None
     count: int
-    tied: tuple[str, ...]
+    tied_answers: tuple[str, ...]
     n: int
+
+    @property
+    def n_tied(self) -> int:
+        """Number of candidates with the most votes: 1 without a tie, 0 without an answer."""
+        return len(self.tied_answers)
 
     @property
     def share(self) -> float:
@@ -52,10 +57,10 @@ def majority_vote(answers: Sequence[str | None], question_id: str) -> Vote:
     return Vote(winner, most, tied, len(answers))
 
 
-def right_winners(vote: Vote, question: Question) -> int:
+def n_tied_right(vote: Vote, question: Question) -> int:
     """How many of the answers that tie for most votes are right. For evaluation only.
 
     Raises:
         ValueError: The question carries no gold answer.
     """
-    return sum(is_correct(candidate, question) for candidate in vote.tied)
+    return sum(is_correct(candidate, question) for candidate in vote.tied_answers)

@@ -1,6 +1,6 @@
 """Report how well the signals of an export predict right answers: one HTML page, and the numbers as CSV.
 
-    python -m neurosig.report --run runs/demo/manifest
+    python -m neurosig.report --manifest runs/demo/manifest
 
 For each signal: AUROC for "the majority is right" and "this rollout is right", correlation with length, vote share and
 text overlap, what it adds to the vote share and to all output-level signals, and a verdict in words made from these
@@ -40,10 +40,10 @@ PATH_CSV, PROBE = "path.csv", "probe.safetensors"
 class ReportConfig(CommonConfig):
     """Write the signal report of a manifest: how well each signal predicts right answers, and what it adds."""
 
-    run: Path
+    manifest: Path
     """Manifest folder written by neurosig.export."""
     out: Path | None = None
-    """Folder of report.html, the CSV files and probe.safetensors; default: RUN/report."""
+    """Folder of report.html, the CSV files and probe.safetensors; default: MANIFEST/report."""
     questions: tuple[str, ...] = ()
     """Question files with gold answers; default: the sources of the manifest."""
     resamples: int = 2000
@@ -72,13 +72,15 @@ def main(config: ReportConfig) -> None:
     from neurosig.statistics.auroc import AnalysisConfig
 
     analysis = AnalysisConfig(config.seed, config.resamples, config.folds)
-    if not (config.run / HEADER).is_file() and (config.run / "manifest" / HEADER).is_file():
-        raise UserError(f"--run {config.run}: not a manifest folder; its subfolder manifest is one")
+    if not (config.manifest / HEADER).is_file() and (config.manifest / "manifest" / HEADER).is_file():
+        raise UserError(f"--manifest {config.manifest}: not a manifest folder; its subfolder manifest is one")
     with PhaseTimer() as timer:
         with timer.phase("read"):
-            exported = Exported(config.run)
+            exported = Exported(config.manifest)
             if not exported.rows:
-                raise UserError(f"--run {config.run}: every question was too long, so there are no signals to report")
+                raise UserError(
+                    f"--manifest {config.manifest}: every question was too long, so there are no signals to report"
+                )
             gold, lacking = join_gold(exported.manifest, config.questions, required=bool(config.questions))
         with timer.phase("analyse"):
             levels = {"question": question_level(exported, gold), "rollout": rollout_level(exported, gold)}
@@ -93,7 +95,7 @@ def main(config: ReportConfig) -> None:
             clustered = patterns(exported, seed=config.seed)
         with timer.phase("write"):
             page = _page(config, exported, levels, tables, lacking, layers, located, clustered, gold, analysis)
-            out = config.run / "report" if config.out is None else config.out
+            out = config.manifest / "report" if config.out is None else config.out
             out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / SIGNALS_CSV, _signals_csv(levels, tables))
             if isinstance(located, Located):
@@ -129,7 +131,7 @@ def _page(
     events = {"question": "the majority is right", "rollout": "a rollout is right"}
     samples = {name: _sample(name, level, lacking, analysis) for name, level in levels.items()}
     findings = [headline(tables[name], event) for name, event in events.items()]
-    clean, suspect = examples(exported, gold, config.examples)
+    selected, suspect = examples(exported, gold, config.examples)
     options = manifest.header.options
     return {
         "run": {
@@ -148,7 +150,7 @@ def _page(
         "located": located,
         "patterns": clustered,
         "top_neurons": [] if isinstance(located, str) else located.table[: config.neurons],
-        "clean": clean,
+        "selected": selected,
         "suspect": suspect,
         "policy": f"{options['context_policy']}".replace("_", " "),
         "analysis": analysis,
@@ -168,7 +170,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         f"seed {options['seed']}",
         "outcome": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
     }
-    named = ("neuron_value", "contribution", "active_set", "set_size", "hallucination_score", "clean_filter")
+    named = ("neuron_value", "contribution", "active_set", "set_size", "hallucination_score", "question_filter")
     facts |= {name.replace("_", " "): str(options[name]) for name in named if name in options}
     return facts | {"manifest": f"{manifest.folder} (content {header.content_sha256[:12]})"}
 

@@ -115,13 +115,15 @@ def question_level(exported: Exported, gold: Mapping[str, Question]) -> LevelDat
 
     The label is whether the majority answer is right. With any gold answers, only questions that have one are used.
     """
-    rows = [row for row in exported.rows.values() if not gold or row.id in gold]
-    groups = [exported.rollouts[row.id] for row in rows]
-    length = np.array([np.mean([len(rollout.body_ids) for rollout in group]) for group in groups])
-    overlap = np.array([token_overlap([rollout.body_ids for rollout in group]).mean() for group in groups])
+    rows = [row for row in exported.rows.values() if not gold or row.question_id in gold]
+    groups = [exported.rollouts[row.question_id] for row in rows]
+    length = np.array([np.mean([len(rollout.completion_ids_without_eos) for rollout in group]) for group in groups])
+    overlap = np.array(
+        [token_overlap([rollout.completion_ids_without_eos for rollout in group]).mean() for group in groups]
+    )
     by_name = {name: -np.array([row.scores[name] for row in rows]) for name in rows[0].scores}
     by_name = {"length": -length, **by_name, "token_overlap": overlap}
-    right = np.array([is_correct(row.pseudo_label, gold[row.id]) for row in rows]) if gold else None
+    right = np.array([is_correct(row.pseudo_label, gold[row.question_id]) for row in rows]) if gold else None
     vote = np.array([row.vote.count / row.vote.n for row in rows if row.vote is not None])
     confounders = {"length": length, "vote_share": vote, "token_overlap": overlap}
     return LevelData(_signals(by_name), right, np.arange(len(rows)), confounders)
@@ -129,17 +131,19 @@ def question_level(exported: Exported, gold: Mapping[str, Question]) -> LevelDat
 
 def rollout_level(exported: Exported, gold: Mapping[str, Question]) -> LevelData:
     """Signals per rollout; the label is whether it is right, ``vote_share`` is that of the rollout's own answer."""
-    rows = [row for row in exported.rows.values() if not gold or row.id in gold]
-    groups = [exported.rollouts[row.id] for row in rows]
+    rows = [row for row in exported.rows.values() if not gold or row.question_id in gold]
+    groups = [exported.rollouts[row.question_id] for row in rows]
     flat = [rollout for group in groups for rollout in group]
     votes = [Counter[str | None](answer for answer in row.answers if answer is not None) for row in rows]
     share = np.array(
         [count[answer] / len(row.answers) for row, count in zip(rows, votes, strict=True) for answer in row.answers]
     )
-    length = np.array([float(len(rollout.body_ids)) for rollout in flat])
-    overlap = np.concatenate([token_overlap([rollout.body_ids for rollout in group]) for group in groups])
+    length = np.array([float(len(rollout.completion_ids_without_eos)) for rollout in flat])
+    overlap = np.concatenate(
+        [token_overlap([rollout.completion_ids_without_eos for rollout in group]) for group in groups]
+    )
     places = [exported.place[rollout.question_id, rollout.rollout_id] for rollout in flat]
-    by_name = {"probe": -exported.signals.probe[places].double().numpy(), "vote_share": share}
+    by_name = {"probe_score": -exported.signals.probe_scores[places].double().numpy(), "vote_share": share}
     for name, sign in (("mean_logprob", 1), ("mean_entropy", -1), ("mean_self_certainty", 1)):
         values = [getattr(rollout, name) for rollout in flat]
         if None not in values:
@@ -149,7 +153,7 @@ def rollout_level(exported: Exported, gold: Mapping[str, Question]) -> LevelData
     by_name |= {"length": -length, "token_overlap": overlap}
     right = None
     if gold:
-        right = np.array([is_correct(answer, gold[row.id]) for row in rows for answer in row.answers])
+        right = np.array([is_correct(answer, gold[row.question_id]) for row in rows for answer in row.answers])
     owners = np.repeat(np.arange(len(rows)), [len(group) for group in groups])
     return LevelData(
         _signals(by_name), right, owners, {"length": length, "vote_share": share, "token_overlap": overlap}
@@ -160,8 +164,10 @@ def reliability(exported: Exported, gold: Mapping[str, Question]) -> list[Bin]:
     """Accuracy of the majorities with each number of votes."""
     by_votes: dict[tuple[int, int], list[bool]] = {}
     for row in exported.rows.values():
-        if row.vote is not None and row.id in gold:
-            by_votes.setdefault((row.vote.count, row.vote.n), []).append(is_correct(row.pseudo_label, gold[row.id]))
+        if row.vote is not None and row.question_id in gold:
+            by_votes.setdefault((row.vote.count, row.vote.n), []).append(
+                is_correct(row.pseudo_label, gold[row.question_id])
+            )
     bins = []
     for (count, k), right in sorted(by_votes.items()):
         interval = stats.binomtest(sum(right), len(right)).proportion_ci(method="wilson")
@@ -174,11 +180,11 @@ def layer_profile(exported: Exported) -> list[Layer]:
     signals, neurons, options = exported.signals, exported.neurons, exported.manifest.header.options
     index_of = {name: index for index, name in enumerate(exported.rows)}
     owners = np.array([index_of[question_id] for question_id, _ in exported.place])
-    flat, size = signals.ids.numpy().ravel(), len(index_of) * signals.n_layers
-    cells = np.repeat(owners, signals.ids.shape[1]) * signals.n_layers + flat // signals.d_mlp
+    flat, size = signals.neuron_ids.numpy().ravel(), len(index_of) * signals.n_layers
+    cells = np.repeat(owners, signals.neuron_ids.shape[1]) * signals.n_layers + flat // signals.d_mlp
     kept = flat >= 0
     counts = np.bincount(cells[kept], minlength=size).reshape(len(index_of), signals.n_layers)
-    totals = np.bincount(cells[kept], signals.values.float().numpy().ravel()[kept], minlength=size)
+    totals = np.bincount(cells[kept], signals.contributions.float().numpy().ravel()[kept], minlength=size)
     totals = totals.reshape(counts.shape)
     means = np.divide(totals, counts, out=np.zeros_like(totals), where=counts > 0)
     shares = np.array([row.vote.count / row.vote.n for row in exported.rows.values() if row.vote is not None])
@@ -199,26 +205,26 @@ def layer_profile(exported: Exported) -> list[Layer]:
 def examples(
     exported: Exported, gold: Mapping[str, Question], count: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The cleanest selected questions and the most suspect of all, by the score that the clean filter ranked by."""
+    """The selected questions with the lowest scores and the questions with the highest, by the ranking score."""
     score = str(exported.manifest.header.options["hallucination_score"])
-    ranked = sorted(exported.rows.values(), key=lambda row: (row.scores[score], row.id))
-    clean = [row for row in ranked if row.selected][:count]
-    suspect = [row for row in reversed(ranked) if row not in clean][:count]
+    ranked = sorted(exported.rows.values(), key=lambda row: (row.scores[score], row.question_id))
+    selected_rows = [row for row in ranked if row.selected][:count]
+    suspect = [row for row in reversed(ranked) if row not in selected_rows][:count]
     return (
-        tuple(_example(exported, gold, row, row.scores[score]) for row in clean),
+        tuple(_example(exported, gold, row, row.scores[score]) for row in selected_rows),
         tuple(_example(exported, gold, row, row.scores[score]) for row in suspect),
     )
 
 
 def _example(exported: Exported, gold: Mapping[str, Question], row: QuestionRow, score: float) -> Example:
-    question = gold.get(row.id)
+    question = gold.get(row.question_id)
 
     def is_right(answer: str | None) -> bool | None:
         return None if question is None else is_correct(answer, question)
 
     rollouts = tuple(
         RolloutExample(rollout.text, answer, is_right(answer))
-        for rollout, answer in zip(exported.rollouts[row.id], row.answers, strict=True)
+        for rollout, answer in zip(exported.rollouts[row.question_id], row.answers, strict=True)
     )
     context = tuple(
         DemonstrationExample(

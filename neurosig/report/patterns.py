@@ -88,15 +88,15 @@ def patterns(exported: Exported, *, seed: int, selected_only: bool = False) -> P
     if len(rows) < 3:
         return f"{len(rows)} questions have a majority answer; patterns need three."
     places = np.array([exported.place[item] for item in representatives.items()])
-    completions = [exported.manifest.rollouts[item].body_ids for item in representatives.items()]
+    completions = [exported.manifest.rollouts[item].completion_ids_without_eos for item in representatives.items()]
     kinds = [row.kind or row.domain for row in rows]
     signals = exported.signals
     found = pattern_clusters(
-        signals.ids[places],
+        signals.neuron_ids[places],
         signals.d_mlp,
         ClusterConfig(seed=seed),
         others={
-            "hidden states": cosine_distances(signals.hidden[places].float()),
+            "hidden states": cosine_distances(signals.hidden_states[places].float()),
             "tokens": jaccard_distances(_token_sets(completions)),
         },
         kinds=kinds if len(set(kinds)) > 1 else None,

@@ -75,14 +75,16 @@ def locate(exported: Exported, *, seed: int, quiet: bool) -> Located | str:
         folds=options["probe_folds"],
         seed=seed,
     )
-    share = {row.id: row.vote.count / row.vote.n for row in exported.rows.values() if row.vote is not None}
+    share = {row.question_id: row.vote.count / row.vote.n for row in exported.rows.values() if row.vote is not None}
     owners = [question_id for question_id, _ in exported.place]
     labels = agreement_labels(np.array([share[owner] for owner in owners]), config)
     shortage = too_few(labels, np.unique(owners, return_inverse=True)[1], config)
     if shortage:
         return f"Single neurons cannot be located: {shortage}."
     signals = exported.signals
-    contributions = contribution_matrix(signals.ids.numpy(), signals.values.float().numpy(), signals.n_neurons)
+    contributions = contribution_matrix(
+        signals.neuron_ids.numpy(), signals.contributions.float().numpy(), signals.n_neurons
+    )
     probe = HallucinationProbe(config).fit(contributions, labels, owners, d_mlp=signals.d_mlp, quiet=quiet)
     random = None
     if len(probe.columns):

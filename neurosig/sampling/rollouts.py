@@ -23,7 +23,7 @@ class Rollout:
         question_id: The question it answers.
         rollout_id: Index among the K rollouts of that question.
         text: Decoded completion without special tokens.
-        token_ids: Completion tokens as sampled, with the end-of-sequence token if there is one.
+        completion_ids: Completion tokens as sampled, with the end-of-sequence token if there is one.
         finish_reason: ``stop`` at an end-of-sequence token, ``length`` when cut off.
         mean_logprob: Mean log-probability of its tokens at temperature 1, in nats; ``None`` if made elsewhere.
         mean_entropy: Mean entropy of the model's next-token distribution at temperature 1, in nats.
@@ -34,17 +34,17 @@ class Rollout:
     question_id: str
     rollout_id: int
     text: str
-    token_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
     finish_reason: FinishReason
     mean_logprob: float | None = None
     mean_entropy: float | None = None
     mean_self_certainty: float | None = None
 
     @property
-    def body_ids(self) -> tuple[int, ...]:
+    def completion_ids_without_eos(self) -> tuple[int, ...]:
         """The completion without its closing end-of-sequence token, unless that is its only token."""
-        ended = self.finish_reason == "stop" and len(self.token_ids) > 1
-        return self.token_ids[:-1] if ended else self.token_ids
+        ended = self.finish_reason == "stop" and len(self.completion_ids) > 1
+        return self.completion_ids[:-1] if ended else self.completion_ids
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -88,7 +88,7 @@ class RolloutLog:
 
 def parse_rollout(fields: Mapping[str, Any]) -> Rollout:
     """A ``Rollout`` from its JSON fields."""
-    return Rollout(**{**fields, "token_ids": tuple(fields["token_ids"])})
+    return Rollout(**{**fields, "completion_ids": tuple(fields["completion_ids"])})
 
 
 def read_external_rollouts(
@@ -96,9 +96,9 @@ def read_external_rollouts(
 ) -> dict[str, list[Rollout]]:
     """Read rollouts made elsewhere, such as on a vLLM cluster, grouped by question.
 
-    Each line is an object with ``question_id`` and ``text``; ``token_ids`` and ``finish_reason`` are optional.
-    Without ``token_ids``, ``encode`` tokenises the text. Completions that were not cut off end with an end-of-sequence
-    token, which is added if it is missing.
+    Each line is an object with ``question_id`` and ``text``; ``completion_ids`` (or ``token_ids``, vLLM's name) and
+    ``finish_reason`` are optional. Without ids, ``encode`` tokenises the text. Completions that were not cut off end
+    with an end-of-sequence token, which is added if it is missing.
 
     Args:
         path: JSONL file.
@@ -127,10 +127,11 @@ def read_external_rollouts(
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{path}:{number}: text: a lone surrogate at character {error.start}") from error
-        given = fields.get("token_ids")
+        name = "token_ids" if "token_ids" in fields else "completion_ids"
+        given = fields.get(name)
         ids = list(encode(text)) if given is None else given
         if not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
-            raise UserError(f"{path}:{number}: token_ids: expected a list of token ids, got {json.dumps(given)[:60]}")
+            raise UserError(f"{path}:{number}: {name}: expected a list of token ids, got {json.dumps(given)[:60]}")
         if reason == "stop" and (not ids or ids[-1] not in eos_token_ids):
             ids = [*ids, eos_token_ids[0]]
         if not ids:
@@ -172,15 +173,15 @@ def check_fit(
     for name, before in prompt_lengths.items():
         for rollout in groups[name]:
             place = f'{path}: rollout {rollout.rollout_id} of question "{name}"'
-            if before + len(rollout.token_ids) > max_length:
+            if before + len(rollout.completion_ids) > max_length:
                 raise UserError(
-                    f"{place}: {len(rollout.token_ids)} tokens after a prompt of {before} exceed the model's "
+                    f"{place}: {len(rollout.completion_ids)} tokens after a prompt of {before} exceed the model's "
                     f"{max_length} positions; leave it out or cut it short"
                 )
-            if max(rollout.token_ids) >= vocabulary:
+            if max(rollout.completion_ids) >= vocabulary:
                 raise UserError(
-                    f"{place}: token id {max(rollout.token_ids)}, but the model has {vocabulary}; pass the model that "
-                    "sampled it"
+                    f"{place}: token id {max(rollout.completion_ids)}, but the model has {vocabulary}; pass the "
+                    "model that sampled it"
                 )
 
 

@@ -290,7 +290,7 @@ class Server:
         return Rollout(prompt.question_id, number, text, tuple(ids), choice.finish_reason)
 
     def _compare(self, prompt: Prompt, rollout: Rollout, served: Sequence[float], temperature: float) -> None:
-        token_ids, served = rollout.token_ids[:COMPARED], served[:COMPARED]
+        token_ids, served = rollout.completion_ids[:COMPARED], served[:COMPARED]
         ids = torch.tensor(token_ids)[:, None]
         logits = next_token_logits(self._loaded, prompt.token_ids, token_ids)
 

@@ -43,15 +43,15 @@ class Candidate:
     num_tokens: int
 
 
-def clean_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> list[Reason]:
+def selection_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> list[Reason]:
     """For each candidate ``selected`` or the reason why it is not."""
-    if config.clean_filter == "all":
+    if config.question_filter == "all":
         return ["selected"] * len(candidates)
     reasons: list[Reason] = [_vote_reason(candidate.vote, config) for candidate in candidates]
-    if config.clean_filter == "vote_only":
+    if config.question_filter == "vote_only":
         return reasons
     passed = [index for index, reason in enumerate(reasons) if reason == "selected"]
-    if config.clean_filter == "threshold":
+    if config.question_filter == "threshold":
         rejected = [index for index in passed if candidates[index].score > config.max_score]
     else:
         ranked = sorted(passed, key=lambda index: (candidates[index].score, candidates[index].question_id))
@@ -64,8 +64,8 @@ def clean_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> l
 def _vote_reason(vote: Vote, config: SelectionConfig) -> Reason:
     if vote.winner is None:
         return "no_parse"
-    if config.clean_filter == "neuron_only":
+    if config.question_filter == "neuron_only":
         return "selected"
-    if len(vote.tied) > 1:
+    if len(vote.tied_answers) > 1:
         return "tie"
     return "selected" if vote.share >= config.min_vote_share else "low_agreement"

@@ -8,17 +8,17 @@ from typing import Literal
 from neurosig.patterns import Signature
 from neurosig.runtime.errors import UserError
 
-CleanFilter = Literal["neuron", "vote_only", "neuron_only", "threshold", "all"]
+QuestionFilter = Literal["neuron", "vote_only", "neuron_only", "threshold", "all"]
 QuestionWeight = Literal["uniform", "vote_share"]
 ContextPolicy = Literal["nearest", "nearest_first", "random", "random_within_kind", "majority_solution", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionConfig:
-    """Options of the clean filter and the teacher's context; the manifest records all of them.
+    """Options of the question filter and the teacher's context; the manifest records all of them.
 
     Attributes:
-        clean_filter: ``neuron`` requires ``min_vote_share`` and selects, of the remaining questions, the
+        question_filter: ``neuron`` requires ``min_vote_share`` and selects, of the remaining questions, the
             ``keep_fraction`` with the lowest hallucination scores; ``vote_only`` and ``neuron_only`` use one of the two
             conditions; ``threshold`` requires ``min_vote_share`` and a score of at most ``max_score``; ``all`` selects
             every question.
@@ -39,7 +39,7 @@ class SelectionConfig:
         UserError: A value out of range.
     """
 
-    clean_filter: CleanFilter = "neuron"
+    question_filter: QuestionFilter = "neuron"
     min_vote_share: float = 0.5
     keep_fraction: float = 0.5
     max_score: float = 0.5

@@ -41,9 +41,9 @@ def reused(
     if changed:
         by_id = {question.id: question for question in questions}
         other = [
-            f'"{row.id}" on line {by_id[row.id].line}'
+            f'"{row.question_id}" on line {by_id[row.question_id].line}'
             for row in exported.manifest.rows
-            if row.id in by_id and by_id[row.id].text_sha256 != row.text_sha256
+            if row.question_id in by_id and by_id[row.question_id].text_sha256 != row.text_sha256
         ]
         texts = f" ({len(other)} questions have another text, the first is {other[0]})" if other else ""
         raise UserError(
@@ -51,4 +51,4 @@ def reused(
             f"{', '.join(changed)}{texts}; give the same options or leave --reuse out"
         )
     signals = exported.signals
-    return dict(exported.rollouts), ActiveSets(signals.ids, signals.values, signals.hidden)
+    return dict(exported.rollouts), ActiveSets(signals.neuron_ids, signals.contributions, signals.hidden_states)

@@ -14,7 +14,7 @@ from neurosig.hallucination.scores import QuestionSignals, Scores
 from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteRecord
 from neurosig.patterns.signatures import representative, signature
 from neurosig.questions.load import Question
-from neurosig.selection.choose import Candidate, clean_reasons
+from neurosig.selection.choose import Candidate, selection_reasons
 from neurosig.selection.config import SelectionConfig
 from neurosig.selection.contexts import choose_contexts
 
@@ -34,7 +34,7 @@ def manifest_rows(
         questions: All input questions; those without signals were too long.
         signals: Votes and active sets of the traced questions.
         scores: Their hallucination scores.
-        ranked_by: The score that the clean filter uses.
+        ranked_by: The score that the question filter uses.
         selection: Options of filter and context.
         prompt_tokens: Question id -> tokens of its prompt.
     """
@@ -50,7 +50,7 @@ def manifest_rows(
         )
         for index, (name, signal) in enumerate(signals.items())
     ]
-    reasons = clean_reasons(candidates, selection)
+    reasons = selection_reasons(candidates, selection)
     contexts = choose_contexts(candidates, [reason == "selected" for reason in reasons], selection)
     if selection.context_policy != "none":
         reasons = [
@@ -69,7 +69,7 @@ def manifest_rows(
     }
     return [
         QuestionRow(
-            id=question.id,
+            question_id=question.id,
             line=question.line,
             domain=question.domain,
             kind=question.kind,
@@ -90,7 +90,7 @@ def _candidate(
     selection: SelectionConfig,
     prompt_tokens: int,
 ) -> Candidate:
-    lengths = [len(rollout.body_ids) for rollout in signal.rollouts]
+    lengths = [len(rollout.completion_ids_without_eos) for rollout in signal.rollouts]
     majority = [] if chosen is None else signal.majority
     return Candidate(
         question_id=question.id,
@@ -128,7 +128,7 @@ def _decided(
     vote = signal.vote
     return {
         "answers": tuple(signal.answers),
-        "vote": VoteRecord(count=vote.count, n=vote.n, tied=len(vote.tied)),
+        "vote": VoteRecord(count=vote.count, n=vote.n, n_tied=len(vote.tied_answers)),
         "pseudo_label": vote.winner,
         "scores": {name: round(float(score), 6) for name, score in scores.items()},
         "selected": reason == "selected",

@@ -68,24 +68,24 @@ def avg_at_k(correct: Bool[np.ndarray, "questions k"]) -> Float[np.ndarray, " qu
 
 
 def maj_at_k(
-    right_winners: Int[np.ndarray, " questions"], winners: Int[np.ndarray, " questions"]
+    n_tied_right: Int[np.ndarray, " questions"], n_tied: Int[np.ndarray, " questions"]
 ) -> Float[np.ndarray, " questions"]:
     """Expected correctness of the majority vote when a tie is broken uniformly at random.
 
     Args:
-        right_winners: how many of the answers tied for most votes are right.
-        winners: how many answers are tied for most votes: 1 without a tie, 0 without any candidate.
+        n_tied_right: how many of the answers tied for most votes are right.
+        n_tied: how many answers are tied for most votes: 1 without a tie, 0 without any candidate.
 
     Returns:
-        ``right_winners / winners``; 0 where there is no candidate.
+        ``n_tied_right / n_tied``; 0 where there is no candidate.
 
     Raises:
-        UserError: if more winners are right than there are winners.
+        UserError: if more tied answers are right than are tied.
     """
-    _check_same_length("maj_at_k", right_winners, winners)
-    if np.any(right_winners < 0) or np.any(right_winners > winners):
-        raise UserError("maj_at_k: right_winners must lie between 0 and winners")
-    return right_winners / np.maximum(winners, 1)
+    _check_same_length("maj_at_k", n_tied_right, n_tied)
+    if np.any(n_tied_right < 0) or np.any(n_tied_right > n_tied):
+        raise UserError("maj_at_k: n_tied_right must lie between 0 and n_tied")
+    return n_tied_right / np.maximum(n_tied, 1)
 
 
 def pass_at_k(n: int, c: Int[np.ndarray, " questions"], k: int) -> Float[np.ndarray, " questions"]:
@@ -120,7 +120,7 @@ def ece(
     Args:
         votes: samples that gave the winning answer; 0 when no sample had an answer.
         k: samples drawn for each question, unparsed ones included.
-        accuracy: 0 or 1, or a fraction in between for tied winners (`maj_at_k`).
+        accuracy: 0 or 1, or a fraction in between for tied answers (`maj_at_k`).
 
     Raises:
         UserError: on empty, unequal or out-of-range arrays.
@@ -136,7 +136,7 @@ def calibration_bins(votes: Int[np.ndarray, "*shape"], k: int, *, bins: int = 15
 
 
 def brier(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]) -> float:
-    """Brier score of the confidence ``votes / k``, in expectation over tied winners.
+    """Brier score of the confidence ``votes / k``, in expectation over tied answers.
 
     A fractional accuracy ``a`` is a chance of being right: ``E (c - y)^2 = (c - a)^2 + a (1 - a)``.
 

@@ -118,15 +118,15 @@ def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     yield f"{len(header.files)} files as hashed, {len(manifest.rows)} questions and their contexts", ""
     wrong = ""
     for row in manifest.rows:
-        vote = majority_vote(row.answers, row.id) if row.answers else None
-        counted = None if vote is None else (vote.count, vote.n, len(vote.tied), vote.winner)
-        kept = None if row.vote is None else (row.vote.count, row.vote.n, row.vote.tied, row.pseudo_label)
-        texts = [manifest.rollouts[row.id, place].text for place in range(len(row.answers))]
+        vote = majority_vote(row.answers, row.question_id) if row.answers else None
+        counted = None if vote is None else (vote.count, vote.n, len(vote.tied_answers), vote.winner)
+        kept = None if row.vote is None else (row.vote.count, row.vote.n, row.vote.n_tied, row.pseudo_label)
+        texts = [manifest.rollouts[row.question_id, place].text for place in range(len(row.answers))]
         parsed = [extract_answer(text, row.as_question(), header.options["answer_format"]) for text in texts]
         if list(row.answers) != parsed:
-            wrong = f'question "{row.id}": its answers are not those of its rollouts'
+            wrong = f'question "{row.question_id}": its answers are not those of its rollouts'
         elif counted != kept:
-            wrong = f'question "{row.id}": its vote is not that of its answers'
+            wrong = f'question "{row.question_id}": its vote is not that of its answers'
         if wrong:
             break
     yield "answers and votes follow from the rollouts", wrong
@@ -259,12 +259,19 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
         gold = {question.id: question for question in load_questions(config["questions"], split=config.get("split"))}
     except UserError:
         gold = {}
-    known = all(row["id"] in gold for row in rows)
+    known = all(row["question_id"] in gold for row in rows)
     problem_of: Callable[..., str] = row_problem if sampled else choice_row_problem
     form = config["answer_format" if sampled else "choice_form"]
-    problems = ((row["id"], problem_of(row, rollouts.get(row["id"], []), gold.get(row["id"]), form)) for row in rows)
+    problems = (
+        (row["question_id"], problem_of(row, rollouts.get(row["question_id"], []), gold.get(row["question_id"]), form))
+        for row in rows
+    )
     wrong = next((f'question "{name}": {problem}' for name, problem in problems if problem), "")
-    missing = "" if set(rollouts) == {row["id"] for row in rows} else "rollouts and rows belong to different questions"
+    missing = (
+        ""
+        if set(rollouts) == {row["question_id"] for row in rows}
+        else "rollouts and rows belong to different questions"
+    )
     yield f"{len(rows)} rows follow from the rollouts" + (" and the gold answers" if known else ""), wrong or missing
     for domain in dict.fromkeys(row["domain"] for row in rows):
         domain_rows = [row for row in rows if row["domain"] == domain]

@@ -32,23 +32,23 @@ def row_problem(row: Row, rollouts: Sequence[Mapping[str, Any]], question: Quest
         answer_format: As in `neurosig.questions.answers.extract_answer`.
     """
     answers = list(row["answers"])
-    vote = majority_vote(answers, row["id"])
+    vote = majority_vote(answers, row["question_id"])
     counts = Counter(answer for answer in answers if answer is not None)
     expected: dict[str, Any] = {
         "k": len(answers),
         "winner": vote.winner,
         "votes": vote.count,
-        "winners": len(vote.tied),
+        "n_tied": len(vote.tied_answers),
         "unparsed": answers.count(None),
         "distinct": len(counts),
         "truncated": sum(rollout["finish_reason"] == "length" for rollout in rollouts),
-        "mean_length": sum(len(rollout["token_ids"]) for rollout in rollouts) / max(1, len(rollouts)),
+        "mean_length": sum(len(rollout["completion_ids"]) for rollout in rollouts) / max(1, len(rollouts)),
         "mean_logprob": sum(rollout["mean_logprob"] or 0.0 for rollout in rollouts) / max(1, len(rollouts)),
     }
     if question is not None:
         expected["answers"] = [extract_answer(rollout["text"], question, answer_format) for rollout in rollouts]
         expected["n_correct"] = sum(is_correct(answer, question) for answer in answers)
-        expected["right_winners"] = sum(is_correct(candidate, question) for candidate in vote.tied)
+        expected["n_tied_right"] = sum(is_correct(candidate, question) for candidate in vote.tied_answers)
     if len(rollouts) != len(answers):
         return f"{len(answers)} answers of {len(rollouts)} rollouts"
     return difference(expected, {name: row.get(name) for name in expected})
@@ -57,10 +57,8 @@ def row_problem(row: Row, rollouts: Sequence[Mapping[str, Any]], question: Quest
 def estimates(rows: Sequence[Row]) -> dict[str, float]:
     """n, Avg@K, maj@K and ECE of an evaluation's rows."""
     k = int(rows[0]["k"])
-    votes, winners, right = (
-        np.array([int(row[name]) for row in rows]) for name in ("votes", "winners", "right_winners")
-    )
-    majority = metrics.maj_at_k(right, winners)
+    votes, n_tied, right = (np.array([int(row[name]) for row in rows]) for name in ("votes", "n_tied", "n_tied_right"))
+    majority = metrics.maj_at_k(right, n_tied)
     return {
         "n": float(len(rows)),
         "avg_at_k": sum(int(row["n_correct"]) for row in rows) / (len(rows) * k),
@@ -71,13 +69,13 @@ def estimates(rows: Sequence[Row]) -> dict[str, float]:
 
 def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
     """The block of one domain in ``summary.json``, from its rows."""
-    ordered = sorted(rows, key=lambda row: str(row["id"]))
+    ordered = sorted(rows, key=lambda row: str(row["question_id"]))
     k, n = int(ordered[0]["k"]), len(ordered)
     correct, votes, unparsed, truncated = (
         np.array([int(row[name]) for row in ordered]) for name in ("n_correct", "votes", "unparsed", "truncated")
     )
-    winners, right = (np.array([int(row[name]) for row in ordered]) for name in ("winners", "right_winners"))
-    accuracy, majority = correct / k, metrics.maj_at_k(right, winners)
+    n_tied, right = (np.array([int(row[name]) for row in ordered]) for name in ("n_tied", "n_tied_right"))
+    accuracy, majority = correct / k, metrics.maj_at_k(right, n_tied)
     block: dict[str, Any] = {
         "n": n,
         "k": k,
@@ -87,7 +85,7 @@ def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
         "brier": metrics.brier(votes, k, majority),
         "mean_confidence": float(np.mean(votes)) / k,
         "signed_gap": float(np.mean(votes / k) - np.mean(majority)),
-        "tie_rate": float(np.mean(winners > 1)),
+        "tie_rate": float(np.mean(n_tied > 1)),
         "unparsed_rate": float(unparsed.sum()) / (n * k),
         "truncated_rate": float(truncated.sum()) / (n * k),
     }
@@ -122,7 +120,7 @@ def choice_row_problem(
 ) -> str:
     """`row_problem` of an evaluation that scored the choices, each a line of ``rollouts.jsonl``, by log-likelihood."""
     sums = choice_form == "letter"
-    scores = [rollout["mean_logprob"] * (len(rollout["token_ids"]) if sums else 1) for rollout in rollouts]
+    scores = [rollout["mean_logprob"] * (len(rollout["completion_ids"]) if sums else 1) for rollout in rollouts]
     if not scores:
         return "no scored choices"
     best = scores.index(max(scores))
@@ -141,7 +139,7 @@ def choice_row_problem(
 
 def choice_aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
     """`aggregates` of an evaluation that scored choices; its calibration metrics count confidence in thousandths."""
-    ordered = sorted(rows, key=lambda row: str(row["id"]))
+    ordered = sorted(rows, key=lambda row: str(row["question_id"]))
     n, k = len(ordered), 1000
     correct = np.array([float(row["correct"]) for row in ordered])
     parts = np.array([round(row["confidence"] * k) for row in ordered])

@@ -80,12 +80,14 @@ class Explorer(ExportedRun):
         else:
             values = active_contribution(trace, self.active(self.place[question_id, rollout.rollout_id]))
         title, note = _NOTES[quantity]
-        return TokenLayerMap(self.row(question_id).question, self.texts(rollout.body_ids), values, title, note)
+        return TokenLayerMap(
+            self.row(question_id).question, self.texts(rollout.completion_ids_without_eos), values, title, note
+        )
 
     def layers(self, question_id: str, rollout_id: int | None = None, *, count: int = 6) -> Choice:
         """Each token's largest contributors, with a slider over the layers."""
         rollout = self.rollout(question_id, rollout_id)
-        trace, texts = self.trace(question_id, rollout.rollout_id), self.texts(rollout.body_ids)
+        trace, texts = self.trace(question_id, rollout.rollout_id), self.texts(rollout.completion_ids_without_eos)
         views: dict[str, View] = {}
         for layer in range(self.signals.n_layers):
             indices, contributions = largest_neurons(trace, layer, count)
@@ -110,9 +112,9 @@ class Explorer(ExportedRun):
         """
         effect = vocabulary_effect(self.tracer, layer, index)
         order = effect.sort(descending=True, stable=True).indices
-        ids, flat = self.signals.ids, layer * self.signals.d_mlp + index
+        ids, flat = self.signals.neuron_ids, layer * self.signals.d_mlp + index
         places, columns = (ids == flat).nonzero(as_tuple=True)
-        means = self.signals.values[places, columns].float()
+        means = self.signals.contributions[places, columns].float()
         keys = list(self.manifest.rollouts)
         shown: dict[str, tuple[int, float]] = {}
         for place in means.argsort(descending=True, stable=True).tolist():
@@ -122,7 +124,7 @@ class Explorer(ExportedRun):
         cards, tops = [], []
         for name, (rollout_id, mean) in shown.items():
             rollout, trace = self.manifest.rollouts[name, rollout_id], self.trace(name, rollout_id)
-            texts = self.texts(rollout.body_ids)
+            texts = self.texts(rollout.completion_ids_without_eos)
             here, values = trace.contributions[layer, :, index], trace.values[layer, :, index]
             tops += list(zip(texts, here.tolist(), values.tolist(), strict=True))
             row = self.row(name)
@@ -152,27 +154,29 @@ class Explorer(ExportedRun):
             UserError: All rollouts have the same verdict, and none was named.
         """
         row = self.row(question_id)
-        probe = {k: float(self.signals.probe[self.place[row.id, k]]) for k in range(len(row.answers))}
+        probe = {k: float(self.signals.probe_scores[self.place[row.question_id, k]]) for k in range(len(row.answers))}
         sides = {verdict: [k for k in probe if self.trusted(row, k) == verdict] for verdict in (True, False)}
         if (trusted is None and not sides[True]) or (doubtful is None and not sides[False]):
-            raise UserError(f'question "{row.id}": all its rollouts have the same verdict; choose one of contrasting')
+            raise UserError(
+                f'question "{row.question_id}": all its rollouts have the same verdict; choose one of contrasting'
+            )
         left = min(sides[True], key=probe.__getitem__) if trusted is None else trusted
         right = max(sides[False], key=probe.__getitem__) if doubtful is None else doubtful
-        pair = [self.place[row.id, self.rollout(row.id, k).rollout_id] for k in (left, right)]
+        pair = [self.place[row.question_id, self.rollout(row.question_id, k).rollout_id] for k in (left, right)]
         active = [self.active(place) for place in pair]
         both, either = active[0] & active[1], active[0] | active[1]
-        evidence = [weighted_evidence(self.trace(row.id, k), self.weights).sum(dim=0) for k in (left, right)]
+        evidence = [weighted_evidence(self.trace(row.question_id, k), self.weights).sum(dim=0) for k in (left, right)]
         reach = max(1e-9, *(float(values.abs().max()) for values in evidence))
         shown = []
         for k, place, other, values in zip((left, right), pair, reversed(active), evidence, strict=True):
-            rollout = self.manifest.rollouts[row.id, k]
-            tokens = Tokens(self.texts(rollout.body_ids), values.numpy(), -reach, reach)
-            numbers = {"probe score": probe[k], "tokens": float(len(rollout.body_ids))}
+            rollout = self.manifest.rollouts[row.question_id, k]
+            tokens = Tokens(self.texts(rollout.completion_ids_without_eos), values.numpy(), -reach, reach)
+            numbers = {"probe score": probe[k], "tokens": float(len(rollout.completion_ids_without_eos))}
             for name in ("mean_logprob", "mean_entropy"):
                 if getattr(rollout, name) is not None:
                     numbers[name.replace("_", " ").replace("logprob", "log-probability")] = getattr(rollout, name)
             shown.append(Side(self.verdict(row, k), row.answers[k], tokens, numbers, self._only(place, other)))
-        gold = self.gold.get(row.id)
+        gold = self.gold.get(row.question_id)
         return RolloutComparison(
             question=row.question,
             gold=None if gold is None else gold.answer,
@@ -191,9 +195,9 @@ class Explorer(ExportedRun):
             reasons: Number of shared neurons named for each.
         """
         row, options = self.row(question_id), self.manifest.header.options
-        names = self.represented if row.pseudo_label is not None else [*self.represented, row.id]
+        names = self.represented if row.pseudo_label is not None else [*self.represented, row.question_id]
         sets = self.representative_sets(names)
-        own = names.index(row.id)
+        own = names.index(row.question_id)
         similarity = jaccard(sets[[own]], sets)[0]
         pool = [
             i
@@ -246,7 +250,7 @@ class Explorer(ExportedRun):
 
     def _only(self, place: int, other: Tensor, count: int = 8) -> list[tuple[str, float, float | None]]:
         """The rollout's largest contributors that are not in another set: name, contribution, probe weight."""
-        ids, values = self.signals.ids[place], self.signals.values[place].float()
+        ids, values = self.signals.neuron_ids[place], self.signals.contributions[place].float()
         kept = [(neuron, value) for neuron, value in zip(ids.tolist(), values.tolist(), strict=True) if neuron != PAD]
         own = [(neuron, value) for neuron, value in kept if not other.flatten()[neuron]]
         heaviest = sorted(own, key=lambda pair: -abs(pair[1]))[:count]

@@ -87,7 +87,7 @@ class ExportedRun(Exported):
     @property
     def selected(self) -> list[str]:
         """Ids of the selected questions, in input order."""
-        return [row.id for row in self.manifest.selected]
+        return [row.question_id for row in self.manifest.selected]
 
     @property
     def contrasting(self) -> list[str]:
@@ -112,7 +112,7 @@ class ExportedRun(Exported):
 
     def representative_sets(self, question_ids: Sequence[str]) -> Int[Tensor, "questions size"]:
         """Active set of each question's representative rollout."""
-        return self.signals.ids[[self.place[name, self.representative(name)] for name in question_ids]]
+        return self.signals.neuron_ids[[self.place[name, self.representative(name)] for name in question_ids]]
 
     def overview(self) -> pd.DataFrame:
         """One row per question: kind, text, majority answer and its share, verdict, agreement of its active sets."""
@@ -128,7 +128,7 @@ class ExportedRun(Exported):
                     "majority": row.pseudo_label,
                     "share": row.vote.count / row.vote.n,
                     "verdict": self.verdict(row, self.representative(name)),
-                    "neuron_agreement": mean_pairwise_jaccard(self.signals.ids[places]),
+                    "neuron_agreement": mean_pairwise_jaccard(self.signals.neuron_ids[places]),
                     "decision": row.reason.replace("_", " "),
                     "representative": self.rollout(name, None).text,
                 }
@@ -142,13 +142,17 @@ class ExportedRun(Exported):
     def representative(self, question_id: str) -> int:
         """Rollout id of the representative; without a majority answer, of the rollout with the lowest probe score."""
         row = self.row(question_id)
-        if row.id in self.representatives:
-            return self.representatives[row.id]
-        return min(range(len(row.answers)), key=lambda k: float(self.signals.probe[self.place[row.id, k]]))
+        if row.question_id in self.representatives:
+            return self.representatives[row.question_id]
+        return min(
+            range(len(row.answers)), key=lambda k: float(self.signals.probe_scores[self.place[row.question_id, k]])
+        )
 
     def trace(self, question_id: str, rollout_id: int | None = None) -> TokenTrace:
         """Every neuron at every token of a rollout, the representative one by default."""
-        return trace_tokens(self.tracer, self.prompt_ids(question_id), self.rollout(question_id, rollout_id).body_ids)
+        return trace_tokens(
+            self.tracer, self.prompt_ids(question_id), self.rollout(question_id, rollout_id).completion_ids_without_eos
+        )
 
     def row(self, question_id: str) -> QuestionRow:
         """A question's row.
@@ -174,7 +178,7 @@ class ExportedRun(Exported):
 
     def trusted(self, row: QuestionRow, rollout_id: int) -> bool:
         """Whether the rollout is right or, without a gold answer, agrees with the majority."""
-        answer, gold = row.answers[rollout_id], self.gold.get(row.id)
+        answer, gold = row.answers[rollout_id], self.gold.get(row.question_id)
         if gold is not None:
             return is_correct(answer, gold)
         return answer is not None and answer == row.pseudo_label
@@ -182,7 +186,7 @@ class ExportedRun(Exported):
     def verdict(self, row: QuestionRow, rollout_id: int) -> str:
         """``right`` or ``wrong``; without a gold answer ``majority`` or ``minority``."""
         trusted = self.trusted(row, rollout_id)
-        if row.id in self.gold:
+        if row.question_id in self.gold:
             return "right" if trusted else "wrong"
         return "majority" if trusted else "minority"
 
@@ -200,7 +204,7 @@ class ExportedRun(Exported):
 
     def active(self, place: int) -> Bool[Tensor, "layer neuron"]:
         """Active set of the rollout in this row of the signals as a mask."""
-        ids = self.signals.ids[place]
+        ids = self.signals.neuron_ids[place]
         mask = torch.zeros(self.signals.n_neurons, dtype=torch.bool)
         mask[ids[ids != PAD].long()] = True
         return mask.view(self.signals.n_layers, self.signals.d_mlp)
@@ -219,8 +223,10 @@ class ExportedRun(Exported):
     def _dense_weights(self) -> Float[Tensor, "layer neuron"]:
         signals = self.signals
         largest = torch.zeros(signals.n_neurons)
-        kept = signals.ids != PAD
-        largest.scatter_reduce_(0, signals.ids[kept].long(), signals.values[kept].float().abs(), reduce="amax")
+        kept = signals.neuron_ids != PAD
+        largest.scatter_reduce_(
+            0, signals.neuron_ids[kept].long(), signals.contributions[kept].float().abs(), reduce="amax"
+        )
         weights = torch.zeros_like(largest)
         flat = torch.from_numpy((self.neurons["layer"] * signals.d_mlp + self.neurons["index"]).to_numpy(copy=True))
         raw = torch.from_numpy(self.neurons["weight"].to_numpy(copy=True)).float()

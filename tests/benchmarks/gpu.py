@@ -167,7 +167,7 @@ def _sampling(loaded: LoadedModel, options: Options) -> Iterator[tuple[str, floa
     lengths: list[int] = []
 
     def run() -> None:
-        lengths[:] = [len(r.token_ids) for group in sample(endless, prompts, config) for r in group]
+        lengths[:] = [len(r.completion_ids) for group in sample(endless, prompts, config) for r in group]
 
     seconds = _best(run)
     rows = len(prompts) * options.k

@@ -33,7 +33,7 @@ def test_decoding_with_scaled_neurons(smollm2: LoadedModel, capsys: pytest.Captu
             start = time.process_time()
             groups = list(sample(model, prompts, config))
             seconds[name] += time.process_time() - start
-        tokens += sum(len(rollout.token_ids) for group in groups for rollout in group)
+        tokens += sum(len(rollout.completion_ids) for group in groups for rollout in group)
     with capsys.disabled():
         print(
             f"\nscaling through nnsight: {seconds['scaled'] / seconds['bare']:.2f} of decoding without "

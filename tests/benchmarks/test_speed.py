@@ -62,11 +62,11 @@ def test_sampling_against_generate(
     theirs = seconds(lambda: generated.extend(generate(smollm2, prompts, 8, do_sample=True, temperature=0.8)))
     ours = seconds(lambda: drawn.extend(sample(smollm2, prompts, CONFIG, batch_rows=128)))
     their_rate = sum(map(len, generated)) / theirs
-    our_rate = sum(len(rollout.token_ids) for group in drawn for rollout in group) / ours
+    our_rate = sum(len(rollout.completion_ids) for group in drawn for rollout in group) / ours
     greedy = dict(zip([p.question_id for p in prompts], generate(smollm2, prompts, 1, do_sample=False), strict=True))
     settings = SamplingConfig(num_generations=8, temperature=0.0, max_new_tokens=24)
     rows = [rollout for group in sample(smollm2, prompts, settings, batch_rows=128) for rollout in group]
-    same = sum(list(rollout.token_ids) == greedy[rollout.question_id] for rollout in rows)
+    same = sum(list(rollout.completion_ids) == greedy[rollout.question_id] for rollout in rows)
     with capsys.disabled():
         print(f"\nsampling: {our_rate / their_rate:.2f}x the tokens per second of generate", end=" ")
         print(f"({our_rate:.0f} against {their_rate:.0f}; {ours:.1f} s against {theirs:.1f} s)")
@@ -92,7 +92,7 @@ def test_tracing_against_a_plain_forward(
 ) -> None:
     """The same rollouts, traced, and run through the model in batches of 64 without reading anything."""
     ids_of = {prompt.question_id: prompt.token_ids for prompt in prompts}
-    rows = sorted(([*ids_of[r.question_id], *r.body_ids] for r in rollouts), key=len)
+    rows = sorted(([*ids_of[r.question_id], *r.completion_ids_without_eos] for r in rollouts), key=len)
 
     def plain() -> None:
         for start in range(0, len(rows), 64):
@@ -103,6 +103,10 @@ def test_tracing_against_a_plain_forward(
 
     tracer = NeuronTracer(smollm2.model)
     forward = seconds(plain)
-    traced = seconds(lambda: tracer.trace([ids_of[r.question_id] for r in rollouts], [r.body_ids for r in rollouts]))
+    traced = seconds(
+        lambda: tracer.trace(
+            [ids_of[r.question_id] for r in rollouts], [r.completion_ids_without_eos for r in rollouts]
+        )
+    )
     with capsys.disabled():
         print(f"\ntracing: {traced / forward:.2f} of a plain forward ({traced:.1f} s against {forward:.1f} s)")

@@ -97,7 +97,7 @@ def ours(step: Step) -> dict[str, float]:
     sampled = now()
     by_id = {task.id: task for task in tasks}
     pairs = [(by_id[rollout.question_id], rollout) for group in groups for rollout in group]
-    assert {len(rollout.token_ids) for _, rollout in pairs} == {step.tokens}
+    assert {len(rollout.completion_ids) for _, rollout in pairs} == {step.tokens}
     metrics = learn(config, student, teacher, optimizer, pairs)
     assert metrics["rollouts_in_loss"] == len(step.texts) * step.k and metrics["loss"] > 0
     return {"sampling": sampled - start, "learning": now() - sampled}

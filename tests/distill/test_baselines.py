@@ -131,7 +131,9 @@ def test_a_run_killed_after_its_last_step_only_writes_its_end(
 @pytest.fixture
 def split_manifest(tmp_path: Path) -> Path:
     """Half of its questions are selected."""
-    return make_manifest(tmp_path, "half", clean_filter="neuron_only", keep_fraction=0.5, hallucination_score="random")
+    return make_manifest(
+        tmp_path, "half", question_filter="neuron_only", keep_fraction=0.5, hallucination_score="random"
+    )
 
 
 def test_baselines_take_the_questions_of_n_opsd_or_all(tmp_path: Path, split_manifest: Path) -> None:
@@ -139,10 +141,10 @@ def test_baselines_take_the_questions_of_n_opsd_or_all(tmp_path: Path, split_man
     config = baseline_config(tmp_path, split_manifest)
     sampling = sampling_config(config, read)
     selected = question_prompts(read, loaded, config, sampling)
-    assert list(selected) == [row.id for row in read.selected] and 0 < len(selected) < len(read.rows)
+    assert list(selected) == [row.question_id for row in read.selected] and 0 < len(selected) < len(read.rows)
     config.questions_of = "all"
     everything = question_prompts(read, loaded, config, sampling)
-    assert list(everything) == [row.id for row in read.rows]
+    assert list(everything) == [row.question_id for row in read.rows]
     assert all(everything[name] == prompt for name, prompt in selected.items())
 
 

@@ -59,11 +59,13 @@ def test_log_likelihoods_are_those_of_a_plain_forward(arch: Arch | OtherArch, fo
         question, prompt = by_id[group[0].question_id], prompts[group[0].question_id]
         assert [rollout.text for rollout in group] == completions(question, form, "assistant\n")
         for rollout in group:
-            assert tokenizer.decode(rollout.token_ids) == rollout.text
-            assert 2 not in rollout.token_ids  # a choice that reads <|im_end|> stays text
+            assert tokenizer.decode(rollout.completion_ids) == rollout.text
+            assert 2 not in rollout.completion_ids  # a choice that reads <|im_end|> stays text
             with torch.no_grad():
-                logits = model(torch.tensor([[*prompt, *rollout.token_ids]])).logits[0, len(prompt) - 1 : -1]
-            said = logits.log_softmax(-1)[torch.arange(len(rollout.token_ids)), torch.tensor(rollout.token_ids)]
+                logits = model(torch.tensor([[*prompt, *rollout.completion_ids]])).logits[0, len(prompt) - 1 : -1]
+            said = logits.log_softmax(-1)[
+                torch.arange(len(rollout.completion_ids)), torch.tensor(rollout.completion_ids)
+            ]
             assert rollout.mean_logprob == pytest.approx(float(said.mean()), abs=2e-5)
 
 
@@ -107,7 +109,7 @@ def test_an_evaluation_by_log_likelihood(tmp_path: Path, monkeypatch: pytest.Mon
     batches = len(calls)
     read = {name: (tmp_path / "eval" / name).read_bytes() for name in ("results.parquet", "rollouts.jsonl")}
     rows = pyarrow.parquet.read_table(tmp_path / "eval" / "results.parquet").to_pylist()
-    assert [(row["id"], row["choices"], len(row["scores"])) for row in rows] == [
+    assert [(row["question_id"], row["choices"], len(row["scores"])) for row in rows] == [
         (f"q{index}", 2 + index % 4, 2 + index % 4) for index in range(8)
     ]
     summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
@@ -190,7 +192,9 @@ def test_greedy_answers_are_the_same_whatever_the_seed(tmp_path: Path) -> None:
         main(evaluate_config(tmp_path, out, temperature=0.0, num_generations=1, seed=seed))
     main(evaluate_config(tmp_path, "three", temperature=0.0, num_generations=3))
     said = {
-        out: [json.loads(line)["token_ids"] for line in (tmp_path / out / "rollouts.jsonl").read_text().splitlines()]
+        out: [
+            json.loads(line)["completion_ids"] for line in (tmp_path / out / "rollouts.jsonl").read_text().splitlines()
+        ]
         for out in ("one", "two", "three")
     }
     assert said["one"] == said["two"] and said["three"] == [ids for ids in said["one"] for _ in range(3)]

@@ -58,10 +58,10 @@ def evaluation(out: Path, right_of: dict[str, list[int]], k: int = 4, **changes:
 def test_a_row_counts_ties_aliases_and_what_cannot_be_parsed(tmp_path: Path) -> None:
     asked = question(0)
     row = sampled_row(asked, group(asked, ["Paris.", "Lutetia.", "I'm sorry, I cannot.", "Rome."]), "auto")
-    assert (row["votes"], row["winners"], row["right_winners"]) == (1, 3, 2)
+    assert (row["votes"], row["n_tied"], row["n_tied_right"]) == (1, 3, 2)
     assert (row["n_correct"], row["unparsed"], row["distinct"], row["k"]) == (2, 1, 3, 4)
     silent = sampled_row(asked, group(asked, [""] * 4), "auto")
-    assert (silent["votes"], silent["winners"], silent["winner"], silent["unparsed"]) == (0, 0, None, 4)
+    assert (silent["votes"], silent["n_tied"], silent["winner"], silent["unparsed"]) == (0, 0, None, 4)
 
 
 def test_a_summary_by_hand(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_entropies_are_those_of_a_plain_forward_pass(tmp_path: Path) -> None:
             (tasks[one.question_id].teacher_prompt, one.teacher),
         ):
             with torch.no_grad():
-                logits = loaded.model(torch.tensor([[*prompt, *one.token_ids]])).logits[0]
+                logits = loaded.model(torch.tensor([[*prompt, *one.completion_ids]])).logits[0]
             log_p = logits[len(prompt) - 1 : -1].double().log_softmax(dim=-1)
             expected = -(log_p.exp() * log_p).sum(dim=-1).numpy()
             np.testing.assert_allclose(entropies, expected, rtol=1e-4, atol=1e-5)
@@ -53,7 +53,7 @@ def test_student_and_teacher_get_the_same_random_numbers(tmp_path: Path) -> None
         said = manifest.rollouts[question.id, 0].text
         loaded_gold[question.id] = Question(question.id, "colour", question.question, None, answer=said or "x")
     both = [fresh_accuracy(manifest, loaded, loaded_gold, teacher=who, num_generations=4) for who in (True, False)]
-    assert both[0] == both[1] and list(both[0]) == [row.id for row in manifest.selected]
+    assert both[0] == both[1] and list(both[0]) == [row.question_id for row in manifest.selected]
     with pytest.raises(UserError, match="no selected question has a gold answer"):
         fresh_accuracy(manifest, loaded, {}, teacher=True)
 

@@ -21,7 +21,7 @@ from tests.support.runs import evaluate_config
 def test_results_are_written_question_by_question(tmp_path: Path) -> None:
     main(evaluate_config(tmp_path))
     table = pyarrow.parquet.read_table(tmp_path / "eval" / "results.parquet").to_pylist()
-    assert [row["id"] for row in table] == [f"q{index}" for index in range(8)]
+    assert [row["question_id"] for row in table] == [f"q{index}" for index in range(8)]
     assert all(len(row["answers"]) == row["k"] == 4 for row in table)
     summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
     assert summary["domains"]["colour"]["n"] == 8
@@ -29,7 +29,7 @@ def test_results_are_written_question_by_question(tmp_path: Path) -> None:
     kinds = summary["domains"]["colour"]["by_kind"]
     assert {kind: block["n"] for kind, block in kinds.items()} == {"k0": 4, "k1": 4}
     rollouts = [json.loads(line) for line in (tmp_path / "eval" / "rollouts.jsonl").read_text().splitlines()]
-    assert [r["question_id"] for r in rollouts[::4]] == [row["id"] for row in table]
+    assert [r["question_id"] for r in rollouts[::4]] == [row["question_id"] for row in table]
 
 
 def test_an_interrupted_evaluation_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,20 +115,20 @@ def test_the_columns_of_the_results(tmp_path: Path) -> None:
     main(evaluate_config(tmp_path))
     path = tmp_path / "eval" / "results.parquet"
     table = pyarrow.parquet.read_table(path)
-    texts = ["id", "domain", "kind", "answers", "winner"]
-    counts = ["k", "votes", "winners", "right_winners", "n_correct", "unparsed", "distinct", "truncated"]
+    texts = ["question_id", "domain", "kind", "answers", "winner"]
+    counts = ["k", "votes", "n_tied", "n_tied_right", "n_correct", "unparsed", "distinct", "truncated"]
     means = ["mean_length", "mean_entropy", "mean_logprob"]
     assert set(table.column_names) == {*texts, *counts, *means}
     assert all(str(table.schema.field(name).type) == "int64" for name in counts)
     assert all(str(table.schema.field(name).type) == "double" for name in means)
     rollouts = [json.loads(line) for line in (tmp_path / "eval" / "rollouts.jsonl").read_text().splitlines()]
     for row in table.to_pylist():
-        mine = [rollout for rollout in rollouts if rollout["question_id"] == row["id"]]
+        mine = [rollout for rollout in rollouts if rollout["question_id"] == row["question_id"]]
         assert row["k"] == len(mine) == len(row["answers"]) == 4
         assert row["unparsed"] == row["answers"].count(None)
         assert row["votes"] == max((row["answers"].count(answer) for answer in row["answers"] if answer), default=0)
         assert row["truncated"] == sum(rollout["finish_reason"] == "length" for rollout in mine)
-        assert row["mean_length"] == sum(len(rollout["token_ids"]) for rollout in mine) / 4
+        assert row["mean_length"] == sum(len(rollout["completion_ids"]) for rollout in mine) / 4
     before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
     main(evaluate_config(tmp_path, resume=True))
     with pytest.raises(UserError, match="holds an earlier run"):

@@ -53,9 +53,9 @@ def test_the_first_step_draws_what_n_opsd_draws(
 ) -> None:
     """Same questions, same rollouts, to the token."""
     train_baseline(tmp_path, manifest, "nopsd", method="nopsd", steps=1)
-    first = {group[0].question_id: [rollout.token_ids for rollout in group] for group in sampled["step1"]}
+    first = {group[0].question_id: [rollout.completion_ids for rollout in group] for group in sampled["step1"]}
     train_baseline(tmp_path, manifest, method=method, steps=1)
-    again = {group[0].question_id: [rollout.token_ids for rollout in group] for group in sampled["step1"]}
+    again = {group[0].question_id: [rollout.completion_ids for rollout in group] for group in sampled["step1"]}
     assert first == again and len(first) == 3
 
 
@@ -152,7 +152,7 @@ def test_self_certainty_is_what_the_sampler_noted(tmp_path: Path, manifest: Path
         groups = list(sample(loaded, prompts, SamplingConfig(num_generations=3, max_new_tokens=6)))
     by_id = {prompt.question_id: prompt.token_ids for prompt in prompts}
     rollouts = [rollout for group in groups for rollout in group]
-    certainty = self_certainty(model, [by_id[r.question_id] for r in rollouts], [r.token_ids for r in rollouts])
+    certainty = self_certainty(model, [by_id[r.question_id] for r in rollouts], [r.completion_ids for r in rollouts])
     noted = torch.tensor([rollout.mean_self_certainty for rollout in rollouts])
     torch.testing.assert_close(certainty, noted, rtol=1e-4, atol=1e-4)
     assert noted.unique().numel() == 6

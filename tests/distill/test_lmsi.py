@@ -32,12 +32,12 @@ def test_lmsi_learns_the_exact_tokens_of_the_consistent_rollouts(tmp_path: Path,
     config = baseline_config(tmp_path, manifest, method="lmsi", steps=1)
     prompts = question_prompts(read, loaded, config, sampling_config(config, read))
     found = consistent_rollouts(read, list(prompts), keep_truncated=True)
-    rows = {row.id: row for row in read.rows}
+    rows = {row.question_id: row for row in read.rows}
     assert 0 < len(found) < len(read.rollouts)
     for (name, index), rollout in read.rollouts.items():
         assert (rollout in found) == (rows[name].answers[index] == rows[name].pseudo_label is not None)
     tokenizer = tiny_tokenizer()
-    assert any(tuple(tokenizer(r.text, add_special_tokens=False)["input_ids"]) != r.token_ids for r in found)
+    assert any(tuple(tokenizer(r.text, add_special_tokens=False)["input_ids"]) != r.completion_ids for r in found)
     assert not consistent_or_none(read, list(prompts))  # none of these rollouts ended by itself
 
     batch = baselines.Consistent(config, read, loaded.model, prompts)
@@ -45,8 +45,8 @@ def test_lmsi_learns_the_exact_tokens_of_the_consistent_rollouts(tmp_path: Path,
     losses, whole = [], []
     for ids, mask, rollout in zip(table["input_ids"], table["completion_mask"], batch.plan[0], strict=True):
         prompt = prompts[rollout.question_id]
-        assert tuple(ids) == (*prompt, *rollout.token_ids)
-        assert mask == [0] * len(prompt) + [1] * len(rollout.token_ids)
+        assert tuple(ids) == (*prompt, *rollout.completion_ids)
+        assert mask == [0] * len(prompt) + [1] * len(rollout.completion_ids)
         with torch.no_grad():
             log_p = tiny_model("qwen3")(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         nll = -log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]

@@ -79,7 +79,7 @@ def test_each_step_samples_from_the_weights_of_the_step_before(
     ((served,),) = Server(address, tuned).sample([prompt], greedy)
     ((own,),) = sample(tuned, [prompt], greedy)
     ((untrained,),) = sample(base, [prompt], greedy)
-    assert served.token_ids == own.token_ids != untrained.token_ids
+    assert served.completion_ids == own.completion_ids != untrained.completion_ids
     with pytest.raises(UserError, match="it serves other weights"):
         list(Server(address, base).sample([prompt], greedy))
     Server(address, tuned).unload_adapter("final")
@@ -170,7 +170,7 @@ def test_export_from_transformers_serve(served_folder: Path, tmp_path: Path) -> 
         where = served_folder / "model", served_folder / "questions.jsonl"
         common: dict[str, Any] = {"sampler": "openai", "base_url": process.base_url, "server_api": "transformers"}
         common |= {"concurrency": 1, "max_retries": 0, "limit": 5, "hallucination_score": "agreement"}
-        common |= {"clean_filter": "all", "max_new_tokens": 6}
+        common |= {"question_filter": "all", "max_new_tokens": 6}
         export(export_config(tmp_path, *where, "sampled", **common))
         export(export_config(tmp_path, *where, "again", **common))
         export(export_config(tmp_path, *where, "other", **common, seed=1))
@@ -185,7 +185,7 @@ def test_export_from_transformers_serve(served_folder: Path, tmp_path: Path) -> 
     loaded = load_model(served_folder / "model")
     for rollout in read["sampled"].values():
         encoded = loaded.tokenizer(rollout.text, add_special_tokens=False, split_special_tokens=True).input_ids
-        assert list(rollout.token_ids) == encoded + [2] * (rollout.finish_reason == "stop")
+        assert list(rollout.completion_ids) == encoded + [2] * (rollout.finish_reason == "stop")
         assert rollout.mean_logprob is None
     groups = [texts["sampled"][start : start + 3] for start in range(0, 15, 3)]
     assert sum(len(set(group)) == 3 for group in groups) >= 4  # not greedy, whatever the server's default
@@ -218,7 +218,7 @@ def test_the_embedded_model_from_both_servers(smollm2: LoadedModel) -> None:
         config = replace(sampled, seed=request_seed(prompt.question_id, 0, ""))
         (own,) = sample(smollm2, [Prompt("", prompt.token_ids)], config)
         (group,) = (group for group in groups if group[0].question_id == prompt.question_id)
-        assert [rollout.token_ids for rollout in group] == [rollout.token_ids for rollout in own]
+        assert [rollout.completion_ids for rollout in group] == [rollout.completion_ids for rollout in own]
         assert [rollout.mean_logprob for rollout in group] == pytest.approx([r.mean_logprob for r in own], abs=1e-3)
     process = transformers_serve(folder)
     try:

@@ -37,12 +37,14 @@ def test_u_opsd_learns_from_its_own_majority_where_it_disagrees(tmp_path: Path, 
 def test_u_opsd_leaves_out_exactly_the_rollouts_that_agree(manifest: Path) -> None:
     read = read_manifest(manifest)
     row = next(row for row in read.rows if row.pseudo_label is not None)
-    right = next(read.rollouts[row.id, i].text for i, answer in enumerate(row.answers) if answer == row.pseudo_label)
+    right = next(
+        read.rollouts[row.question_id, i].text for i, answer in enumerate(row.answers) if answer == row.pseudo_label
+    )
     texts = {0: right, 1: "Answer: surely something else", 2: ""}
-    rollouts = [Rollout(row.id, i, text, (5 + i, 6, 7), "stop") for i, text in texts.items()]
+    rollouts = [Rollout(row.question_id, i, text, (5 + i, 6, 7), "stop") for i, text in texts.items()]
     left_out = agreeing(read, [*rollouts, Rollout("replay:x", 0, right, (5,), "stop")])
-    assert left_out == {(row.id, 0)}
-    task = Task(row.id, (5, 6, 7), (9, 8, 5, 6, 7))
+    assert left_out == {(row.question_id, 0)}
+    task = Task(row.question_id, (5, 6, 7), (9, 8, 5, 6, 7))
     config = TrainConfig(manifest=Path(), out=Path())
 
     def step(pairs: list[tuple[Task, Rollout]], without: set[tuple[str, int]]) -> dict[str, float]:

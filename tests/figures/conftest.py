@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import figures.style
-from figures.draw import clusters, gap_gain, hallucination_sign, overview, reliability, speed, training_curves
+from figures.draw import clusters, gap_gain, hallucination_score, overview, reliability, speed, training_curves
 from neurosig.export import main as export
 from tests.support.exports import K, write_lines, write_world
 from tests.support.flow import export_config
@@ -26,14 +26,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (folder / "questions.jsonl").read_text().splitlines()
     kinds = [{**json.loads(line), "kind": f"kind_{index % 2}"} for index, line in enumerate(lines)]
     questions = write_lines(folder / "questions.jsonl", kinds)
-    files = {"rollouts": folder / "rollouts.jsonl", "num_generations": K, "clean_filter": "neuron"}
+    files = {"rollouts": folder / "rollouts.jsonl", "num_generations": K, "question_filter": "neuron"}
     export(export_config(folder, folder / "model", questions, **files))
     rng = np.random.default_rng(0)
     for method in ("nopsd", "base", "control"):
         place = folder / "eval" / method
         place.mkdir(parents=True)
         rows = {"id": [f"q{i}" for i in range(30)], "domain": ["made up"] * 20 + ["shape"] * 10, "k": 4}
-        rows |= {"votes": rng.integers(1, 5, 30), "winners": np.ones(30, int), "right_winners": rng.integers(0, 2, 30)}
+        rows |= {"votes": rng.integers(1, 5, 30), "n_tied": np.ones(30, int), "n_tied_right": rng.integers(0, 2, 30)}
         pd.DataFrame(rows).to_parquet(place / "results.parquet")
         (place / "summary.json").write_text(json.dumps({"config": {"temperature": 0.8, "seed": 3}}))
     (folder / "nopsd").mkdir()
@@ -63,7 +63,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         figures.style,
         clusters,
         gap_gain,
-        hallucination_sign,
+        hallucination_score,
         overview,
         reliability,
         speed,

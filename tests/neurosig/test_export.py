@@ -199,7 +199,7 @@ def test_rollouts_made_elsewhere(tmp_path: Path) -> None:
     own = make_manifest(tmp_path)
     lines = [json.loads(line) for line in (own / "rollouts.jsonl").read_text().splitlines()]
     path = tmp_path / "elsewhere.jsonl"
-    keep = ("question_id", "text", "token_ids", "finish_reason")
+    keep = ("question_id", "text", "completion_ids", "finish_reason")
     path.write_text("".join(json.dumps({key: line[key] for key in keep}) + "\n" for line in lines))
     other = make_manifest(tmp_path, "other", rollouts=path)
     assert (own / "signals.safetensors").read_bytes() == (other / "signals.safetensors").read_bytes()
@@ -216,19 +216,19 @@ def test_contexts_are_rollouts_of_other_questions(tmp_path: Path, policy: str) -
     manifest = read_manifest(make_manifest(tmp_path, context_policy=policy))
     for row in manifest.rows:
         assert len(row.context) == (0 if policy == "none" else 2)
-        assert row.id not in {item.question_id for item in row.context}
+        assert row.question_id not in {item.question_id for item in row.context}
         similarities = [item.similarity for item in row.context]
         if policy.startswith("nearest"):
             assert similarities == sorted(similarities, reverse=policy == "nearest_first")
 
 
-@pytest.mark.parametrize("clean_filter", ["neuron", "vote_only", "neuron_only", "threshold", "all"])
-def test_every_filter_says_why(tmp_path: Path, clean_filter: str) -> None:
-    manifest = read_manifest(make_manifest(tmp_path, clean_filter=clean_filter, min_vote_share=0.3))
+@pytest.mark.parametrize("question_filter", ["neuron", "vote_only", "neuron_only", "threshold", "all"])
+def test_every_filter_says_why(tmp_path: Path, question_filter: str) -> None:
+    manifest = read_manifest(make_manifest(tmp_path, question_filter=question_filter, min_vote_share=0.3))
     assert all(row.selected == (row.reason == "selected") for row in manifest.rows)
     counts = manifest.header.counts
     assert counts.pop("questions") == sum(counts.values()) == 8
-    kept = {row.id for row in manifest.selected}
+    kept = {row.question_id for row in manifest.selected}
     assert all(item.question_id in kept for row in manifest.selected for item in row.context)
 
 
@@ -247,7 +247,7 @@ def test_thinking_mode_reaches_every_prompt(tmp_path: Path) -> None:
 
 
 def test_nothing_selected_is_told_and_not_trained_on(tmp_path: Path) -> None:
-    folder = make_manifest(tmp_path, clean_filter="vote_only", min_vote_share=1.0)
+    folder = make_manifest(tmp_path, question_filter="vote_only", min_vote_share=1.0)
     with pytest.raises(UserError, match=r"0 of 8 questions selected \(\d tie"):
         train(TrainConfig(manifest=folder, out=tmp_path / "run", quiet=True))
     assert not (tmp_path / "run").exists()
@@ -264,7 +264,7 @@ def test_a_question_that_does_not_fit_is_left_out_and_counted(tmp_path: Path, mo
     questions.write_text(json.dumps(long) + "\n" + questions.read_text())
     export(export_config(tmp_path, model, questions))
     rows = read_manifest(tmp_path / "manifest").rows
-    assert [(row.id, row.reason) for row in rows[:2]] == [("long", "too_long"), ("q0", "selected")]
+    assert [(row.question_id, row.reason) for row in rows[:2]] == [("long", "too_long"), ("q0", "selected")]
     questions.write_text(json.dumps(long) + "\n")
     with pytest.raises(UserError, match="every question is too long"):
         export(export_config(tmp_path, model, questions, "none"))
@@ -274,19 +274,21 @@ def test_signals_follow_the_rollouts(tmp_path: Path, model: Path) -> None:
     """Row i is rollout i: traced alone, it gives the same neurons."""
     folder = make_manifest(tmp_path)
     signals = read_signals(folder / "signals.safetensors")
-    assert signals.ids.shape == signals.values.shape == (8 * 3, 2 * 8)
-    assert signals.hidden.shape == (8 * 3, 32) and signals.probe.shape == (8 * 3,)
+    assert signals.neuron_ids.shape == signals.contributions.shape == (8 * 3, 2 * 8)
+    assert signals.hidden_states.shape == (8 * 3, 32) and signals.probe_scores.shape == (8 * 3,)
     assert (signals.n_layers, signals.d_mlp) == (2, D_MLP)
     loaded = load_model(model)
     builder = PromptBuilder(loaded.tokenizer, PromptConfig())
     rollouts = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    questions = {row.id: row.as_question() for row in read_manifest(folder).rows}
+    questions = {row.question_id: row.as_question() for row in read_manifest(folder).rows}
     for row in (0, 7, 23):
         rollout = parse_rollout(rollouts[row])
         prompt = builder.student(questions[rollout.question_id])
-        alone = NeuronTracer(loaded.model, TraceConfig(set_size=16)).trace([prompt], [rollout.body_ids])
-        assert torch.equal(alone.ids[0], signals.ids[row])
-        torch.testing.assert_close(alone.hidden[0].half(), signals.hidden[row], rtol=1e-2, atol=1e-2)
+        alone = NeuronTracer(loaded.model, TraceConfig(set_size=16)).trace(
+            [prompt], [rollout.completion_ids_without_eos]
+        )
+        assert torch.equal(alone.neuron_ids[0], signals.neuron_ids[row])
+        torch.testing.assert_close(alone.hidden_states[0].half(), signals.hidden_states[row], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -314,20 +316,22 @@ def test_every_option_reaches_the_manifest(tmp_path: Path, options: dict[str, An
     assert changed.items() <= manifest.header.options.items()
     assert manifest.header.content_sha256 != plain.header.content_sha256
     assert [row.answers for row in manifest.rows] == [row.answers for row in plain.rows]
-    share = {row.id: row.vote.count / row.vote.n for row in manifest.rows}  # type: ignore[union-attr]
+    share = {row.question_id: row.vote.count / row.vote.n for row in manifest.rows}  # type: ignore[union-attr]
     by_vote = options.get("question_weight") == "vote_share"
-    assert {row.id: row.weight for row in manifest.rows} == (share if by_vote else dict.fromkeys(share, 1.0))
+    assert {row.question_id: row.weight for row in manifest.rows} == (share if by_vote else dict.fromkeys(share, 1.0))
     assert set(manifest.rows[0].scores) == set(get_args(HallucinationScore))
     if options.get("context_policy") == "majority_solution":
         for row in manifest.selected:
             (item,) = row.context
             lengths = [
-                len(manifest.rollouts[row.id, i].body_ids) for i, a in enumerate(row.answers) if a == row.pseudo_label
+                len(manifest.rollouts[row.question_id, i].completion_ids_without_eos)
+                for i, a in enumerate(row.answers)
+                if a == row.pseudo_label
             ]
-            assert item.question_id == row.id
-            assert len(manifest.rollouts[row.id, item.rollout_id].body_ids) == min(lengths)
+            assert item.question_id == row.question_id
+            assert len(manifest.rollouts[row.question_id, item.rollout_id].completion_ids_without_eos) == min(lengths)
     else:
-        assert all(item.question_id != row.id for row in manifest.selected for item in row.context)
+        assert all(item.question_id != row.question_id for row in manifest.selected for item in row.context)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +376,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 def test_another_selection_on_the_same_rollouts_equals_an_export_of_its_own(tmp_path: Path) -> None:
     first = make_manifest(tmp_path)
-    options = {"context_policy": "random", "num_demonstrations": 1, "clean_filter": "vote_only", "min_vote_share": 0.1}
+    options = {
+        "context_policy": "random",
+        "num_demonstrations": 1,
+        "question_filter": "vote_only",
+        "min_vote_share": 0.1,
+    }
     alone = make_manifest(tmp_path, "alone", **options)
     reused = make_manifest(tmp_path, "reused", reuse=first, **options)
     assert file_bytes(reused) == file_bytes(alone) != file_bytes(first)

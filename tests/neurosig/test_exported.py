@@ -26,7 +26,7 @@ def rewrite_signals(folder: Path, rows: int | None = None, largest: int | None =
     """Keep only ``rows`` rows of the signals file, or let it name the neuron ``largest``."""
     tensors = {name: tensor[:rows].clone() for name, tensor in load_file(folder / SIGNALS).items()}
     if largest is not None:
-        tensors["ids"][0, -1] = largest
+        tensors["neuron_ids"][0, -1] = largest
     save_file(tensors, folder / SIGNALS, metadata={"sites": json.dumps({"n_layers": 2, "d_mlp": 64})})
     rehash(folder)
 
@@ -34,12 +34,14 @@ def rewrite_signals(folder: Path, rows: int | None = None, largest: int | None =
 def test_rows_rollouts_and_signals_belong_together(folder: Path) -> None:
     exported = Exported(folder)
     flat = [(name, rollout.rollout_id) for name, group in exported.rollouts.items() for rollout in group]
-    assert flat == list(exported.place) and list(exported.place.values()) == list(range(len(exported.signals.ids)))
-    assert list(exported.rows) == list(exported.rollouts) == [row.id for row in exported.manifest.rows]
+    assert flat == list(exported.place) and list(exported.place.values()) == list(
+        range(len(exported.signals.neuron_ids))
+    )
+    assert list(exported.rows) == list(exported.rollouts) == [row.question_id for row in exported.manifest.rows]
     assert list(exported.neurons.columns) == ["layer", "index", "weight", "active_share"]
     for name, chosen in exported.representatives.items():
         row = exported.rows[name]
-        scores = [float(exported.signals.probe[exported.place[name, k]]) for k in range(len(row.answers))]
+        scores = [float(exported.signals.probe_scores[exported.place[name, k]]) for k in range(len(row.answers))]
         majority = [k for k, answer in enumerate(row.answers) if answer == row.pseudo_label]
         assert chosen in majority and scores[chosen] == min(scores[k] for k in majority)
 
@@ -72,4 +74,4 @@ def test_a_signals_file_of_another_export_is_refused(folder: Path) -> None:
 def test_reading_loads_no_model_library(folder: Path) -> None:
     statement = f"from neurosig.exported import Exported; Exported({str(folder)!r}).representatives"
     assert loaded_after(statement, "nnsight", "transformers", "sklearn", "pandas") == set()
-    assert torch.equal(Exported(folder).signals.ids, load_file(folder / SIGNALS)["ids"])
+    assert torch.equal(Exported(folder).signals.neuron_ids, load_file(folder / SIGNALS)["neuron_ids"])

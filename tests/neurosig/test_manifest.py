@@ -44,7 +44,7 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 def test_a_manifest_holds_what_was_decided(folder: Path) -> None:
     manifest = read_manifest(folder)
-    assert [row.id for row in manifest.rows] == [f"q{index}" for index in range(8)]
+    assert [row.question_id for row in manifest.rows] == [f"q{index}" for index in range(8)]
     for row in manifest.rows:
         assert len(row.answers) == row.vote.n == 3  # type: ignore[union-attr]
         assert set(row.scores) == set(get_args(HallucinationScore))
@@ -97,7 +97,7 @@ def test_a_malformed_row_names_line_and_field(
 def test_a_context_with_the_same_text_under_another_id_is_refused(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / QUESTIONS).read_text().splitlines()]
     shown = rows[2]["context"][0]["question_id"]
-    line = next(number for number, row in enumerate(rows, start=1) if row["id"] == shown)
+    line = next(number for number, row in enumerate(rows, start=1) if row["question_id"] == shown)
     text = {key: rows[2][key] for key in ("question", "text_sha256")}
     edit_row(folder, line, lambda row: row.update(text))
     with pytest.raises(UserError, match=r"questions\.jsonl:\d: \$\.context\[\d\]: a question is its own context"):
@@ -107,7 +107,11 @@ def test_a_context_with_the_same_text_under_another_id_is_refused(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.0; upgrade"),
+        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.1; upgrade"),
+        (
+            lambda header: header.update(schema_version="1.0"),
+            "schema version 1.0 has other field names than 1.1; export",
+        ),
         (lambda header: header.update(extra=1), r"\$\.extra: unknown field"),
         (lambda header: header["files"].update({"../../x": {"sha256": "0", "bytes": 0, "rows": None}}), "leaves the"),
         (lambda header: header["files"].update({"/etc/passwd": {"sha256": "0", "bytes": 0, "rows": None}}), "leaves"),
@@ -164,8 +168,11 @@ def test_an_export_that_was_killed_is_incomplete(folder: Path) -> None:
     ("change", "message"),
     [
         (lambda row: row.update(txet="x"), r'\$\.txet: unknown field \(did you mean "text"\?\)'),
-        (lambda row: row.update(token_ids=[5, -1]), r"\$\.token_ids\[1\]: .*greater than or equal to 0, got '-1'"),
-        (lambda row: row.update(token_ids=[]), r"\$\.token_ids: .*at least 1"),
+        (
+            lambda row: row.update(completion_ids=[5, -1]),
+            r"\$\.completion_ids\[1\]: .*greater than or equal to 0, got '-1'",
+        ),
+        (lambda row: row.update(completion_ids=[]), r"\$\.completion_ids: .*at least 1"),
         (lambda row: row.update(finish_reason="done"), r"\$\.finish_reason: .*'stop' or 'length', got 'done'"),
         (lambda row: row.update(question_id="q9"), r'\$\.question_id: no question "q9"'),
         (lambda row: row.update(question_id="q0", rollout_id=0), r'\$\.rollout_id: rollout 0 of "q0" appears twice'),
@@ -235,12 +242,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             selected=True,
             reason="selected",
             answers=("oui", None),
-            vote=VoteRecord(count=1, n=2, tied=1),
+            vote=VoteRecord(count=1, n=2, n_tied=1),
             pseudo_label="oui",
-            scores={"probe": -0.25, "entropy": 1e-7},
+            scores={"probe_score": -0.25, "entropy": 1e-7},
             context=(DemonstrationRecord(question_id="b", rollout_id=1, similarity=0.5),),
         ),
-        row(asked[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, tied=2), pseudo_label="A"),
+        row(asked[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, n_tied=2), pseudo_label="A"),
         row(asked[2], reason="too_long"),
     ]
     rollouts = [
@@ -267,7 +274,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert list(manifest.rows) == rows
     assert list(manifest.rollouts.values()) == rollouts
     assert [row.as_question() for row in manifest.rows] == asked
-    assert [row.id for row in manifest.selected] == ["a"]
+    assert [row.question_id for row in manifest.selected] == ["a"]
     assert written.counts == {"questions": 3, "selected": 1, "tie": 1, "too_long": 1}
     assert {name: entry.rows for name, entry in written.files.items()} == dict(
         zip((QUESTIONS, ROLLOUTS, SIGNALS, NEURONS), (3, 4, None, 2), strict=True)

@@ -44,17 +44,17 @@ def floats(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     names = ("mean_logprob", "mean_entropy", "mean_self_certainty")
     signals = load_file(folder / "signals.safetensors")
     return {name: np.array([line[name] for line in lines]) for name in names} | {
-        name: signals[name].astype(np.float64) for name in ("values", "hidden")
+        name: signals[name].astype(np.float64) for name in ("contributions", "hidden_states")
     }
 
 
 def decisions(folder: Path) -> list[Any]:
     """All fields that are not floats: texts, tokens, answers, votes, selection, contexts."""
     manifest = read_manifest(folder)
-    rollouts = [(rollout.text, rollout.token_ids, rollout.finish_reason) for rollout in manifest.rollouts.values()]
+    rollouts = [(rollout.text, rollout.completion_ids, rollout.finish_reason) for rollout in manifest.rollouts.values()]
     rows = [
         (
-            row.id,
+            row.question_id,
             row.answers,
             row.vote,
             row.pseudo_label,
@@ -78,11 +78,11 @@ def test_batches_and_threads_change_no_vote(world: Path) -> None:
         finally:
             torch.set_num_threads(threads)
         assert decisions(other) == decisions(reference)
-        ids, other_ids = (load_file(folder / "signals.safetensors")["ids"] for folder in (reference, other))
+        ids, other_ids = (load_file(folder / "signals.safetensors")["neuron_ids"] for folder in (reference, other))
         assert np.array_equal(ids, other_ids)
         for name, values in floats(other).items():
             expected = floats(reference)[name]
-            half = name in ("values", "hidden")  # stored in float16, which may round to either side
+            half = name in ("contributions", "hidden_states")  # stored in float16, which may round to either side
             np.testing.assert_allclose(values, expected, rtol=1e-3 if half else TOLERANCE, atol=1e-3 if half else 1e-6)
 
 

@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, Command] = {
         "distill.evaluate", "EvaluateConfig", {"--model": "{w}/model", "--questions": "{w}/questions.jsonl", **SAMPLING}
     ),
     "compare": Command("distill.compare", "CompareConfig", {"--base": "{w}/base", "--trained": "{w}/trained"}),
-    "report": Command("neurosig.report", "ReportConfig", {"--run": "{w}/manifest", "--resamples": "100"}),
+    "report": Command("neurosig.report", "ReportConfig", {"--manifest": "{w}/manifest", "--resamples": "100"}),
     "intervene": Command(
         "neurosig.intervene",
         "InterveneConfig",
@@ -66,7 +66,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     make_manifest(folder, num_generations=2)
     lines = [json.loads(line) for line in (folder / "manifest" / "rollouts.jsonl").read_text().splitlines()]
-    rollouts = [{key: line[key] for key in ("question_id", "text", "token_ids", "finish_reason")} for line in lines]
+    rollouts = [
+        {key: line[key] for key in ("question_id", "text", "completion_ids", "finish_reason")} for line in lines
+    ]
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(rollout) + "\n" for rollout in rollouts))
     (folder / "run.toml").write_text("seed = 1\n")
     for command, out, options in (
@@ -207,7 +209,7 @@ CASES = [
          fields(QUESTIONS, question="x" * 10**6)),
     # manifests
     Case("train report intervene", "missing manifest", "manifest \\S+gone: no such folder",
-         options={"--manifest": "{w}/gone", "--run": "{w}/gone"}),
+         options={"--manifest": "{w}/gone"}),
     Case("train report intervene", "no header",
          r"incomplete export \(no manifest\.json\); rerun neurosig\.export with --resume", gone(MANIFEST)),
     Case("train report", "a changed byte", rf"{PATTERN}: sha256 differs from manifest\.json",
@@ -255,9 +257,9 @@ CASES = [
          fields(ROLLOUTS, question_id="x"), {"--rollouts": "{w}/rollouts.jsonl"}),
     Case("export", "too long",
          r'rollouts\.jsonl: rollout 1 of question "q0": 600 tokens after a prompt of \d+ exceed the model\'s 512',
-         fields(ROLLOUTS, token_ids=[5] * 600, finish_reason="length"), {"--rollouts": "{w}/rollouts.jsonl"}),
+         fields(ROLLOUTS, completion_ids=[5] * 600, finish_reason="length"), {"--rollouts": "{w}/rollouts.jsonl"}),
     Case("export", "beyond the vocabulary", r'rollout 1 of question "q0": token id 300, but the model has 300',
-         fields(ROLLOUTS, token_ids=[300], finish_reason="length"), {"--rollouts": "{w}/rollouts.jsonl"}),
+         fields(ROLLOUTS, completion_ids=[300], finish_reason="length"), {"--rollouts": "{w}/rollouts.jsonl"}),
     Case("export", "rollouts in Latin-1", r"rollouts\.jsonl:17: invalid JSON",
          again(ROLLOUTS, lambda data: data + b'{"question_id":"\xe9"}\n'), {"--rollouts": "{w}/rollouts.jsonl"}),
     # configs
@@ -353,12 +355,7 @@ def test_wrong_input_is_one_sentence(
     relocate(w, world)
     case.spoil(w)
     before = snapshot(w)
-    options = {
-        flag: value
-        for flag, value in case.options.items()
-        if not (flag in ("--manifest", "--run") and flag not in COMMANDS[command].options)
-    }
-    code = call(w, command, options)
+    code = call(w, command, case.options)
     output = capsys.readouterr()
     lines = [line for line in output.err.splitlines() if not line.startswith("warning: ")]
     assert code == 2, output.err

@@ -54,7 +54,7 @@ def test_odd_texts_pass_through_every_step(tmp_path: Path) -> None:
     config = evaluate_config(tmp_path, adapter=tmp_path / "run" / "adapter")
     distill.evaluate.main(config)
     rows = pyarrow.parquet.read_table(config.out / "results.parquet").to_pylist()
-    assert [row["id"] for row in rows] == [row.id for row in manifest.rows]
+    assert [row["question_id"] for row in rows] == [row.question_id for row in manifest.rows]
     with (tmp_path / "manifest" / "neurons.csv").open() as handle:
         assert all(not cell.startswith(("=", "+", "@")) for row in csv.reader(handle) for cell in row)
 
@@ -97,7 +97,7 @@ def test_rollouts_that_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         neurosig.export.main(
             export_config(
-                tmp_path, model, questions, rollouts=rollouts, hallucination_score="agreement", clean_filter="neuron"
+                tmp_path, model, questions, rollouts=rollouts, hallucination_score="agreement", question_filter="neuron"
             )
         )
     rows = read_manifest(tmp_path / "manifest").rows
@@ -118,14 +118,14 @@ def test_rollouts_that_all_say_the_same(tmp_path: Path, caplog: pytest.LogCaptur
         neurosig.export.main(export_config(tmp_path, model, questions, "same", rollouts=same, **options))
     assert "no signal" in caplog.text
     rows = read_manifest(tmp_path / "same").rows
-    assert {(row.vote.count, row.vote.n, row.vote.tied) for row in rows if row.vote} == {(3, 3, 1)}
+    assert {(row.vote.count, row.vote.n, row.vote.n_tied) for row in rows if row.vote} == {(3, 3, 1)}
     labels = []
     for name, order in (("ahead", 1), ("back", -1)):
         words = ("one", "two", "six")[::order]
         tied = write_rollouts(tmp_path / f"{name}.jsonl", lambda q, r, words=words: f"Answer: {words[r]}")
         neurosig.export.main(export_config(tmp_path, model, questions, name, rollouts=tied, **options))
         rows = read_manifest(tmp_path / name).rows
-        assert {row.vote.tied for row in rows if row.vote} == {3}
+        assert {row.vote.n_tied for row in rows if row.vote} == {3}
         labels.append([row.pseudo_label for row in rows])
     assert labels[0] == labels[1] and len(set(labels[0])) > 1
 
@@ -154,8 +154,8 @@ def test_a_vocabulary_larger_than_the_tokenizer(tmp_path: Path) -> None:
     questions = write_questions(tmp_path / "questions.jsonl")
     neurosig.export.main(export_config(tmp_path, tmp_path / "model", questions, max_new_tokens=12))
     rollouts = read_manifest(tmp_path / "manifest").rollouts.values()
-    assert max(token for rollout in rollouts for token in rollout.token_ids) >= VOCAB_SIZE
-    assert load_file(tmp_path / "manifest" / "signals.safetensors")["ids"].shape[0] == len(rollouts)
+    assert max(token for rollout in rollouts for token in rollout.completion_ids) >= VOCAB_SIZE
+    assert load_file(tmp_path / "manifest" / "signals.safetensors")["neuron_ids"].shape[0] == len(rollouts)
     distill.train.main(train_config(tmp_path, tmp_path / "manifest", steps=1))
     assert (tmp_path / "run" / "adapter").is_dir()
 

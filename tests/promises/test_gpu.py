@@ -46,8 +46,8 @@ def test_active_sets_are_those_of_the_cpu(arch: Arch) -> None:
             NeuronTracer(tiny_model(arch).to(device), TraceConfig(set_size=16, score=score)).trace(*rollouts())  # type: ignore[arg-type]
             for device in ("cpu", DEVICE)
         )
-        assert torch.equal(here.ids, there.ids)
-        torch.testing.assert_close(here.values, there.values, rtol=1e-4, atol=1e-6)
+        assert torch.equal(here.neuron_ids, there.neuron_ids)
+        torch.testing.assert_close(here.contributions, there.contributions, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             out=out / "manifest",
             limit=24,
             num_generations=4,
-            clean_filter="vote_only",
+            question_filter="vote_only",
             quiet=True,
         )
     )

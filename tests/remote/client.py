@@ -47,9 +47,9 @@ def over_a_file(backend: RemoteBackend, request: RequestModel, tracer: Any) -> d
 
 
 def assert_same(sets: ActiveSets, expected: ActiveSets) -> None:
-    assert torch.equal(sets.ids, expected.ids)
-    torch.testing.assert_close(sets.values, expected.values, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sets.hidden, expected.hidden, rtol=1e-4, atol=1e-5)
+    assert torch.equal(sets.neuron_ids, expected.neuron_ids)
+    torch.testing.assert_close(sets.contributions, expected.contributions, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sets.hidden_states, expected.hidden_states, rtol=1e-4, atol=1e-5)
 
 
 RemoteBackend.request = over_a_file  # type: ignore[method-assign]

@@ -43,7 +43,7 @@ def export_config(tmp_path: Path, model: Path, questions: Path, out: str = "mani
         "max_new_tokens": 4,
         "temperature": 1.0,
         "set_size": 16,
-        "clean_filter": "all",
+        "question_filter": "all",
         "quiet": True,
     }
     return ExportConfig(model=str(model), questions=(str(questions),), out=tmp_path / out, **{**defaults, **changes})

@@ -117,21 +117,21 @@ def _answer(loaded: LoadedModel, body: dict[str, Any], divisor: float) -> dict[s
 def _choice(loaded: LoadedModel, body: dict[str, Any], rollout: Rollout, divisor: float) -> dict[str, Any]:
     logprobs = None
     if body.get("logprobs") is not None:
-        ids = torch.tensor([[*body["prompt"], *rollout.token_ids]])
+        ids = torch.tensor([[*body["prompt"], *rollout.completion_ids]])
         with torch.inference_mode():
             log_p = torch.log_softmax(loaded.model(ids).logits[0].float() / divisor, dim=-1)
         first = len(body["prompt"])
-        values = [float(log_p[first + i - 1, token]) for i, token in enumerate(rollout.token_ids)]
-        tokens = [loaded.tokenizer.decode([token]) for token in rollout.token_ids]
+        values = [float(log_p[first + i - 1, token]) for i, token in enumerate(rollout.completion_ids)]
+        tokens = [loaded.tokenizer.decode([token]) for token in rollout.completion_ids]
         logprobs = {"text_offset": [0] * len(tokens), "token_logprobs": values, "tokens": tokens, "top_logprobs": []}
-    last_allowed = len(rollout.token_ids) == body["max_tokens"]  # vLLM looks at the length first
+    last_allowed = len(rollout.completion_ids) == body["max_tokens"]  # vLLM looks at the length first
     return {
         "index": rollout.rollout_id,
         "text": rollout.text,
         "logprobs": logprobs,
         "finish_reason": "length" if last_allowed else rollout.finish_reason,
         "stop_reason": None,
-        "token_ids": list(rollout.token_ids) if body.get("return_token_ids") else None,
+        "token_ids": list(rollout.completion_ids) if body.get("return_token_ids") else None,
         "prompt_token_ids": body["prompt"],
     }
 

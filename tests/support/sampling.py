@@ -31,4 +31,4 @@ def draw(model: LoadedModel, prompts: list[Prompt], **options: Any) -> dict[str,
 
 def tokens(groups: dict[str, list[Rollout]]) -> dict[str, list[tuple[int, ...]]]:
     """The token ids of each rollout."""
-    return {name: [rollout.token_ids for rollout in group] for name, group in groups.items()}
+    return {name: [rollout.completion_ids for rollout in group] for name, group in groups.items()}

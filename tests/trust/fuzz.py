@@ -77,7 +77,9 @@ def read_manifest(folder: Path) -> Callable[[bytes], None]:
         (folder / "manifest.json").write_bytes(head)
         manifest = neurosig.manifest.read_manifest(folder)
         for row in manifest.rows:
-            assert all(item.question_id != row.id for item in row.context) or "majority" in str(manifest.header.options)
+            assert all(item.question_id != row.question_id for item in row.context) or "majority" in str(
+                manifest.header.options
+            )
 
     return one
 

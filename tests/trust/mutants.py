@@ -35,8 +35,9 @@ class Mutant:
 
 
 LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "distill/completion_hidden.py"
-ANSWERS, METRICS, STATISTICS, RESAMPLING = (
+ANSWERS, VOTE, METRICS, STATISTICS, RESAMPLING = (
     "neurosig/questions/answers.py",
+    "neurosig/questions/vote.py",
     "neurosig/statistics/metrics.py",
     "neurosig/statistics/significance.py",
     "neurosig/statistics/resampling.py",
@@ -83,14 +84,14 @@ MUTANTS = (
     Mutant("weights of questions ignored", TASKS, "builder.teacher(by_id[row.id], context), row.weight)", "builder.teacher(by_id[row.id], context))", "trust/test_numeric_core.py", "weights"),
     Mutant("every step the same questions", TASKS, "first = (step - 1) * per_step", "first = 0", "distill/test_train.py", "every_epoch"),
     # votes and answers
-    Mutant("non-answers win votes", ANSWERS, "counts = Counter(answer for answer in answers if answer is not None)", "counts = Counter(str(answer) for answer in answers)", "neurosig/questions/test_answers.py", "never_wins"),
-    Mutant("non-answers leave the denominator", ANSWERS, "return Vote(winner, most, tied, len(answers))", "return Vote(winner, most, tied, sum(counts.values()))", "neurosig/questions/test_answers.py", "never_wins"),
-    Mutant("ties by the alphabet", ANSWERS, 'winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\\x00{candidate}".encode()).digest())', "winner = tied[0]", "neurosig/questions/test_answers.py", "ties"),
-    Mutant("ties by the order of the answers", ANSWERS, "tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))", "tied = tuple(candidate for candidate, count in counts.items() if count == most)", "neurosig/questions/test_answers.py", "ties"),
+    Mutant("non-answers win votes", VOTE, "counts = Counter(answer for answer in answers if answer is not None)", "counts = Counter(str(answer) for answer in answers)", "neurosig/questions/test_answers.py", "never_wins"),
+    Mutant("non-answers leave the denominator", VOTE, "return Vote(winner, most, tied, len(answers))", "return Vote(winner, most, tied, sum(counts.values()))", "neurosig/questions/test_answers.py", "never_wins"),
+    Mutant("ties by the alphabet", VOTE, 'winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\\x00{candidate}".encode()).digest())', "winner = tied[0]", "neurosig/questions/test_answers.py", "ties"),
+    Mutant("ties by the order of the answers", VOTE, "tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))", "tied = tuple(candidate for candidate, count in counts.items() if count == most)", "neurosig/questions/test_answers.py", "ties"),
     Mutant("first number for the last", ANSWERS, "numbers[-1 if marked is None else 0]", "numbers[0]", "neurosig/questions/test_answers.py", "numbers"),
     Mutant("aliases never count", ANSWERS, "for gold in (question.answer, *question.aliases)", "for gold in (question.answer,)", "neurosig/questions/test_answers.py", "gold_or_an_alias"),
     # accuracy and calibration
-    Mutant("ties count as right", METRICS, "return right_winners / np.maximum(winners, 1)", "return (right_winners > 0).astype(float)", "neurosig/statistics/test_metrics.py", "maj_at_k"),
+    Mutant("ties count as right", METRICS, "return n_tied_right / np.maximum(n_tied, 1)", "return (n_tied_right > 0).astype(float)", "neurosig/statistics/test_metrics.py", "maj_at_k"),
     Mutant("pass@k for one sample fewer", METRICS, "1.0 - math.comb(n - right, k) / math.comb(n, k)", "1.0 - math.comb(n - right, k) / math.comb(n + 1, k)", "neurosig/statistics/test_metrics.py", "pass_at_k"),
     Mutant("ECE squared", METRICS, "np.abs(np.bincount(keys, weights=votes / k - accuracy)).sum()", "np.square(np.bincount(keys, weights=votes / k - accuracy)).sum()", "neurosig/statistics/test_metrics.py", "ece_by_hand"),
     Mutant("ECE with its edges on the wrong side", METRICS, "np.maximum((votes * bins + k - 1) // k - 1, 0)", "np.minimum(votes * bins // k, bins - 1)", "neurosig/statistics/test_metrics.py", "bins or beyond"),
@@ -114,7 +115,7 @@ MUTANTS = (
     Mutant("norms of the wrong layer", REDUCTION, "if norms is None else norms[layer]", "if norms is None else norms[layer - 1]", "neurosig/neurons/test_tracer.py", "equals_forward_hooks and qwen3"),
     Mutant("positive neurons only, always", REDUCTION, "return (member & (mean > 0) if positive_only else member), mean", "return member & (mean > 0), mean", "neurosig/neurons/test_tracer.py", "positive_only or smaller_sets or equals_forward_hooks"),
     Mutant("hidden states over the padding", REDUCTION, "return masked_mean(hidden.float(), mask.to(hidden.device))", "return hidden.float().mean(1)", "neurosig/neurons/test_tracer.py", "hidden_states_are or padded"),
-    Mutant("the end token traced", ROLLOUTS, "return self.token_ids[:-1] if ended else self.token_ids", "return self.token_ids", "trust/test_numeric_core.py", "end_token"),
+    Mutant("the end token traced", ROLLOUTS, "return self.completion_ids[:-1] if ended else self.completion_ids", "return self.completion_ids", "trust/test_numeric_core.py", "end_token"),
     # sampling
     Mutant("temperature multiplied", SAMPLING, "scores = scores / config.temperature", "scores = scores * config.temperature", "neurosig/sampling/test_sampler.py", "softmax or first_tokens"),
     Mutant("one random number for all questions", SAMPLING, r'f"{config.seed}\x00{salt}\x00{question_id}"', r'f"{config.seed}\x00{salt}"', "neurosig/sampling/test_sampler.py", "draws_its_own"),

@@ -38,7 +38,7 @@ def test_the_end_token_carries_no_answer() -> None:
     """It is left out of the trace, unless the rollout was cut off or is the end token alone."""
     cases = (((5, 6, 2), "stop", (5, 6)), ((5, 6), "length", (5, 6)), ((2,), "stop", (2,)))
     for ids, reason, body in cases:
-        assert Rollout("q", 0, "text", ids, reason).body_ids == body  # type: ignore[arg-type]
+        assert Rollout("q", 0, "text", ids, reason).completion_ids_without_eos == body  # type: ignore[arg-type]
 
 
 def named(name: str) -> mutants.Mutant:
@@ -79,10 +79,15 @@ def test_votes_count_and_do_not_depend_on_the_order(answers: list[str | None], q
     vote = majority_vote(answers, question_id)
     counts = Counter(answer for answer in answers if answer is not None)
     assert vote.n == len(answers) and vote.count == max(counts.values(), default=0)
-    assert set(vote.tied) == {answer for answer, count in counts.items() if count == vote.count}
-    assert (vote.winner in vote.tied) if counts else (vote.winner is None and vote.tied == ())
+    assert set(vote.tied_answers) == {answer for answer, count in counts.items() if count == vote.count}
+    assert (vote.winner in vote.tied_answers) if counts else (vote.winner is None and vote.tied_answers == ())
     shuffled = random.Random(seed).sample(answers, len(answers))
     assert majority_vote(shuffled, question_id) == vote
     more = majority_vote([*answers, None], question_id)
-    assert (more.winner, more.count, more.tied, more.n) == (vote.winner, vote.count, vote.tied, vote.n + 1)
+    assert (more.winner, more.count, more.tied_answers, more.n) == (
+        vote.winner,
+        vote.count,
+        vote.tied_answers,
+        vote.n + 1,
+    )
     assert 0 <= vote.share <= 1

@@ -18,7 +18,7 @@ from figures.draw import (
     before_after,
     clusters,
     gap_gain,
-    hallucination_sign,
+    hallucination_score,
     overview,
     reliability,
     speed,
@@ -33,7 +33,7 @@ NAMES = (
     "clusters",
     "context_policies",
     "gap_gain",
-    "hallucination_sign",
+    "hallucination_score",
     "overview",
     "reliability",
     "speed",
@@ -43,7 +43,7 @@ NAMES = (
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (clusters, hallucination_sign, reliability):
+    for module in (clusters, hallucination_score, reliability):
         monkeypatch.setattr(module, "RESAMPLES", 100)
 
 
@@ -52,19 +52,21 @@ def caption_of(figure: Figure) -> str:
 
 
 def test_the_sign_shows_the_scores_and_their_auroc(results: Path, tmp_path: Path, drawn: list[Figure]) -> None:
-    hallucination_sign.draw(results, tmp_path)
-    table = pd.read_csv(tmp_path / "hallucination_sign.csv")
+    hallucination_score.draw(results, tmp_path)
+    table = pd.read_csv(tmp_path / "hallucination_score.csv")
     scores = table[table["part"] == "score"]
-    rows = {row.id: row for row in read_manifest(results / "manifest").rows}
+    rows = {row.question_id: row for row in read_manifest(results / "manifest").rows}
     gold = {
         record["id"]: record["answer"]
         for record in map(json.loads, (results / "questions.jsonl").read_text().splitlines())
     }
     for row in scores.itertuples():
-        assert row.value == pytest.approx(rows[row.name].scores["probe"], rel=1e-5)
+        assert row.value == pytest.approx(rows[row.name].scores["probe_score"], rel=1e-5)
         assert row.right == (rows[row.name].pseudo_label == gold[row.name])
     areas = table[table["part"] == "auroc"].set_index("name")
-    assert areas.loc["probe", "value"] == pytest.approx(roc_auc_score(scores["right"], -scores["value"]), abs=1e-5)
+    assert areas.loc["probe_score", "value"] == pytest.approx(
+        roc_auc_score(scores["right"], -scores["value"]), abs=1e-5
+    )
     assert (areas["low"] <= areas["value"]).all() and (areas["value"] <= areas["high"]).all()
     left, right = drawn[0].axes
     points = {
@@ -76,7 +78,7 @@ def test_the_sign_shows_the_scores_and_their_auroc(results: Path, tmp_path: Path
     for patch, value in zip(left.patches, (1, 0), strict=True):
         vertices = patch.get_path().vertices
         heights, _ = np.histogram(
-            scores[scores["right"] == value]["value"], np.linspace(0, 1, hallucination_sign.BINS + 1)
+            scores[scores["right"] == value]["value"], np.linspace(0, 1, hallucination_score.BINS + 1)
         )
         assert vertices[:, 1].max() == pytest.approx(heights.max() / heights.sum())
     assert f"{N} questions" in caption_of(drawn[0]) and "95%" in caption_of(drawn[0])
@@ -86,7 +88,7 @@ def test_the_clusters_are_those_of_the_selected_questions(results: Path, tmp_pat
     clusters.draw(results, tmp_path)
     table = pd.read_csv(tmp_path / "clusters.csv")
     points = table[table["part"] == "question"].sort_values("place")
-    selected = {row.id: row.kind for row in read_manifest(results / "manifest").selected}
+    selected = {row.question_id: row.kind for row in read_manifest(results / "manifest").selected}
     assert dict(zip(points["name"], points["kind"], strict=True)) == selected
     agreement = table[table["part"] == "clustering"].set_index("name")
     assert agreement.loc["neurons", "value"] == pytest.approx(
@@ -119,7 +121,7 @@ def test_reliability_is_that_of_the_evaluations(results: Path, tmp_path: Path, d
     assert [title.split(" (")[0] for title in titles] == 2 * ["base", "control", "N-OPSD"]
     bins = pd.read_csv(tmp_path / "reliability.csv").query("part == 'bin'")
     raw = pd.read_parquet(results / "eval" / "nopsd" / "results.parquet").query("domain == 'shape'")
-    expected = raw.groupby("votes")["right_winners"].mean()
+    expected = raw.groupby("votes")["n_tied_right"].mean()
     cross = drawn[0].axes[5].collections[-1].get_offsets()
     np.testing.assert_allclose(cross, np.column_stack([expected.index / 4, expected]))
     cross_bins = bins.query("scope == 'cross-domain' and method == 'N-OPSD'")
@@ -216,7 +218,7 @@ def test_the_same_run_gives_the_same_bytes(name: str, results: Path, tmp_path: P
     ("name", "message"),
     [
         ("clusters", "manifest: no finished export; run `python -m neurosig.export --out"),
-        ("hallucination_sign", "manifest: no finished export; run `python -m neurosig.export --out"),
+        ("hallucination_score", "manifest: no finished export; run `python -m neurosig.export --out"),
         ("reliability", "base: no finished evaluation; run `python -m distill.evaluate --out"),
         ("training_curves", "metrics.jsonl: no such file; run `python -m distill.train --out"),
     ],

@@ -20,7 +20,7 @@ def test_contexts_are_measured_and_drawn(results: Path, tmp_path: Path, drawn: l
     context_policies.main(config)
     made = {path.name: path.read_bytes() for path in tmp_path.glob("*.csv")}
     points = pd.read_csv(tmp_path / "gap_gain.csv")
-    selected = [row.id for row in read_manifest(results / "manifest").selected]
+    selected = [row.question_id for row in read_manifest(results / "manifest").selected]
     assert set(points["policy"]) == {"none", "random_within_kind", "nearest_all"}
     for policy, measured in points.groupby("policy"):
         assert list(measured["question"]) == selected, policy

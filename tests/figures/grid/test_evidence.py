@@ -39,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 right = rng.binomial(K, hard[target] + SHIFT.get(method, 0.1))
                 rows += [
                     {"method": method, "source": source, "target": target, "seed": 0, "id": f"q{index}"}
-                    | {"n_correct": int(n), "k": K, "votes": max(int(n), K - int(n)), "winners": 1}
-                    | {"right_winners": int(n > K - n)}
+                    | {"n_correct": int(n), "k": K, "votes": max(int(n), K - int(n)), "n_tied": 1}
+                    | {"n_tied_right": int(n > K - n)}
                     for index, n in enumerate(right)
                 ]
                 gap = 0.2 + SHIFT.get(method, 0.1)
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         signals.append(
             pd.DataFrame(
                 {"source": source, "id": [f"q{index}" for index in range(N)], "right": right}
-                | {"probe": rng.normal(size=N), "vote_share": right + rng.normal(size=N)}
+                | {"probe_score": rng.normal(size=N), "vote_share": right + rng.normal(size=N)}
             )
         )
     write_grid(out, rows, Layout(DOMAINS))

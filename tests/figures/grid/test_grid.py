@@ -48,7 +48,7 @@ def grid(folder: Path, **changes: Any) -> GridConfig:
         "targets": named,
         "dev": named[:1],
         "control_temperatures": (0.5,),
-        "export": {**TINY, "set_size": 16, "clean_filter": "all"},
+        "export": {**TINY, "set_size": 16, "question_filter": "all"},
         "train": {"steps": 1, "questions_per_step": 2, "lora_r": 2, "keep_truncated": True},
         "evaluate": TINY,
         "quiet": True,
@@ -110,7 +110,7 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
     keep(EvidenceConfig(grid=folder / "grid", out=folder / "kept"))
     signals = pandas.read_csv(folder / "kept" / "signals.csv")
     assert len(signals) == 8 and set(signals.source) == {"red"} and not signals.right.any()
-    assert {"vote_share", "probe"} <= set(signals)
+    assert {"vote_share", "probe_score"} <= set(signals)
     for name in ("grid.parquet", "layout.json", "results.csv"):
         assert (folder / "kept" / name).read_bytes() == (folder / "grid" / name).read_bytes()
 

@@ -170,12 +170,12 @@ def question_rows(run: Run, target: str, chance: np.ndarray, rng: np.random.Gene
     rows = []
     for index, right in enumerate(rng.binomial(K, chance)):
         votes = max(int(right), 1)
-        winners = 1 if right > 1 else K
+        n_tied = 1 if right > 1 else K
         rows.append(
             {
                 "method": run.method, "source": run.source or None, "target": target, "seed": run.seed,
-                "id": f"{target}-{index}", "n_correct": int(right), "k": K, "votes": votes, "winners": winners,
-                "right_winners": int(right > 0),
+                "question_id": f"{target}-{index}", "n_correct": int(right), "k": K, "votes": votes, "n_tied": n_tied,
+                "n_tied_right": int(right > 0),
             }
         )  # fmt: skip
     return rows
@@ -220,7 +220,7 @@ def test_matrices_are_the_metrics_of_the_rows(folder: Path) -> None:
         runs = frame[(frame["method"] == "nopsd") & (frame["source"] == source) & (frame["target"] == target)]
         for seed in seeds:
             run = runs[runs["seed"] == seed]
-            majority = metrics.maj_at_k(run["right_winners"].to_numpy(), run["winners"].to_numpy())
+            majority = metrics.maj_at_k(run["n_tied_right"].to_numpy(), run["n_tied"].to_numpy())
             expected["avg_at_k"].append(100 * (run["n_correct"] / K).mean())
             expected["maj_at_k"].append(100 * majority.mean())
             expected["ece"].append(metrics.ece(run["votes"].to_numpy(), K, majority))
@@ -236,7 +236,7 @@ def test_cells_have_paired_intervals(folder: Path) -> None:
     table = scope_table(grid_results(read_grid(folder), resamples=4000)["avg_at_k"])
     row = next(row for row in table.rows if (row.method, row.scope) == ("nopsd", "in"))
     cell = row.cells[table.columns.index("language")]
-    frame = pd.DataFrame(made_up_rows(RUNS)).query("target == 'language'").set_index("id").sort_index()
+    frame = pd.DataFrame(made_up_rows(RUNS)).query("target == 'language'").set_index("question_id").sort_index()
     after = frame.query("method == 'nopsd' and source == 'language'")["n_correct"].to_numpy() / K
     before = frame.query("method == 'base'")["n_correct"].to_numpy() / K
     interval = metrics.paired_mean_interval(after, before, seed=1, resamples=4000)
@@ -351,17 +351,17 @@ def _without(name: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]
         (lambda rows: [], "no rows"),
         (lambda rows: [*rows, rows[0]], 'nopsd, geography, seed 0: question "geography-0" of geography appears twice'),
         (lambda rows: [row for row in rows if row["method"] != "base"], 'no rows of method "base" for chemistry'),
-        (lambda rows: [*rows[1:], {**rows[0], "id": "other"}], "nopsd, geography, seed 0: not the questions"),
+        (lambda rows: [*rows[1:], {**rows[0], "question_id": "other"}], "nopsd, geography, seed 0: not the questions"),
         (
             lambda rows: [{**r, "source": "physics"} if r["method"] == "lmsi" else r for r in rows],
             "physics, seed 0: .phy",
         ),
         (lambda rows: [{**rows[0], "n_correct": 9}, *rows[1:]], r"row 1 \(question geography-0\): n_correct is not"),
         (lambda rows: [{**rows[0], "k": 4, "n_correct": 1, "votes": 1}, *rows[1:]], "k differs from the first row's"),
-        (lambda rows: [{**rows[0], "right_winners": 9}, *rows[1:]], "right_winners is not between"),
+        (lambda rows: [{**rows[0], "n_tied_right": 9}, *rows[1:]], "n_tied_right is not between"),
         (lambda rows: [{**row, "votes": "many"} for row in rows], 'column "votes" is not whole'),
         (lambda rows: [*rows, {**rows[0], "method": "control"}], 'other rows of "control" have no source'),
-        (lambda rows: [{**rows[0], "id": None}, *rows[1:]], 'column "id" has 1 rows without a value'),
+        (lambda rows: [{**rows[0], "question_id": None}, *rows[1:]], 'column "question_id" has 1 rows without a value'),
     ],
 )
 def test_rows_that_cannot_be_used(tmp_path: Path, spoil: Callable[[Any], Any], message: str) -> None:

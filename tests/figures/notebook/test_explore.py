@@ -39,8 +39,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place.mkdir(parents=True)
         votes = rng.integers(1, 5, 30)
         rows = {"id": [f"q{i}" for i in range(30)], "domain": ["colour"] * 20 + ["shape"] * 10, "k": 4, "votes": votes}
-        winners = np.where(votes == 1, 2, 1)
-        rows |= {"winners": winners, "right_winners": rng.integers(0, 2, 30)}
+        n_tied = np.where(votes == 1, 2, 1)
+        rows |= {"n_tied": n_tied, "n_tied_right": rng.integers(0, 2, 30)}
         pd.DataFrame(rows).to_parquet(place / "results.parquet")
         (place / "summary.json").write_text(json.dumps({"config": {"temperature": temperature}}))
     return folder
@@ -56,7 +56,7 @@ def test_every_evaluation_is_read_by_scope(run: Path) -> None:
     }
     raw = pd.read_parquet(run / "eval" / "nopsd" / "results.parquet")
     rows = table[table["method"] == "nopsd"]
-    np.testing.assert_array_equal(rows["accuracy"], raw["right_winners"] / raw["winners"])
+    np.testing.assert_array_equal(rows["accuracy"], raw["n_tied_right"] / raw["n_tied"])
     assert set(rows["temperature"]) == {0.5}
 
 

@@ -55,7 +55,7 @@ def test_scores_by_hand() -> None:
     assert scores["entropy"].tolist() == scores["mean_logprob"].tolist()
     assert scores["length"].tolist() == [3.5, 3.0 + winner]
     assert scores["self_certainty"].tolist() == [-0.5, -float(winner)]
-    assert scores["probe"].tolist() == [0.5, 0.5]
+    assert scores["probe_score"].tolist() == [0.5, 0.5]
     assert scores["neuron_count"].tolist() == pytest.approx([-math.log(2) / 2, math.log(2) / 2])
     assert scores["random"].tolist() == [random_score("a", 0), random_score("b", 0)]
 

@@ -125,9 +125,9 @@ def test_samples_equal_those_of_hooks_and_of_edited_weights(arch: Arch) -> None:
     unscaled, ours = drawn(model), drawn(scaled(model, 4.0))
     with hooked(model, 4.0):
         assert ours == drawn(model)
-    assert [r.token_ids for r in ours] == [r.token_ids for r in drawn(reweighted(model, 4.0))]
-    assert [r.token_ids for r in ours] != [r.token_ids for r in unscaled]
-    assert len({len(r.token_ids) for r in ours}) > 1
+    assert [r.completion_ids for r in ours] == [r.completion_ids for r in drawn(reweighted(model, 4.0))]
+    assert [r.completion_ids for r in ours] != [r.completion_ids for r in unscaled]
+    assert len({len(r.completion_ids) for r in ours}) > 1
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -151,7 +151,7 @@ def test_scaling_reaches_the_decoding_steps() -> None:
     prompt_only = drawn(model)
     scaler = NeuronScaler(model.model, ffn_sites(model.model))
     everywhere = drawn(scale_neurons(model, scaler, range(scaler.sites.d_mlp), 0.0))
-    assert [r.token_ids for r in prompt_only] != [r.token_ids for r in everywhere]
+    assert [r.completion_ids for r in prompt_only] != [r.completion_ids for r in everywhere]
 
 
 def test_two_stand_ins_of_one_model_keep_apart() -> None:
@@ -263,11 +263,11 @@ def test_the_likelihood_of_completions_is_that_of_one_plain_forward_each(monkeyp
     for prompt in prompts():
         nats, tokens = 0.0, 0
         for rollout in groups[prompt.question_id]:
-            ids = torch.tensor([[*prompt.token_ids, *rollout.token_ids]])
+            ids = torch.tensor([[*prompt.token_ids, *rollout.completion_ids]])
             log_p = logits(model.model, ids)[0].log_softmax(-1)
             start = len(prompt.token_ids)
-            nats -= sum(float(log_p[start + i - 1, token]) for i, token in enumerate(rollout.token_ids))
-            tokens += len(rollout.token_ids)
+            nats -= sum(float(log_p[start + i - 1, token]) for i, token in enumerate(rollout.completion_ids))
+            tokens += len(rollout.completion_ids)
         assert ours[prompt.question_id] == pytest.approx(nats / tokens, abs=1e-4)
     monkeypatch.setattr(neurosig.intervene.interventions, "LOGITS_AT_ONCE", 1)
     assert completion_nll(model, prompts(), groups) == pytest.approx(ours, abs=1e-4)

@@ -114,10 +114,10 @@ def oracle_set(scores: Tensor, active: str, size: int, rounding: float) -> set[i
 
 def assert_same_sets(sets: ActiveSets, expected: ActiveSets, tolerance: float) -> None:
     """The same neurons and values, but for neurons at a set's edge that are as close to it as rounding."""
-    torch.testing.assert_close(sets.hidden, expected.hidden, rtol=tolerance, atol=tolerance)
-    for mine, theirs in zip(range(len(sets.ids)), range(len(expected.ids)), strict=True):
+    torch.testing.assert_close(sets.hidden_states, expected.hidden_states, rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(range(len(sets.neuron_ids)), range(len(expected.neuron_ids)), strict=True):
         a, b = (
-            {i: v for i, v in zip(s.ids[row].tolist(), s.values[row].tolist(), strict=True) if i >= 0}
+            {i: v for i, v in zip(s.neuron_ids[row].tolist(), s.contributions[row].tolist(), strict=True) if i >= 0}
             for s, row in ((sets, mine), (expected, theirs))
         )
         assert len(a.keys() & b.keys()) > 0.9 * len(b)
@@ -142,10 +142,10 @@ def test_both_backends_equal_plain_hooks(arch: Arch | OtherArch, value: Any, sco
     for tracer, tolerance in ((NeuronTracer(model, config), 2e-5), (LensTracer(model, config), 1e-4)):
         sets = tracer.trace(prompts, completions)
         n_layers = model.config.num_hidden_layers
-        assert torch.equal(sets.ids, torch.arange(n_layers * D_MLP).int().expand(len(prompts), -1))
-        every = sets.values.unflatten(1, (n_layers, D_MLP))
+        assert torch.equal(sets.neuron_ids, torch.arange(n_layers * D_MLP).int().expand(len(prompts), -1))
+        every = sets.contributions.unflatten(1, (n_layers, D_MLP))
         torch.testing.assert_close(every, means, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(sets.hidden, hidden, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(sets.hidden_states, hidden, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("active", "size"), [("layer_mean", 20), ("per_token", 6), ("entries", 30)])
@@ -159,7 +159,7 @@ def test_active_sets_are_those_of_plain_hooks(arch: Arch | OtherArch, active: An
     assert sum(map(len, sure)) > 0.98 * sum(map(len, possible))
     for backend in ("nnsight", "transformer_lens"):
         sets = trace_neurons(model, prompts, completions, TraceConfig(active=active, set_size=size), backend=backend)
-        for row, inner, outer in zip(sets.ids, sure, possible, strict=True):
+        for row, inner, outer in zip(sets.neuron_ids, sure, possible, strict=True):
             assert inner <= set(row.tolist()) - {-1} <= outer
 
 
@@ -181,7 +181,7 @@ def test_the_backends_find_the_same_sets(arch: Arch, options: dict[str, Any]) ->
     nnsight, lens = (
         trace_neurons(model, *rollouts(), config, backend=name) for name in ("nnsight", "transformer_lens")
     )
-    assert 0 < nnsight.ids.shape[1] < N_LAYERS * D_MLP
+    assert 0 < nnsight.neuron_ids.shape[1] < N_LAYERS * D_MLP
     if config.active in ("per_token", "entries"):
         assert overlap(nnsight, lens) > 0.98
     else:
@@ -190,7 +190,7 @@ def test_the_backends_find_the_same_sets(arch: Arch, options: dict[str, Any]) ->
 
 def overlap(a: ActiveSets, b: ActiveSets) -> float:
     """Mean Jaccard similarity of the sets of each rollout."""
-    pairs = [(set(x.tolist()) - {-1}, set(y.tolist()) - {-1}) for x, y in zip(a.ids, b.ids, strict=True)]
+    pairs = [(set(x.tolist()) - {-1}, set(y.tolist()) - {-1}) for x, y in zip(a.neuron_ids, b.neuron_ids, strict=True)]
     return sum(len(x & y) / len(x | y) for x, y in pairs) / len(pairs)
 
 
@@ -289,7 +289,7 @@ def test_unembed_needs_a_head_as_wide_as_the_stream() -> None:
     ).eval()
     with pytest.raises(UserError, match="head reads 16 dimensions, the residual stream has 32"):
         NeuronTracer(model, TraceConfig(score="unembed"))
-    assert trace_neurons(model, [[5, 6]], [[7, 8]], TraceConfig(set_size=9)).ids.shape == (1, 9)
+    assert trace_neurons(model, [[5, 6]], [[7, 8]], TraceConfig(set_size=9)).neuron_ids.shape == (1, 9)
 
 
 @pytest.mark.smollm2
@@ -301,5 +301,5 @@ def test_smollm2_both_backends(smollm2: LoadedModel) -> None:
     nnsight, lens = (
         trace_neurons(smollm2, prompts, completions, backend=name) for name in ("nnsight", "transformer_lens")
     )
-    assert nnsight.ids.shape == (2, 30 * 34)
+    assert nnsight.neuron_ids.shape == (2, 30 * 34)
     assert_same_sets(lens, nnsight, 1e-3)

@@ -32,8 +32,8 @@ def tracer_of(model: PreTrainedModel, **options: object) -> NeuronTracer:
 
 def dense(sets: ActiveSets) -> Tensor:
     """Mean scores by neuron, when the sets hold every neuron: [n, n_layers, d_mlp]."""
-    assert torch.equal(sets.ids, torch.arange(sets.ids.shape[1]).int().expand(sets.ids.shape))
-    return sets.values.unflatten(1, (-1, D_MLP))
+    assert torch.equal(sets.neuron_ids, torch.arange(sets.neuron_ids.shape[1]).int().expand(sets.neuron_ids.shape))
+    return sets.contributions.unflatten(1, (-1, D_MLP))
 
 
 def hooked_scores(model: PreTrainedModel, ids: list[int], value: str = "gated", score: str = "cett") -> Tensor:
@@ -223,8 +223,8 @@ def test_no_layer_keeps_its_neuron_values(score: Literal["cett", "magnitude"]) -
     assert [len(earlier) for earlier in alive] == list(range(6))  # three layers for the prompts, three for the trace
     assert not any(any(earlier) for earlier in alive)
     assert [ref() for ref in seen] == [None] * 6
-    assert sets.ids.shape == sets.values.shape == (len(LENGTHS), 3 * 5)
-    assert (sets.ids.dtype, sets.values.dtype) == (torch.int32, torch.float32)
+    assert sets.neuron_ids.shape == sets.contributions.shape == (len(LENGTHS), 3 * 5)
+    assert (sets.neuron_ids.dtype, sets.contributions.dtype) == (torch.int32, torch.float32)
     for kept in sets:
         assert kept.untyped_storage().nbytes() == kept.numel() * 4
         assert not kept.is_inference() and not kept.requires_grad
@@ -237,8 +237,8 @@ def test_smaller_sets_hold_the_largest_of_each_layer() -> None:
     some = tracer_of(model, set_size=9).trace(prompts, completions)
     top = every.topk(5, dim=-1)  # 9 over 2 layers, rounded up
     expected = (top.indices.sort(dim=-1).values + torch.tensor([[0], [D_MLP]])).flatten(1)
-    assert torch.equal(some.ids, expected.int())
-    assert torch.equal(some.values, every.flatten(1).gather(1, expected))
+    assert torch.equal(some.neuron_ids, expected.int())
+    assert torch.equal(some.contributions, every.flatten(1).gather(1, expected))
 
 
 def test_global_sets_hold_the_largest_over_all_layers() -> None:
@@ -246,8 +246,10 @@ def test_global_sets_hold_the_largest_over_all_layers() -> None:
     prompts, completions = rollouts()
     every = dense(tracer_of(model, set_size=EVERY_NEURON).trace(prompts, completions)).flatten(1)
     some = tracer_of(model, active="global", set_size=20).trace(prompts, completions)
-    assert torch.equal(some.ids.long(), every.topk(20).indices.sort(dim=-1).values)
-    per_layer = torch.stack([row.long().div(D_MLP, rounding_mode="floor").bincount(minlength=3) for row in some.ids])
+    assert torch.equal(some.neuron_ids.long(), every.topk(20).indices.sort(dim=-1).values)
+    per_layer = torch.stack(
+        [row.long().div(D_MLP, rounding_mode="floor").bincount(minlength=3) for row in some.neuron_ids]
+    )
     assert (per_layer != 20 / 3).any()
 
 
@@ -257,7 +259,7 @@ def test_sets_of_single_tokens_follow_the_oracle(active: Literal["per_token", "e
     model = tiny_model("llama")
     prompts, completions = rollouts()
     sets = tracer_of(model, active=active, set_size=6).trace(prompts, completions)
-    assert sets.ids[:, -1].min() == -1 < sets.ids[:, -1].max()
+    assert sets.neuron_ids[:, -1].min() == -1 < sets.neuron_ids[:, -1].max()
     for row, prompt, completion in zip(range(len(prompts)), prompts, completions, strict=True):
         scores = hooked_scores(model, prompt + completion)[len(prompt) :]  # [seq, 2, d_mlp]
         chosen = set()
@@ -267,11 +269,13 @@ def test_sets_of_single_tokens_follow_the_oracle(active: Literal["per_token", "e
             else:
                 top = scores[:, layer].flatten().topk(6).indices % D_MLP
             chosen |= {layer * D_MLP + neuron for neuron in top.tolist()}
-        held = sets.ids[row] >= 0
-        assert sets.ids[row][held].tolist() == sorted(chosen)
+        held = sets.neuron_ids[row] >= 0
+        assert sets.neuron_ids[row][held].tolist() == sorted(chosen)
         mean = scores.mean(dim=0).flatten().float()
-        torch.testing.assert_close(sets.values[row][held], mean[sets.ids[row][held]], rtol=1e-4, atol=1e-4)
-        assert not sets.values[row][~held].any()
+        torch.testing.assert_close(
+            sets.contributions[row][held], mean[sets.neuron_ids[row][held]], rtol=1e-4, atol=1e-4
+        )
+        assert not sets.contributions[row][~held].any()
 
 
 def test_positive_only_leaves_out_what_lowers_the_logit() -> None:
@@ -279,7 +283,7 @@ def test_positive_only_leaves_out_what_lowers_the_logit() -> None:
     prompts, completions = rollouts([(6, 4), (4, 9)])
     every = dense(tracer_of(model, score="unembed", set_size=EVERY_NEURON).trace(prompts, completions)).flatten(1)
     some = tracer_of(model, score="unembed", set_size=EVERY_NEURON, positive_only=True).trace(prompts, completions)
-    for row, mean in zip(some.ids, every, strict=True):
+    for row, mean in zip(some.neuron_ids, every, strict=True):
         assert row[row >= 0].tolist() == (mean > 0).nonzero()[:, 0].tolist()
     assert (every < 0).any()
 
@@ -303,7 +307,7 @@ def test_hidden_states_are_the_mean_residual_two_thirds_up(arch: Arch) -> None:
     model = tiny_model(arch)
     prompts, completions = rollouts()
     tracer = tracer_of(model)
-    traced = tracer.trace(prompts, completions).hidden
+    traced = tracer.trace(prompts, completions).hidden_states
     seen: list[Tensor] = []
     block = model.get_submodule(tracer.sites.blocks[model.config.num_hidden_layers * 2 // 3])
     handle = block.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
@@ -321,8 +325,8 @@ def test_the_same_call_gives_the_same_bits() -> None:
     first = tracer.trace(prompts, completions)
     for again in (tracer, tracer_of(model, set_size=40)):
         other = again.trace(prompts, completions)
-        assert torch.equal(first.ids, other.ids)
-        assert torch.equal(first.values, other.values)
+        assert torch.equal(first.neuron_ids, other.neuron_ids)
+        assert torch.equal(first.contributions, other.contributions)
 
 
 def test_rows_follow_the_input_order() -> None:
@@ -348,9 +352,9 @@ def test_batches_cover_every_rollout_within_the_token_budget() -> None:
     assert len(batches) < 7
     merged = tracer.trace(prompts, completions)
     for indices, sets in batches:
-        assert torch.equal(merged.ids[indices], sets.ids)
-        assert torch.equal(merged.hidden[indices], sets.hidden)
-        assert torch.equal(merged.values[indices], sets.values)
+        assert torch.equal(merged.neuron_ids[indices], sets.neuron_ids)
+        assert torch.equal(merged.hidden_states[indices], sets.hidden_states)
+        assert torch.equal(merged.contributions[indices], sets.contributions)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -385,8 +389,8 @@ def test_progress_bar_counts_rollouts(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_no_rollouts() -> None:
     sets = tracer_of(tiny_model("llama"), set_size=10).trace([], [])
-    assert len(sets.ids) == len(sets.values) == 0
-    assert sets.hidden.shape == (0, 32)
+    assert len(sets.neuron_ids) == len(sets.contributions) == 0
+    assert sets.hidden_states.shape == (0, 32)
 
 
 @pytest.mark.parametrize(
@@ -479,9 +483,9 @@ def test_smollm2_trace_equals_forward_hooks(smollm2: LoadedModel) -> None:
     prompts = [smollm2.tokenizer.encode(prompt) for prompt, _ in texts]
     completions = [smollm2.tokenizer.encode(completion) for _, completion in texts]
     sets = NeuronTracer(smollm2.model).trace(prompts, completions)
-    assert sets.ids.shape == (2, 30 * 34)
+    assert sets.neuron_ids.shape == (2, 30 * 34)
     top = hooked_means(smollm2.model, prompts, completions).topk(34)
     values = top.values.gather(-1, top.indices.argsort(dim=-1)).flatten(1)
-    torch.testing.assert_close(sets.values, values, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(sets.contributions, values, rtol=1e-3, atol=1e-5)
     ids = (top.indices.sort(dim=-1).values + 1536 * torch.arange(30)[:, None]).flatten(1)
-    assert (sets.ids == ids).float().mean() > 0.99
+    assert (sets.neuron_ids == ids).float().mean() > 0.99

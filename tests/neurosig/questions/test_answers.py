@@ -128,9 +128,9 @@ def test_numbers(text: str, answer: str | None) -> None:
 
 def test_a_non_answer_never_wins_but_counts() -> None:
     vote = majority_vote([None, None, None, "a"], "q")
-    assert (vote.winner, vote.count, vote.tied, vote.n, vote.share) == ("a", 1, ("a",), 4, 0.25)
+    assert (vote.winner, vote.count, vote.tied_answers, vote.n, vote.share) == ("a", 1, ("a",), 4, 0.25)
     silent = majority_vote([None, None], "q")
-    assert (silent.winner, silent.count, silent.tied, silent.share) == (None, 0, (), 0.0)
+    assert (silent.winner, silent.count, silent.tied_answers, silent.share) == (None, 0, (), 0.0)
     with pytest.raises(ValueError, match="at least one"):
         majority_vote([], "q")
 
@@ -139,7 +139,7 @@ def test_ties_are_explicit_and_do_not_depend_on_the_order() -> None:
     answers = ["a", "b", "b", "a", None, "c"]
     votes = {majority_vote(list(order), "q") for order in itertools.permutations(answers)}
     (vote,) = votes
-    assert vote.tied == ("a", "b")
+    assert vote.tied_answers == ("a", "b")
     winners = {majority_vote(answers, f"q{index}").winner for index in range(40)}
     assert winners == {"a", "b"}
 

@@ -45,14 +45,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "questions.jsonl",
         rollouts=folder / "rollouts.jsonl",
         num_generations=K,
-        clean_filter="neuron",
+        question_filter="neuron",
     )
     export(config)
     return folder / "manifest"
 
 
 def report(run: Path, out: Path, **changes: Any) -> Path:
-    main(ReportConfig(run=run, out=out, resamples=300, quiet=True, **changes))
+    main(ReportConfig(manifest=run, out=out, resamples=300, quiet=True, **changes))
     return out
 
 
@@ -111,7 +111,7 @@ def test_the_report_says_what_the_signals_are_worth(world: Path, told: tuple[Pat
     rows, manifest = table(out), read_manifest(world)
     gold = {f"q{index:02d}": f"gold{index}" for index in range(N)}
 
-    right = [row.pseudo_label == gold[row.id] for row in manifest.rows]
+    right = [row.pseudo_label == gold[row.question_id] for row in manifest.rows]
     for name in manifest.rows[0].scores:
         line = rows["question", name]
         expected = roc_auc_score(right, [-row.scores[name] for row in manifest.rows])
@@ -120,11 +120,11 @@ def test_the_report_says_what_the_signals_are_worth(world: Path, told: tuple[Pat
         assert (line["questions"], line["right"]) == (str(N), str(sum(right)))
 
     share = [row.answers.count(answer) / K for row in manifest.rows for answer in row.answers]
-    each = [answer == gold[row.id] for row in manifest.rows for answer in row.answers]
+    each = [answer == gold[row.question_id] for row in manifest.rows for answer in row.answers]
     assert float(rows["rollout", "vote_share"]["auroc"]) == pytest.approx(roc_auc_score(each, share), abs=1e-6)
-    probe = load_file(world / "signals.safetensors")["probe"]
-    assert float(rows["rollout", "probe"]["auroc"]) == pytest.approx(roc_auc_score(each, -probe), abs=1e-6)
-    assert rows["rollout", "vote_share"]["kind"] == "output" and rows["rollout", "probe"]["kind"] == "neuron"
+    probe = load_file(world / "signals.safetensors")["probe_scores"]
+    assert float(rows["rollout", "probe_score"]["auroc"]) == pytest.approx(roc_auc_score(each, -probe), abs=1e-6)
+    assert rows["rollout", "vote_share"]["kind"] == "output" and rows["rollout", "probe_score"]["kind"] == "neuron"
     assert ("rollout", "mean_logprob") not in rows  # rollouts made elsewhere carry none
     assert rows["question", "vote_share"]["over_vote"] == "" and rows["question", "vote_share"]["over_outputs"] != ""
     assert float(rows["question", "random"]["over_vote_p_holm"]) >= float(rows["question", "random"]["over_vote_p"])
@@ -165,7 +165,7 @@ from pathlib import Path
 from neurosig.report.__main__ import ReportConfig, main
 early = [name for name in ("numpy", "jinja2", "sklearn") if name in sys.modules]
 run, out = Path({str(world)!r}), Path({str(tmp_path / "again")!r})
-main(ReportConfig(run=run, out=out, resamples=300, examples={N}, quiet=True))
+main(ReportConfig(manifest=run, out=out, resamples=300, examples={N}, quiet=True))
 print(early, [name for name in ("transformers", "nnsight", "matplotlib") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -201,9 +201,9 @@ def test_gold_is_joined_by_id_and_text(world: Path, tmp_path: Path) -> None:
     level = rollout_level(Exported(world), gold)
     assert len(level.owners) == 29 * K and level.owners.max() == 28
     trust = {signal.name: signal.trust for signal in level.signals}
-    probe = load_file(world / "signals.safetensors")["probe"].reshape(N, K)
+    probe = load_file(world / "signals.safetensors")["probe_scores"].reshape(N, K)
     kept = [index for index in range(30) if index != 3]
-    np.testing.assert_allclose(trust["probe"], -probe[kept].ravel())
+    np.testing.assert_allclose(trust["probe_score"], -probe[kept].ravel())
 
     gone, reason = join_gold(manifest, [str(tmp_path / "none.jsonl")])
     assert gone == {} and reason is not None and "no such file" in reason and "--questions" in reason
@@ -218,7 +218,7 @@ def test_one_class_is_said_and_does_no_harm(tmp_path: Path) -> None:
     assert "0 majorities right. All majorities are wrong, so no signal can tell right from wrong: no AUROC." in text
     rows = [json.loads(line) for line in (run / "questions.jsonl").read_text().splitlines()]
     records = [
-        {"id": row["id"], "domain": row["domain"], "question": row["question"], "answer": row["pseudo_label"]}
+        {"id": row["question_id"], "domain": row["domain"], "question": row["question"], "answer": row["pseudo_label"]}
         for row in rows
         if row["pseudo_label"]
     ]
@@ -238,10 +238,12 @@ def test_the_layer_profile_by_hand(world: Path) -> None:
     for layer in layers:
         mine = [neuron["weight"] for neuron in neurons if neuron["layer"] == layer.layer]
         assert (layer.to_hallucination, layer.to_trust) == (sum(w > 0 for w in mine), sum(w < 0 for w in mine))
-        inside = (stored["ids"] >= 0) & (stored["ids"] // d_mlp == layer.layer)
-        assert layer.contribution == pytest.approx(stored["values"][inside].astype(np.float64).mean(), rel=1e-5)
+        inside = (stored["neuron_ids"] >= 0) & (stored["neuron_ids"] // d_mlp == layer.layer)
+        assert layer.contribution == pytest.approx(stored["contributions"][inside].astype(np.float64).mean(), rel=1e-5)
     per_question = [
-        stored["values"][K * i : K * i + K][(stored["ids"][K * i : K * i + K] // d_mlp) == 1].mean(dtype=float)
+        stored["contributions"][K * i : K * i + K][(stored["neuron_ids"][K * i : K * i + K] // d_mlp) == 1].mean(
+            dtype=float
+        )
         for i in range(N)
     ]
     shares = np.array([row.vote.count / K for row in manifest.rows if row.vote])
@@ -257,7 +259,7 @@ def test_a_wrong_folder_is_one_sentence(
     world: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = {"nowhere": tmp_path / "nowhere", "not a manifest": tmp_path, "the folder above": world.parent}[place]
-    code = run_command(ReportConfig, main, presets={}, prog="report", argv=["--run", str(run), "--quiet"])
+    code = run_command(ReportConfig, main, presets={}, prog="report", argv=["--manifest", str(run), "--quiet"])
     error = capsys.readouterr().err.strip()
     assert code == 2 and error.startswith("error: ") and "\n" not in error
     expected = {
@@ -274,13 +276,15 @@ def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, told: tup
     probe, neurons = FittedProbe.load(out / "probe.safetensors"), read_neurons(out / "located_neurons.csv")
     pd.testing.assert_frame_equal(neurons, probe.neurons, check_exact=True)
     signals = Exported(world).signals
-    scores = probe.score(contribution_matrix(signals.ids.numpy(), signals.values.float().numpy(), signals.n_neurons))
-    assert scores.shape == signals.probe.shape and np.corrcoef(scores, signals.probe)[0, 1] > 0.5
+    scores = probe.score(
+        contribution_matrix(signals.neuron_ids.numpy(), signals.contributions.float().numpy(), signals.n_neurons)
+    )
+    assert scores.shape == signals.probe_scores.shape and np.corrcoef(scores, signals.probe_scores)[0, 1] > 0.5
     text = Page((out / "report.html").read_text()).text
     assert f"Cross-validation by question keeps {len(probe.columns)} neurons" in text
     assert f"AUROC {probe.auroc:.3f} where they did not see it" in text
     assert f"at most {probe.stability.expected_false:.2f} false ones are expected" in text
-    share = {row.id: row.vote.count / row.vote.n for row in read_manifest(world).rows}  # type: ignore[union-attr]
+    share = {row.question_id: row.vote.count / row.vote.n for row in read_manifest(world).rows}  # type: ignore[union-attr]
     known, guessed = (sum(test(value) for value in share.values()) for test in (lambda v: v >= 0.75, lambda v: v < 0.5))
     assert f"{known} questions whose rollouts agree, {guessed} whose rollouts split" in text
 
@@ -296,12 +300,12 @@ def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, tol
     chosen = []
     for row in answered:
         scores = {
-            index: float(signals.probe[keys.index((row.id, index))])
+            index: float(signals.probe_scores[keys.index((row.question_id, index))])
             for index, answer in enumerate(row.answers)
             if answer == row.pseudo_label
         }
-        chosen.append(keys.index((row.id, min(scores, key=lambda index: (scores[index], index)))))
-    expected = pattern_clusters(signals.ids[chosen], signals.d_mlp, ClusterConfig(seed=0))
+        chosen.append(keys.index((row.question_id, min(scores, key=lambda index: (scores[index], index)))))
+    expected = pattern_clusters(signals.neuron_ids[chosen], signals.d_mlp, ClusterConfig(seed=0))
     assert np.array_equal(found.found.clustering.labels, expected.clustering.labels)
     assert {row["clustering"] for row in found.comparison} == {"neurons", "hidden states", "tokens"}
     text = Page((told[0] / "report.html").read_text()).text

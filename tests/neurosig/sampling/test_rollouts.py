@@ -59,15 +59,15 @@ def test_external_rollouts_are_encoded_and_closed(tmp_path: Path) -> None:
         {"question_id": "a", "text": "hi"},
         {"question_id": "a", "text": "ho", "finish_reason": "length"},
         {"question_id": "a", "text": ""},
-        {"question_id": "b", "text": "x", "token_ids": [7, 8]},
+        {"question_id": "b", "text": "x", "completion_ids": [7, 8]},
         {"question_id": "b", "text": "y", "token_ids": [7, 3], "logprobs": None},
-        {"question_id": "b", "text": "z", "token_ids": [7, 8], "finish_reason": "length"},
+        {"question_id": "b", "text": "z", "completion_ids": [7, 8], "finish_reason": "length"},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     groups = read_external_rollouts(path, encode, (2, 3), {"a", "b"})
-    assert [r.token_ids for r in groups["a"]] == [(104, 105, 2), (104, 111), (2,)]
-    assert [r.token_ids for r in groups["b"]] == [(7, 8, 2), (7, 3), (7, 8)]
-    assert [r.body_ids for r in groups["b"]] == [(7, 8), (7,), (7, 8)]
+    assert [r.completion_ids for r in groups["a"]] == [(104, 105, 2), (104, 111), (2,)]
+    assert [r.completion_ids for r in groups["b"]] == [(7, 8, 2), (7, 3), (7, 8)]
+    assert [r.completion_ids_without_eos for r in groups["b"]] == [(7, 8), (7,), (7, 8)]
     assert [r.rollout_id for r in groups["b"]] == [0, 1, 2]
 
 
@@ -80,10 +80,13 @@ def test_external_rollouts_are_encoded_and_closed(tmp_path: Path) -> None:
         ('{"question_id": 3, "text": "x"}', r"r\.jsonl:2: question_id: expected a string, got 3"),
         ('{"question_id": "z", "text": "x"}', r'r\.jsonl:2: question_id "z" is not in the question files'),
         ('{"question_id": "a", "text": "x", "finish_reason": "eos"}', r"r\.jsonl:2: finish_reason: expected"),
-        ('{"question_id": "a", "text": "x", "token_ids": [-1]}', r"r\.jsonl:2: token_ids: expected"),
-        ('{"question_id": "a", "text": "x", "token_ids": "ab"}', r"r\.jsonl:2: token_ids: expected .*, got \"ab\""),
-        ('{"question_id": "a", "text": "x", "token_ids": 7}', r"r\.jsonl:2: token_ids: expected .*, got 7"),
-        ('{"question_id": "a", "text": "x", "token_ids": [true]}', r"r\.jsonl:2: token_ids: expected"),
+        ('{"question_id": "a", "text": "x", "completion_ids": [-1]}', r"r\.jsonl:2: completion_ids: expected"),
+        (
+            '{"question_id": "a", "text": "x", "completion_ids": "ab"}',
+            r"r\.jsonl:2: completion_ids: expected .*, got \"ab\"",
+        ),
+        ('{"question_id": "a", "text": "x", "completion_ids": 7}', r"r\.jsonl:2: completion_ids: expected .*, got 7"),
+        ('{"question_id": "a", "text": "x", "completion_ids": [true]}', r"r\.jsonl:2: completion_ids: expected"),
         ('{"question_id": "a", "text": "x\\ud800"}', r"r\.jsonl:2: text: a lone surrogate at character 1"),
         ('{"question_id": "a", "text": "", "finish_reason": "length"}', r"r\.jsonl:2: an empty completion"),
         ('{"question_id": "a", "text": "x"}', r"same number of rollouts, found \[1, 2\]"),

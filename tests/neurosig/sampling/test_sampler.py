@@ -50,7 +50,7 @@ def draw(model: LoadedModel, asked: list[Prompt], **options: Any) -> dict[str, l
 
 
 def tokens(groups: dict[str, list[Rollout]]) -> dict[str, list[tuple[int, ...]]]:
-    return {name: [rollout.token_ids for rollout in group] for name, group in groups.items()}
+    return {name: [rollout.completion_ids for rollout in group] for name, group in groups.items()}
 
 
 def generated(model: LoadedModel, prompt: Prompt, **options: Any) -> list[tuple[int, ...]]:
@@ -72,7 +72,7 @@ def test_greedy_equals_generate_token_for_token(arch: Arch) -> None:
     for prompt in prompts():
         (reference,) = generated(model, prompt, do_sample=False, max_new_tokens=12)
         for rollout in ours[prompt.question_id]:
-            assert rollout.token_ids == reference
+            assert rollout.completion_ids == reference
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_greedy_equals_generate_in_a_refilled_batch(
     assert min(moves) < 0 < max(moves)
     for prompt in asked:
         (reference,) = generated(model, prompt, do_sample=False, **options)
-        assert [rollout.token_ids for rollout in ours[prompt.question_id]] == [reference, reference]
+        assert [rollout.completion_ids for rollout in ours[prompt.question_id]] == [reference, reference]
 
 
 def counts(rollouts: list[tuple[int, ...]], cells: dict[tuple[int, ...], int]) -> np.ndarray:
@@ -189,23 +189,25 @@ def test_any_of_several_end_tokens_ends_a_rollout() -> None:
         first = model.model(torch.tensor([[5, 6, 7]])).logits[0, -1].argmax().item()
     model.model.generation_config.eos_token_id = [EOS_ID, first]
     (rollout,) = draw(model, [Prompt("a", (5, 6, 7))], temperature=0.0, num_generations=1)["a"]
-    assert (rollout.token_ids, rollout.finish_reason, rollout.text) == ((first,), "stop", "")
-    assert rollout.body_ids == (first,)  # it has no other token
+    assert (rollout.completion_ids, rollout.finish_reason, rollout.text) == ((first,), "stop", "")
+    assert rollout.completion_ids_without_eos == (first,)  # it has no other token
 
 
 def test_rows_that_end_leave_the_others_as_they_are() -> None:
     model = often_ending()
     groups = draw(model, prompts(), num_generations=16, max_new_tokens=20)
-    lengths = [len(rollout.token_ids) for group in groups.values() for rollout in group]
+    lengths = [len(rollout.completion_ids) for group in groups.values() for rollout in group]
     assert min(lengths) < 5 and max(lengths) == 20
     for group in groups.values():
         for rollout in group:
-            ended = rollout.token_ids[-1] == EOS_ID
+            ended = rollout.completion_ids[-1] == EOS_ID
             assert rollout.finish_reason == ("stop" if ended else "length")
-            assert EOS_ID not in rollout.token_ids[:-1]
-            expected = rollout.token_ids[:-1] if ended and len(rollout.token_ids) > 1 else rollout.token_ids
-            assert rollout.body_ids == expected
-            assert rollout.text == model.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+            assert EOS_ID not in rollout.completion_ids[:-1]
+            expected = (
+                rollout.completion_ids[:-1] if ended and len(rollout.completion_ids) > 1 else rollout.completion_ids
+            )
+            assert rollout.completion_ids_without_eos == expected
+            assert rollout.text == model.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
 
 
 def test_log_probabilities_and_entropies_are_those_of_a_plain_forward() -> None:
@@ -214,9 +216,9 @@ def test_log_probabilities_and_entropies_are_those_of_a_plain_forward() -> None:
     for prompt in prompts():
         for rollout in groups[prompt.question_id]:
             with torch.no_grad():
-                logits = model.model(torch.tensor([[*prompt.token_ids, *rollout.token_ids]])).logits[0].double()
+                logits = model.model(torch.tensor([[*prompt.token_ids, *rollout.completion_ids]])).logits[0].double()
             log_p = logits[len(prompt.token_ids) - 1 : -1].log_softmax(-1)
-            chosen = log_p.gather(1, torch.tensor(rollout.token_ids)[:, None])
+            chosen = log_p.gather(1, torch.tensor(rollout.completion_ids)[:, None])
             assert rollout.mean_logprob == pytest.approx(chosen.mean().item(), abs=1e-4)
             assert rollout.mean_entropy == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), abs=1e-4)
 
@@ -228,7 +230,7 @@ def test_first_tokens_follow_the_softmax(temperature: float) -> None:
     with torch.no_grad():
         logits = model.model(torch.tensor([[5, 6, 7]])).logits[0, -1].double()
     expected = 4000 * (logits / temperature).softmax(-1).numpy()
-    counts = np.bincount([rollout.token_ids[0] for rollout in drawn], minlength=VOCAB_SIZE)
+    counts = np.bincount([rollout.completion_ids[0] for rollout in drawn], minlength=VOCAB_SIZE)
     often = expected >= 5
     table = np.append(counts[often], counts[~often].sum()), np.append(expected[often], expected[~often].sum())
     assert stats.chisquare(*table).pvalue > 0.01
@@ -265,8 +267,8 @@ def test_a_penalty_reaches_the_completion() -> None:
     (varied,) = draw(
         loaded(), prompts((6,)), temperature=0.0, num_generations=1, max_new_tokens=30, repetition_penalty=50.0
     )["q0"]
-    assert len(set(varied.token_ids)) == len(varied.token_ids)
-    assert len(set(rollout.token_ids)) < len(rollout.token_ids)
+    assert len(set(varied.completion_ids)) == len(varied.completion_ids)
+    assert len(set(rollout.completion_ids)) < len(rollout.completion_ids)
 
 
 def test_the_models_own_generation_config_leaks_nothing() -> None:

@@ -74,12 +74,12 @@ def test_token_ids_and_log_probabilities_are_those_sampled_here(
         group = groups[prompt.question_id]
         assert [rollout.rollout_id for rollout in group] == [0, 1, 2]
         for served, here in zip(group, own, strict=True):
-            assert (served.token_ids, served.text, served.finish_reason) == (
-                here.token_ids, here.text, here.finish_reason,
+            assert (served.completion_ids, served.text, served.finish_reason) == (
+                here.completion_ids, here.text, here.finish_reason,
             )  # fmt: skip
             assert served.mean_logprob == pytest.approx(here.mean_logprob, abs=1e-5)
             assert served.mean_entropy is served.mean_self_certainty is None
-    assert len({rollout.token_ids for group in groups.values() for rollout in group}) > 6 or not config.temperature
+    assert len({rollout.completion_ids for group in groups.values() for rollout in group}) > 6 or not config.temperature
     (sent, *_) = process.get("/seen")
     explicit = {"top_p", "top_k", "repetition_penalty", "min_p", "presence_penalty", "frequency_penalty", "seed"}
     assert explicit <= set(sent)

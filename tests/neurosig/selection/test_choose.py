@@ -16,7 +16,7 @@ from neurosig.patterns.signatures import representative
 from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard, rank_neighbours
 from neurosig.questions.vote import Vote, majority_vote
 from neurosig.runtime.errors import UserError
-from neurosig.selection.choose import Candidate, clean_reasons
+from neurosig.selection.choose import Candidate, selection_reasons
 from neurosig.selection.config import SelectionConfig
 from neurosig.selection.contexts import choose_contexts
 
@@ -144,7 +144,7 @@ def candidate(
     return Candidate(**{**fields, **changes})
 
 
-def test_every_clean_filter() -> None:
+def test_every_question_filter() -> None:
     candidates = [
         candidate("a", score=0.1),
         candidate("b", score=0.3),
@@ -172,7 +172,7 @@ def test_every_clean_filter() -> None:
     }
     candidates[5] = candidate("f", count=4, tied=2, score=0.5)
     for name, reasons in expected.items():
-        assert clean_reasons(candidates, SelectionConfig(clean_filter=name)) == reasons, name  # type: ignore[arg-type]
+        assert selection_reasons(candidates, SelectionConfig(question_filter=name)) == reasons, name  # type: ignore[arg-type]
 
 
 def sets(*overlaps: int) -> list[Candidate]:

@@ -43,8 +43,8 @@ def test_maj_at_k_is_the_expectation_over_tied_winners():
     assert metrics.maj_at_k(ints(1, 1, 0, 0), ints(1, 2, 3, 0)).tolist() == [1.0, 0.5, 0.0, 0.0]
 
 
-def test_maj_at_k_rejects_more_right_winners_than_winners():
-    with pytest.raises(UserError, match="right_winners"):
+def test_maj_at_k_rejects_more_right_answers_than_tied_ones():
+    with pytest.raises(UserError, match="n_tied_right"):
         metrics.maj_at_k(ints(2), ints(1))
 
 

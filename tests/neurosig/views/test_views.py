@@ -290,7 +290,7 @@ def test_the_mean_over_tokens_is_what_the_active_set_holds(arch: Arch, score: An
     sets = tracer.trace([PROMPT], [COMPLETION])
     assert trace.contributions.shape == (tracer.sites.n_layers, len(COMPLETION), tracer.sites.d_mlp)
     mean = trace.contributions.mean(dim=1).flatten()
-    torch.testing.assert_close(mean[sets.ids[0].long()], sets.values[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mean[sets.neuron_ids[0].long()], sets.contributions[0], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(trace.contributions[:, 0], trace.contributions[:, 1])
 
 
@@ -342,17 +342,17 @@ def test_the_explorer_finds_the_exports_own_numbers(explorer: Explorer) -> None:
     view = explorer.heat_map(name, 1)
     place = explorer.place[name, 1]
     active = explorer.active(place)
-    stored = explorer.signals.values[place].float().view(2, -1).mean(dim=1)  # layer_mean: as many a layer
+    stored = explorer.signals.contributions[place].float().view(2, -1).mean(dim=1)  # layer_mean: as many a layer
     torch.testing.assert_close(view.values.mean(dim=1), stored, rtol=2e-3, atol=1e-4)
-    assert view.question == row.question and len(view.tokens) == len(rollout.body_ids)
-    assert active.sum() == (explorer.signals.ids[place] != PAD).sum()
+    assert view.question == row.question and len(view.tokens) == len(rollout.completion_ids_without_eos)
+    assert active.sum() == (explorer.signals.neuron_ids[place] != PAD).sum()
 
 
 def test_evidence_is_weight_times_contribution(explorer: Explorer) -> None:
     name = explorer.selected[0]
     trace, view = explorer.trace(name, 0), explorer.heat_map(name, 0, quantity="evidence")
     expected = torch.zeros_like(view.values)
-    ids, values = explorer.signals.ids, explorer.signals.values.float()
+    ids, values = explorer.signals.neuron_ids, explorer.signals.contributions.float()
     for layer, index, weight in ((0, 3, 0.5), (1, 7, -0.25), (1, 2, 0.125)):
         held = values[ids == layer * explorer.signals.d_mlp + index]
         if len(held):
@@ -371,7 +371,7 @@ def test_layers_cover_the_model(explorer: Explorer) -> None:
 
 
 def test_the_card_of_a_neuron(explorer: Explorer) -> None:
-    ids, values, d_mlp = explorer.signals.ids, explorer.signals.values.float(), explorer.signals.d_mlp
+    ids, values, d_mlp = explorer.signals.neuron_ids, explorer.signals.contributions.float(), explorer.signals.d_mlp
     flat = int(ids.flatten().mode().values)  # the neuron most often active
     card = explorer.neuron(flat // d_mlp, flat % d_mlp, examples=2, tokens=5)
     assert (card.active, card.rollouts) == (int((ids == flat).sum()), len(ids))
@@ -406,7 +406,7 @@ def test_the_comparison_of_two_rollouts(explorer: Explorer) -> None:
         for b in keys
         if (row.answers[a], row.answers[b]) == (view.sides[0].answer, view.sides[1].answer)
     ]
-    sets = {k: explorer.signals.ids[explorer.place[name, k]] for k in keys}
+    sets = {k: explorer.signals.neuron_ids[explorer.place[name, k]] for k in keys}
     assert any(view.similarity == pytest.approx(float(jaccard(sets[a][None], sets[b][None]))) for a, b in pairs)
     either = 2 * int((sets[0] != PAD).sum()) - view.shared
     assert view.similarity == pytest.approx(view.shared / either)
@@ -439,7 +439,7 @@ def test_neighbours_agree_with_the_manifest(explorer: Explorer) -> None:
 
 def test_shared_neurons_are_shared_and_the_rarest_come_first(explorer: Explorer) -> None:
     name = explorer.selected[0]
-    mine = set(explorer.signals.ids[explorer.place[name, explorer.representative(name)]].tolist())
+    mine = set(explorer.signals.neuron_ids[explorer.place[name, explorer.representative(name)]].tolist())
     for neighbour in explorer.neighbours(name).neighbours:
         named = [tuple(map(int, text.split("."))) for text, _ in neighbour.reasons]
         assert {layer * explorer.signals.d_mlp + index for layer, index in named} <= mine

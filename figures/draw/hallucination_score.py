@@ -1,8 +1,8 @@
-"""The hallucination sign: the probe's score of right and wrong majorities, and its AUROC against the output baselines.
+"""The hallucination score: the probe's score of right and wrong majorities, and its AUROC against the output baselines.
 
 Reads ``manifest`` of a results folder (`neurosig.export`) and, to judge only, the gold answers of its questions; writes
-``hallucination_sign.pdf``, ``.png`` and the plotted numbers as ``hallucination_sign.csv``. The probe is annotation-free
-and cross-fitted: no question is scored by a probe that has seen it.
+``hallucination_score.pdf``, ``.png`` and the plotted numbers as ``hallucination_score.csv``. The probe is
+annotation-free and cross-fitted: no question is scored by a probe that has seen it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from neurosig.statistics.metrics import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAME = "hallucination_sign"
+NAME = "hallucination_score"
 NEEDS = Path("manifest/manifest.json")
 EVENT = "the majority is right"
 RESAMPLES, SEED, BINS = 10_000, 0, 20
@@ -76,7 +76,13 @@ def numbers(folder: Path) -> pd.DataFrame:
     rows, level = exported.rows.values(), question_level(exported, gold)
     assert level.right is not None
     scores = [
-        {"part": "score", "name": row.id, "kind": row.kind or row.domain, "value": row.scores["probe"], "right": right}
+        {
+            "part": "score",
+            "name": row.question_id,
+            "kind": row.kind or row.domain,
+            "value": row.scores["probe_score"],
+            "right": right,
+        }
         for row, right in zip(rows, level.right.astype(int).tolist(), strict=True)
     ]
     areas = []
