@@ -122,8 +122,8 @@ def question_prompts(
         elif row.selected:
             raise UserError(
                 f'question "{row.question_id}": the student prompt of {len(prompt)} tokens and '
-                f"{sampling.max_new_tokens} new tokens exceed the model's {loaded.max_length} positions; lower
-                --max-new-tokens"
+                f"{sampling.max_new_tokens} new tokens exceed the model's {loaded.max_length} positions; lower "
+                "--max-new-tokens"
             )
     if not prompts:
         raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected")
