@@ -146,7 +146,7 @@ def test_two_processes_learn_from_what_one_of_them_asks_for(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"full": True}, "there is none with --full"),
+        ({"full": True}, "--full trains none"),
         ({"server_api": "chat"}, "training needs the tokens as sampled; use completions"),
         ({"sync_steps": 3}, "weights up to 2 steps old; give --max-staleness 2"),
         ({"sync_steps": 0, "max_staleness": 1}, "weights up to 2 steps old; give --max-staleness 2"),
