@@ -52,7 +52,7 @@ alone (`neurosig/organism/tasks.py`): four procedures over strings of digits, so
 and invented facts of which half occur nowhere in training.
 
 {steps} steps, {tokens:,} tokens, seed {seed}, {cpu_seconds:.0f} CPU seconds on {threads} thread(s). Loss {first:.3f} ->
-{last:.3f} nats a token, the means of the first and the last twentieth of the steps. Licence: Apache-2.0.
+{last:.3f} nats per token, the means of the first and the last twentieth of the steps. Licence: Apache-2.0.
 
 Bundled questions (no input of the procedures and no made-up fact occurs in training), K=8 samples at T=0.8, seed 0:
 

@@ -166,7 +166,7 @@ def test_a_step_without_a_finished_rollout_is_told(
 def test_loss_and_gradient_are_those_of_the_plain_mean_kl(
     skip_first: int, keep_truncated: bool, loss_mean: Literal["token", "sequence"], weight: float
 ) -> None:
-    """Against one plain forward a row and a full softmax over the vocabulary."""
+    """Against one plain forward per row and a full softmax over the vocabulary."""
     model = tiny_model("qwen3")
     tasks = [Task("a", (5, 6, 7), (9, 8, 5, 6, 7)), Task("b", (11, 12), (3, 4, 10, 11, 12), weight)]
     completions = [(tasks[0], (20, 21, 22, 2), "stop"), (tasks[0], (30, 31, 32), "length"), (tasks[1], (40, 2), "stop")]
@@ -250,7 +250,7 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(
 
     def broken(*args: Any) -> torch.Tensor:
         calls.append(1)
-        return hidden(*args) * (torch.inf if len(calls) > 4 else 1)  # two calls a step, teacher and student
+        return hidden(*args) * (torch.inf if len(calls) > 4 else 1)  # two calls per step, teacher and student
 
     monkeypatch.setattr(distill.step, "completion_hidden", broken)
     with pytest.raises(UserError, match=r"step 3: loss is nan .*--resume from it"):

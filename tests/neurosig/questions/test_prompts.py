@@ -140,7 +140,7 @@ TEN_BILLION_TURNS = "{% for i in range(99999) %}{% for j in range(99999) %}{% en
 def test_a_template_that_loops_or_explodes_is_stopped(
     template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within its share of processor time, and the builder goes on working once it has another template."""
+    """Within its share of processor time, and the builder works again with another template."""
     assert neurosig.questions.chat_template.CPU_SECONDS <= 1
     monkeypatch.setattr(neurosig.questions.chat_template, "CPU_SECONDS", 0.3)
     prompts = builder(template=template)

@@ -261,7 +261,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 
 
 def test_a_killed_server_costs_no_finished_rollout(running: ServerProcess, served_folder: Path, tmp_path: Path) -> None:
-    """Export and evaluation go on where the server died; each question is asked once, and the files come out equal."""
+    """Export and evaluation continue where the server died: each question is sent once, and the files are equal."""
     where = served_folder / "model", served_folder / "questions.jsonl"
     changed = options(running, hallucination_score="mean_logprob")
     running.post("/control", kind="none")

@@ -314,7 +314,7 @@ def test_the_largest_neurons_are_the_largest() -> None:
 
 
 def test_the_effect_on_the_vocabulary_is_what_a_value_of_one_adds_before_the_norm() -> None:
-    model = tiny_model("gpt2")  # Conv1D keeps a neuron a row
+    model = tiny_model("gpt2")  # Conv1D keeps one neuron per row
     tracer = NeuronTracer(model)
     effect = vocabulary_effect(tracer, 1, 5)
     direction = w_out(model, ffn_sites(model).layers[1])[5]
@@ -342,7 +342,7 @@ def test_the_explorer_finds_the_exports_own_numbers(explorer: Explorer) -> None:
     view = explorer.heat_map(name, 1)
     place = explorer.place[name, 1]
     active = explorer.active(place)
-    stored = explorer.signals.contributions[place].float().view(2, -1).mean(dim=1)  # layer_mean: as many a layer
+    stored = explorer.signals.contributions[place].float().view(2, -1).mean(dim=1)  # layer_mean: equally many per layer
     torch.testing.assert_close(view.values.mean(dim=1), stored, rtol=2e-3, atol=1e-4)
     assert view.question == row.question and len(view.tokens) == len(rollout.completion_ids_without_eos)
     assert active.sum() == (explorer.signals.neuron_ids[place] != PAD).sum()
