@@ -263,7 +263,7 @@ def test_a_backend_loads_its_library_only(tmp_path: Path, backend: Backend, othe
 import sys, neurosig
 loaded = neurosig.load_model({str(model)!r})
 sets = neurosig.trace_neurons(loaded, [[5, 6]], [[7, 8]], backend={backend!r})
-print(sets.ids.shape[0], {backend!r} in sys.modules, {other!r} in sys.modules)
+print(sets.neuron_ids.shape[0], {backend!r} in sys.modules, {other!r} in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "1 True False\n", done.stderr
