@@ -113,10 +113,10 @@ def test_a_finished_run_is_left_alone_and_never_overwritten_by_accident(tmp_path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     with pytest.raises(UserError, match="holds an earlier run"):
         main(train_config(tmp_path, manifest))
-    mine = tmp_path / "run" / "notes.txt"
-    mine.write_text("keep me")
+    notes = tmp_path / "run" / "notes.txt"
+    notes.write_text("keep me")
     main(train_config(tmp_path, manifest, overwrite=True, steps=1))
-    assert mine.read_text() == "keep me"
+    assert notes.read_text() == "keep me"
 
 
 def test_the_manifest_of_another_model_is_refused(tmp_path: Path, manifest: Path) -> None:
@@ -471,12 +471,12 @@ def test_replayed_prompts_are_taught_by_the_model_as_it_was(tmp_path: Path, mani
                 then = student(ids).logits[0, -1].log_softmax(-1)
         return float((then.exp() * (then - now)).sum())
 
-    free, held = drift("free"), drift("held", replay=str(replay), replay_weight=8.0)
-    first, *_, last = map(json.loads, (tmp_path / "held" / "metrics.jsonl").read_text().splitlines())
+    free, replayed = drift("free"), drift("replayed", replay=str(replay), replay_weight=8.0)
+    first, *_, last = map(json.loads, (tmp_path / "replayed" / "metrics.jsonl").read_text().splitlines())
     assert abs(first["replay_divergence"]) < 1e-6 < last["replay_divergence"] < first["divergence"]
     alone = json.loads((tmp_path / "free" / "metrics.jsonl").read_text().splitlines()[0])
     for name in ("divergence", "teacher_entropy", "student_entropy"):
         assert first[name] == pytest.approx(alone[name], rel=1e-4)
-    assert 0 < held < 0.5 * free
+    assert 0 < replayed < 0.5 * free
     with pytest.raises(UserError, match="--replay teaches nothing with --teacher live"):
         main(train_config(tmp_path, manifest, "live", replay=str(replay), teacher="live"))

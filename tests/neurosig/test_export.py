@@ -151,11 +151,11 @@ def test_a_complete_export_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds an earlier run"):
         make_manifest(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    mine = [folder / name for name in ("mine.txt", "mine.jsonl", "mine.safetensors")]
-    for path in mine:
+    own_files = [folder / name for name in ("mine.txt", "mine.jsonl", "mine.safetensors")]
+    for path in own_files:
         path.write_text("keep me")
     make_manifest(tmp_path, overwrite=True, seed=5)
-    assert all(path.read_text() == "keep me" for path in mine)
+    assert all(path.read_text() == "keep me" for path in own_files)
     assert read_manifest(folder).header.options["seed"] == 5
 
 

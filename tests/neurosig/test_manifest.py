@@ -224,7 +224,7 @@ def test_a_path_outside_the_folder_is_never_opened(
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     """Every kind of field: choices, an unparsed answer, a question that was too long, text beyond ASCII."""
-    asked = [
+    questions = [
         Question("a", "d", "Où? \u2028 \x85", kind="k", line=1),
         Question("b", "d", "Which?", ("x", "ÿ"), line=2),
         Question("c", "e", "Long?", line=9),
@@ -238,7 +238,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
     rows = [
         row(
-            asked[0],
+            questions[0],
             selected=True,
             reason="selected",
             answers=("oui", None),
@@ -247,8 +247,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             scores={"probe_score": -0.25, "entropy": 1e-7},
             context=(DemonstrationRecord(question_id="b", rollout_id=1, similarity=0.5),),
         ),
-        row(asked[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, n_tied=2), pseudo_label="A"),
-        row(asked[2], reason="too_long"),
+        row(questions[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, n_tied=2), pseudo_label="A"),
+        row(questions[2], reason="too_long"),
     ]
     rollouts = [
         Rollout("a", 0, "oui\n\u2028\r", (5, 2), "stop", -0.5, 0.25),
@@ -273,7 +273,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert manifest.header == written
     assert list(manifest.rows) == rows
     assert list(manifest.rollouts.values()) == rollouts
-    assert [row.as_question() for row in manifest.rows] == asked
+    assert [row.as_question() for row in manifest.rows] == questions
     assert [row.question_id for row in manifest.selected] == ["a"]
     assert written.counts == {"questions": 3, "selected": 1, "tie": 1, "too_long": 1}
     assert {name: entry.rows for name, entry in written.files.items()} == dict(

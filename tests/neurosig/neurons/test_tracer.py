@@ -269,13 +269,13 @@ def test_sets_of_single_tokens_follow_the_oracle(active: Literal["per_token", "e
             else:
                 top = scores[:, layer].flatten().topk(6).indices % D_MLP
             chosen |= {layer * D_MLP + neuron for neuron in top.tolist()}
-        held = sets.neuron_ids[row] >= 0
-        assert sets.neuron_ids[row][held].tolist() == sorted(chosen)
+        mask = sets.neuron_ids[row] >= 0
+        assert sets.neuron_ids[row][mask].tolist() == sorted(chosen)
         mean = scores.mean(dim=0).flatten().float()
         torch.testing.assert_close(
-            sets.contributions[row][held], mean[sets.neuron_ids[row][held]], rtol=1e-4, atol=1e-4
+            sets.contributions[row][mask], mean[sets.neuron_ids[row][mask]], rtol=1e-4, atol=1e-4
         )
-        assert not sets.contributions[row][~held].any()
+        assert not sets.contributions[row][~mask].any()
 
 
 def test_positive_only_leaves_out_what_lowers_the_logit() -> None:

@@ -354,9 +354,9 @@ def test_evidence_is_weight_times_contribution(explorer: Explorer) -> None:
     expected = torch.zeros_like(view.values)
     ids, values = explorer.signals.neuron_ids, explorer.signals.contributions.float()
     for layer, index, weight in ((0, 3, 0.5), (1, 7, -0.25), (1, 2, 0.125)):
-        held = values[ids == layer * explorer.signals.d_mlp + index]
-        if len(held):
-            expected[layer] += weight / held.max() * trace.contributions[layer, :, index]
+        contributions = values[ids == layer * explorer.signals.d_mlp + index]
+        if len(contributions):
+            expected[layer] += weight / contributions.max() * trace.contributions[layer, :, index]
     torch.testing.assert_close(view.values, expected, rtol=1e-3, atol=1e-5)
     assert expected.any()
 
@@ -439,10 +439,10 @@ def test_neighbours_agree_with_the_manifest(explorer: Explorer) -> None:
 
 def test_shared_neurons_are_shared_and_the_rarest_come_first(explorer: Explorer) -> None:
     name = explorer.selected[0]
-    mine = set(explorer.signals.neuron_ids[explorer.place[name, explorer.representative(name)]].tolist())
+    own_set = set(explorer.signals.neuron_ids[explorer.place[name, explorer.representative(name)]].tolist())
     for neighbour in explorer.neighbours(name).neighbours:
         named = [tuple(map(int, text.split("."))) for text, _ in neighbour.reasons]
-        assert {layer * explorer.signals.d_mlp + index for layer, index in named} <= mine
+        assert {layer * explorer.signals.d_mlp + index for layer, index in named} <= own_set
         shares = [share for _, share in neighbour.reasons]
         assert shares == sorted(shares) and all(2 / len(explorer.rows) <= share <= 1 for share in shares)
 
