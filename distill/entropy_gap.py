@@ -86,7 +86,7 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
         sides = (values.cpu().split(lengths) for values in (output.student_entropy, output.teacher_entropy))
         for (task, rollout), *parts in zip(batch, *sides, strict=True):
             student, teacher = (part.double().numpy() for part in parts)
-            entropies.append(TokenEntropies(task.id, rollout.rollout_id, rollout.token_ids, student, teacher))
+            entropies.append(TokenEntropies(task.id, rollout.rollout_id, rollout.completion_ids, student, teacher))
     return entropies
 
 
