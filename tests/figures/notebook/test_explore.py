@@ -23,9 +23,9 @@ from figures.notebook.explore import (
 )
 from figures.notebook.runs import another_selection
 from neurosig.report.signal_table import Signal, SignalRow
-from neurosig.statistics.regression import line_fit
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import Interval, ece
+from neurosig.statistics.regression import line_fit
 from tests.support.flow import make_manifest
 
 
