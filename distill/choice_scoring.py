@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distill.completion_hidden import completion_hidden, head_logits
 from distill.results import ChoiceForm
+from neurosig.models.completion_hidden import completion_hidden, head_logits
 from neurosig.models.finite import first_not_finite
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout

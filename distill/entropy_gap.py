@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from distill.completion_hidden import completion_hidden
 from distill.losses import Divergence, chunked_divergence
-from distill.tasks import manifest_sampling, manifest_tasks
+from distill.tasks import manifest_tasks
 from neurosig.manifest import Manifest
+from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import LoadedModel, logit_softcap
 from neurosig.questions.answers import extract_answer, is_correct
 from neurosig.questions.load import Question
@@ -140,9 +140,8 @@ def fresh_accuracy(
     tasks = [task for task in tasks if task.id in gold]
     if not tasks:
         raise UserError(f"manifest {manifest.folder}: no selected question has a gold answer to measure a gain by")
-    sampling = manifest_sampling(
-        manifest.header, num_generations=num_generations or options["num_generations"], seed=seed
-    )
+    k = num_generations or options["num_generations"]
+    sampling = manifest.header.sampling_config(num_generations=k, seed=seed)
     prompts = [Prompt(task.id, task.teacher_prompt if teacher else task.student_prompt) for task in tasks]
     right = {}
     for group in sample(loaded, prompts, sampling, salt="entropy gap"):

@@ -154,28 +154,12 @@ def _questions(config: EvaluateConfig) -> list[Question]:
 
 
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
+    """The model with its adapter merged, and the hash of the adapter's weights."""
+    from neurosig.models.adapter import merge_adapter
     from neurosig.models.load import load_model
-    from neurosig.runtime.files import sha256_file
 
     loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
-    if config.adapter is None:
-        return loaded, None
-    weights = config.adapter / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(
-            f"--adapter {config.adapter}: no adapter_model.safetensors there; give an adapter folder of distill.train"
-        )
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:  # merged into the weights: the same function, and sampling is faster
-        PeftModel.from_pretrained(loaded.model, config.adapter).merge_and_unload()
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"--adapter {config.adapter}: not an adapter of {config.model} ({str(error).strip().splitlines()[0]}); "
-            "give the folder of its training run"
-        ) from error
-    return loaded, sha256_file(weights)
+    return loaded, None if config.adapter is None else merge_adapter(loaded, config.adapter)
 
 
 def _rollouts(

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -130,17 +129,6 @@ def distinct_3(completions: Sequence[Sequence[int]]) -> float:
     trigrams = [list(zip(ids, ids[1:], ids[2:], strict=False)) for ids in completions]
     total = sum(map(len, trigrams))
     return sum(len(set(own)) for own in trigrams) / total if total else 1.0
-
-
-def check_trackers(config: TrainConfig) -> None:
-    """Refuse a tracker that is not installed, before anything is loaded.
-
-    Raises:
-        UserError: Naming the extra to install.
-    """
-    for name in config.report_to:
-        if find_spec(name) is None:
-            raise UserError(f"--report-to {name}: not installed; run `pip install 'neurosig[trackers]'`")
 
 
 def _tracker(name: str, config: TrainConfig, stack: contextlib.ExitStack) -> Any:

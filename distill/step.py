@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from distill.completion_hidden import completion_hidden
 from distill.distributed import ALONE, Ranks, whole_tensor
 from distill.losses import Divergence, chunked_divergence
 from distill.metrics_log import rollout_metrics
 from distill.student import TrainingForward
 from distill.tasks import Task
+from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import logit_softcap
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.sampling.rollouts import Rollout

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.tasks import prompt_builder
 from neurosig.questions.answers import AnswerFormat, extract_answer
 from neurosig.questions.load import load_questions
+from neurosig.questions.prompts import PromptBuilder
 from neurosig.questions.vote import majority_vote, n_tied_right
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
@@ -115,7 +115,7 @@ class Development:
         for question in self._questions:
             if question.answer is None:
                 raise UserError(f'--dev-questions {config.dev_questions}: question "{question.id}" has no answer')
-        builder = prompt_builder(header, loaded)
+        builder = PromptBuilder(loaded.tokenizer, header.prompt_config())
         self._prompts = [Prompt(question.id, builder.student(question)) for question in self._questions]
         self._sampling = replace(sampling, num_generations=config.dev_generations)
         self._draw, self._timer, self._main = draw, timer, main

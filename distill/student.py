@@ -114,8 +114,8 @@ class TrainingForward:
         compile: Compile each layer.
 
     Attributes:
-        share_prompts: Whether `distill.completion_hidden.completion_hidden` may use a cache: a layer that is recomputed
-            would fill it twice, and a compiled one would be compiled for each layer's place in it.
+        share_prompts: Whether `completion_hidden` may use a cache: a layer that is recomputed would fill it twice, and
+            a compiled one would be compiled for each layer's place in it.
     """
 
     def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False):
