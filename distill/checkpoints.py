@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,11 @@ def save_checkpoint(
     Raises:
         UserError: The disk is full; the checkpoints before this one are kept.
     """
+    moments = {f"{name}/{entry}": v for name, p in parameters.items() for entry, v in optimizer.state[p].items()}
     files = {
         WEIGHTS: ranks.whole_tensors(parameters.items()),
         AVERAGES: ranks.whole_tensors(averages.items()),
-        OPTIMIZER: ranks.whole_tensors(_optimizer_tensors(parameters, optimizer)),
+        OPTIMIZER: ranks.whole_tensors(moments.items()),
     }
     with ranks.together():
         if ranks.main:
@@ -162,14 +163,6 @@ def _existing(folder: Path) -> list[Path]:
 def _restore(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor.copy_(part_like(tensor, stored[name]))
-
-
-def _optimizer_tensors(
-    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> Iterable[tuple[str, Tensor]]:
-    for name, parameter in parameters.items():
-        for entry, value in optimizer.state[parameter].items():
-            yield f"{name}/{entry}", value
 
 
 def _restore_optimizer(

@@ -86,8 +86,8 @@ def score_choices(
                 Rollout(prompt.question_id, place, text, ids, "length", next(means))
                 for place, (text, ids) in enumerate(zip(texts, encoded, strict=True))
             ]
-            if not all(np.isfinite(rollout.mean_logprob or 0.0) for rollout in group):
-                bad = next(rollout for rollout in group if not np.isfinite(rollout.mean_logprob or 0.0))
+            bad = next((rollout for rollout in group if not np.isfinite(rollout.mean_logprob or 0.0)), None)
+            if bad is not None:
                 where = first_not_finite(loaded.model, (*prompt.token_ids, *bad.completion_ids))
                 raise UserError(
                     f"model {loaded.info.id}: log-probabilities are not finite for the choices of question "

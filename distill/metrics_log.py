@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from neurosig.runtime.cli import progress
@@ -27,7 +26,7 @@ METRICS = "metrics.jsonl"
 PROJECT = "neurosig"
 
 
-class MetricsLog:
+class MetricsLog(contextlib.ExitStack):
     """Checks the metrics of each step and, on the main process, writes them to ``metrics.jsonl`` and the trackers.
 
     Use it as a context manager: leaving the block closes file, progress bar and trackers.
@@ -45,24 +44,16 @@ class MetricsLog:
     """
 
     def __init__(self, config: TrainConfig, done: int, ranks: Ranks):
+        super().__init__()
         path = config.out / METRICS
         self.history: list[Metrics] = ranks.on_main(lambda: reopen_metrics(path, done))
         self._main = ranks.main
-        self._stack = contextlib.ExitStack()
         bar = progress(total=config.steps, desc=config.method, quiet=config.quiet or not ranks.main)
-        self._bar = self._stack.enter_context(bar)
+        self._bar = self.enter_context(bar)
         self._bar.update(done)
         if ranks.main:
-            self._file = self._stack.enter_context(path.open("a", encoding="utf-8"))
-            self._trackers = [_tracker(name, config, self._stack) for name in config.report_to]
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+            self._file = self.enter_context(path.open("a", encoding="utf-8"))
+            self._trackers = [_tracker(name, config, self) for name in config.report_to]
 
     def add(self, metrics: Metrics, question_ids: Sequence[str] = ()) -> None:
         """Add the metrics of a step, sampled from ``question_ids``.

@@ -126,29 +126,23 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    full, method, base = record["config"]["full"], record["config"]["method"], record["model"]["id"]
-    loader = "AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM"
+    full, method = record["config"]["full"], record["config"]["method"]
     data = ModelCardData(
-        base_model=base,
+        base_model=record["model"]["id"],
         library_name="transformers" if full else "peft",
         license=license,
         pipeline_tag="text-generation",
         tags=["neuron-opsd", "self-distillation"] if method == "nopsd" else [method],
     )
-    shown = [name for name in _SHOWN if name in record["first"]]
     card = ModelCard.from_template(
         data,
         template_path=str(_CARD),
+        record=record,
         name=Path(record["config"]["out"]).name,
-        base=base,
         method="{0}, [arXiv {1}](https://arxiv.org/abs/{1}))".format(*_METHODS[method]),
-        rows=[{"name": name, **{end: record[end][name] for end in ("first", "last")}} for name in shown],
-        steps=record["last"]["step"],
-        questions=record["questions_selected"],
-        domains=", ".join(record["domains"]),
-        manifest_sha256=record["manifest_sha256"],
-        stopped=record["stopped"],
-        usage=f"from {'transformers' if full else 'peft'} import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER)",
+        shown=_SHOWN,
+        library=data.library_name,
+        loader="AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM",
     )
     return str(card)
 

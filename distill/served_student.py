@@ -71,9 +71,11 @@ class ServedStudent:
             logger.info("sampling from the weights of step %d, %d behind", self.policy_step, self.staleness)
         return list(self._server.sample(prompts, sampling, salt=salt, model=self._name, compare=not self.staleness))
 
-    def record(self) -> dict[str, int]:
-        """The metrics of the weights that the rollouts of a step came from."""
-        return {"policy_step": self.policy_step, "staleness": self.staleness}
+    def updated(self, step: int) -> dict[str, int]:
+        """Count the student's update; the metrics of the weights that the step's rollouts came from."""
+        record = {"policy_step": self.policy_step, "staleness": self.staleness}
+        self.updates = step
+        return record
 
     def close(self) -> None:
         """Unload the adapter and remove its folder."""

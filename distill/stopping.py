@@ -24,7 +24,7 @@ from neurosig.runtime.files import write_atomic
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt
-from neurosig.statistics.metrics import maj_at_k, paired_mean_interval
+from neurosig.statistics.metrics import paired_mean_interval
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig
@@ -165,4 +165,4 @@ class Development:
 
 def _majority_is_right(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> float:
     vote = majority_vote([extract_answer(rollout.text, question, answer_format) for rollout in group], question.id)
-    return float(maj_at_k(np.array([n_tied_right(vote, question)]), np.array([len(vote.tied_answers)]))[0])
+    return n_tied_right(vote, question) / max(1, len(vote.tied_answers))

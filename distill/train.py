@@ -57,18 +57,13 @@ def main(config: TrainConfig) -> None:
         if ranks.on_main(lambda: stack.enter_context(folder)):
             logger.info("%s: already complete", config.out)
         else:
+            if config.method in BASELINES:
+                from distill.baselines.trl import train_baseline as run
+            else:
+                run = _distil
             with PhaseTimer() as timer:
-                _run(config, timer, ranks)
+                run(config, timer, ranks)
         ranks.close()
-
-
-def _run(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
-    if config.method in BASELINES:
-        from distill.baselines.trl import train_baseline
-
-        train_baseline(config, timer, ranks)
-    else:
-        _distil(config, timer, ranks)
 
 
 def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
