@@ -78,18 +78,9 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 def main(config: EvaluateConfig) -> None:
     """Run the evaluation described by ``config``."""
-    from neurosig.runtime.folder import output_folder
+    from neurosig.runtime.folder import run_in_folder
 
-    owned = (RESULTS, SUMMARY, ROLLOUTS, LOG)
-    with output_folder(
-        config.out, finished=SUMMARY, owned=owned, resume=config.resume, overwrite=config.overwrite
-    ) as complete:
-        if complete:
-            (config.out / LOG).unlink(missing_ok=True)  # of a run that was killed after its last write
-            logger.info("%s: already complete", config.out)
-            return
-        with PhaseTimer() as timer:
-            _evaluate(config, timer)
+    run_in_folder(config, _evaluate, finished=SUMMARY, owned=(RESULTS, SUMMARY, ROLLOUTS, LOG), temporary=LOG)
 
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ from neurosig.manifest import Header, Manifest
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.questions.answers import extract_answer
 from neurosig.questions.load import load_questions
-from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
+from neurosig.questions.prompts import Demonstration, PromptBuilder
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
@@ -94,15 +94,9 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
             Demonstration(by_id[item.question_id], manifest.rollouts[item.question_id, item.rollout_id].text)
             for item in row.context
         ]
-        task = Task(
-            row.question_id,
-            builder.student(by_id[row.question_id]),
-            builder.teacher(by_id[row.question_id], context),
-            row.weight,
-        )
-        _check_length(task, loaded, max_new_tokens)
-        tasks.append(task)
-    return tasks
+        question = by_id[row.question_id]
+        tasks.append(Task(question.id, builder.student(question), builder.teacher(question, context), row.weight))
+    return _fitting(tasks, loaded, max_new_tokens)
 
 
 def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: float, max_new_tokens: int) -> list[Task]:
@@ -111,16 +105,11 @@ def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: fl
     Raises:
         UserError: The source cannot be read, or a prompt and its completion exceed the model's positions.
     """
-    builder = PromptBuilder(
-        loaded.tokenizer, PromptConfig(header.options["system"], "", "", header.options["enable_thinking"])
-    )
-    tasks = []
-    for question in load_questions(source):
-        prompt = builder.student(question)
-        task = Task(f"replay:{question.id}", prompt, prompt, weight, replay=True)
-        _check_length(task, loaded, max_new_tokens)
-        tasks.append(task)
-    return tasks
+    wording = replace(header.prompt_config(), instruction="", choice_instruction="")
+    builder = PromptBuilder(loaded.tokenizer, wording)
+    prompts = {question.id: builder.student(question) for question in load_questions(source)}
+    tasks = [Task(f"replay:{name}", prompt, prompt, weight, replay=True) for name, prompt in prompts.items()]
+    return _fitting(tasks, loaded, max_new_tokens)
 
 
 def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
@@ -130,14 +119,17 @@ def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
     return manifest.header.sampling_config(num_generations=config.num_generations, seed=config.seed, **changes)
 
 
-def _check_length(task: Task, loaded: LoadedModel, max_new_tokens: int) -> None:
-    for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
-        if len(prompt) + max_new_tokens > loaded.max_length:
-            raise UserError(
-                f'question "{task.id}": the {who} prompt of {len(prompt)} tokens and {max_new_tokens} new tokens '
-                f"exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with fewer "
-                "--num-demonstrations"
-            )
+def _fitting(tasks: list[Task], loaded: LoadedModel, max_new_tokens: int) -> list[Task]:
+    """The tasks, all of whose prompts leave room for the completion."""
+    for task in tasks:
+        for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
+            if len(prompt) + max_new_tokens > loaded.max_length:
+                raise UserError(
+                    f'question "{task.id}": the {who} prompt of {len(prompt)} tokens and {max_new_tokens} new tokens '
+                    f"exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with fewer "
+                    "--num-demonstrations"
+                )
+    return tasks
 
 
 def check_majority_context(manifest: Manifest) -> None:

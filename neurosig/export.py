@@ -140,18 +140,9 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 def main(config: ExportConfig) -> None:
     """Run the export described by ``config``."""
     from neurosig.manifest import FILES, HEADER
-    from neurosig.runtime.folder import output_folder
+    from neurosig.runtime.folder import run_in_folder
 
-    owned = (HEADER, *FILES, "run.json", WORK)
-    with output_folder(
-        config.out, finished=HEADER, owned=owned, resume=config.resume, overwrite=config.overwrite
-    ) as complete:
-        if complete:
-            shutil.rmtree(config.out / WORK, ignore_errors=True)  # a run killed after its last write leaves it
-            logger.info("%s: already complete", config.out)
-            return
-        with PhaseTimer() as timer:
-            _export(config, timer)
+    run_in_folder(config, _export, finished=HEADER, owned=(HEADER, *FILES, "run.json", WORK), temporary=WORK)
 
 
 def _export(config: ExportConfig, timer: PhaseTimer) -> None:
