@@ -34,7 +34,7 @@ class Mutant:
     only: str = ""
 
 
-LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "distill/completion_hidden.py"
+LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "neurosig/models/completion_hidden.py"
 ANSWERS, VOTE, METRICS, STATISTICS, RESAMPLING = (
     "neurosig/questions/answers.py",
     "neurosig/questions/vote.py",
