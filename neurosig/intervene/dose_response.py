@@ -69,7 +69,7 @@ def measure(
     vote = majority_vote(answers, question.id)
     return {
         "avg_at_k": _mean(is_correct(answer, question) for answer in answers),
-        "maj_at_k": n_tied_right(vote, question) / max(len(vote.tied_answers), 1),
+        "maj_at_k": n_tied_right(vote, question) / max(vote.n_tied, 1),
         "agreement": vote.share,
         "unparsed": _mean(answer is None for answer in answers),
         "refusal": _mean(refused),

@@ -14,7 +14,7 @@ ActiveSet = Literal["layer_mean", "global", "per_token", "entries"]
 
 @dataclass(frozen=True, slots=True)
 class TraceConfig:
-    """What is measured, and how much at once."""
+    """Options of tracing: what is measured, and the size of a batch."""
 
     value: NeuronValue = "gated"
     """A neuron's value: ``gated`` is the down projection's input, act(gate) * up; ``act`` is act(gate) alone.

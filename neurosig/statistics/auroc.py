@@ -202,7 +202,7 @@ def compare(
     owners: Int[np.ndarray, " n"],
     config: AnalysisConfig = AnalysisConfig(),
 ) -> Gain:
-    """What held-out predictions ``full`` have over ``base``: paired bootstrap over questions, nothing fits again."""
+    """Gain of the predictions ``full`` over ``base``: paired bootstrap over questions, without refitting."""
     saved = (_log_loss(base, right) - _log_loss(full, right)).mean(axis=0)
     sums = np.zeros((int(owners.max()) + 1, 2))
     np.add.at(sums, owners, np.stack([saved, np.ones_like(saved)], axis=1))

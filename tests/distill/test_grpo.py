@@ -177,7 +177,7 @@ def test_ttrl_raises_its_reward(tmp_path: Path, manifest: Path, monkeypatch: pyt
 def test_cut_off_rollouts_vote_but_leave_the_loss(
     tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other rollout is said to have ended by itself."""
+    """Every other rollout is marked as ended by itself."""
 
     def half(*args: Any, **kwargs: Any) -> list[list[Rollout]]:
         groups = sample(*args, **kwargs)

@@ -150,7 +150,7 @@ def test_cut_off_rollouts_leave_the_loss(tmp_path: Path, manifest: Path) -> None
     assert skipping[0]["tokens_in_loss"] == everything[0]["tokens_in_loss"] - 3 * 16
 
 
-def test_a_step_without_a_finished_rollout_is_told(
+def test_a_step_without_a_finished_rollout_is_reported(
     tmp_path: Path, manifest: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

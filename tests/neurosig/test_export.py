@@ -246,7 +246,7 @@ def test_thinking_mode_reaches_every_prompt(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
-def test_nothing_selected_is_told_and_not_trained_on(tmp_path: Path) -> None:
+def test_nothing_selected_is_reported_and_not_trained_on(tmp_path: Path) -> None:
     folder = make_manifest(tmp_path, question_filter="vote_only", min_vote_share=1.0)
     with pytest.raises(UserError, match=r"0 of 8 questions selected \(\d tie"):
         train(TrainConfig(manifest=folder, out=tmp_path / "run", quiet=True))

@@ -56,7 +56,7 @@ def test_measures_of_one_question_by_hand() -> None:
     assert (tied["maj_at_k"], tied["agreement"]) == (0.5, 0.5)
 
 
-def test_repetition_counts_trigrams_said_before() -> None:
+def test_repetition_counts_trigrams_that_occurred_before() -> None:
     assert repetition((1, 2)) == repetition((1, 2, 3, 4)) == 0
     assert repetition((7, 7, 7, 7, 7)) == pytest.approx(2 / 3)
     assert repetition((1, 2, 3, 1, 2, 3)) == 0.25

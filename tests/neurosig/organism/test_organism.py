@@ -51,7 +51,7 @@ def stream() -> list[str]:
     raise AssertionError("the stream is endless")
 
 
-# --- procedures, against solvers that share nothing with theirs
+# --- procedures, against independent solvers
 
 
 @given(inputs)

@@ -99,7 +99,7 @@ def test_distances_by_hand() -> None:
     np.testing.assert_allclose(cosine_distances(hidden), expected, atol=1e-12)
 
 
-# what is said of the clusters
+# the sentences about clusters
 
 
 def test_marking_neurons_by_hand() -> None:

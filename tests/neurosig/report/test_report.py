@@ -211,7 +211,7 @@ def test_gold_is_joined_by_id_and_text(world: Path, tmp_path: Path) -> None:
         join_gold(manifest, [str(tmp_path / "none.jsonl")], required=True)
 
 
-def test_one_class_is_said_and_does_no_harm(tmp_path: Path) -> None:
+def test_one_class_is_reported_and_does_no_harm(tmp_path: Path) -> None:
     """A random model is never right; and with its own answers as gold it always is."""
     run = make_manifest(tmp_path)
     text = Page((report(run, tmp_path / "wrong") / "report.html").read_text()).text

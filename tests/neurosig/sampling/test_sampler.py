@@ -77,7 +77,7 @@ def test_greedy_equals_generate_token_for_token(arch: Arch) -> None:
 
 @pytest.fixture
 def refills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one whenever newcomers enter a batch: the number of rows that are decoding then."""
+    """Grows by one whenever new rows enter a batch: the number of rows that are decoding at that moment."""
     admit, seen = neurosig.sampling.sampler._Batch.admit, []
 
     def counted(self: Any, questions: range) -> None:

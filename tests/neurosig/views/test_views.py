@@ -143,7 +143,7 @@ def test_no_view_needs_the_network(kind: str) -> None:
 
 def test_long_text_is_cut_and_says_by_how_much() -> None:
     page = parsed(example_views("A" * 1_000_000)["neighbours"])
-    first = page.find("bdi", class_="said")
+    first = page.find("bdi", class_="quoted")
     assert first is not None and first.get_text() == "A" * LONGEST
     assert f"{1_000_000 - LONGEST:,} more characters" in page.get_text()
 
