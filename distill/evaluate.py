@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
 
@@ -78,8 +79,6 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 def main(config: EvaluateConfig) -> None:
     """Run the evaluation described by ``config``."""
-    from neurosig.runtime.folder import run_in_folder
-
     run_in_folder(config, _evaluate, finished=SUMMARY, owned=(RESULTS, SUMMARY, ROLLOUTS, LOG), temporary=LOG)
 
 
