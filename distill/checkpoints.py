@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +27,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS, AVERAGES, OPTIMIZER = "weights.safetensors", "averages.safetensors", "optimizer.safetensors"
 STATE = "state.json"
 NO_AVERAGES: Mapping[str, Tensor] = {}
-_NAME = re.compile(r"step-(\d{6})")
 
 
 def save_checkpoint(
@@ -63,9 +61,7 @@ def save_checkpoint(
         AVERAGES: ranks.whole_tensors(averages.items()),
         OPTIMIZER: ranks.whole_tensors(moments.items()),
     }
-    with ranks.together():
-        if ranks.main:
-            _write(folder, step, files, key, keep)
+    ranks.on_main(lambda: _write(folder, step, files, key, keep))
 
 
 def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key: Mapping[str, Any], keep: int) -> None:
@@ -156,7 +152,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _existing(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted(folder.glob("step-" + "[0-9]" * 6))
 
 
 @torch.no_grad()

@@ -170,11 +170,9 @@ class Ranks:
         """
         gathered: dict[str, Tensor] = {}
         for name, tensor in tensors:
-            whole = tensor.detach()
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor().cpu()
+            whole = whole_tensor(tensor.detach())
             if self.main:
-                gathered[name] = whole
+                gathered[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
         return gathered
 
     def close(self) -> None:

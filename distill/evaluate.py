@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
 
@@ -78,8 +79,6 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 def main(config: EvaluateConfig) -> None:
     """Run the evaluation described by ``config``."""
-    from neurosig.runtime.folder import run_in_folder
-
     run_in_folder(config, _evaluate, finished=SUMMARY, owned=(RESULTS, SUMMARY, ROLLOUTS, LOG), temporary=LOG)
 
 
@@ -238,7 +237,9 @@ def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
-    if summary["config"].get("scoring", "sampling") != "sampling":
+    if "question_id" not in rows[0]:
+        raise UserError(f"{folder}: its results have the columns of an earlier version; evaluate again with --overwrite")
+    if summary["config"]["scoring"] != "sampling":
         raise UserError(f"{folder}: scored by log-likelihood, without votes; evaluate with --scoring sampling")
     return summary, rows
 

@@ -146,9 +146,8 @@ class Development:
         self._measured.append({"step": step, "maj_at_k": float(np.mean(right)), "by_question": right})
         if self._main:
             write_atomic(self._path, "".join(json.dumps(entry) + "\n" for entry in self._measured))
-        logger.info(
-            "step %d: maj@%d %.3f on the development split", step, self._sampling.num_generations, np.mean(right)
-        )
+        k = self._sampling.num_generations
+        logger.info("step %d: maj@%d %.3f on the development split", step, k, np.mean(right))
 
     @property
     def fallen(self) -> str | None:

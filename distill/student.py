@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,8 +40,14 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
         return model, None
     from peft import LoraConfig, get_peft_model
 
-    size: Any = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": 0.0}
-    adapter = get_peft_model(model, LoraConfig(**size, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    adapter = get_peft_model(model, lora)
     adapter.eval()
     return model, adapter
 

@@ -45,14 +45,11 @@ def main(config: TrainConfig) -> None:
     with ranks.together():
         check_options(config)
         ranks.check(config)
-    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served")
+    owned = [METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served"]
+    owned += ["tensorboard", "wandb"]
     with contextlib.ExitStack() as stack:
         folder = output_folder(
-            config.out,
-            finished=RECORD,
-            owned=(*owned, "tensorboard", "wandb"),
-            resume=config.resume,
-            overwrite=config.overwrite,
+            config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
         )
         if ranks.on_main(lambda: stack.enter_context(folder)):
             logger.info("%s: already complete", config.out)

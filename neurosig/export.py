@@ -26,6 +26,7 @@ from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.patterns import Signature
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes, option_names
 from neurosig.selection.config import ContextPolicy, QuestionFilter, QuestionWeight, SelectionConfig
@@ -140,7 +141,6 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 def main(config: ExportConfig) -> None:
     """Run the export described by ``config``."""
     from neurosig.manifest import FILES, HEADER
-    from neurosig.runtime.folder import run_in_folder
 
     run_in_folder(config, _export, finished=HEADER, owned=(HEADER, *FILES, "run.json", WORK), temporary=WORK)
 

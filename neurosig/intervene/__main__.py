@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from neurosig.options import QWEN3_4B, GenerationOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 
 if TYPE_CHECKING:
@@ -105,8 +106,6 @@ PRESETS: Mapping[str, Mapping[str, object]] = {"cpu": {}, "qwen3-4b": QWEN3_4B}
 
 def main(config: InterveneConfig) -> None:
     """Run the dose-response experiment described by ``config``."""
-    from neurosig.runtime.folder import run_in_folder
-
     run_in_folder(config, _intervene, finished=RESULTS, owned=(RESULTS, TABLE, PLAN, CELLS))
 
 
