@@ -313,6 +313,8 @@ CASES = [
     Case("compare", "a damaged summary", r"trained: cannot be read", text("trained/summary.json", "{")),
     Case("compare", "a damaged table", r"trained: cannot be read",
          again("trained/results.parquet", lambda data: data[:-9])),
+    Case("compare", "results of an earlier version", r"trained: results with the columns of an earlier version",
+         table("trained/results.parquet", lambda rows: [row.update(id=row.pop("question_id")) for row in rows])),
     Case("compare", "other questions", r"trained: not the questions of",
          table("trained/results.parquet", lambda rows: rows.pop())),
     Case("compare", "other texts under the same ids",
