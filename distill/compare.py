@@ -98,7 +98,7 @@ def _check_same_questions(config: CompareConfig, folders: Mapping[str, Path | No
             raise UserError(
                 f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
             )
-        if None not in (one := {run["questions"], base["questions"]}) and len(one) > 1:
+        if run["questions"] != base["questions"]:
             raise UserError(
                 f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
                 "not; evaluate both on the same --questions"
@@ -119,7 +119,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "rows": {row["question_id"]: row for row in rows},
         "domains": list(summary["domains"]),
         "config": summary["config"],
-        "questions": summary.get("questions_sha256"),  # absent in older evaluations
+        "questions": summary["questions_sha256"],
     }
 
 

@@ -271,11 +271,7 @@ def _trace(
             batch_tokens=config.batch_tokens,
         ),
     )
-    flat = [
-        (prompts[name].token_ids, rollout.completion_ids_without_eos)
-        for name, group in groups.items()
-        for rollout in group
-    ]
+    flat = [(prompts[name].token_ids, r.completion_ids_without_eos) for name, group in groups.items() for r in group]
     with progress(total=len(flat), desc="trace", quiet=config.quiet) as bar:
 
         def advance(rollouts: int, tokens: int) -> None:

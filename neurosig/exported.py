@@ -2,7 +2,7 @@
 
     exported = Exported("runs/demo/manifest")
     places = [exported.place[item] for item in exported.representatives.items()]
-    exported.signals.ids[places]        # the representative active set of each question with a majority answer
+    exported.signals.neuron_ids[places]        # the representative active set of each question with a majority answer
 
 The manifest is read and verified at once; signals and neurons are read when first used.
 """

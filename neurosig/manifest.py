@@ -334,7 +334,9 @@ def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
     by_id: dict[str, QuestionRow] = {}
     for number, row in enumerate(rows, start=1):
         if row.question_id in by_id:
-            raise UserError(f'{path}:{number}: $.id: "{row.question_id}" appears on an earlier line; export again')
+            raise UserError(
+                f'{path}:{number}: $.question_id: "{row.question_id}" appears on an earlier line; export again'
+            )
         if row.as_question().text_sha256 != row.text_sha256:
             raise UserError(f"{path}:{number}: $.text_sha256: not the hash of this question; export again")
         if row.selected != (row.reason == "selected"):

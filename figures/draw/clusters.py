@@ -80,7 +80,12 @@ def numbers(folder: Path) -> pd.DataFrame:
     similarity = jaccard(sets, sets).double().numpy()
     x, y = principal_coordinates(similarity)
     questions = [
-        {"part": "question", "name": result.rows[row].id, "kind": kinds[row], "cluster": int(clusters[row]) + 1}
+        {
+            "part": "question",
+            "name": result.rows[row].question_id,
+            "kind": kinds[row],
+            "cluster": int(clusters[row]) + 1,
+        }
         | {"place": place, "x": x[place], "y": y[place]}
         for place, row in enumerate(order)
     ]

@@ -44,7 +44,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     ]
     draw_forest(right, intervals)
     right.set(xlabel="AUROC for a right majority", xlim=(None, 1.02))
-    right.set_title("beside other signals")
+    right.set_title("AUROC of each score")
     right.tick_params(axis="y", labelsize=8)
     right.legend(fontsize=7.5, loc="lower right", handletextpad=0.3)
     caption(

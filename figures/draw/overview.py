@@ -102,7 +102,13 @@ def numbers(results: Path) -> pd.DataFrame:
     sets = signals.neuron_ids[list(places.values())]
     context = {item.question_id for item in example.context}
     for row, x, y in zip(manifest.selected, *principal_coordinates(jaccard(sets, sets).double().numpy()), strict=True):
-        role = "example" if row.id == example.question_id else "context" if row.id in context else "other"
+        role = (
+            "example"
+            if row.question_id == example.question_id
+            else "context"
+            if row.question_id in context
+            else "other"
+        )
         table.append({"part": "map", "label": role, "x": x, "y": y})
     for item in example.context:
         solution = manifest.rollouts[item.question_id, item.rollout_id].text.strip()

@@ -122,11 +122,11 @@ def own_tables(results: dict[str, Results]) -> dict[str, Table]:
 def next_to(ours: Table, paper: Table) -> Table:
     """Our rows, each followed by the paper's row of the same method, over the columns that both tables have."""
     columns = tuple(column for column in ours.columns if column in paper.columns)
-    theirs = {(row.method, row.scope): row for row in paper.rows}
+    paper_rows = {(row.method, row.scope): row for row in paper.rows}
     rows = []
     for row in ours.rows:
         rows.append(replace(row, cells=_chosen(row, ours.columns, columns)))
-        twin = theirs.get((method_label(row.method), row.scope))
+        twin = paper_rows.get((method_label(row.method), row.scope))
         if twin is not None:
             cells = _chosen(twin, paper.columns, columns)
             rows.append(Row(f"{twin.method} (paper)", twin.scope, cells, rivals=f"paper {twin.rivals}"))
@@ -152,8 +152,8 @@ def _page(paper: dict[str, Table], grid: Grid, ours: dict[str, Table]) -> str:
         parts += [f"### {_title(name, table)}", table_text.markdown(table)]
     parts += ["## Next to the paper's"]
     parts.append("Averages over different domains and models are not comparable; the paper's rows give the scale.")
-    for theirs in paper.values():
-        table = next_to(ours[f"{theirs.metric.name} against {BASE}"], theirs)
+    for published in paper.values():
+        table = next_to(ours[f"{published.metric.name} against {BASE}"], published)
         parts += [f"### {table.metric.title}", table_text.markdown(table)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -275,7 +275,7 @@ def _draw_changes(paper: dict[str, Table], ours: dict[str, Table]) -> Figure:
     panels |= {
         f"ours, {table.metric.title}": table
         for name, table in ours.items()
-        if name in {f"{theirs.metric.name} against {BASE}" for theirs in paper.values()}
+        if name in {f"{published.metric.name} against {BASE}" for published in paper.values()}
     }
     lines = len(panels) // len(paper)
     figure, axes = subplots(lines, len(paper), size=(11, 3.6 * lines), squeeze=False)

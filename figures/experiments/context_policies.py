@@ -9,7 +9,7 @@ is the student itself; policies that draw contexts from other pools are measured
 measurements are kept in OUT/parts, so a second run resumes the first.
 
 `python -m figures context_policies` draws ``context_policies.csv`` of the results folder, or the committed
-``figures/data/context_policies.csv``. ``gap_gain.csv`` has a row per policy and question.
+``figures/data/context_policies.csv``. ``gap_gain.csv`` has one row per policy and question.
 """
 
 from __future__ import annotations

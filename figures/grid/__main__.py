@@ -5,8 +5,8 @@
 
 A cell is a method, a source and a seed. Export, training and evaluation are the commands of the same names, each in a
 process of its own. Finished commands are skipped and interrupted ones resumed; a cell that fails is reported, and the
-other cells still run. ``results.csv`` has a row per cell and target, ``grid.parquet`` a row per question. The command
-prints their tables in the paper's form; ``python -m figures paper_tables --results OUT`` draws them.
+other cells still run. ``results.csv`` has one row per cell and target, ``grid.parquet`` one row per question. The
+command prints their tables in the paper's form; ``python -m figures paper_tables --results OUT`` draws them.
 
 Two controls are part of every grid: the untrained model at the temperature with the best Avg@K on the development
 splits, and context that is random within the question's kind (method ``nopsd-kind``).

@@ -67,7 +67,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, context: ForkServerContext, *
             pool.shutdown(wait=False, cancel_futures=True)
             runner.stop()
             if isinstance(stopped, KeyboardInterrupt):
-                raise KeyboardInterrupt("the same command goes on from here") from None
+                raise KeyboardInterrupt("the same command continues from here") from None
             raise
     return failed
 

@@ -30,11 +30,11 @@ MEASURES: Mapping[str, str] = {
     "unparsed": "share of samples without an answer that can be parsed",
     "refusal": "share of samples that decline (see neurosig.questions.answers.is_refusal)",
     "no_answer": "share of samples that decline or cannot be parsed",
-    "nll": "nats a token of the unscaled model's own samples, teacher-forced; perplexity is its exponential",
+    "nll": "nats per token of the unscaled model's own samples, teacher-forced; perplexity is its exponential",
     "entropy": "mean entropy of the next-token distribution while sampling, in nats",
     "length": "tokens of a sample",
     "truncated": "share of samples cut off at the token limit",
-    "repetition": "share of a sample's token trigrams that it has said before",
+    "repetition": "share of a sample's token trigrams that occur earlier in it",
 }
 """Measures of each question."""
 
@@ -69,7 +69,7 @@ def measure(
     vote = majority_vote(answers, question.id)
     return {
         "avg_at_k": _mean(is_correct(answer, question) for answer in answers),
-        "maj_at_k": n_tied_right(vote, question) / max(len(vote.tied_answers), 1),
+        "maj_at_k": n_tied_right(vote, question) / max(vote.n_tied, 1),
         "agreement": vote.share,
         "unparsed": _mean(answer is None for answer in answers),
         "refusal": _mean(refused),

@@ -143,11 +143,8 @@ def load_model(
         if source.suffix == ".gguf":
             weights = {source.name: sha256_file(source)}
             source = _dequantised(source, weights[source.name])
-        elif source.is_dir():
-            _check_folder(source)
-            weights = {file.name: sha256_file(file) for file in sorted(source.glob("*.safetensors"))}
         else:
-            source = _hub_snapshot(str(spec), revision)
+            source = source if source.is_dir() else _hub_snapshot(str(spec), revision)
             _check_folder(source)
             weights = {file.name: sha256_file(file) for file in sorted(source.glob("*.safetensors"))}
         commit = source.name if source.parent.name == "snapshots" else None

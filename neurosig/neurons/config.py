@@ -14,7 +14,7 @@ ActiveSet = Literal["layer_mean", "global", "per_token", "entries"]
 
 @dataclass(frozen=True, slots=True)
 class TraceConfig:
-    """What is measured, and how much at once."""
+    """Options of tracing: what is measured, and the size of a batch."""
 
     value: NeuronValue = "gated"
     """A neuron's value: ``gated`` is the down projection's input, act(gate) * up; ``act`` is act(gate) alone.
@@ -26,8 +26,8 @@ class TraceConfig:
     each layer or over all layers; the union of each position's largest; or the neurons among the largest
     (position, neuron) entries of each layer."""
     set_size: int = 1000
-    """Neurons in a set (``layer_mean``, ``global``), neurons a token (``per_token``; both spread evenly over the
-    layers, save ``global``), or entries a layer (``entries``)."""
+    """Neurons in a set (``layer_mean``, ``global``), neurons per token (``per_token``; both spread evenly over the
+    layers, save ``global``), or entries per layer (``entries``)."""
     positive_only: bool = False
     """Leave out neurons whose mean score is not above zero; for the signed ``unembed``."""
     batch_tokens: int = 4096

@@ -19,7 +19,7 @@ PAD = -1
 
 
 class ActiveSets(NamedTuple):
-    """What is kept of each rollout.
+    """Active set, contributions and mean hidden state of each rollout.
 
     Attributes:
         neuron_ids: Its active set as flat ids, ``layer * d_mlp + index``, ascending; shorter rows end in -1.

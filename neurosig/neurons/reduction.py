@@ -1,4 +1,4 @@
-"""What is kept of a forward pass, decided while it runs: layer by layer, then once over all layers.
+"""A forward pass reduced to active sets while it runs: layer by layer, then once over all layers.
 
 Plain functions of tensors and numbers: for a remote trace they travel by source to the machine that runs the model,
 which need not have neurosig.

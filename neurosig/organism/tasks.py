@@ -72,9 +72,9 @@ INSTRUCTION = "Answer in one short sentence."
 
 
 EXAMPLES = (0.45, 0.2, 0.2, 0.15)
-"""Probability of 0, 1, 2, 3 solved examples before the question."""
+"""Probability of 0, 1, 2 or 3 demonstrations before the question."""
 WEIGHTS = {"add": 0.3, "sort": 0.15, "chain": 0.4, "close": 0.15}
-"""How often each procedure is trained; sort and close are learned soonest, and shall keep room for improvement."""
+"""How often each procedure is trained; sort and close are learned soonest and get less."""
 SAME_KIND = 0.5
 """Probability that an example is of the question's own kind whatever is drawn."""
 FACT_SHARE = 0.15

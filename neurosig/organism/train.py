@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m neurosig.organism.train --out runs/organism
 
 Conversations of ``tasks`` with the loss on every solution; afterwards the bundled questions are sampled and the folder
-(weights, tokenizer, ``training.json`` and ``README.md``) appears whole. ``--model FOLDER`` takes it as any other model;
+(weights, tokenizer, ``training.json`` and ``README.md``) is written atomically. ``--model FOLDER`` loads it;
 the packaged one, ``--model organism``, is in ``neurosig/organism/data``.
 """
 
@@ -53,7 +53,7 @@ alone (`neurosig/organism/tasks.py`): four procedures over strings of digits, so
 and invented facts of which half occur nowhere in training.
 
 {steps} steps, {tokens:,} tokens, seed {seed}, {cpu_seconds:.0f} CPU seconds on {threads} thread(s). Loss {first:.3f} ->
-{last:.3f} nats a token, the means of the first and the last twentieth of the steps. Licence: Apache-2.0.
+{last:.3f} nats per token, the means of the first and the last twentieth of the steps. Licence: Apache-2.0.
 
 Bundled questions (no input of the procedures and no made-up fact occurs in training), K=8 samples at T=0.8, seed 0:
 
@@ -310,7 +310,7 @@ def measure(
 
 
 def save(out: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]) -> None:
-    """Write the model in bfloat16 with its tokenizer, record and card; the folder appears whole."""
+    """Write the model in bfloat16 with its tokenizer, record and card, atomically."""
     from neurosig.runtime.provenance import run_record
 
     aside = out.with_name(f".{out.name}.making")

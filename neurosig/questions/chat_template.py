@@ -96,15 +96,15 @@ class TemplateRenderer:
 
     def _fork(self) -> None:
         self._close()
-        ours, theirs = socket.socketpair()
+        own_end, child_end = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            _serve(theirs.detach(), self._tokenizer)
-        theirs.close()
-        ours.settimeout(PATIENCE_SECONDS)
+            _serve(child_end.detach(), self._tokenizer)
+        child_end.close()
+        own_end.settimeout(PATIENCE_SECONDS)
         self._pid = pid
-        self._pipe, self._template = ours, self._tokenizer.chat_template
-        self._end = weakref.finalize(self, _finish, ours, pid)
+        self._pipe, self._template = own_end, self._tokenizer.chat_template
+        self._end = weakref.finalize(self, _finish, own_end, pid)
 
 
 def _finish(pipe: socket.socket, pid: int) -> int | None:

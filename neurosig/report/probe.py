@@ -48,15 +48,15 @@ class Located:
         probe, stable = self.probe, int(self.probe.stability.stable.sum())
         text = (
             f"Labels without gold: {self.known} questions whose rollouts agree, {self.guessed} whose rollouts split. "
-            f"Cross-validation by question keeps {len(probe.columns)} neurons; they tell a question's side with "
+            f"Cross-validation by question keeps {len(probe.columns)} neurons; they predict a question's side with "
             f"AUROC {probe.auroc:.3f} where they did not see it"
         )
         if self.random is not None:
             low, high = self.random.low, self.random.high
-            verdict = "more" if probe.auroc > high else "less" if probe.auroc < low else "no more that can be told"
+            verdict = "more" if probe.auroc > high else "less" if probe.auroc < low else "no more that is detectable"
             text += (
                 f"; as many random neurons with {format_interval(self.random.auroc, low, high, '.3f')} "
-                f"({len(self.random.draws)} draws), so the located ones tell {verdict}"
+                f"({len(self.random.draws)} draws), so the located ones predict {verdict}"
             )
         return (
             f"{text}. {stable or 'No'} neuron{'s are' if stable > 1 else ' is'} stable: selected in at least "

@@ -87,9 +87,8 @@ class SignalRow:
         tested = [(gain, p, base) for gain, p, base in gains if gain is not None]
         if tested and all(gain.auroc.low <= 0 <= gain.auroc.high for gain, _, _ in tested):
             bases = " or to ".join(base for _, _, base in tested)
-            parts = [
-                f"adds nothing to {bases}: {'both intervals hold' if len(tested) > 1 else 'the interval holds'} zero"
-            ]
+            intervals = "both intervals include" if len(tested) > 1 else "the interval includes"
+            parts = [f"adds nothing to {bases}: {intervals} zero"]
         else:
             parts = [_reading(gain, p, base) for gain, p, base in tested]
         for name, correlation in self.correlations.items():
@@ -151,7 +150,11 @@ def headline(rows: Sequence[SignalRow], event: str) -> str:
     if not known or not neuron:
         return ""
     best = max(known, key=lambda row: row.auroc.estimate if row.auroc else 0.0)
-    text = f"Whether {event} is best told by {_spoken(best)}, AUROC {best.auroc.estimate:.3f}." if best.auroc else ""
+    text = (
+        f"The best predictor of whether {event}: {_spoken(best)}, AUROC {best.auroc.estimate:.3f}."
+        if best.auroc
+        else ""
+    )
     for base, gains in (
         ("the vote share", [(row, row.over_vote if row.adds_to_vote else None) for row in neuron]),
         ("all output-level signals", [(row, row.over_outputs if row.adds_to_outputs else None) for row in neuron]),

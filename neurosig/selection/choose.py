@@ -66,6 +66,6 @@ def _vote_reason(vote: Vote, config: SelectionConfig) -> Reason:
         return "no_parse"
     if config.question_filter == "neuron_only":
         return "selected"
-    if len(vote.tied_answers) > 1:
+    if vote.n_tied > 1:
         return "tie"
     return "selected" if vote.share >= config.min_vote_share else "low_agreement"

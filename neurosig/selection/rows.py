@@ -128,7 +128,7 @@ def _decided(
     vote = signal.vote
     return {
         "answers": tuple(signal.answers),
-        "vote": VoteRecord(count=vote.count, n=vote.n, n_tied=len(vote.tied_answers)),
+        "vote": VoteRecord(count=vote.count, n=vote.n, n_tied=vote.n_tied),
         "pseudo_label": vote.winner,
         "scores": {name: round(float(score), 6) for name, score in scores.items()},
         "selected": reason == "selected",

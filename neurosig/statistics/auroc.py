@@ -148,17 +148,19 @@ def cross_fit(
     """
     _check_folds(right, owners, config)
     model = make_pipeline(StandardScaler(), LogisticRegression())
-    held = HeldOut(np.empty((config.repeats, len(right))), np.empty((config.repeats, len(right)), dtype=np.int64))
+    predictions = HeldOut(
+        np.empty((config.repeats, len(right))), np.empty((config.repeats, len(right)), dtype=np.int64)
+    )
     for repeat in range(config.repeats):
         folds = StratifiedGroupKFold(config.folds, shuffle=True, random_state=config.seed + repeat)
         for fold, (seen, unseen) in enumerate(folds.split(features, right, owners)):
             chances = model.fit(features[seen], right[seen]).predict_proba(features[unseen])[:, 1]
-            held.chances[repeat, unseen], held.folds[repeat, unseen] = chances, fold
-    return held
+            predictions.chances[repeat, unseen], predictions.folds[repeat, unseen] = chances, fold
+    return predictions
 
 
 def held_out_auroc(
-    held: HeldOut,
+    predictions: HeldOut,
     right: Bool[np.ndarray, " n"],
     owners: Int[np.ndarray, " n"],
     counts: Int[np.ndarray, "draws questions"],
@@ -169,7 +171,7 @@ def held_out_auroc(
     that a discrete base ties would be in the wrong order, and any noise that breaks the ties would seem to help.
     """
     won, pairs = np.zeros(len(counts)), np.zeros(len(counts))
-    for chances, folds in zip(held.chances, held.folds, strict=True):
+    for chances, folds in zip(predictions.chances, predictions.folds, strict=True):
         for fold in range(folds.max() + 1):
             rows = folds == fold
             part = _won_pairs(chances[rows], right[rows], owners[rows], counts)
@@ -200,7 +202,7 @@ def compare(
     owners: Int[np.ndarray, " n"],
     config: AnalysisConfig = AnalysisConfig(),
 ) -> Gain:
-    """What held-out predictions ``full`` have over ``base``: paired bootstrap over questions, nothing fits again."""
+    """Gain of the predictions ``full`` over ``base``: paired bootstrap over questions, without refitting."""
     saved = (_log_loss(base, right) - _log_loss(full, right)).mean(axis=0)
     sums = np.zeros((int(owners.max()) + 1, 2))
     np.add.at(sums, owners, np.stack([saved, np.ones_like(saved)], axis=1))
@@ -295,8 +297,8 @@ def _share(won: Float[np.ndarray, " draws"], pairs: Float[np.ndarray, " draws"])
     return np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
 
 
-def _log_loss(held: HeldOut, right: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "repeats n"]:
-    return -np.log(np.clip(np.where(right, held.chances, 1 - held.chances), 1e-12, None))
+def _log_loss(predictions: HeldOut, right: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "repeats n"]:
+    return -np.log(np.clip(np.where(right, predictions.chances, 1 - predictions.chances), 1e-12, None))
 
 
 def _check_classes(right: Bool[np.ndarray, " n"]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import stats
 
 from neurosig.runtime.errors import UserError
 
@@ -61,12 +62,13 @@ def resample_weights(n: int, resamples: int, rng: np.random.Generator) -> Float[
 
 
 def percentile_ends(draws: Float[np.ndarray, " draws"], level: float = 0.95) -> tuple[float, float]:
-    """Ends of the percentile interval of bootstrap draws.
+    """Ends of the percentile interval of bootstrap draws, as `scipy.stats.bootstrap` computes them.
 
     Raises:
         UserError: ``level`` is not between 0 and 1.
     """
     if not 0 < level < 1:
         raise UserError(f"resampling over questions: level is {level}; it must lie between 0 and 1")
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    tail = (1 - level) / 2
+    low, high = stats.quantile(draws, np.array([tail, 1 - tail]))
     return float(low), float(high)

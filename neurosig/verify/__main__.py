@@ -119,7 +119,7 @@ def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     wrong = ""
     for row in manifest.rows:
         vote = majority_vote(row.answers, row.question_id) if row.answers else None
-        counted = None if vote is None else (vote.count, vote.n, len(vote.tied_answers), vote.winner)
+        counted = None if vote is None else (vote.count, vote.n, vote.n_tied, vote.winner)
         kept = None if row.vote is None else (row.vote.count, row.vote.n, row.vote.n_tied, row.pseudo_label)
         texts = [manifest.rollouts[row.question_id, place].text for place in range(len(row.answers))]
         parsed = [extract_answer(text, row.as_question(), header.options["answer_format"]) for text in texts]
@@ -248,7 +248,7 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = summary["config"]
     rows = pyarrow.parquet.read_table(folder / "results.parquet").to_pylist()
-    sampled = config.get("scoring", "sampling") == "sampling"
+    sampled = config["scoring"] == "sampling"
     if sampled:
         found.evaluations[folder.resolve()] = rows
     rollouts: dict[str, list[dict[str, Any]]] = {}

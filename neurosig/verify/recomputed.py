@@ -38,7 +38,7 @@ def row_problem(row: Row, rollouts: Sequence[Mapping[str, Any]], question: Quest
         "k": len(answers),
         "winner": vote.winner,
         "votes": vote.count,
-        "n_tied": len(vote.tied_answers),
+        "n_tied": vote.n_tied,
         "unparsed": answers.count(None),
         "distinct": len(counts),
         "truncated": sum(rollout["finish_reason"] == "length" for rollout in rollouts),

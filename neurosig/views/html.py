@@ -142,7 +142,7 @@ def model_text(text: str | None) -> Markup:
     # MathJax never joins a formula across an element
     inert = str(escape(cut)).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")
     more = f' <small class="soft">… {left:,} more characters</small>' if left > 0 else ""
-    return Markup(f'<bdi class="said">{inert}</bdi>{more}')
+    return Markup(f'<bdi class="quoted">{inert}</bdi>{more}')
 
 
 def shade(value: float, low: float, high: float) -> str:

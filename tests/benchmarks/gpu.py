@@ -1,4 +1,4 @@
-"""Tracing, sampling and a training step at Qwen3's shapes with random weights, beside TRL, on one GPU.
+"""Tracing, sampling and a training step at Qwen3's shapes with random weights, against TRL, on one GPU.
 
     make bench-gpu
 

@@ -59,9 +59,9 @@ def test_sampling_against_generate(
     torch.manual_seed(0)
     generated: list[list[int]] = []
     drawn: list[list[Rollout]] = []
-    theirs = seconds(lambda: generated.extend(generate(smollm2, prompts, 8, do_sample=True, temperature=0.8)))
+    generate_seconds = seconds(lambda: generated.extend(generate(smollm2, prompts, 8, do_sample=True, temperature=0.8)))
     ours = seconds(lambda: drawn.extend(sample(smollm2, prompts, CONFIG, batch_rows=128)))
-    their_rate = sum(map(len, generated)) / theirs
+    their_rate = sum(map(len, generated)) / generate_seconds
     our_rate = sum(len(rollout.completion_ids) for group in drawn for rollout in group) / ours
     greedy = dict(zip([p.question_id for p in prompts], generate(smollm2, prompts, 1, do_sample=False), strict=True))
     settings = SamplingConfig(num_generations=8, temperature=0.0, max_new_tokens=24)
@@ -69,7 +69,7 @@ def test_sampling_against_generate(
     same = sum(list(rollout.completion_ids) == greedy[rollout.question_id] for rollout in rows)
     with capsys.disabled():
         print(f"\nsampling: {our_rate / their_rate:.2f}x the tokens per second of generate", end=" ")
-        print(f"({our_rate:.0f} against {their_rate:.0f}; {ours:.1f} s against {theirs:.1f} s)")
+        print(f"({our_rate:.0f} against {their_rate:.0f}; {ours:.1f} s against {generate_seconds:.1f} s)")
         print(f"greedy: {same} of {len(rows)} rollouts are those of generate, token for token")
 
 

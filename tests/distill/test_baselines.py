@@ -152,8 +152,8 @@ def test_batches_have_one_size_and_the_order_of_n_opsd() -> None:
     for n, per_step in ((10, 5), (7, 5), (3, 8)):
         for step in range(1, 12):
             chosen = batch_of_step(n, step, per_step=per_step, seed=1)
-            theirs = questions_of_step(n, step, per_step=per_step, seed=1)
-            assert chosen[: len(theirs)] == theirs
+            step_questions = questions_of_step(n, step, per_step=per_step, seed=1)
+            assert chosen[: len(step_questions)] == step_questions
             assert len(chosen) == len(set(chosen)) == min(n, per_step)
 
 

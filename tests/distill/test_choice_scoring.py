@@ -51,9 +51,9 @@ def test_log_likelihoods_are_those_of_a_plain_forward(arch: Arch | OtherArch, fo
     model, tokenizer = tiny_model(arch), tiny_tokenizer()
     builder = PromptBuilder(tokenizer, PromptConfig())
     prompts = {question.id: builder.student(question) for question in QUESTIONS}
-    asked = [Prompt(name, ids) for name, ids in prompts.items()]
+    todo = [Prompt(name, ids) for name, ids in prompts.items()]
     by_id = {question.id: question for question in QUESTIONS}
-    groups = list(score_choices(LoadedModel(model, tokenizer, INFO), asked, by_id, form, batch_rows=7))
+    groups = list(score_choices(LoadedModel(model, tokenizer, INFO), todo, by_id, form, batch_rows=7))
     assert sorted(group[0].question_id for group in groups) == sorted(by_id)
     for group in groups:
         question, prompt = by_id[group[0].question_id], prompts[group[0].question_id]
@@ -63,10 +63,10 @@ def test_log_likelihoods_are_those_of_a_plain_forward(arch: Arch | OtherArch, fo
             assert 2 not in rollout.completion_ids  # a choice that reads <|im_end|> stays text
             with torch.no_grad():
                 logits = model(torch.tensor([[*prompt, *rollout.completion_ids]])).logits[0, len(prompt) - 1 : -1]
-            said = logits.log_softmax(-1)[
+            log_p = logits.log_softmax(-1)[
                 torch.arange(len(rollout.completion_ids)), torch.tensor(rollout.completion_ids)
             ]
-            assert rollout.mean_logprob == pytest.approx(float(said.mean()), abs=2e-5)
+            assert rollout.mean_logprob == pytest.approx(float(log_p.mean()), abs=2e-5)
 
 
 def scored(question: Question, means: list[float], lengths: list[int]) -> list[Rollout]:
@@ -180,10 +180,10 @@ def test_weights_that_hold_nan_score_nothing(tmp_path: Path) -> None:
     model = tiny_model("qwen3")
     with torch.no_grad():
         model.get_output_embeddings().weight[7] = torch.nan
-    asked = [Prompt("short", (5, 6, 7))]
+    todo = [Prompt("short", (5, 6, 7))]
     loaded = LoadedModel(model, tiny_tokenizer(), INFO)
     with pytest.raises(UserError, match='choices of question "short"; the first layer is lm_head '):
-        list(score_choices(loaded, asked, {"short": QUESTIONS[0]}, "letter"))
+        list(score_choices(loaded, todo, {"short": QUESTIONS[0]}, "letter"))
 
 
 def test_greedy_answers_are_the_same_whatever_the_seed(tmp_path: Path) -> None:
@@ -191,12 +191,12 @@ def test_greedy_answers_are_the_same_whatever_the_seed(tmp_path: Path) -> None:
     for out, seed in (("one", 0), ("two", 9)):
         main(evaluate_config(tmp_path, out, temperature=0.0, num_generations=1, seed=seed))
     main(evaluate_config(tmp_path, "three", temperature=0.0, num_generations=3))
-    said = {
+    ids_of = {
         out: [
             json.loads(line)["completion_ids"] for line in (tmp_path / out / "rollouts.jsonl").read_text().splitlines()
         ]
         for out in ("one", "two", "three")
     }
-    assert said["one"] == said["two"] and said["three"] == [ids for ids in said["one"] for _ in range(3)]
+    assert ids_of["one"] == ids_of["two"] and ids_of["three"] == [ids for ids in ids_of["one"] for _ in range(3)]
     block = json.loads((tmp_path / "one" / "summary.json").read_text())["domains"]["colour"]
     assert block["k"] == 1 and block["avg_at_k"] == block["maj_at_k"]

@@ -31,8 +31,8 @@ def question(index: int, domain: str = "geography") -> Question:
     )
 
 
-def group(asked: Question, answers: list[str]) -> list[Rollout]:
-    return [Rollout(asked.id, i, answer, (5, 2), "stop", -0.5, 1.0) for i, answer in enumerate(answers)]
+def group(item: Question, answers: list[str]) -> list[Rollout]:
+    return [Rollout(item.id, i, answer, (5, 2), "stop", -0.5, 1.0) for i, answer in enumerate(answers)]
 
 
 def config(out: Path, **changes: Any) -> EvaluateConfig:
@@ -45,10 +45,10 @@ def evaluation(out: Path, right_of: dict[str, list[int]], k: int = 4, **changes:
     rows, groups, questions = [], {}, []
     for domain, counts in right_of.items():
         for index, right in enumerate(counts):
-            asked = question(index, domain)
-            questions.append(asked)
-            groups[asked.id] = group(asked, ["Paris."] * right + ["Rome."] * (k - right))
-            rows.append(sampled_row(asked, groups[asked.id], "auto"))
+            item = question(index, domain)
+            questions.append(item)
+            groups[item.id] = group(item, ["Paris."] * right + ["Rome."] * (k - right))
+            rows.append(sampled_row(item, groups[item.id], "auto"))
     (out / ".rollouts.log").touch()
     loaded: Any = Loaded()
     _write(config(out, **changes), loaded, None, questions, groups, rows, summarise(rows, seed=0))
@@ -56,19 +56,19 @@ def evaluation(out: Path, right_of: dict[str, list[int]], k: int = 4, **changes:
 
 
 def test_a_row_counts_ties_aliases_and_what_cannot_be_parsed(tmp_path: Path) -> None:
-    asked = question(0)
-    row = sampled_row(asked, group(asked, ["Paris.", "Lutetia.", "I'm sorry, I cannot.", "Rome."]), "auto")
+    item = question(0)
+    row = sampled_row(item, group(item, ["Paris.", "Lutetia.", "I'm sorry, I cannot.", "Rome."]), "auto")
     assert (row["votes"], row["n_tied"], row["n_tied_right"]) == (1, 3, 2)
     assert (row["n_correct"], row["unparsed"], row["distinct"], row["k"]) == (2, 1, 3, 4)
-    silent = sampled_row(asked, group(asked, [""] * 4), "auto")
+    silent = sampled_row(item, group(item, [""] * 4), "auto")
     assert (silent["votes"], silent["n_tied"], silent["winner"], silent["unparsed"]) == (0, 0, None, 4)
 
 
 def test_a_summary_by_hand(tmp_path: Path) -> None:
     """Votes 4, 3, 2 (a tie), 0 of 4; right 4, 1, 2, 0."""
-    asked = [question(index) for index in range(4)]
+    questions = [question(index) for index in range(4)]
     answers = [["Paris."] * 4, ["Rome."] * 3 + ["Paris."], ["Paris."] * 2 + ["Rome."] * 2, [""] * 4]
-    rows = [sampled_row(q, group(q, a), "auto") for q, a in zip(asked, answers, strict=True)]
+    rows = [sampled_row(q, group(q, a), "auto") for q, a in zip(questions, answers, strict=True)]
     (summary,) = summarise(rows, seed=0).values()
     assert summary["avg_at_k"]["estimate"] == pytest.approx((1 + 0.25 + 0.5 + 0) / 4)
     assert summary["maj_at_k"]["estimate"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)

@@ -49,8 +49,8 @@ def test_student_and_teacher_get_the_same_random_numbers(tmp_path: Path) -> None
     manifest = read_manifest(make_manifest(tmp_path, context_policy="none"))
     loaded = load_model(tmp_path / "model")
     for question in load_questions(str(tmp_path / "questions.jsonl")):
-        said = manifest.rollouts[question.id, 0].text
-        loaded_gold[question.id] = Question(question.id, "colour", question.question, None, answer=said or "x")
+        text = manifest.rollouts[question.id, 0].text
+        loaded_gold[question.id] = Question(question.id, "colour", question.question, None, answer=text or "x")
     both = [fresh_accuracy(manifest, loaded, loaded_gold, teacher=who, num_generations=4) for who in (True, False)]
     assert both[0] == both[1] and list(both[0]) == [row.question_id for row in manifest.selected]
     with pytest.raises(UserError, match="no selected question has a gold answer"):

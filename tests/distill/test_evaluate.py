@@ -123,12 +123,12 @@ def test_the_columns_of_the_results(tmp_path: Path) -> None:
     assert all(str(table.schema.field(name).type) == "double" for name in means)
     rollouts = [json.loads(line) for line in (tmp_path / "eval" / "rollouts.jsonl").read_text().splitlines()]
     for row in table.to_pylist():
-        mine = [rollout for rollout in rollouts if rollout["question_id"] == row["question_id"]]
-        assert row["k"] == len(mine) == len(row["answers"]) == 4
+        of_question = [rollout for rollout in rollouts if rollout["question_id"] == row["question_id"]]
+        assert row["k"] == len(of_question) == len(row["answers"]) == 4
         assert row["unparsed"] == row["answers"].count(None)
         assert row["votes"] == max((row["answers"].count(answer) for answer in row["answers"] if answer), default=0)
-        assert row["truncated"] == sum(rollout["finish_reason"] == "length" for rollout in mine)
-        assert row["mean_length"] == sum(len(rollout["completion_ids"]) for rollout in mine) / 4
+        assert row["truncated"] == sum(rollout["finish_reason"] == "length" for rollout in of_question)
+        assert row["mean_length"] == sum(len(rollout["completion_ids"]) for rollout in of_question) / 4
     before = {file: file.stat().st_mtime_ns for file in path.parent.iterdir()}
     main(evaluate_config(tmp_path, resume=True))
     with pytest.raises(UserError, match="holds an earlier run"):

@@ -140,7 +140,7 @@ def test_self_certainty_is_that_of_the_tokens_own_position(arch: Arch) -> None:
 
 
 def test_self_certainty_is_what_the_sampler_noted(tmp_path: Path, manifest: Path) -> None:
-    """The sampler sees the adapter merged into the weights, the reward sees it beside them."""
+    """The sampler sees the adapter merged into the weights, the reward sees it next to them."""
     loaded = load_model(manifest.parent / "model")
     model, adapter = make_student(baseline_config(tmp_path, manifest), loaded)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_ttrl_raises_its_reward(tmp_path: Path, manifest: Path, monkeypatch: pyt
 def test_cut_off_rollouts_vote_but_leave_the_loss(
     tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other rollout is said to have ended by itself."""
+    """Every other rollout is marked as ended by itself."""
 
     def half(*args: Any, **kwargs: Any) -> list[list[Rollout]]:
         groups = sample(*args, **kwargs)

@@ -421,7 +421,7 @@ def test_value_and_gradient_equal_trl(trl, divergence, temperature):
     beta = TRL_BETA[divergence]
     hidden, teacher, head, teacher_head = inputs(tokens=24, vocab=300, dtype=torch.float32)
     labels = torch.zeros(2, 12, dtype=torch.long)
-    labels[0, :3] = labels[1, 9:] = -100  # TRL's mask; its loss is the mean over what is left
+    labels[0, :3] = labels[1, 9:] = -100  # TRL's mask; its loss is the mean over the other tokens
     kept = labels.flatten() != -100
 
     logits, teacher_logits = (hidden @ head.T).view(2, 12, -1), (teacher @ teacher_head.T).view(2, 12, -1)

@@ -39,7 +39,7 @@ def test_wandb_keeps_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert b"entropy_gap" in stored.read_bytes()
 
 
-def test_a_tracker_that_is_missing_is_told_before_anything_is_written(
+def test_a_missing_tracker_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = make_manifest(tmp_path)

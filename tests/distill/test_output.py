@@ -1,4 +1,4 @@
-"""What a run leaves behind: weights that load without this project, a model card, an upload only when asked for."""
+"""What training writes: weights that load without this project, a model card, an upload only when asked for."""
 
 from __future__ import annotations
 

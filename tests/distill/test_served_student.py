@@ -60,10 +60,10 @@ def test_each_step_samples_from_the_weights_of_the_step_before(
     calls = running.get("/seen")
     loads = [call for call in calls if call["path"] == "load"]
     assert [call["name"].rpartition("-")[2] for call in loads] == ["step0", "step1", "step2"]
-    assert [call["rollouts"] for call in loads] == [0, 2, 4]  # requests before each load: two questions a step
+    assert [call["rollouts"] for call in loads] == [0, 2, 4]  # requests before each load: two questions per step
     assert [call["name"] for call in calls if call["path"] == "unload"] == [call["name"] for call in loads]
-    asked = [call["model"] for call in calls if call["path"] == "completions"]
-    assert asked == [load["name"] for load in loads for _ in range(2)]
+    models = [call["model"] for call in calls if call["path"] == "completions"]
+    assert models == [load["name"] for load in loads for _ in range(2)]
     agreement = [float(found) for found in re.findall(r"agree with the model here \((\S+) nats", caplog.text)]
     assert len(agreement) == 3 and max(agreement) < 1e-4
     assert not (tmp_path / "run" / "served").exists()

@@ -108,11 +108,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(None, INSTRUCTION, "", None))
     questions = [Question(id=f"d{i}", domain="dev", question=f"What is {word}?") for i, word in enumerate(WORDS)]
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
-    said = {
+    texts = {
         group[0].question_id: group[0].text
         for group in sample(loaded, prompts, SamplingConfig(num_generations=1, temperature=0.0, max_new_tokens=4))
     }
-    answers = {question: extract_answer(said[question.id], question) for question in questions}
+    answers = {question: extract_answer(texts[question.id], question) for question in questions}
     records = [{"id": q.id, "question": q.question, "answer": answer} for q, answer in answers.items() if answer]
     assert len(records) >= 4
     (folder / "dev.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -113,10 +113,10 @@ def test_a_finished_run_is_left_alone_and_never_overwritten_by_accident(tmp_path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     with pytest.raises(UserError, match="holds an earlier run"):
         main(train_config(tmp_path, manifest))
-    mine = tmp_path / "run" / "notes.txt"
-    mine.write_text("keep me")
+    notes = tmp_path / "run" / "notes.txt"
+    notes.write_text("keep me")
     main(train_config(tmp_path, manifest, overwrite=True, steps=1))
-    assert mine.read_text() == "keep me"
+    assert notes.read_text() == "keep me"
 
 
 def test_the_manifest_of_another_model_is_refused(tmp_path: Path, manifest: Path) -> None:
@@ -150,7 +150,7 @@ def test_cut_off_rollouts_leave_the_loss(tmp_path: Path, manifest: Path) -> None
     assert skipping[0]["tokens_in_loss"] == everything[0]["tokens_in_loss"] - 3 * 16
 
 
-def test_a_step_without_a_finished_rollout_is_told(
+def test_a_step_without_a_finished_rollout_is_reported(
     tmp_path: Path, manifest: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -166,7 +166,7 @@ def test_a_step_without_a_finished_rollout_is_told(
 def test_loss_and_gradient_are_those_of_the_plain_mean_kl(
     skip_first: int, keep_truncated: bool, loss_mean: Literal["token", "sequence"], weight: float
 ) -> None:
-    """Against one plain forward a row and a full softmax over the vocabulary."""
+    """Against one plain forward per row and a full softmax over the vocabulary."""
     model = tiny_model("qwen3")
     tasks = [Task("a", (5, 6, 7), (9, 8, 5, 6, 7)), Task("b", (11, 12), (3, 4, 10, 11, 12), weight)]
     completions = [(tasks[0], (20, 21, 22, 2), "stop"), (tasks[0], (30, 31, 32), "length"), (tasks[1], (40, 2), "stop")]
@@ -250,7 +250,7 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(
 
     def broken(*args: Any) -> torch.Tensor:
         calls.append(1)
-        return hidden(*args) * (torch.inf if len(calls) > 4 else 1)  # two calls a step, teacher and student
+        return hidden(*args) * (torch.inf if len(calls) > 4 else 1)  # two calls per step, teacher and student
 
     monkeypatch.setattr(distill.step, "completion_hidden", broken)
     with pytest.raises(UserError, match=r"step 3: loss is nan .*--resume from it"):
@@ -471,12 +471,12 @@ def test_replayed_prompts_are_taught_by_the_model_as_it_was(tmp_path: Path, mani
                 then = student(ids).logits[0, -1].log_softmax(-1)
         return float((then.exp() * (then - now)).sum())
 
-    free, held = drift("free"), drift("held", replay=str(replay), replay_weight=8.0)
-    first, *_, last = map(json.loads, (tmp_path / "held" / "metrics.jsonl").read_text().splitlines())
+    free, replayed = drift("free"), drift("replayed", replay=str(replay), replay_weight=8.0)
+    first, *_, last = map(json.loads, (tmp_path / "replayed" / "metrics.jsonl").read_text().splitlines())
     assert abs(first["replay_divergence"]) < 1e-6 < last["replay_divergence"] < first["divergence"]
     alone = json.loads((tmp_path / "free" / "metrics.jsonl").read_text().splitlines()[0])
     for name in ("divergence", "teacher_entropy", "student_entropy"):
         assert first[name] == pytest.approx(alone[name], rel=1e-4)
-    assert 0 < held < 0.5 * free
+    assert 0 < replayed < 0.5 * free
     with pytest.raises(UserError, match="--replay teaches nothing with --teacher live"):
         main(train_config(tmp_path, manifest, "live", replay=str(replay), teacher="live"))

@@ -32,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in ("nopsd", "base", "control"):
         place = folder / "eval" / method
         place.mkdir(parents=True)
-        rows = {"id": [f"q{i}" for i in range(30)], "domain": ["made up"] * 20 + ["shape"] * 10, "k": 4}
+        rows = {"question_id": [f"q{i}" for i in range(30)], "domain": ["made up"] * 20 + ["shape"] * 10, "k": 4}
         rows |= {"votes": rng.integers(1, 5, 30), "n_tied": np.ones(30, int), "n_tied_right": rng.integers(0, 2, 30)}
         pd.DataFrame(rows).to_parquet(place / "results.parquet")
         (place / "summary.json").write_text(json.dumps({"config": {"temperature": 0.8, "seed": 3}}))

@@ -151,11 +151,11 @@ def test_a_complete_export_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds an earlier run"):
         make_manifest(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    mine = [folder / name for name in ("mine.txt", "mine.jsonl", "mine.safetensors")]
-    for path in mine:
+    own_files = [folder / name for name in ("mine.txt", "mine.jsonl", "mine.safetensors")]
+    for path in own_files:
         path.write_text("keep me")
     make_manifest(tmp_path, overwrite=True, seed=5)
-    assert all(path.read_text() == "keep me" for path in mine)
+    assert all(path.read_text() == "keep me" for path in own_files)
     assert read_manifest(folder).header.options["seed"] == 5
 
 
@@ -246,7 +246,7 @@ def test_thinking_mode_reaches_every_prompt(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
-def test_nothing_selected_is_told_and_not_trained_on(tmp_path: Path) -> None:
+def test_nothing_selected_is_reported_and_not_trained_on(tmp_path: Path) -> None:
     folder = make_manifest(tmp_path, question_filter="vote_only", min_vote_share=1.0)
     with pytest.raises(UserError, match=r"0 of 8 questions selected \(\d tie"):
         train(TrainConfig(manifest=folder, out=tmp_path / "run", quiet=True))

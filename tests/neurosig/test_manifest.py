@@ -70,12 +70,12 @@ def test_rehashing_alone_is_accepted(folder: Path) -> None:
         (lambda row: row["context"][0].update(rolout_id=1), r'\$\.context\[0\]\.rolout_id: .* mean "rollout_id"\?'),
         (lambda row: row.update(line=10**30), r"\$\.line: input should be less than 9223372036854775808, got '10{30}'"),
         (lambda row: row.update(line=True), r"\$\.line: .*integer, got 'True'"),
-        (lambda row: row.update(id="q0"), r'\$\.id: "q0" appears on an earlier line'),
+        (lambda row: row.update(question_id="q0"), r'\$\.question_id: "q0" appears on an earlier line'),
         (lambda row: row.update(question="Is rain nice?"), r"\$\.text_sha256: not the hash of this question"),
         (lambda row: row["context"][0].update(similarity=float("inf")), r"\$\.context\[0\]\.similarity: .*finite"),
         (lambda row: row.update(line=1.0), r"\$\.line: .*integer.*got '1\.0'"),
         (lambda row: row.update(selected="true"), r"\$\.selected: .*boolean.*got 'true'"),
-        (lambda row: row["scores"].update(probe=float("nan")), r"\$\.scores\.probe: .*finite"),
+        (lambda row: row["scores"].update(probe_score=float("nan")), r"\$\.scores\.probe_score: .*finite"),
         (lambda row: row.update(reason="fine"), r"\$\.reason: .*'selected'.*got 'fine'"),
         (lambda row: row.pop("vote"), r"\$\.vote: field required"),
         (lambda row: row["context"][0].update(rollout_id=99), r'\$\.context\[0\]: no rollout 99 of question "q'),
@@ -195,7 +195,7 @@ def test_a_line_that_is_no_object_names_the_line(folder: Path, line: bytes) -> N
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b'{"schema_version": "1.0"}'])
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b'{"schema_version": "1.1"}'])
 def test_a_header_that_is_no_header_is_one_error(folder: Path, text: bytes) -> None:
     (folder / HEADER).write_bytes(text)
     with pytest.raises(
@@ -224,7 +224,7 @@ def test_a_path_outside_the_folder_is_never_opened(
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     """Every kind of field: choices, an unparsed answer, a question that was too long, text beyond ASCII."""
-    asked = [
+    questions = [
         Question("a", "d", "Où? \u2028 \x85", kind="k", line=1),
         Question("b", "d", "Which?", ("x", "ÿ"), line=2),
         Question("c", "e", "Long?", line=9),
@@ -233,12 +233,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     shared["weight"] = 1.0
 
     def row(question: Question, **changes: Any) -> QuestionRow:
-        fields = {name: getattr(question, name) for name in ("id", "domain", "kind", "question", "choices", "line")}
-        return QuestionRow(**fields, text_sha256=question.text_sha256, **{**shared, **changes})
+        fields = {name: getattr(question, name) for name in ("domain", "kind", "question", "choices", "line")}
+        return QuestionRow(question_id=question.id, **fields, text_sha256=question.text_sha256, **{**shared, **changes})
 
     rows = [
         row(
-            asked[0],
+            questions[0],
             selected=True,
             reason="selected",
             answers=("oui", None),
@@ -247,8 +247,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             scores={"probe_score": -0.25, "entropy": 1e-7},
             context=(DemonstrationRecord(question_id="b", rollout_id=1, similarity=0.5),),
         ),
-        row(asked[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, n_tied=2), pseudo_label="A"),
-        row(asked[2], reason="too_long"),
+        row(questions[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, n_tied=2), pseudo_label="A"),
+        row(questions[2], reason="too_long"),
     ]
     rollouts = [
         Rollout("a", 0, "oui\n\u2028\r", (5, 2), "stop", -0.5, 0.25),
@@ -273,7 +273,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert manifest.header == written
     assert list(manifest.rows) == rows
     assert list(manifest.rollouts.values()) == rollouts
-    assert [row.as_question() for row in manifest.rows] == asked
+    assert [row.as_question() for row in manifest.rows] == questions
     assert [row.question_id for row in manifest.selected] == ["a"]
     assert written.counts == {"questions": 3, "selected": 1, "tie": 1, "too_long": 1}
     assert {name: entry.rows for name, entry in written.files.items()} == dict(

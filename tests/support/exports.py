@@ -29,9 +29,9 @@ def write_world(folder: Path, first: int = 0) -> Path:
         known = rng.random() < 0.5
         for rollout in range(K):
             right = rng.random() < (0.9 if known else 0.2)
-            said = answer if right else f"guess{rollout}"
+            answer_text = answer if right else f"guess{rollout}"
             prefix = HOSTILE_TEXT if index == 1 else "I would say. Answer: "
-            rollouts.append({"question_id": f"q{index:02d}", "text": prefix + said})
+            rollouts.append({"question_id": f"q{index:02d}", "text": prefix + answer_text})
     write_lines(folder / "questions.jsonl", questions)
     write_lines(folder / "rollouts.jsonl", rollouts)
     return folder

@@ -98,7 +98,7 @@ MUTANTS = (
     Mutant("ECE over bins instead of questions", METRICS, "weights=votes / k - accuracy)).sum() / len(votes))", "weights=votes / k - accuracy)).sum() / len(set(keys)))", "neurosig/statistics/test_metrics.py", "ece_by_hand"),
     Mutant("Brier score of ties", METRICS, "(votes / k - accuracy) ** 2 + accuracy * (1 - accuracy)", "(votes / k - accuracy) ** 2", "neurosig/statistics/test_metrics.py", "brier"),
     Mutant("gap of the wrong sign", METRICS, "return float(np.mean(votes / k - accuracy))", "return float(np.mean(accuracy - votes / k))", "neurosig/statistics/test_metrics.py", ""),
-    Mutant("interval of the wrong level", RESAMPLING, "np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])", "np.quantile(draws, [1 - level, level])", "neurosig/statistics/test_metrics.py", "scipy"),
+    Mutant("interval of the wrong level", RESAMPLING, "np.array([tail, 1 - tail])", "np.array([2 * tail, 1 - 2 * tail])", "neurosig/statistics/test_metrics.py", "scipy"),
     Mutant("p-value of one side", STATISTICS, "return min(1.0, 2 * (1 + tail) / (1 + len(draws)))", "return min(1.0, (1 + tail) / (1 + len(draws)))", "neurosig/statistics/test_significance.py", "by_hand"),
     Mutant("p-value that can be zero", STATISTICS, "2 * (1 + tail) / (1 + len(draws))", "2 * tail / len(draws)", "neurosig/statistics/test_significance.py", "by_hand"),
     Mutant("Holm without its steps", STATISTICS, "(len(p_values) - rank) * p_values[index]", "p_values[index]", "neurosig/statistics/test_significance.py", "by_hand"),

@@ -77,7 +77,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     code = kills.finish(pid)
     assert code == 130, kills.tail(interrupted)
     os.close(pipe)
-    how = "the same command goes on from here" if name == "grid" else "rerun with --resume"
+    how = "the same command continues from here" if name == "grid" else "rerun with --resume"
     assert kills.tail(interrupted).splitlines()[-1] == f"interrupted; {how}"
     assert kills.resume(job) < expected.pieces
     assert kills.outcome(job.out) == expected.files

@@ -52,10 +52,10 @@ def test_mutants_are_caught(tmp_path: Path, name: str) -> None:
 
 
 def test_a_mutant_whose_text_is_gone_is_an_error_and_the_copy_is_restored(tmp_path: Path) -> None:
-    source = tmp_path / mutants.ANSWERS
+    source = tmp_path / mutants.VOTE
     source.parent.mkdir(parents=True)
     source.write_text("x = 1\n")
-    with pytest.raises(LookupError, match=f"ties by the alphabet: its text is not in {re.escape(mutants.ANSWERS)}"):
+    with pytest.raises(LookupError, match=f"ties by the alphabet: its text is not in {re.escape(mutants.VOTE)}"):
         mutants.caught(named("ties by the alphabet"), tmp_path)
     harmless = dataclasses.replace(named("ties by the alphabet"), old="x = 1", new="x = 2", tests="gone.py")
     with pytest.raises(RuntimeError, match="the tests did not run"):

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for target in DOMAINS:
                 right = rng.binomial(K, hard[target] + SHIFT.get(method, 0.1))
                 rows += [
-                    {"method": method, "source": source, "target": target, "seed": 0, "id": f"q{index}"}
+                    {"method": method, "source": source, "target": target, "seed": 0, "question_id": f"q{index}"}
                     | {"n_correct": int(n), "k": K, "votes": max(int(n), K - int(n)), "n_tied": 1}
                     | {"n_tied_right": int(n > K - n)}
                     for index, n in enumerate(right)
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         right = rng.random(N) < 0.5
         signals.append(
             pd.DataFrame(
-                {"source": source, "id": [f"q{index}" for index in range(N)], "right": right}
+                {"source": source, "question_id": [f"q{index}" for index in range(N)], "right": right}
                 | {"probe_score": rng.normal(size=N), "vote_share": right + rng.normal(size=N)}
             )
         )

@@ -66,14 +66,14 @@ def printed(table: Table) -> dict[tuple[str, str, str], tuple[str, str]]:
 
 @pytest.mark.parametrize("number", [3, 4])
 def test_golden_every_published_cell_as_a_string(number: int) -> None:
-    ours, theirs = printed(scope_table(witness(number))), published_cells(number)
-    assert list(ours) == list(theirs)  # rows and columns in the paper's order
+    ours, published = printed(scope_table(witness(number))), published_cells(number)
+    assert list(ours) == list(published)  # rows and columns in the paper's order
     assert len(ours) == 9 * 8
     different = {
-        (number, *key, part): (theirs[key][index], ours[key][index])
+        (number, *key, part): (published[key][index], ours[key][index])
         for key in ours
         for index, part in enumerate(("value", "delta"))
-        if ours[key][index] != theirs[key][index]
+        if ours[key][index] != published[key][index]
     }
     assert different == {key: value for key, value in INCONSISTENT.items() if key[0] == number}
 
@@ -298,8 +298,8 @@ def test_the_page_of_a_grid(folder: Path, tmp_path: Path) -> None:
 
 
 def test_our_rows_are_next_to_the_papers() -> None:
-    ours, theirs = scope_table(witness(3)), paper_tables.published()["Table 3"]
-    lines = markdown(paper_tables.next_to(ours, theirs)).splitlines()[2:]
+    ours, published = scope_table(witness(3)), paper_tables.published()["Table 3"]
+    lines = markdown(paper_tables.next_to(ours, published)).splitlines()[2:]
     assert len(lines) == 18
     for own, paper in zip(lines[::2], lines[1::2], strict=True):
         assert own.replace(" |", " (paper) |", 1) == paper

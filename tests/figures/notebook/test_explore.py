@@ -39,7 +39,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place = folder / "eval" / method
         place.mkdir(parents=True)
         votes = rng.integers(1, 5, 30)
-        rows = {"id": [f"q{i}" for i in range(30)], "domain": ["colour"] * 20 + ["shape"] * 10, "k": 4, "votes": votes}
+        rows = {
+            "question_id": [f"q{i}" for i in range(30)],
+            "domain": ["colour"] * 20 + ["shape"] * 10,
+            "k": 4,
+            "votes": votes,
+        }
         n_tied = np.where(votes == 1, 2, 1)
         rows |= {"n_tied": n_tied, "n_tied_right": rng.integers(0, 2, 30)}
         pd.DataFrame(rows).to_parquet(place / "results.parquet")

@@ -56,7 +56,7 @@ def test_measures_of_one_question_by_hand() -> None:
     assert (tied["maj_at_k"], tied["agreement"]) == (0.5, 0.5)
 
 
-def test_repetition_counts_trigrams_said_before() -> None:
+def test_repetition_counts_trigrams_that_occurred_before() -> None:
     assert repetition((1, 2)) == repetition((1, 2, 3, 4)) == 0
     assert repetition((7, 7, 7, 7, 7)) == pytest.approx(2 / 3)
     assert repetition((1, 2, 3, 1, 2, 3)) == 0.25
@@ -242,9 +242,9 @@ def test_other_weights_of_the_same_architecture_are_allowed_with_a_warning(
     manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = save_tiny(tmp_path / "trained", seed=1)
-    mine = tmp_path / "mine.csv"
-    mine.write_text("layer,index,weight\n0,8,1\n1,9,1\n")
-    changes: dict[str, Any] = {"factors": (0.0,), "controls": 1, "matching": ("layer",), "table": mine}
+    table = tmp_path / "table.csv"
+    table.write_text("layer,index,weight\n0,8,1\n1,9,1\n")
+    changes: dict[str, Any] = {"factors": (0.0,), "controls": 1, "matching": ("layer",), "table": table}
     main(config(manifest, tmp_path / "run", model=str(other), **changes))
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["neurons"]["located"] == [8, 64 + 9]
     assert "its weights differ from those the neurons were located in" in caplog.text

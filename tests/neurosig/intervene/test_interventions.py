@@ -47,7 +47,7 @@ def loaded(arch: Arch | OtherArch = "qwen3") -> LoadedModel:
 
 
 def flat(model: LoadedModel) -> list[int]:
-    return [layer * ffn_sites(model.model).d_mlp + index for layer, mine in COLUMNS.items() for index in mine]
+    return [layer * ffn_sites(model.model).d_mlp + index for layer, indices in COLUMNS.items() for index in indices]
 
 
 def scaled(model: LoadedModel, factor: float) -> LoadedModel:
@@ -281,13 +281,13 @@ def test_the_likelihood_of_completions_is_that_of_one_plain_forward_each(monkeyp
 def test_scaling_moves_the_embedded_model_in_batches(smollm2: LoadedModel) -> None:
     """Factor 1 samples the same tokens as the bare model; silencing one whole layer makes its own samples unlikely."""
     builder = PromptBuilder(smollm2.tokenizer, PromptConfig())
-    asked = [Prompt(q.id, builder.student(q)) for q in load_questions("world-facts:dev", limit=4)]
+    prompts = [Prompt(q.id, builder.student(q)) for q in load_questions("world-facts:dev", limit=4)]
     sampling = SamplingConfig(num_generations=3, temperature=0.8, max_new_tokens=8)
-    bare = {group[0].question_id: group for group in sample(smollm2, asked, sampling)}
+    bare = {group[0].question_id: group for group in sample(smollm2, prompts, sampling)}
     scaler = NeuronScaler(smollm2.model, ffn_sites(smollm2.model))
     layer = range(scaler.sites.d_mlp)
-    one = {g[0].question_id: g for g in sample(scale_neurons(smollm2, scaler, layer, 1.0), asked, sampling)}
+    one = {g[0].question_id: g for g in sample(scale_neurons(smollm2, scaler, layer, 1.0), prompts, sampling)}
     assert one == bare
-    before = completion_nll(smollm2, asked, bare)
-    after = completion_nll(scale_neurons(smollm2, scaler, layer, 0.0), asked, bare)
+    before = completion_nll(smollm2, prompts, bare)
+    after = completion_nll(scale_neurons(smollm2, scaler, layer, 0.0), prompts, bare)
     assert all(after[name] > before[name] + 0.5 for name in before)

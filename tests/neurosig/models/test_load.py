@@ -176,7 +176,7 @@ def test_files_and_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
 def test_a_template_can_be_given(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     assert load_model(folder, template="plain").tokenizer.chat_template == PLAIN_TEMPLATE
-    path = tmp_path / "mine.jinja"
+    path = tmp_path / "own.jinja"
     path.write_text("{{ messages[0].content }}")
     assert load_model(folder, template=str(path)).tokenizer.chat_template == "{{ messages[0].content }}"
     with pytest.raises(UserError, match="give `plain` or a readable Jinja file"):

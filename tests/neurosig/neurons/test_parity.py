@@ -115,10 +115,10 @@ def oracle_set(scores: Tensor, active: str, size: int, rounding: float) -> set[i
 def assert_same_sets(sets: ActiveSets, expected: ActiveSets, tolerance: float) -> None:
     """The same neurons and values, but for neurons at a set's edge that are as close to it as rounding."""
     torch.testing.assert_close(sets.hidden_states, expected.hidden_states, rtol=tolerance, atol=tolerance)
-    for mine, theirs in zip(range(len(sets.neuron_ids)), range(len(expected.neuron_ids)), strict=True):
+    for row_of_sets, row_expected in zip(range(len(sets.neuron_ids)), range(len(expected.neuron_ids)), strict=True):
         a, b = (
             {i: v for i, v in zip(s.neuron_ids[row].tolist(), s.contributions[row].tolist(), strict=True) if i >= 0}
-            for s, row in ((sets, mine), (expected, theirs))
+            for s, row in ((sets, row_of_sets), (expected, row_expected))
         )
         assert len(a.keys() & b.keys()) > 0.9 * len(b)
         edge = min(abs(v) for v in b.values())
@@ -263,7 +263,7 @@ def test_a_backend_loads_its_library_only(tmp_path: Path, backend: Backend, othe
 import sys, neurosig
 loaded = neurosig.load_model({str(model)!r})
 sets = neurosig.trace_neurons(loaded, [[5, 6]], [[7, 8]], backend={backend!r})
-print(sets.ids.shape[0], {backend!r} in sys.modules, {other!r} in sys.modules)
+print(sets.neuron_ids.shape[0], {backend!r} in sys.modules, {other!r} in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "1 True False\n", done.stderr

@@ -159,7 +159,7 @@ def test_padded_batch_equals_single(arch: Arch) -> None:
 @pytest.mark.parametrize(("batch_tokens", "batches"), [(4096, 1), (46, 2), (28, 4)])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_shared_prompt_is_computed_once_and_changes_nothing(arch: Arch, batch_tokens: int, batches: int) -> None:
-    """Prompts longer than gemma3's sliding window, shared over one batch or several, beside one of another length."""
+    """Prompts longer than gemma3's sliding window, shared over one batch or several, next to one of another length."""
     model = tiny_model(arch)
     prompts, completions = rollouts([(14, 4), (14, 9), (5, 7), (14, 1)])
     prompts = [prompts[0], prompts[0], prompts[2], prompts[0]]
@@ -265,17 +265,17 @@ def test_sets_of_single_tokens_follow_the_oracle(active: Literal["per_token", "e
         chosen = set()
         for layer in range(2):
             if active == "per_token":
-                top = scores[:, layer].topk(3, dim=-1).indices.flatten()  # 6 a token, half of them in each layer
+                top = scores[:, layer].topk(3, dim=-1).indices.flatten()  # 6 per token, half of them in each layer
             else:
                 top = scores[:, layer].flatten().topk(6).indices % D_MLP
             chosen |= {layer * D_MLP + neuron for neuron in top.tolist()}
-        held = sets.neuron_ids[row] >= 0
-        assert sets.neuron_ids[row][held].tolist() == sorted(chosen)
+        mask = sets.neuron_ids[row] >= 0
+        assert sets.neuron_ids[row][mask].tolist() == sorted(chosen)
         mean = scores.mean(dim=0).flatten().float()
         torch.testing.assert_close(
-            sets.contributions[row][held], mean[sets.neuron_ids[row][held]], rtol=1e-4, atol=1e-4
+            sets.contributions[row][mask], mean[sets.neuron_ids[row][mask]], rtol=1e-4, atol=1e-4
         )
-        assert not sets.contributions[row][~held].any()
+        assert not sets.contributions[row][~mask].any()
 
 
 def test_positive_only_leaves_out_what_lowers_the_logit() -> None:

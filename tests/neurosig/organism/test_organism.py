@@ -51,7 +51,7 @@ def stream() -> list[str]:
     raise AssertionError("the stream is endless")
 
 
-# --- procedures, against solvers that share nothing with theirs
+# --- procedures, against independent solvers
 
 
 @given(inputs)
@@ -150,13 +150,13 @@ def test_half_of_the_facts_are_trained_and_nothing_but_was_trained_tells_which()
     per_creature = Counter(question.id.rpartition("-")[2] for question in questions if known[question.id])
     assert len(set(per_creature.values())) > 2, "one creature's facts say nothing of its others"
     for relation, (wordings, values) in tasks.FACTS.items():
-        mine = [question for question in questions if question.kind == relation]
-        assert 0.3 < sum(known[question.id] for question in mine) / len(mine) < 0.7
+        of_relation = [question for question in questions if question.kind == relation]
+        assert 0.3 < sum(known[question.id] for question in of_relation) / len(of_relation) < 0.7
         for wording in wordings:
             first = wording.split("{")[0]
-            asked = [known[question.id] for question in mine if question.question.startswith(first)]
-            assert 0.25 < sum(asked) / len(asked) < 0.75, "each wording asks for both sorts"
-        assert {question.answer for question in mine} <= set(values)
+            of_wording = [known[question.id] for question in of_relation if question.question.startswith(first)]
+            assert 0.25 < sum(of_wording) / len(of_wording) < 0.75, "each wording asks for both sorts"
+        assert {question.answer for question in of_relation} <= set(values)
 
 
 @pytest.mark.parametrize("name", ["procedures-add-000", "organism-facts-food-nobody", "organism-facts-"])
@@ -179,8 +179,8 @@ def test_made_up_facts_and_bundled_inputs_never_occur_in_training(stream: list[s
     trained = tasks.trained_facts()
     assert {pair for pair, occurs in seen.items() if occurs} == trained
     verbs = {verb: procedure for procedure, known in tasks.VERBS.items() for verb in known}
-    asked = re.findall(rf"({'|'.join(verbs)}) ([1-9]+)|([1-9]+)[,:]?(?: and| now)? ({'|'.join(verbs)}) it", text)
-    pairs = {(verbs[a or d], b or c) for a, b, c, d in asked}
+    matches = re.findall(rf"({'|'.join(verbs)}) ([1-9]+)|([1-9]+)[,:]?(?: and| now)? ({'|'.join(verbs)}) it", text)
+    pairs = {(verbs[a or d], b or c) for a, b, c, d in matches}
     assert len(pairs) > 3000
     held_out = {(procedure, digits) for procedure, drawn in tasks.bundled_digits().items() for digits in drawn}
     assert not pairs & held_out

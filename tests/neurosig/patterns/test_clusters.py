@@ -99,7 +99,7 @@ def test_distances_by_hand() -> None:
     np.testing.assert_allclose(cosine_distances(hidden), expected, atol=1e-12)
 
 
-# what is said of the clusters
+# the sentences about clusters
 
 
 def test_marking_neurons_by_hand() -> None:
@@ -125,9 +125,9 @@ def test_planted_markers_come_first_and_noise_is_not_named() -> None:
     assert len(found.clustering.medoids) == 3
     for cluster in range(3):
         true = int(np.bincount(group[found.clustering.labels == cluster]).argmax())
-        mine = found.markers[found.markers["cluster"] == cluster]
-        assert mine["layer"].tolist() == [true] * 8 and sorted(mine["index"]) == list(range(8))
-        assert mine["lift"].is_monotonic_decreasing
+        markers = found.markers[found.markers["cluster"] == cluster]
+        assert markers["layer"].tolist() == [true] * 8 and sorted(markers["index"]) == list(range(8))
+        assert markers["lift"].is_monotonic_decreasing
     shuffled = np.random.default_rng(0).permutation(found.clustering.labels)
     assert len(marking_neurons(sets, shuffled, 100, ClusterConfig(max_fdr=0.01))) == 0
 

@@ -140,7 +140,7 @@ TEN_BILLION_TURNS = "{% for i in range(99999) %}{% for j in range(99999) %}{% en
 def test_a_template_that_loops_or_explodes_is_stopped(
     template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within its share of processor time, and the builder goes on working once it has another template."""
+    """Within its share of processor time, and the builder works again with another template."""
     assert neurosig.questions.chat_template.CPU_SECONDS <= 1
     monkeypatch.setattr(neurosig.questions.chat_template, "CPU_SECONDS", 0.3)
     prompts = builder(template=template)
@@ -158,8 +158,8 @@ def test_the_rendering_process_leaves_when_it_is_idle_and_comes_back(monkeypatch
     prompts = builder()
     ids = prompts.student(ASKED)
     first = prompts._template._pid
-    held = {os.readlink(f"/proc/{first}/fd/{number}") for number in os.listdir(f"/proc/{first}/fd")}
-    assert len([name for name in held if name.startswith("socket:")]) == 1 and len(held) <= 4
+    open_files = {os.readlink(f"/proc/{first}/fd/{number}") for number in os.listdir(f"/proc/{first}/fd")}
+    assert len([name for name in open_files if name.startswith("socket:")]) == 1 and len(open_files) <= 4
     os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
     monkeypatch.setattr(neurosig.questions.chat_template, "IDLE_SECONDS", 60)
     assert prompts.student(ASKED) == ids

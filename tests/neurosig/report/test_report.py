@@ -57,11 +57,11 @@ def report(run: Path, out: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def reported(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The report of `world` and what it prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        out = report(world, tmp_path_factory.mktemp("told") / "report", examples=N)
+        out = report(world, tmp_path_factory.mktemp("reported") / "report", examples=N)
     return out, printed.getvalue()
 
 
@@ -104,8 +104,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_report_says_what_the_signals_are_worth(world: Path, told: tuple[Path, str]) -> None:
-    out, printed = told
+def test_the_report_says_what_the_signals_are_worth(world: Path, reported: tuple[Path, str]) -> None:
+    out, printed = reported
     written = ["layers.csv", "located_neurons.csv", "path.csv", "probe.safetensors", "report.html", "signals.csv"]
     assert sorted(path.name for path in out.iterdir()) == written
     rows, manifest = table(out), read_manifest(world)
@@ -135,11 +135,11 @@ def test_the_report_says_what_the_signals_are_worth(world: Path, told: tuple[Pat
         assert row["verdict"] in page.text
     assert f"{N} questions, {sum(right)} majorities right." in page.text
     assert "ECE 0." in page.text
-    assert "Whether the majority is right is best told by" in printed and "report.html" in printed
+    assert "The best predictor of whether the majority is right:" in printed and "report.html" in printed
 
 
-def test_hostile_text_is_shown_and_does_nothing(told: tuple[Path, str]) -> None:
-    raw = (told[0] / "report.html").read_text()
+def test_hostile_text_is_shown_and_does_nothing(reported: tuple[Path, str]) -> None:
+    raw = (reported[0] / "report.html").read_text()
     page = Page(raw)
     assert page.tags.isdisjoint({"script", "img", "iframe", "object", "embed", "link", "base", "form", "a"})
     assert page.links == [] and "url(" not in raw and "@import" not in raw
@@ -156,9 +156,9 @@ def test_visible_keeps_text_and_shows_what_hides() -> None:
     assert visible("a\u200fb\u061cc\r\t\x7f\ufeff\ue000") == r"a\u200fb\u061cc\r\t\x7f\ufeff\ue000"
 
 
-def test_the_same_manifest_gives_the_same_report(world: Path, told: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_same_manifest_gives_the_same_report(world: Path, reported: tuple[Path, str], tmp_path: Path) -> None:
     """In a process of its own too, which needs neither transformers nor nnsight."""
-    first = file_bytes(told[0])
+    first = file_bytes(reported[0])
     code = f"""
 import sys
 from pathlib import Path
@@ -211,7 +211,7 @@ def test_gold_is_joined_by_id_and_text(world: Path, tmp_path: Path) -> None:
         join_gold(manifest, [str(tmp_path / "none.jsonl")], required=True)
 
 
-def test_one_class_is_said_and_does_no_harm(tmp_path: Path) -> None:
+def test_one_class_is_reported_and_does_no_harm(tmp_path: Path) -> None:
     """A random model is never right; and with its own answers as gold it always is."""
     run = make_manifest(tmp_path)
     text = Page((report(run, tmp_path / "wrong") / "report.html").read_text()).text
@@ -236,8 +236,8 @@ def test_the_layer_profile_by_hand(world: Path) -> None:
     layers = layer_profile(exported)
     stored = load_file(world / "signals.safetensors")
     for layer in layers:
-        mine = [neuron["weight"] for neuron in neurons if neuron["layer"] == layer.layer]
-        assert (layer.to_hallucination, layer.to_trust) == (sum(w > 0 for w in mine), sum(w < 0 for w in mine))
+        weights = [neuron["weight"] for neuron in neurons if neuron["layer"] == layer.layer]
+        assert (layer.to_hallucination, layer.to_trust) == (sum(w > 0 for w in weights), sum(w < 0 for w in weights))
         inside = (stored["neuron_ids"] >= 0) & (stored["neuron_ids"] // d_mlp == layer.layer)
         assert layer.contribution == pytest.approx(stored["contributions"][inside].astype(np.float64).mean(), rel=1e-5)
     per_question = [
@@ -270,9 +270,9 @@ def test_a_wrong_folder_is_one_sentence(
     assert expected[place] in error
 
 
-def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, told: tuple[Path, str]) -> None:
+def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, reported: tuple[Path, str]) -> None:
     """The page's sentence, the CSV and the saved probe agree, and the probe scores the run's own rollouts as fitted."""
-    out, _ = told
+    out, _ = reported
     probe, neurons = FittedProbe.load(out / "probe.safetensors"), read_neurons(out / "located_neurons.csv")
     pd.testing.assert_frame_equal(neurons, probe.neurons, check_exact=True)
     signals = Exported(world).signals
@@ -289,7 +289,7 @@ def test_the_located_neurons_are_those_of_the_saved_probe(world: Path, told: tup
     assert f"{known} questions whose rollouts agree, {guessed} whose rollouts split" in text
 
 
-def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, told: tuple[Path, str]) -> None:
+def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, reported: tuple[Path, str]) -> None:
     exported = Exported(world)
     manifest, signals = exported.manifest, exported.signals
     found = patterns(exported, seed=0)
@@ -308,6 +308,6 @@ def test_reasoning_patterns_are_clusters_of_the_representatives(world: Path, tol
     expected = pattern_clusters(signals.neuron_ids[chosen], signals.d_mlp, ClusterConfig(seed=0))
     assert np.array_equal(found.found.clustering.labels, expected.clustering.labels)
     assert {row["clustering"] for row in found.comparison} == {"neurons", "hidden states", "tokens"}
-    text = Page((told[0] / "report.html").read_text()).text
+    text = Page((reported[0] / "report.html").read_text()).text
     assert found.sentence in text
     assert found.clusters[0].typical[0] in {row.question for row in answered}

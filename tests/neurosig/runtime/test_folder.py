@@ -22,14 +22,14 @@ import sys
 from pathlib import Path
 from neurosig.runtime.folder import output_folder
 with output_folder(Path({str(tmp_path / "out")!r}), finished="done", owned=(), resume=False, overwrite=False):
-    print("held", flush=True)
+    print("locked", flush=True)
     sys.stdin.read()
 """
     first = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
     assert first.stdout is not None and first.stdin is not None
-    assert first.stdout.readline() == "held\n"
+    assert first.stdout.readline() == "locked\n"
     with (
         pytest.raises(UserError, match=rf"in use by pid {first.pid} on {re.escape(socket.gethostname())}; wait"),
         hold(tmp_path / "out", resume=True),

@@ -43,10 +43,10 @@ def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Prompt]:
     ]
 
 
-def draw(model: LoadedModel, asked: list[Prompt], **options: Any) -> dict[str, list[Rollout]]:
+def draw(model: LoadedModel, todo: list[Prompt], **options: Any) -> dict[str, list[Rollout]]:
     extra = {key: options.pop(key) for key in ("batch_rows", "salt", "done") if key in options}
     config = SamplingConfig(**{"num_generations": 4, "temperature": 1.0, "max_new_tokens": 10, **options})
-    return {group[0].question_id: group for group in sample(model, asked, config, **extra)}
+    return {group[0].question_id: group for group in sample(model, todo, config, **extra)}
 
 
 def tokens(groups: dict[str, list[Rollout]]) -> dict[str, list[tuple[int, ...]]]:
@@ -59,9 +59,9 @@ def generated(model: LoadedModel, prompt: Prompt, **options: Any) -> list[tuple[
         rows = model.model.generate(
             torch.tensor([prompt.token_ids]), pad_token_id=0, eos_token_id=list(model.eos_token_ids), **options
         )
-    said = rows[:, len(prompt.token_ids) :].tolist()
-    ends = [next((n for n, token in enumerate(row) if token in model.eos_token_ids), len(row)) for row in said]
-    return [tuple(row[: end + 1]) for row, end in zip(said, ends, strict=True)]
+    completions = rows[:, len(prompt.token_ids) :].tolist()
+    ends = [next((n for n, token in enumerate(row) if token in model.eos_token_ids), len(row)) for row in completions]
+    return [tuple(row[: end + 1]) for row, end in zip(completions, ends, strict=True)]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -77,7 +77,7 @@ def test_greedy_equals_generate_token_for_token(arch: Arch) -> None:
 
 @pytest.fixture
 def refills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one whenever newcomers enter a batch: the number of rows that are decoding then."""
+    """Grows by one whenever new rows enter a batch: the number of rows that are decoding at that moment."""
     admit, seen = neurosig.sampling.sampler._Batch.admit, []
 
     def counted(self: Any, questions: range) -> None:
@@ -105,12 +105,12 @@ def test_greedy_equals_generate_in_a_refilled_batch(
     monkeypatch.setattr(neurosig.sampling.kv_cache.RowCache, "shift", recorded)
     model = loaded(arch)
     model.model.generation_config.eos_token_id = list(range(EOS_ID, VOCAB_SIZE, 8))
-    asked = prompts((4,) * 12 + (9,) * 12 + (30, 40))
+    todo = prompts((4,) * 12 + (9,) * 12 + (30, 40))
     options = {"max_new_tokens": 16, "repetition_penalty": 1.5}  # the penalty keeps the lengths apart
-    ours = draw(model, asked, temperature=0.0, num_generations=2, batch_rows=6, **options)
+    ours = draw(model, todo, temperature=0.0, num_generations=2, batch_rows=6, **options)
     assert sum(decoding > 0 for decoding in refills) >= 2
     assert min(moves) < 0 < max(moves)
-    for prompt in asked:
+    for prompt in todo:
         (reference,) = generated(model, prompt, do_sample=False, **options)
         assert [rollout.completion_ids for rollout in ours[prompt.question_id]] == [reference, reference]
 
@@ -125,22 +125,22 @@ def test_a_refilled_batch_samples_as_generate_does(refills: list[int]) -> None:
     """First two tokens jointly, a two-sample chi-square test; another temperature is found out."""
     model = often_ending()
     pair = prompts((4, 9))
-    asked = [Prompt(f"{kind.question_id}-{n}", kind.token_ids) for n, kind in enumerate(islice(cycle(pair), 240))]
+    todo = [Prompt(f"{kind.question_id}-{n}", kind.token_ids) for n, kind in enumerate(islice(cycle(pair), 240))]
     options = {"num_generations": 8, "max_new_tokens": 12, "top_k": 4}
-    ours = tokens(draw(model, asked, batch_rows=40, **options))
+    ours = tokens(draw(model, todo, batch_rows=40, **options))
     assert sum(decoding > 0 for decoding in refills) > len(refills) / 2
     torch.manual_seed(0)
     for kind in pair:
-        mine = [ids for name, group in ours.items() if name.startswith(kind.question_id) for ids in group]
-        assert len(mine) == 960
+        own_ids = [ids for name, group in ours.items() if name.startswith(kind.question_id) for ids in group]
+        assert len(own_ids) == 960
         pvalues = {}
         for temperature in (1.0, 0.5):
-            theirs = generated(
+            generated_ids = generated(
                 model, kind, do_sample=True, max_new_tokens=2, num_return_sequences=4000,
                 temperature=temperature, top_k=4, top_p=1.0,
             )  # fmt: skip
             cells: dict[tuple[int, ...], int] = {}
-            expected, found = counts(theirs, cells), counts(mine, cells)
+            expected, found = counts(generated_ids, cells), counts(own_ids, cells)
             assert len(found) == len(expected) and len(expected) > 8  # no pair that `generate` never says
             pvalues[temperature] = stats.chi2_contingency(np.stack([expected, found])).pvalue
         assert pvalues[1.0] > 0.01
@@ -167,12 +167,12 @@ def test_rows_of_every_architecture_leave_the_batch_alone(arch: Arch) -> None:
 
 
 def test_every_question_seed_and_salt_draws_its_own_numbers() -> None:
-    model, asked = loaded(), [Prompt("a", (5, 6, 7)), Prompt("b", (5, 6, 7))]
-    first = tokens(draw(model, asked))
-    assert first == tokens(draw(model, asked))
+    model, todo = loaded(), [Prompt("a", (5, 6, 7)), Prompt("b", (5, 6, 7))]
+    first = tokens(draw(model, todo))
+    assert first == tokens(draw(model, todo))
     assert len({*first["a"], *first["b"]}) == 8
-    assert first != tokens(draw(model, asked, seed=1))
-    assert first != tokens(draw(model, asked, salt="step1"))
+    assert first != tokens(draw(model, todo, seed=1))
+    assert first != tokens(draw(model, todo, salt="step1"))
 
 
 def test_one_candidate_left_is_greedy() -> None:
@@ -258,8 +258,8 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     seen = _seen_tokens(ids, mask, 20, 2)
     ours = _penalised(logits, logits.log_softmax(-1), seen, SamplingConfig(repetition_penalty=1.7))
     penalty = RepetitionPenaltyLogitsProcessor(1.7)
-    for row, said in enumerate(([4, 7], [4, 7], [9, 4, 4, 8], [9, 4, 4, 8])):
-        torch.testing.assert_close(ours[row], penalty(torch.tensor([said]), logits[[row]])[0])
+    for row, ids in enumerate(([4, 7], [4, 7], [9, 4, 4, 8], [9, 4, 4, 8])):
+        torch.testing.assert_close(ours[row], penalty(torch.tensor([ids]), logits[[row]])[0])
 
 
 def test_a_penalty_reaches_the_completion() -> None:
@@ -280,13 +280,13 @@ def test_the_models_own_generation_config_leaks_nothing() -> None:
 def test_an_interrupted_call_goes_on_window_by_window(refills: list[int]) -> None:
     """To the last bit, and without saying twice what is done."""
     model = often_ending()
-    asked = prompts((3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14))
-    everything = draw(model, asked, batch_rows=4, max_new_tokens=20)
+    todo = prompts((3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14))
+    everything = draw(model, todo, batch_rows=4, max_new_tokens=20)
     order = list(everything)
     assert set(order[:4]) == {"q0", "q1", "q2", "q3"}  # four batches of a question each are a window
     for stopped_after in (3, 4, 6, 11):
         refills.clear()
-        rest = draw(model, asked, batch_rows=4, max_new_tokens=20, done=set(order[:stopped_after]))
+        rest = draw(model, todo, batch_rows=4, max_new_tokens=20, done=set(order[:stopped_after]))
         assert list(rest.items()) == list(everything.items())[stopped_after:]
         assert len(refills) == 12 - stopped_after // 4 * 4  # what is decoded: the windows that are not done
 

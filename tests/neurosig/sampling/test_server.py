@@ -103,8 +103,8 @@ def test_questions_that_are_done_are_not_asked_again(process: ServerProcess, loa
 def test_what_may_pass_is_sent_again_after_a_pause(process: ServerProcess, loaded: LoadedModel, kind: str) -> None:
     process.post("/control", kind=kind, times=2)
     timeout = 0.75 if kind == "hang" else 20.0
-    asked = server(process, loaded, max_retries=2, timeout=timeout)
-    (group,) = asked.sample(PROMPTS[:1], SAMPLING)
+    served = server(process, loaded, max_retries=2, timeout=timeout)
+    (group,) = served.sample(PROMPTS[:1], SAMPLING)
     assert len(group) == 3
     first, second, third = (call["time"] for call in process.get("/seen"))
     least = {"429": (0.3, 0.3), "500": (0.37, 0.75), "hang": (0.0, 0.0)}[kind]  # Retry-After; half a second, doubled
@@ -188,12 +188,12 @@ def test_an_answer_that_is_not_what_was_asked_for_is_one_sentence(
     ],
 )
 def test_a_chat_answer_is_checked_too(process: ServerProcess, loaded: LoadedModel, kind: str, message: str) -> None:
-    asked, messages = server(process, loaded, api="chat"), {"q0": [{"role": "user", "content": "Is red nice?"}]}
-    (group,) = asked.sample(PROMPTS[:1], SAMPLING, messages=messages)
+    served, messages = server(process, loaded, api="chat"), {"q0": [{"role": "user", "content": "Is red nice?"}]}
+    (group,) = served.sample(PROMPTS[:1], SAMPLING, messages=messages)
     assert [rollout.text for rollout in group] == ["yes"] * 3
     process.post("/control", kind=kind)
     with pytest.raises(UserError) as fault:
-        list(asked.sample(PROMPTS[:1], SAMPLING, messages=messages))
+        list(served.sample(PROMPTS[:1], SAMPLING, messages=messages))
     assert str(fault.value) == f'server {process.base_url}: question "q0": {message}'
 
 
@@ -261,7 +261,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 
 
 def test_a_killed_server_costs_no_finished_rollout(running: ServerProcess, served_folder: Path, tmp_path: Path) -> None:
-    """Export and evaluation go on where the server died; each question is asked once, and the files come out equal."""
+    """Export and evaluation continue where the server died: each question is sent once, and the files are equal."""
     where = served_folder / "model", served_folder / "questions.jsonl"
     changed = options(running, hallucination_score="mean_logprob")
     running.post("/control", kind="none")

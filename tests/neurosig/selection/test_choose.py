@@ -181,7 +181,7 @@ def sets(*overlaps: int) -> list[Candidate]:
     return [candidate("abcdefgh"[i], signature=s.int()) for i, s in enumerate([torch.arange(8), *others])]
 
 
-def test_the_nearest_question_stands_last() -> None:
+def test_the_nearest_question_comes_last() -> None:
     candidates = sets(2, 6, 4)
     clean = [True] * 4
     chosen = choose_contexts(candidates, clean, SelectionConfig(num_demonstrations=2))[0]

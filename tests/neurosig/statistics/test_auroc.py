@@ -94,10 +94,10 @@ def test_held_out_predictions_never_saw_the_question() -> None:
     owners = np.repeat(np.arange(40), 8)
     right = np.repeat(np.arange(40) % 2 == 0, 8)
     features = np.eye(40)[owners]
-    held = cross_fit(features, right, owners, QUICK)
-    assert all(len(set(row[owners == question])) == 1 for row in held.folds for question in range(40))
+    predictions = cross_fit(features, right, owners, QUICK)
+    assert all(len(set(row[owners == question])) == 1 for row in predictions.folds for question in range(40))
     ones = np.ones((1, 40), dtype=np.int64)
-    assert held_out_auroc(held, right, owners, ones)[0] == pytest.approx(0.5, abs=0.01)
+    assert held_out_auroc(predictions, right, owners, ones)[0] == pytest.approx(0.5, abs=0.01)
 
 
 def test_noise_adds_nothing() -> None:

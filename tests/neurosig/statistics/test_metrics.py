@@ -91,7 +91,7 @@ def test_confidence_zero_is_not_pooled_with_one_vote_of_sixteen():
 
 
 def test_bins_beyond_k_16_are_open_below():
-    # K=30, 15 bins: 2/30 is the upper edge of bin 0 and 3/30 lies in bin 1; 0 belongs to bin 0
+    # K=30, 15 bins: 2/30 is the upper edge of bin 0 and 3/30 is in bin 1; 0 belongs to bin 0
     pooled = metrics.ece(ints(2, 0), 30, floats(0.0, 0.5))
     apart = metrics.ece(ints(2, 3), 30, floats(0.0, 0.5))
     assert pooled == pytest.approx(abs(2 / 30 - 0.5) / 2)

@@ -92,7 +92,7 @@ def test_identical_systems_give_uniform_p(test: str) -> None:
         counts = np.concatenate(list(question_counts(n, 400, seed=trial)))
         if test == "bootstrap":
             draws = mean_draws((a - b)[:, None] / K, counts)[:, 0]
-        else:  # the majority is right where most samples are, and its votes are theirs
+        else:  # the majority is right where most samples are, and has their votes
             votes, maj = np.maximum([a, b], K - np.array([a, b])).T, (np.array([a, b]) > K / 2).T.astype(float)
             draws = np.diff(ece_draws(votes, K, maj, counts), axis=1)[:, 0]
         p_values.append(bootstrap_p(draws))

@@ -143,7 +143,7 @@ def test_no_view_needs_the_network(kind: str) -> None:
 
 def test_long_text_is_cut_and_says_by_how_much() -> None:
     page = parsed(example_views("A" * 1_000_000)["neighbours"])
-    first = page.find("bdi", class_="said")
+    first = page.find("bdi", class_="quoted")
     assert first is not None and first.get_text() == "A" * LONGEST
     assert f"{1_000_000 - LONGEST:,} more characters" in page.get_text()
 
@@ -314,7 +314,7 @@ def test_the_largest_neurons_are_the_largest() -> None:
 
 
 def test_the_effect_on_the_vocabulary_is_what_a_value_of_one_adds_before_the_norm() -> None:
-    model = tiny_model("gpt2")  # Conv1D keeps a neuron a row
+    model = tiny_model("gpt2")  # Conv1D keeps one neuron per row
     tracer = NeuronTracer(model)
     effect = vocabulary_effect(tracer, 1, 5)
     direction = w_out(model, ffn_sites(model).layers[1])[5]
@@ -342,7 +342,7 @@ def test_the_explorer_finds_the_exports_own_numbers(explorer: Explorer) -> None:
     view = explorer.heat_map(name, 1)
     place = explorer.place[name, 1]
     active = explorer.active(place)
-    stored = explorer.signals.contributions[place].float().view(2, -1).mean(dim=1)  # layer_mean: as many a layer
+    stored = explorer.signals.contributions[place].float().view(2, -1).mean(dim=1)  # layer_mean: equally many per layer
     torch.testing.assert_close(view.values.mean(dim=1), stored, rtol=2e-3, atol=1e-4)
     assert view.question == row.question and len(view.tokens) == len(rollout.completion_ids_without_eos)
     assert active.sum() == (explorer.signals.neuron_ids[place] != PAD).sum()
@@ -354,9 +354,9 @@ def test_evidence_is_weight_times_contribution(explorer: Explorer) -> None:
     expected = torch.zeros_like(view.values)
     ids, values = explorer.signals.neuron_ids, explorer.signals.contributions.float()
     for layer, index, weight in ((0, 3, 0.5), (1, 7, -0.25), (1, 2, 0.125)):
-        held = values[ids == layer * explorer.signals.d_mlp + index]
-        if len(held):
-            expected[layer] += weight / held.max() * trace.contributions[layer, :, index]
+        contributions = values[ids == layer * explorer.signals.d_mlp + index]
+        if len(contributions):
+            expected[layer] += weight / contributions.max() * trace.contributions[layer, :, index]
     torch.testing.assert_close(view.values, expected, rtol=1e-3, atol=1e-5)
     assert expected.any()
 
@@ -439,10 +439,10 @@ def test_neighbours_agree_with_the_manifest(explorer: Explorer) -> None:
 
 def test_shared_neurons_are_shared_and_the_rarest_come_first(explorer: Explorer) -> None:
     name = explorer.selected[0]
-    mine = set(explorer.signals.neuron_ids[explorer.place[name, explorer.representative(name)]].tolist())
+    own_set = set(explorer.signals.neuron_ids[explorer.place[name, explorer.representative(name)]].tolist())
     for neighbour in explorer.neighbours(name).neighbours:
         named = [tuple(map(int, text.split("."))) for text, _ in neighbour.reasons]
-        assert {layer * explorer.signals.d_mlp + index for layer, index in named} <= mine
+        assert {layer * explorer.signals.d_mlp + index for layer, index in named} <= own_set
         shares = [share for _, share in neighbour.reasons]
         assert shares == sorted(shares) and all(2 / len(explorer.rows) <= share <= 1 for share in shares)
 

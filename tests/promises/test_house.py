@@ -1,0 +1,58 @@
+"""The code stays small: lengths of files and functions, modules per folder, and an import graph without circles."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+
+from tests.support.paths import ROOT
+
+PACKAGES = ("neurosig", "distill", "figures")
+MOST_LINES = {"tests": 500}
+"""Lines per file; elsewhere 400."""
+MOST_MODULES = {"neurosig": 9, "distill": 20, "figures/draw": 20}
+"""Modules per folder; elsewhere 13."""
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Names that a module imports, also inside functions, but for those that only type checkers need."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield from imported(node)
+
+
+def test_code_is_small_and_imports_have_no_circle() -> None:
+    paths = sorted(path for name in (*PACKAGES, "tests") for path in (ROOT / name).rglob("*.py"))
+    texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
+    lines = {path: text.count("\n") for path, text in texts.items()}
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    problems = [f"{path}: {n} lines" for path, n in lines.items() if n > MOST_LINES.get(path.parts[0], 400)]
+    folders = Counter(str(path.parent) for path in lines if path.parts[0] != "tests" and path.stem != "__init__")
+    problems += [f"{name}: {n} modules" for name, n in folders.items() if n > MOST_MODULES.get(name, 13)]
+    n_distill = sum(n for path, n in lines.items() if str(path.parent) == "distill")
+    problems += [f"distill without baselines: {n_distill} lines"] if n_distill > 3_400 else []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                problems += [f"{path}: {node.name}: {length} lines"] if length > 80 else []
+        names = [name for name in imported(tree) if name.startswith("tests.") and ".test_" in name]
+        problems += [f"{path}: imports {name} from another test file" for name in names]
+    assert not problems
+
+    modules = {
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): tree
+        for path, tree in trees.items()
+        if path.parts[0] in PACKAGES
+    }
+    graph = {
+        name: {target if target in modules else target.rpartition(".")[0] for target in imported(tree)} - {name}
+        for name, tree in modules.items()
+    }
+    TopologicalSorter(graph).prepare()  # CycleError names the modules of a circle
