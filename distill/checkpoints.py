@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.distributed import ALONE, Ranks, part_like
-from neurosig.runtime.files import disk_space, sha256_file, write_atomic
+from neurosig.runtime.files import atomic_folder, disk_space, sha256_file, write_atomic
 from neurosig.runtime.provenance import check_same_run
 
 logger = logging.getLogger(__name__)
@@ -29,7 +27,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS, AVERAGES, OPTIMIZER = "weights.safetensors", "averages.safetensors", "optimizer.safetensors"
 STATE = "state.json"
 NO_AVERAGES: Mapping[str, Tensor] = {}
-_NAME = re.compile(r"step-(\d{6})")
 
 
 def save_checkpoint(
@@ -58,35 +55,27 @@ def save_checkpoint(
     Raises:
         UserError: The disk is full; the checkpoints before this one are kept.
     """
+    moments = {f"{name}/{entry}": v for name, p in parameters.items() for entry, v in optimizer.state[p].items()}
     files = {
         WEIGHTS: ranks.whole_tensors(parameters.items()),
         AVERAGES: ranks.whole_tensors(averages.items()),
-        OPTIMIZER: ranks.whole_tensors(_optimizer_tensors(parameters, optimizer)),
+        OPTIMIZER: ranks.whole_tensors(moments.items()),
     }
-    with ranks.together():
-        if ranks.main:
-            _write(folder, step, files, key, keep)
+    ranks.on_main(lambda: _write(folder, step, files, key, keep))
 
 
 def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key: Mapping[str, Any], keep: int) -> None:
     folder.mkdir(exist_ok=True)
     _remove_half_written(folder)
     kept, target = _existing(folder), folder / f"step-{step:06d}"
-    aside = folder / f".{target.name}"
     needed = sum(tensor.numel() * tensor.element_size() for tensors in files.values() for tensor in tensors.values())
-    try:
-        with disk_space(target, needed, kept=f"{kept[-1].name} is kept" if kept else "no checkpoint yet"):
-            aside.mkdir()
-            for name, tensors in files.items():
-                save_file({label: tensor.cpu().contiguous() for label, tensor in tensors.items()}, aside / name)
-            hashes = {name: sha256_file(aside / name) for name in files}
-            write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
-    except Exception:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(aside, target)
+    safe = f"{kept[-1].name} is kept" if kept else "no checkpoint yet"
+    with atomic_folder(target) as aside, disk_space(target, needed, kept=safe):
+        aside.mkdir()
+        for name, tensors in files.items():
+            save_file({label: tensor.cpu().contiguous() for label, tensor in tensors.items()}, aside / name)
+        hashes = {name: sha256_file(aside / name) for name in files}
+        write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
     for old in _existing(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -163,21 +152,13 @@ def _step(checkpoint: Path) -> int:
 
 
 def _existing(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted(folder.glob("step-" + "[0-9]" * 6))
 
 
 @torch.no_grad()
 def _restore(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         tensor.copy_(part_like(tensor, stored[name]))
-
-
-def _optimizer_tensors(
-    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> Iterable[tuple[str, Tensor]]:
-    for name, parameter in parameters.items():
-        for entry, value in optimizer.state[parameter].items():
-            yield f"{name}/{entry}", value
 
 
 def _restore_optimizer(

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distill.completion_hidden import completion_hidden, head_logits
 from distill.results import ChoiceForm
+from neurosig.models.completion_hidden import completion_hidden, head_logits
 from neurosig.models.finite import first_not_finite
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
@@ -86,8 +86,8 @@ def score_choices(
                 Rollout(prompt.question_id, place, text, ids, "length", next(means))
                 for place, (text, ids) in enumerate(zip(texts, encoded, strict=True))
             ]
-            if not all(np.isfinite(rollout.mean_logprob or 0.0) for rollout in group):
-                bad = next(rollout for rollout in group if not np.isfinite(rollout.mean_logprob or 0.0))
+            bad = next((rollout for rollout in group if not np.isfinite(rollout.mean_logprob or 0.0)), None)
+            if bad is not None:
                 where = first_not_finite(loaded.model, (*prompt.token_ids, *bad.completion_ids))
                 raise UserError(
                     f"model {loaded.info.id}: log-probabilities are not finite for the choices of question "

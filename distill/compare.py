@@ -75,17 +75,18 @@ def main(config: CompareConfig) -> None:
         for name in runs
     ]
     k = runs["base"]["k"]
-    text = _table(rows, k, runs, config) + "\n" + _verdict(rows, k)
+    verdict = _verdict(rows, k)
+    text = _table(rows, k, runs, config) + "\n" + verdict
     record = {
         "rows": rows,
         "k": k,
         "domains": groups,
         "folders": {name: str(folders[name]) for name in runs},
-        "verdict": _verdict(rows, k),
+        "verdict": verdict,
         "run": run_record(),
     }
     config.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(config.out / COMPARISON, json.dumps(record, indent=1) + "\n")
+    write_atomic(config.out / COMPARISON, json.dumps(record, indent=1, default=asdict) + "\n")
     write_atomic(config.out / TABLE, text)
     print(text)
 
@@ -97,7 +98,7 @@ def _check_same_questions(config: CompareConfig, folders: Mapping[str, Path | No
             raise UserError(
                 f"{folders[name]}: not the questions of {config.base}; evaluate both on the same --questions"
             )
-        if None not in (one := {run["questions"], base["questions"]}) and len(one) > 1:
+        if run["questions"] != base["questions"]:
             raise UserError(
                 f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
                 "not; evaluate both on the same --questions"
@@ -118,7 +119,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "rows": {row["question_id"]: row for row in rows},
         "domains": list(summary["domains"]),
         "config": summary["config"],
-        "questions": summary.get("questions_sha256"),  # absent in older evaluations
+        "questions": summary["questions_sha256"],
     }
 
 
@@ -142,50 +143,23 @@ def _source_domains(config: CompareConfig, base: Mapping[str, Any]) -> list[str]
 def _compare(runs: Mapping[str, Any], name: str, domains: Sequence[str], config: CompareConfig) -> dict[str, Any]:
     """Every metric of one run, and its change against base and control, over the questions of ``domains``."""
     from neurosig.statistics.metrics import ece_floor
+    from neurosig.statistics.vote_table import VoteTable
 
-    own = _columns(runs[name], domains)
-    row: dict[str, Any] = {"n": len(own["avg_at_k"]), "temperature": runs[name]["config"]["temperature"]}
+    votes = {
+        run: VoteTable.from_rows([row for _, row in sorted(content["rows"].items()) if row["domain"] in domains])
+        for run, content in runs.items()
+    }
+    own = votes[name]
+    bootstrap: Any = {"seed": config.seed, "resamples": config.resamples}
+    row: dict[str, Any] = {"n": len(own), "temperature": runs[name]["config"]["temperature"]}
     for metric in METRICS:
-        row[metric] = asdict(_difference(metric, own, None, config))
+        row[metric] = own.interval(metric, **bootstrap)
         for other in ("base", "control"):
             if other in runs and name not in ("base", other):
-                row[f"{metric}_vs_{other}"] = asdict(_difference(metric, own, _columns(runs[other], domains), config))
-    row["mean_confidence"] = float((own["votes"] / own["k"]).mean())
-    row["ece_floor"] = ece_floor(own["k"], len(own["votes"]))
+                row[f"{metric}_vs_{other}"] = own.interval(metric, minus=votes[other], **bootstrap)
+    row["mean_confidence"] = float((own.votes / own.k).mean())
+    row["ece_floor"] = ece_floor(own.k, len(own))
     return row
-
-
-def _columns(run: Mapping[str, Any], domains: Sequence[str]) -> dict[str, Any]:
-    """Columns over the questions of ``domains`` in id order."""
-    import numpy as np
-
-    from neurosig.statistics.metrics import maj_at_k
-
-    rows = [run["rows"][key] for key in sorted(run["rows"]) if run["rows"][key]["domain"] in domains]
-    column = {key: np.array([row[key] for row in rows]) for key in ("n_correct", "votes", "n_tied", "n_tied_right")}
-    return {
-        "k": rows[0]["k"],
-        "votes": column["votes"],
-        "avg_at_k": column["n_correct"] / rows[0]["k"],
-        "maj_at_k": maj_at_k(column["n_tied_right"], column["n_tied"]),
-    }
-
-
-def _difference(metric: str, a: Mapping[str, Any], b: Mapping[str, Any] | None, config: CompareConfig) -> Interval:
-    """Interval of a metric of ``a``, or of its difference from ``b`` paired by question."""
-    import numpy as np
-
-    from neurosig.statistics.metrics import bootstrap_interval, ece, paired_mean_interval
-
-    if metric != "ece":
-        other = np.zeros(len(a[metric])) if b is None else b[metric]
-        return paired_mean_interval(a[metric], other, seed=config.seed, resamples=config.resamples)
-
-    def statistic(index: Any) -> float:
-        value = ece(a["votes"][index], a["k"], a["maj_at_k"][index])
-        return value if b is None else value - ece(b["votes"][index], b["k"], b["maj_at_k"][index])
-
-    return bootstrap_interval(statistic, len(a["votes"]), seed=config.seed, resamples=config.resamples)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], config: CompareConfig) -> str:
@@ -197,7 +171,8 @@ def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], c
     for row in rows:
         cells = [row["scope"], f"{row['run']} (T={row['temperature']:g})", str(row["n"])]
         for metric in names:
-            cells += [f"{row[metric]['estimate']:.3f}", _signed(row.get(f"{metric}_vs_base"))]
+            change = row.get(f"{metric}_vs_base")
+            cells += [f"{row[metric].estimate:.3f}", "" if change is None else f"{change:+.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     floors = ", ".join(f"{row['ece_floor']:.3f} {row['scope']}" for row in rows if row["run"] == "base")
     lines += [
@@ -215,31 +190,22 @@ def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
     row = next(row for row in rows if row["run"] == "trained" and row["scope"] == "in-domain")
     change = row["avg_at_k_vs_base"]
     text = (
-        f"In-domain, training changes Avg@{k} by {_signed(change)}: the interval "
-        f"{'excludes' if change['low'] > 0 or change['high'] < 0 else 'includes'} zero."
+        f"In-domain, training changes Avg@{k} by {change:+.3f}: the interval "
+        f"{'excludes' if change.low > 0 or change.high < 0 else 'includes'} zero."
     )
     if "avg_at_k_vs_control" in row:
-        avg, maj = row["avg_at_k_vs_control"], row["maj_at_k_vs_control"]
+        avg, maj, ece = (row[f"{metric}_vs_control"] for metric in METRICS)
         text += (
-            f" Beyond the untrained base at its best temperature, {_signed(avg)} in Avg@{k} ({_reading(avg)}) and "
-            f"{_signed(maj)} in maj@{k} ({_reading(maj)}) are left, with an ECE that differs by "
-            f"{_signed(row['ece_vs_control'])}."
+            f" Beyond the untrained base at its best temperature, {avg:+.3f} in Avg@{k} ({_reading(avg)}) and "
+            f"{maj:+.3f} in maj@{k} ({_reading(maj)}) are left, with an ECE that differs by {ece:+.3f}."
         )
     return text + "\n"
 
 
-def _reading(interval: Mapping[str, float]) -> str:
-    if interval["low"] > 0:
+def _reading(interval: Interval) -> str:
+    if interval.low > 0:
         return "a gain"
-    return "a loss" if interval["high"] < 0 else "not distinguishable from zero"
-
-
-def _signed(interval: Mapping[str, float] | None) -> str:
-    if interval is None:
-        return ""
-    from neurosig.statistics.metrics import format_interval
-
-    return format_interval(interval["estimate"], interval["low"], interval["high"], "+.3f")
+    return "a loss" if interval.high < 0 else "not distinguishable from zero"
 
 
 if __name__ == "__main__":

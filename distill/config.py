@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from neurosig.options import SamplerOptions
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
-from neurosig.runtime.shapes import Shapes, option_names
+from neurosig.runtime.shapes import Above0, AtLeast, Shapes, check_bounds, option_names
 
 if TYPE_CHECKING:
     from neurosig.manifest import Manifest
@@ -45,23 +44,23 @@ class TrainConfig(SamplerOptions):
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier run in --out."""
 
-    steps: Annotated[int, Shapes.TRAINING, Section.TRAINING] = 20
+    steps: Annotated[int, Shapes.TRAINING, Section.TRAINING, AtLeast(1)] = 20
     """Optimizer steps."""
-    questions_per_step: Annotated[int, Shapes.TRAINING] = 8
+    questions_per_step: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 8
     """Questions per step."""
-    num_generations: Annotated[int, Shapes.TRAINING] = 2
+    num_generations: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 2
     """Rollouts per question and step."""
-    micro_batch_size: Annotated[int, Shapes.TRAINING] = 16
+    micro_batch_size: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 16
     """Rollouts per forward and backward pass; memory and speed only."""
-    learning_rate: Annotated[float, Shapes.TRAINING] = 5e-4
+    learning_rate: Annotated[float, Shapes.TRAINING, Above0] = 5e-4
     """Peak learning rate of AdamW."""
-    warmup_steps: Annotated[int, Shapes.TRAINING] = 3
+    warmup_steps: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 3
     """Steps of linear warm-up, then constant."""
-    max_grad_norm: Annotated[float, Shapes.TRAINING] = 1.0
+    max_grad_norm: Annotated[float, Shapes.TRAINING, Above0] = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     full: Annotated[bool, Shapes.TRAINING] = False
     """Train all weights but the input and output embeddings, instead of LoRA."""
-    lora_r: Annotated[int, Shapes.TRAINING] = 16
+    lora_r: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 16
     """LoRA rank."""
     lora_alpha: Annotated[int, Shapes.TRAINING] = 32
     """LoRA scale numerator."""
@@ -74,21 +73,21 @@ class TrainConfig(SamplerOptions):
         Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"], Shapes.TRAINING | Shapes.DISTILLATION
     ] = "forward_kl"
     """forward_kl is KL(teacher || student); sampled_token estimates reverse_kl from the student's own tokens."""
-    topk: Annotated[int, Shapes.TRAINING | Shapes.DISTILLATION] = 0
+    topk: Annotated[int, Shapes.TRAINING | Shapes.DISTILLATION, AtLeast(0)] = 0
     """Compute the divergence on the student's k likeliest vocabulary entries; 0: on the whole vocabulary."""
     tail: Annotated[bool, Shapes.TRAINING] = True
     """With --topk: add the remaining entries as one more."""
     beta: Annotated[float, Shapes.TRAINING] = 0.5
     """The teacher's share of the mixture in jsd, strictly between 0 and 1."""
-    loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.DISTILLATION] = 1.0
+    loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.DISTILLATION, Above0] = 1.0
     """Temperature of both distributions in the loss, above 0."""
     clip: Annotated[Literal["none", "pointwise", "token"], Shapes.TRAINING] = "none"
     """Cap the loss of each vocabulary entry (pointwise) or of each token."""
-    clip_value: Annotated[float, Shapes.TRAINING] = 0.05
+    clip_value: Annotated[float, Shapes.TRAINING, Above0] = 0.05
     """The cap, in nats."""
     loss_mean: Annotated[Literal["token", "sequence"], Shapes.TRAINING | Shapes.DISTILLATION] = "token"
     """token: mean over the step's completion tokens; sequence: mean over its rollouts' means."""
-    skip_first: Annotated[int, Shapes.TRAINING] = 0
+    skip_first: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 0
     """First N completion tokens of each rollout to leave out of the loss."""
     loss_on: Annotated[Literal["all", "disagreeing"], Shapes.TRAINING | Shapes.DISTILLATION] = "all"
     """disagreeing: only rollouts whose answer is not the pseudo-label, as u-opsd always does."""
@@ -110,25 +109,25 @@ class TrainConfig(SamplerOptions):
     """Seed of the question order, the rollouts and the adapter."""
     adapter_dir: Annotated[Path | None, Shapes.PLACE, Section.SERVER] = None
     """With --sampler openai: folder of the student's adapter, which the server reads; default: OUT/served."""
-    sync_steps: Annotated[int, Shapes.TRAINING] = 1
+    sync_steps: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 1
     """Steps between adapters sent to the server; 0: none, rollouts come from the weights it serves."""
-    max_staleness: Annotated[int, Shapes.TRAINING] = 0
+    max_staleness: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 0
     """Most steps that the server's weights may be behind the student's."""
-    save_steps: Annotated[int, Shapes.PLACE, Section.OUTPUT] = 10
+    save_steps: Annotated[int, Shapes.PLACE, Section.OUTPUT, AtLeast(1)] = 10
     """Steps between checkpoints."""
-    keep_checkpoints: Annotated[int, Shapes.PLACE] = 2
+    keep_checkpoints: Annotated[int, Shapes.PLACE, AtLeast(1)] = 2
     """Newest checkpoints to keep, at least 1."""
     replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
     """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
     answering them as before."""
-    replay_per_step: Annotated[int, Shapes.TRAINING] = 2
+    replay_per_step: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 2
     """Prompts of --replay per step, in addition to --questions-per-step."""
-    replay_weight: Annotated[float, Shapes.TRAINING] = 1.0
+    replay_weight: Annotated[float, Shapes.TRAINING, Above0] = 1.0
     """Weight of the --replay prompts in the loss, above 0."""
     stop_on_collapse: Annotated[bool, Shapes.TRAINING, Section.STOPPING] = True
     """Stop when completion lengths change by half, or entropy or distinct trigrams fall below half, and return to the
     last checkpoint before that."""
-    collapse_window: Annotated[int, Shapes.TRAINING] = 10
+    collapse_window: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 10
     """Steps whose mean is compared with the mean of the first steps."""
     license: Annotated[str | None, Shapes.PLACE, Section.OUTPUT] = None
     """SPDX name of the licence in the model card; default: none, the base model's applies."""
@@ -137,9 +136,9 @@ class TrainConfig(SamplerOptions):
     dev_questions: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.STOPPING] = None
     """Labelled questions whose maj@K is measured at every save; training stops when it falls. Their gold answers serve
     no other purpose."""
-    dev_limit: Annotated[int, Shapes.TRAINING] = 64
+    dev_limit: Annotated[int, Shapes.TRAINING, AtLeast(2)] = 64
     """Use only the first N of --dev-questions, at least 2."""
-    dev_generations: Annotated[int, Shapes.TRAINING] = 8
+    dev_generations: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 8
     """K, rollouts per development question."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Shapes.PLACE, Section.OUTPUT] = ()
     """Also send the metrics to these trackers; tensorboard writes to --out."""
@@ -175,12 +174,6 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         **{"learning_rate": 5e-6, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128, "clip": "pointwise"},
     },
 }
-_AT_LEAST = {
-    **dict.fromkeys(("warmup_steps", "topk", "skip_first", "sync_steps", "max_staleness"), 0),
-    **dict.fromkeys(("steps", "questions_per_step", "num_generations", "micro_batch_size", "lora_r", "save_steps"), 1),
-    **dict.fromkeys(("keep_checkpoints", "collapse_window", "replay_per_step", "dev_generations"), 1),
-    "dev_limit": 2,
-}
 
 
 def check_options(config: TrainConfig) -> None:
@@ -189,11 +182,12 @@ def check_options(config: TrainConfig) -> None:
     Raises:
         UserError: Naming the flag and its bounds.
     """
-    for name, least in _AT_LEAST.items():
-        if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(config, name)}")
+    check_bounds(config)
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("--attn-implementation flash_attention_2: the package flash-attn is not installed; use sdpa")
+    for name in config.report_to:
+        if find_spec(name) is None:
+            raise UserError(f"--report-to {name}: not installed; run `pip install 'neurosig[trackers]'`")
     _check_method(config)
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"--ema-decay: expected 0 to below 1, got {config.ema_decay}")
@@ -205,9 +199,6 @@ def check_options(config: TrainConfig) -> None:
         raise UserError("--divergence sampled_token scores one entry per token; leave out --topk and --clip")
     if config.sampler == "openai" or config.base_url is not None:
         _check_server_options(config)
-    for name in ("learning_rate", "max_grad_norm", "loss_temperature", "clip_value", "replay_weight"):
-        if not (getattr(config, name) > 0 and math.isfinite(getattr(config, name))):
-            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(config, name)}")
 
 
 def _check_server_options(config: TrainConfig) -> None:

@@ -81,10 +81,6 @@ class Ranks:
         if config.teacher == "ema":
             raise UserError("--teacher ema averages whole weights, which FSDP2 does not keep; leave out --use_fsdp")
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part: every ``world``-th item."""
-        return items[self.rank :: self.world]
-
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks."""
         if self.world == 1:
@@ -174,11 +170,9 @@ class Ranks:
         """
         gathered: dict[str, Tensor] = {}
         for name, tensor in tensors:
-            whole = tensor.detach()
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor().cpu()
+            whole = whole_tensor(tensor.detach())
             if self.main:
-                gathered[name] = whole
+                gathered[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
         return gathered
 
     def close(self) -> None:

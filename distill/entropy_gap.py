@@ -12,18 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from distill.completion_hidden import completion_hidden
 from distill.losses import Divergence, chunked_divergence
-from distill.tasks import manifest_sampling, manifest_tasks
+from distill.tasks import manifest_tasks
 from neurosig.manifest import Manifest
+from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import LoadedModel, logit_softcap
 from neurosig.questions.answers import extract_answer, is_correct
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.sampler import Prompt, sample
-from neurosig.statistics.metrics import Interval, bootstrap_interval
 
 ROWS = 32
 """Completions per forward pass."""
@@ -141,9 +140,8 @@ def fresh_accuracy(
     tasks = [task for task in tasks if task.id in gold]
     if not tasks:
         raise UserError(f"manifest {manifest.folder}: no selected question has a gold answer to measure a gain by")
-    sampling = manifest_sampling(
-        manifest.header, num_generations=num_generations or options["num_generations"], seed=seed
-    )
+    k = num_generations or options["num_generations"]
+    sampling = manifest.header.sampling_config(num_generations=k, seed=seed)
     prompts = [Prompt(task.id, task.teacher_prompt if teacher else task.student_prompt) for task in tasks]
     right = {}
     for group in sample(loaded, prompts, sampling, salt="entropy gap"):
@@ -168,58 +166,3 @@ def context_gains(
         gaps.setdefault(rollout.question_id, []).extend((rollout.student - rollout.teacher).tolist())
     both = student.keys() & teacher.keys()
     return [ContextGain(q, float(np.mean(gap)), student[q], teacher[q]) for q, gap in gaps.items() if q in both]
-
-
-@dataclass(frozen=True, slots=True)
-class GapFit:
-    """A least-squares line of gain on gap with 95% bootstrap intervals over questions.
-
-    Attributes:
-        slope: Gain per nat of gap.
-        intercept: Gain without a gap.
-        r: Pearson correlation; 0 where one side does not vary.
-    """
-
-    slope: Interval
-    intercept: float
-    r: Interval
-
-
-def gap_fit(
-    gap: Float[np.ndarray, " points"],
-    gain: Float[np.ndarray, " points"],
-    questions: Sequence[str],
-    *,
-    seed: int = 0,
-    resamples: int = 2000,
-) -> GapFit:
-    """Fit gain on gap (nats); a question with points under several contexts is resampled with all of them.
-
-    Raises:
-        UserError: The arrays differ in length, or there are fewer than two questions.
-    """
-    if not len(gap) == len(gain) == len(questions):
-        raise UserError(f"gap fit: {len(gap)} gaps, {len(gain)} gains, {len(questions)} questions; give one per point")
-    owners = np.unique(np.asarray(questions), return_inverse=True)[1]
-    n = int(owners.max()) + 1 if len(owners) else 0
-
-    def weights(chosen: Int[np.ndarray, " questions"]) -> Float[np.ndarray, " points"]:
-        return np.bincount(chosen, minlength=n)[owners].astype(np.float64)
-
-    def interval(part: int) -> Interval:
-        return bootstrap_interval(lambda q: _line(gap, gain, weights(q))[part], n, seed=seed, resamples=resamples)
-
-    return GapFit(interval(0), _line(gap, gain, np.ones(len(gap)))[1], interval(2))
-
-
-def _line(
-    x: Float[np.ndarray, " points"], y: Float[np.ndarray, " points"], weight: Float[np.ndarray, " points"]
-) -> tuple[float, float, float]:
-    """Slope, intercept and correlation of a weighted least-squares line; a flat one where x does not vary."""
-    weight = weight / weight.sum()
-    x_mean, y_mean = weight @ x, weight @ y
-    dx, dy = x - x_mean, y - y_mean
-    xx, yy, xy = weight @ dx**2, weight @ dy**2, weight @ (dx * dy)
-    slope = xy / xx if xx > 0 else 0.0
-    r = xy / np.sqrt(xx * yy) if xx > 0 and yy > 0 else 0.0
-    return float(slope), float(y_mean - slope * x_mean), float(r)

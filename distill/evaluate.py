@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
-from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
+from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
+from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
 
@@ -37,7 +38,7 @@ RESULTS, SUMMARY, ROLLOUTS, LOG = "results.parquet", "summary.json", "rollouts.j
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(SamplerOptions, GenerationOptions):
+class EvaluateConfig(RolloutOptions):
     """Sample K answers per question and compare them with the gold answers.
 
     Writes results.parquet (one row per question), rollouts.jsonl and summary.json (one block per domain). For greedy
@@ -78,18 +79,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 def main(config: EvaluateConfig) -> None:
     """Run the evaluation described by ``config``."""
-    from neurosig.runtime.folder import output_folder
-
-    owned = (RESULTS, SUMMARY, ROLLOUTS, LOG)
-    with output_folder(
-        config.out, finished=SUMMARY, owned=owned, resume=config.resume, overwrite=config.overwrite
-    ) as complete:
-        if complete:
-            (config.out / LOG).unlink(missing_ok=True)  # of a run that was killed after its last write
-            logger.info("%s: already complete", config.out)
-            return
-        with PhaseTimer() as timer:
-            _evaluate(config, timer)
+    run_in_folder(config, _evaluate, finished=SUMMARY, owned=(RESULTS, SUMMARY, ROLLOUTS, LOG), temporary=LOG)
 
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
@@ -154,28 +144,12 @@ def _questions(config: EvaluateConfig) -> list[Question]:
 
 
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
+    """The model with its adapter merged, and the hash of the adapter's weights."""
+    from neurosig.models.adapter import merge_adapter
     from neurosig.models.load import load_model
-    from neurosig.runtime.files import sha256_file
 
     loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
-    if config.adapter is None:
-        return loaded, None
-    weights = config.adapter / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(
-            f"--adapter {config.adapter}: no adapter_model.safetensors there; give an adapter folder of distill.train"
-        )
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:  # merged into the weights: the same function, and sampling is faster
-        PeftModel.from_pretrained(loaded.model, config.adapter).merge_and_unload()
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"--adapter {config.adapter}: not an adapter of {config.model} ({str(error).strip().splitlines()[0]}); "
-            "give the folder of its training run"
-        ) from error
-    return loaded, sha256_file(weights)
+    return loaded, None if config.adapter is None else merge_adapter(loaded, config.adapter)
 
 
 def _rollouts(
@@ -189,38 +163,28 @@ def _rollouts(
     from distill.choice_scoring import score_choices
     from neurosig.questions.prompts import PromptBuilder
     from neurosig.sampling.rollouts import RolloutLog
-    from neurosig.sampling.sampler import Prompt, sample
+    from neurosig.sampling.sampler import Prompt
 
-    builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
-    server = config.server(loaded, enable_thinking=config.enable_thinking)
-    sampling, choices = config.sampling_config(), {"scoring": config.scoring, "choice_form": config.choice_form}
+    builder, scored = PromptBuilder(loaded.tokenizer, config.prompt_config()), config.scoring == "loglikelihood"
+    choices = {"scoring": config.scoring, "choice_form": config.choice_form}
     key = {
         "model": loaded.info.as_dict(),
         "adapter": adapter_sha256,
         **config.prompt_config().as_dict(),
-        **(sampling.as_dict() if config.scoring == "sampling" else choices),
+        **(choices if scored else config.sampling_config().as_dict()),
         "questions": [question.text_sha256 for question in questions],
-        **({} if server is None else server.config.record()),
+        **config.server_record(loaded.info.id),
     }
     log = RolloutLog(config.out / LOG, key)
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
+    shown: dict[str, Any] = {"total": len(prompts), "desc": "evaluate", "quiet": config.quiet}
     done = set(log.groups)
-    if config.scoring == "loglikelihood":
-        by_id = {question.id: question for question in questions}
-        todo = score_choices(loaded, prompts, by_id, config.choice_form, batch_rows=config.batch_rows, done=done)
-    elif server is None:
-        todo = sample(loaded, prompts, sampling, batch_rows=config.batch_rows, salt="evaluate", done=done)
-    else:
-        messages = {question.id: builder.messages(question) for question in questions}
-        todo = server.sample(prompts, sampling, salt="evaluate", done=done, messages=messages)
-    with progress(total=len(prompts), desc="evaluate", quiet=config.quiet) as bar:
-        bar.update(len(log.groups))
-        for group in todo:
-            log.append(group)
-            if config.scoring == "sampling":
-                timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in group))
-            bar.update(len(log.groups) - bar.n)
-    return log.groups
+    if not scored:
+        drawn = config.draw(loaded, questions, prompts, salt="evaluate", done=done)
+        return log.extend(drawn, timer=timer, **shown)
+    by_id = {question.id: question for question in questions}
+    replies = score_choices(loaded, prompts, by_id, config.choice_form, batch_rows=config.batch_rows, done=done)
+    return log.extend(replies, **shown)
 
 
 def _write(
@@ -273,7 +237,9 @@ def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
-    if summary["config"].get("scoring", "sampling") != "sampling":
+    if "question_id" not in rows[0]:
+        raise UserError(f"{folder}: its results have the columns of an earlier version; evaluate again with --overwrite")
+    if summary["config"]["scoring"] != "sampling":
         raise UserError(f"{folder}: scored by log-likelihood, without votes; evaluate with --scoring sampling")
     return summary, rows
 

@@ -7,9 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from neurosig.runtime.cli import progress
@@ -28,7 +26,7 @@ METRICS = "metrics.jsonl"
 PROJECT = "neurosig"
 
 
-class MetricsLog:
+class MetricsLog(contextlib.ExitStack):
     """Checks the metrics of each step and, on the main process, writes them to ``metrics.jsonl`` and the trackers.
 
     Use it as a context manager: leaving the block closes file, progress bar and trackers.
@@ -46,24 +44,16 @@ class MetricsLog:
     """
 
     def __init__(self, config: TrainConfig, done: int, ranks: Ranks):
+        super().__init__()
         path = config.out / METRICS
         self.history: list[Metrics] = ranks.on_main(lambda: reopen_metrics(path, done))
         self._main = ranks.main
-        self._stack = contextlib.ExitStack()
         bar = progress(total=config.steps, desc=config.method, quiet=config.quiet or not ranks.main)
-        self._bar = self._stack.enter_context(bar)
+        self._bar = self.enter_context(bar)
         self._bar.update(done)
         if ranks.main:
-            self._file = self._stack.enter_context(path.open("a", encoding="utf-8"))
-            self._trackers = [_tracker(name, config, self._stack) for name in config.report_to]
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+            self._file = self.enter_context(path.open("a", encoding="utf-8"))
+            self._trackers = [_tracker(name, config, self) for name in config.report_to]
 
     def add(self, metrics: Metrics, question_ids: Sequence[str] = ()) -> None:
         """Add the metrics of a step, sampled from ``question_ids``.
@@ -130,17 +120,6 @@ def distinct_3(completions: Sequence[Sequence[int]]) -> float:
     trigrams = [list(zip(ids, ids[1:], ids[2:], strict=False)) for ids in completions]
     total = sum(map(len, trigrams))
     return sum(len(set(own)) for own in trigrams) / total if total else 1.0
-
-
-def check_trackers(config: TrainConfig) -> None:
-    """Refuse a tracker that is not installed, before anything is loaded.
-
-    Raises:
-        UserError: Naming the extra to install.
-    """
-    for name in config.report_to:
-        if find_spec(name) is None:
-            raise UserError(f"--report-to {name}: not installed; run `pip install 'neurosig[trackers]'`")
 
 
 def _tracker(name: str, config: TrainConfig, stack: contextlib.ExitStack) -> Any:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import disk_space, sha256_file, write_atomic
+from neurosig.runtime.files import atomic_folder, disk_space, sha256_file, write_atomic
 from neurosig.runtime.provenance import run_record
 
 if TYPE_CHECKING:
@@ -28,33 +26,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "train.json"
 
-_CARD = """\
----
-{{ card_data }}
----
-
-# {{ name }}
-
-{{ base }} {{ method }}: no label was used.
-
-| | first step | last step |
-|---|---|---|
-{% for row in rows -%}
-| {{ row.name }} | {{ "%.4f" | format(row.first) }} | {{ "%.4f" | format(row.last) }} |
-{% endfor %}
-{{ steps }} steps on {{ questions }} questions of {{ domains }}; manifest `{{ manifest_sha256 }}`.
-{% if stopped %}
-Stopped at step {{ stopped.step }}, {{ stopped.reason }}; the weights are those of step {{ stopped.weights_of_step }}.
-{% endif %}
-Divergence, entropies and self-certainty are in nats a token. They are no accuracy: measure that with
-`python -m distill.evaluate`.
-
-```python
-{{ usage }}
-```
-
-Options, versions, seeds and the hashes of the weights are in `train.json`.
-"""
+_CARD = Path(__file__).with_name("model_card.md.jinja")
 _SHOWN = ("reward", "divergence", "teacher_entropy", "student_entropy", "entropy_gap", "mean_length", "eos_rate")
 _SPENT = {
     **{"rollouts": "rollouts", "generated_tokens": "generated_tokens", "trained_rollouts": "rollouts_in_loss"},
@@ -91,45 +63,36 @@ def write_final(
         weights = ranks.whole_tensors(model.state_dict().items() if adapter is None else trained)
     if not ranks.main:
         return
-    name = "model" if adapter is None else "adapter"
-    aside, target = config.out / ".final", config.out / name
-    shutil.rmtree(aside, ignore_errors=True)
+    target = config.out / ("model" if adapter is None else "adapter")
     written = [p for p in (adapter or model).parameters() if p.requires_grad or adapter is None]
     needed = sum(p.numel() * p.element_size() for p in written) + len(loaded.tokenizer.backend_tokenizer.to_str())
-    try:
+    with atomic_folder(target, aside=config.out / ".final") as aside:
         with disk_space(target, needed, kept="the checkpoints are kept"):
             if adapter is None:
                 model.save_pretrained(aside, state_dict=weights)
             else:
-                lora, info = (
-                    adapter.peft_config["default"],
-                    loaded.info,
-                )  # peft finds the base model by hub id or folder
+                lora, info = adapter.peft_config["default"], loaded.info
+                # peft finds the base model by hub id or folder
                 lora.base_model_name_or_path = info.id if info.revision is not None else str(model.name_or_path)
                 lora.revision = info.revision
                 adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
             loaded.tokenizer.save_pretrained(aside)
-    except Exception:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    record: dict[str, Any] = {
-        "config": config_record(config),
-        "manifest_sha256": manifest.header.content_sha256,
-        "domains": sorted({row.domain for row in manifest.rows}),
-        "questions_selected": len(manifest.selected),
-        "budget": token_budget(manifest, history),
-        "model": loaded.info.as_dict(),
-        "weights": {file.name: sha256_file(file) for file in sorted(aside.glob("*.safetensors"))},
-        "first": history[0],
-        "last": history[-1],
-        "stopped": stopped,
-        "run": run_record(),
-    }
-    text = json.dumps(record, indent=1) + "\n"
-    (aside / "README.md").write_text(model_card(record, config.license), encoding="utf-8")
-    (aside / RECORD).write_text(text, encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+        record: dict[str, Any] = {
+            "config": config_record(config),
+            "manifest_sha256": manifest.header.content_sha256,
+            "domains": sorted({row.domain for row in manifest.rows}),
+            "questions_selected": len(manifest.selected),
+            "budget": token_budget(manifest, history),
+            "model": loaded.info.as_dict(),
+            "weights": {file.name: sha256_file(file) for file in sorted(aside.glob("*.safetensors"))},
+            "first": history[0],
+            "last": history[-1],
+            "stopped": stopped,
+            "run": run_record(),
+        }
+        text = json.dumps(record, indent=1) + "\n"
+        (aside / "README.md").write_text(model_card(record, config.license), encoding="utf-8")
+        (aside / RECORD).write_text(text, encoding="utf-8")
     write_atomic(config.out / RECORD, text)
     watched = next(name for name in ("entropy_gap", "reward", "loss") if name in history[0])
     logger.info(
@@ -163,29 +126,23 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    full, method, base = record["config"]["full"], record["config"]["method"], record["model"]["id"]
-    loader = "AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM"
+    full, method = record["config"]["full"], record["config"]["method"]
     data = ModelCardData(
-        base_model=base,
+        base_model=record["model"]["id"],
         library_name="transformers" if full else "peft",
         license=license,
         pipeline_tag="text-generation",
         tags=["neuron-opsd", "self-distillation"] if method == "nopsd" else [method],
     )
-    shown = [name for name in _SHOWN if name in record["first"]]
     card = ModelCard.from_template(
         data,
-        template_str=_CARD,
+        template_path=str(_CARD),
+        record=record,
         name=Path(record["config"]["out"]).name,
-        base=base,
         method="{0}, [arXiv {1}](https://arxiv.org/abs/{1}))".format(*_METHODS[method]),
-        rows=[{"name": name, **{end: record[end][name] for end in ("first", "last")}} for name in shown],
-        steps=record["last"]["step"],
-        questions=record["questions_selected"],
-        domains=", ".join(record["domains"]),
-        manifest_sha256=record["manifest_sha256"],
-        stopped=record["stopped"],
-        usage=f"from {'transformers' if full else 'peft'} import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER)",
+        shown=_SHOWN,
+        library=data.library_name,
+        loader="AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM",
     )
     return str(card)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, normalise
 from neurosig.questions.vote import majority_vote, n_tied_right
 from neurosig.statistics import metrics
+from neurosig.statistics.vote_table import VoteTable
 
 if TYPE_CHECKING:
     from neurosig.questions.load import Question
@@ -82,11 +83,10 @@ def summarise_choices(rows: Sequence[Row], *, seed: int) -> dict[str, dict[str, 
 
 
 def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
-    k, n = rows[0]["k"], len(rows)
-    names = ("n_correct", "votes", "n_tied", "n_tied_right", "unparsed", "distinct", "truncated", "mean_length")
+    table, n = VoteTable.from_rows(rows), len(rows)
+    k, votes, avg, maj = table.k, table.votes, table.avg_at_k, table.maj_at_k
+    names = ("n_correct", "n_tied", "unparsed", "distinct", "truncated", "mean_length")
     column = {name: np.array([row[name] for row in rows]) for name in names}
-    avg, votes = column["n_correct"] / k, column["votes"]
-    maj = metrics.maj_at_k(column["n_tied_right"], column["n_tied"])
     return {
         "n": n,
         "k": k,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import atomic_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,9 +71,11 @@ class ServedStudent:
             logger.info("sampling from the weights of step %d, %d behind", self.policy_step, self.staleness)
         return list(self._server.sample(prompts, sampling, salt=salt, model=self._name, compare=not self.staleness))
 
-    def record(self) -> dict[str, int]:
-        """The metrics of the weights that the rollouts of a step came from."""
-        return {"policy_step": self.policy_step, "staleness": self.staleness}
+    def updated(self, step: int) -> dict[str, int]:
+        """Count the student's update; the metrics of the weights that the step's rollouts came from."""
+        record = {"policy_step": self.policy_step, "staleness": self.staleness}
+        self.updates = step
+        return record
 
     def close(self) -> None:
         """Unload the adapter and remove its folder."""
@@ -88,7 +89,9 @@ class ServedStudent:
         before, name = self._name, f"neurosig-{self._run}-step{self.updates}"
         if before is None and self._config.adapter_dir is None:  # left by a killed run
             shutil.rmtree(self._folder, ignore_errors=True)
-        path = write_adapter(self._adapter, self._folder, name)
+        path = self._folder / name
+        with atomic_folder(path) as aside:
+            self._adapter.save_pretrained(str(aside), save_embedding_layers=False)
         try:
             self._server.load_adapter(name, str(path))
         except UserError as error:
@@ -107,13 +110,3 @@ class ServedStudent:
         except UserError as error:  # a restarted server no longer has it
             logger.warning("%s", error)
         shutil.rmtree(self._folder / name, ignore_errors=True)
-
-
-def write_adapter(adapter: PeftModel, folder: Path, name: str) -> Path:
-    """Write a PEFT adapter to ``folder / name`` atomically; returns its path."""
-    aside, target = folder / f".{name}", folder / name
-    for leftover in (aside, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    adapter.save_pretrained(str(aside), save_embedding_layers=False)
-    os.replace(aside, target)
-    return target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from distill.completion_hidden import completion_hidden
 from distill.distributed import ALONE, Ranks, whole_tensor
 from distill.losses import Divergence, chunked_divergence
 from distill.metrics_log import rollout_metrics
 from distill.student import TrainingForward
 from distill.tasks import Task
+from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import logit_softcap
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.sampling.rollouts import Rollout
@@ -85,7 +84,7 @@ def learn(
         for name, value in _backward(config, model, teacher, batch, forward, timer, total, replayed).items():
             sums[name] += value
     norm = 0.0
-    with _phase(timer, "optimizer"):
+    with timer.phase("optimizer", synchronize=True):
         if rows:
             parameters = optimizer.param_groups[0]["params"]
             ranks.sum_gradients(parameters)
@@ -162,9 +161,9 @@ def _backward(
     Of the ``total`` tokens in the loss of the whole step, ``replayed`` answer replayed prompts.
     """
     completions = [row.rollout.completion_ids for row in batch]
-    with _phase(timer, "teacher"), teacher.active() as teacher_model:
+    with timer.phase("teacher", synchronize=True), teacher.active() as teacher_model:
         teacher_hidden = completion_hidden(teacher_model, [row.task.teacher_prompt for row in batch], completions)
-    with _phase(timer, "student"):
+    with timer.phase("student", synchronize=True):
         prompts = [row.task.student_prompt for row in batch]
         with forward.active():
             student_hidden = completion_hidden(model, prompts, completions, forward.share_prompts)
@@ -209,12 +208,3 @@ def _divergence(config: TrainConfig, model: PreTrainedModel) -> Divergence:
         tail=config.tail,
         softcap=logit_softcap(model),
     )
-
-
-@contextlib.contextmanager
-def _phase(timer: PhaseTimer, name: str) -> Iterator[None]:
-    """A phase of work that an accelerator may still be at when the block ends."""
-    with timer.phase(name):
-        yield
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()

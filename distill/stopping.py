@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distill.tasks import prompt_builder
 from neurosig.questions.answers import AnswerFormat, extract_answer
 from neurosig.questions.load import load_questions
+from neurosig.questions.prompts import PromptBuilder
 from neurosig.questions.vote import majority_vote, n_tied_right
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt
-from neurosig.statistics.metrics import maj_at_k, paired_mean_interval
+from neurosig.statistics.metrics import paired_mean_interval
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig
@@ -115,7 +115,7 @@ class Development:
         for question in self._questions:
             if question.answer is None:
                 raise UserError(f'--dev-questions {config.dev_questions}: question "{question.id}" has no answer')
-        builder = prompt_builder(header, loaded)
+        builder = PromptBuilder(loaded.tokenizer, header.prompt_config())
         self._prompts = [Prompt(question.id, builder.student(question)) for question in self._questions]
         self._sampling = replace(sampling, num_generations=config.dev_generations)
         self._draw, self._timer, self._main = draw, timer, main
@@ -146,9 +146,8 @@ class Development:
         self._measured.append({"step": step, "maj_at_k": float(np.mean(right)), "by_question": right})
         if self._main:
             write_atomic(self._path, "".join(json.dumps(entry) + "\n" for entry in self._measured))
-        logger.info(
-            "step %d: maj@%d %.3f on the development split", step, self._sampling.num_generations, np.mean(right)
-        )
+        k = self._sampling.num_generations
+        logger.info("step %d: maj@%d %.3f on the development split", step, k, np.mean(right))
 
     @property
     def fallen(self) -> str | None:
@@ -165,4 +164,4 @@ class Development:
 
 def _majority_is_right(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> float:
     vote = majority_vote([extract_answer(rollout.text, question, answer_format) for rollout in group], question.id)
-    return float(maj_at_k(np.array([n_tied_right(vote, question)]), np.array([len(vote.tied_answers)]))[0])
+    return n_tied_right(vote, question) / max(1, len(vote.tied_answers))

@@ -114,8 +114,8 @@ class TrainingForward:
         compile: Compile each layer.
 
     Attributes:
-        share_prompts: Whether `distill.completion_hidden.completion_hidden` may use a cache: a layer that is recomputed
-            would fill it twice, and a compiled one would be compiled for each layer's place in it.
+        share_prompts: Whether `completion_hidden` may use a cache: a layer that is recomputed would fill it twice, and
+            a compiled one would be compiled for each layer's place in it.
     """
 
     def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False):
@@ -173,24 +173,17 @@ class StudentSampler:
             served = self._served
             groups = self._ranks.on_main(lambda: served.sample(prompts, sampling, salt, fresh=salt == "development"))
         else:
-            own, model = self._ranks.share(prompts), self._model
-            with (
-                self._ranks.whole(model),
-                self._ranks.together(),
-                merged(model, self._adapter),
-                sampling_attention(model),
-            ):
+            ranks, model = self._ranks, self._model
+            own = prompts[ranks.rank :: ranks.world]
+            with ranks.whole(model), ranks.together(), merged(model, self._adapter), sampling_attention(model):
                 drawn = list(sample(self._loaded, own, sampling, batch_rows=self._batch_rows, salt=salt))
-            groups = [group for part in self._ranks.gather(drawn) for group in part]
+            groups = [group for part in ranks.gather(drawn) for group in part]
         by_id = {group[0].question_id: group for group in groups}
         return [by_id[prompt.question_id] for prompt in sorted(prompts, key=lambda prompt: len(prompt.token_ids))]
 
     def updated(self, step: int) -> dict[str, int]:
         """Tell the server's sampler that the student made another update; the age of the weights last sampled from."""
-        if self._served is None:
-            return {}
-        record, self._served.updates = self._served.record(), step
-        return record
+        return {} if self._served is None else self._served.updated(step)
 
     def close(self) -> None:
         """Unload the adapter from the server."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from neurosig.manifest import Header, Manifest
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.questions.answers import extract_answer
 from neurosig.questions.load import load_questions
-from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
+from neurosig.questions.prompts import Demonstration, PromptBuilder
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
@@ -40,47 +40,26 @@ class Task:
 
 
 def load_student(config: TrainConfig, manifest: Manifest, device: str | None) -> LoadedModel:
-    """Load the manifest's model, or the one of ``--model``, and check it against the manifest.
+    """Load the manifest's model, or the one of ``--model``.
 
     Raises:
-        UserError: See `neurosig.models.load.load_model` and `check_model`.
+        UserError: It did not make the manifest, and ``--allow-model-mismatch`` is off (else a warning); or see
+            `neurosig.models.load.load_model`.
     """
+    header = manifest.header
     loaded = load_model(
-        config.model or manifest.header.model["id"],
+        config.model or header.model["id"],
         dtype=config.dtype,
         device=device,
         attn_implementation=config.attn_implementation,
-        template=manifest.header.options["template"],
+        template=header.options["template"],
     )
-    check_model(manifest.header, loaded, allow_mismatch=config.allow_model_mismatch)
-    return loaded
-
-
-def check_model(header: Header, loaded: LoadedModel, *, allow_mismatch: bool) -> None:
-    """Check that the model made the manifest: same weights, tokenizer and chat template.
-
-    Raises:
-        UserError: It did not, and ``allow_mismatch`` is off (else a warning).
-    """
-    info = loaded.info
-    for what, made, here in (
-        ("weights", header.model["weights"], info.weights),
-        ("tokenizer", header.tokenizer["sha256"], info.tokenizer_sha256),
-        ("chat template", header.tokenizer["chat_template_sha256"], info.chat_template_sha256),
-    ):
-        if made == here:
-            continue
-        message = (
-            f"the manifest was made by {header.model['id']}, not by {info.id}: "
-            f"{what} {_short(made)} against {_short(here)}"
-        )
-        if not allow_mismatch:
+    for difference in header.differences(loaded.info):
+        message = f"the manifest was made by {header.model['id']}, not by {loaded.info.id}: {difference}"
+        if not config.allow_model_mismatch:
             raise UserError(f"{message}; give the right --model, export again, or use --allow-model-mismatch")
         logger.warning("%s", message)
-
-
-def _short(digest: Mapping[str, str] | str | None) -> str:
-    return str(next(iter(digest.values()), None) if isinstance(digest, Mapping) else digest)[:12]
+    return loaded
 
 
 def training_tasks(config: TrainConfig, manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
@@ -103,7 +82,7 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
     Raises:
         UserError: Nothing is selected, or a prompt and its completion exceed the model's positions.
     """
-    builder = prompt_builder(manifest.header, loaded)
+    builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
     selected = manifest.selected
     if not selected:
         counts = ", ".join(f"{n} {reason}" for reason, n in manifest.header.counts.items() if reason != "questions")
@@ -115,15 +94,9 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
             Demonstration(by_id[item.question_id], manifest.rollouts[item.question_id, item.rollout_id].text)
             for item in row.context
         ]
-        task = Task(
-            row.question_id,
-            builder.student(by_id[row.question_id]),
-            builder.teacher(by_id[row.question_id], context),
-            row.weight,
-        )
-        _check_length(task, loaded, max_new_tokens)
-        tasks.append(task)
-    return tasks
+        question = by_id[row.question_id]
+        tasks.append(Task(question.id, builder.student(question), builder.teacher(question, context), row.weight))
+    return _fitting(tasks, loaded, max_new_tokens)
 
 
 def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: float, max_new_tokens: int) -> list[Task]:
@@ -132,49 +105,31 @@ def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: fl
     Raises:
         UserError: The source cannot be read, or a prompt and its completion exceed the model's positions.
     """
-    builder = PromptBuilder(
-        loaded.tokenizer, PromptConfig(header.options["system"], "", "", header.options["enable_thinking"])
-    )
-    tasks = []
-    for question in load_questions(source):
-        prompt = builder.student(question)
-        task = Task(f"replay:{question.id}", prompt, prompt, weight, replay=True)
-        _check_length(task, loaded, max_new_tokens)
-        tasks.append(task)
-    return tasks
+    wording = replace(header.prompt_config(), instruction="", choice_instruction="")
+    builder = PromptBuilder(loaded.tokenizer, wording)
+    prompts = {question.id: builder.student(question) for question in load_questions(source)}
+    tasks = [Task(f"replay:{name}", prompt, prompt, weight, replay=True) for name, prompt in prompts.items()]
+    return _fitting(tasks, loaded, max_new_tokens)
 
 
 def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
     """How the student samples: as the manifest's rollouts were, unless an option says otherwise."""
     options = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens}
     changes = {name: value for name, value in options.items() if value is not None}
-    return manifest_sampling(manifest.header, num_generations=config.num_generations, seed=config.seed, **changes)
+    return manifest.header.sampling_config(num_generations=config.num_generations, seed=config.seed, **changes)
 
 
-def manifest_sampling(header: Header, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
-    """The manifest's sampling options with another K and seed, and with ``changes``."""
-    names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
-    options = {name: header.options[name] for name in names} | changes
-    return SamplingConfig(num_generations=num_generations, seed=seed, **options)
-
-
-def prompt_builder(header: Header, loaded: LoadedModel) -> PromptBuilder:
-    """Prompts worded as the manifest's."""
-    options = header.options
-    wording = PromptConfig(
-        options["system"], options["instruction"], options["choice_instruction"], options["enable_thinking"]
-    )
-    return PromptBuilder(loaded.tokenizer, wording)
-
-
-def _check_length(task: Task, loaded: LoadedModel, max_new_tokens: int) -> None:
-    for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
-        if len(prompt) + max_new_tokens > loaded.max_length:
-            raise UserError(
-                f'question "{task.id}": the {who} prompt of {len(prompt)} tokens and {max_new_tokens} new tokens '
-                f"exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with fewer "
-                "--num-demonstrations"
-            )
+def _fitting(tasks: list[Task], loaded: LoadedModel, max_new_tokens: int) -> list[Task]:
+    """The tasks, all of whose prompts leave room for the completion."""
+    for task in tasks:
+        for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
+            if len(prompt) + max_new_tokens > loaded.max_length:
+                raise UserError(
+                    f'question "{task.id}": the {who} prompt of {len(prompt)} tokens and {max_new_tokens} new tokens '
+                    f"exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with fewer "
+                    "--num-demonstrations"
+                )
+    return tasks
 
 
 def check_majority_context(manifest: Manifest) -> None:

@@ -45,11 +45,8 @@ class Teacher:
         self._decay = ema_decay
         frozen = name == "base" and adapter is None
         self._copy = copy.deepcopy(model).requires_grad_(False).eval() if frozen else None
-        self.average: Mapping[str, Tensor] = {}
-        if name == "ema":
-            self.average = {
-                weight: tensor.float().clone() for weight, tensor in effective_weights(model, adapter).items()
-            }
+        averaged = effective_weights(model, adapter) if name == "ema" else {}
+        self.average: Mapping[str, Tensor] = {weight: tensor.float().clone() for weight, tensor in averaged.items()}
 
     def shard(self, ranks: Ranks) -> None:
         """Under FSDP2, shard the frozen copy like the student."""

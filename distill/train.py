@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.config import BASELINES, PRESETS, TrainConfig, check_options, resume_key
-from distill.metrics_log import METRICS, MetricsLog, check_trackers
+from distill.metrics_log import METRICS, MetricsLog
 from distill.output import RECORD, write_final
 from neurosig.runtime.cli import PhaseTimer, run_command
 from neurosig.runtime.errors import UserError
@@ -44,32 +44,23 @@ def main(config: TrainConfig) -> None:
     ranks = launched(config)
     with ranks.together():
         check_options(config)
-        check_trackers(config)
         ranks.check(config)
-    owned = (METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served")
+    owned = [METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served"]
+    owned += ["tensorboard", "wandb"]
     with contextlib.ExitStack() as stack:
         folder = output_folder(
-            config.out,
-            finished=RECORD,
-            owned=(*owned, "tensorboard", "wandb"),
-            resume=config.resume,
-            overwrite=config.overwrite,
+            config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
         )
         if ranks.on_main(lambda: stack.enter_context(folder)):
             logger.info("%s: already complete", config.out)
         else:
+            if config.method in BASELINES:
+                from distill.baselines.trl import train_baseline as run
+            else:
+                run = _distil
             with PhaseTimer() as timer:
-                _run(config, timer, ranks)
+                run(config, timer, ranks)
         ranks.close()
-
-
-def _run(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
-    if config.method in BASELINES:
-        from distill.baselines.trl import train_baseline
-
-        train_baseline(config, timer, ranks)
-    else:
-        _distil(config, timer, ranks)
 
 
 def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig
 from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
-from neurosig.options import ORGANISM, QWEN3_4B, GenerationOptions, SamplerOptions
+from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.patterns import Signature
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes, option_names
 from neurosig.selection.config import ContextPolicy, QuestionFilter, QuestionWeight, SelectionConfig
@@ -48,7 +49,7 @@ TRACE, PROBE, SELECTION = TraceConfig(), ProbeConfig(), SelectionConfig()  # the
 
 
 @dataclass(kw_only=True)
-class ExportConfig(SamplerOptions, GenerationOptions):
+class ExportConfig(RolloutOptions):
     """Write a selection manifest from unlabelled questions.
 
     Samples K rollouts per question, traces the neurons behind them, selects the questions whose majority answer these
@@ -140,18 +141,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 def main(config: ExportConfig) -> None:
     """Run the export described by ``config``."""
     from neurosig.manifest import FILES, HEADER
-    from neurosig.runtime.folder import output_folder
 
-    owned = (HEADER, *FILES, "run.json", WORK)
-    with output_folder(
-        config.out, finished=HEADER, owned=owned, resume=config.resume, overwrite=config.overwrite
-    ) as complete:
-        if complete:
-            shutil.rmtree(config.out / WORK, ignore_errors=True)  # a run killed after its last write leaves it
-            logger.info("%s: already complete", config.out)
-            return
-        with PhaseTimer() as timer:
-            _export(config, timer)
+    run_in_folder(config, _export, finished=HEADER, owned=(HEADER, *FILES, "run.json", WORK), temporary=WORK)
 
 
 def _export(config: ExportConfig, timer: PhaseTimer) -> None:
@@ -228,9 +219,7 @@ def _rollouts(
     timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
     """Rollouts of every prompt in question order, sampled, resumed or read from a file."""
-    from neurosig.questions.prompts import PromptBuilder
     from neurosig.sampling.rollouts import RolloutLog, check_fit, read_external_rollouts
-    from neurosig.sampling.sampler import sample
 
     if config.rollouts is not None:
 
@@ -244,31 +233,19 @@ def _rollouts(
         check_fit(config.rollouts, groups, lengths, loaded.max_length, vocabulary)
         return {name: groups[name] for name in prompts}
 
-    sampling = config.sampling_config()
-    server = config.server(loaded, enable_thinking=config.enable_thinking)
     log = RolloutLog(
         work / "rollouts.log",
         {
             "model": loaded.info.as_dict(),
             "questions": _dataset_sha256(questions),
             **config.prompt_config().as_dict(),
-            **sampling.as_dict(),
-            **({} if server is None else server.config.record()),
+            **config.sampling_config().as_dict(),
+            **config.server_record(loaded.info.id),
         },
     )
-    if server is None:
-        todo = sample(loaded, list(prompts.values()), sampling, batch_rows=config.batch_rows, done=set(log.groups))
-    else:
-        builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
-        messages = {question.id: builder.messages(question) for question in questions}
-        todo = server.sample(list(prompts.values()), sampling, done=set(log.groups), messages=messages)
-    with progress(total=len(prompts), desc="sample", quiet=config.quiet) as bar:
-        bar.update(len(log.groups))
-        for group in todo:
-            log.append(group)
-            timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in group))
-            bar.update(len(log.groups) - bar.n)
-    return {name: log.groups[name] for name in prompts}
+    drawn = config.draw(loaded, questions, list(prompts.values()), done=set(log.groups))
+    groups = log.extend(drawn, total=len(prompts), desc="sample", quiet=config.quiet, timer=timer)
+    return {name: groups[name] for name in prompts}
 
 
 def _trace(

@@ -12,15 +12,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from neurosig.models.load import ModelInfo
 from neurosig.questions.load import Question
+from neurosig.questions.prompts import PromptConfig
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file, sha256_text, write_atomic
+from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
 
 FORMAT = "neurosig-manifest"
@@ -139,6 +142,29 @@ class Header(_Strict):
     options: dict[str, Any]
     counts: dict[str, int]
     files: dict[str, FileEntry]
+
+    def prompt_config(self) -> PromptConfig:
+        """Wording of the prompts."""
+        return PromptConfig(**{field.name: self.options[field.name] for field in fields(PromptConfig)})
+
+    def sampling_config(self, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
+        """The export's sampling options with another K and seed, and with ``changes``."""
+        names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+        options = {name: self.options[name] for name in names} | changes
+        return SamplingConfig(num_generations=num_generations, seed=seed, **options)
+
+    def differences(self, model: ModelInfo) -> list[str]:
+        """What of ``model`` is not that of the model that made the manifest: weights, tokenizer, chat template."""
+
+        def short(digest: Mapping[str, str] | str | None) -> str:
+            return str(next(iter(digest.values()), None) if isinstance(digest, Mapping) else digest)[:12]
+
+        pairs = (
+            ("weights", self.model["weights"], model.weights),
+            ("tokenizer", self.tokenizer["sha256"], model.tokenizer_sha256),
+            ("chat template", self.tokenizer["chat_template_sha256"], model.chat_template_sha256),
+        )
+        return [f"{what} {short(made)} against {short(here)}" for what, made, here in pairs if made != here]
 
 
 @dataclass(frozen=True, slots=True)

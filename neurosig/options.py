@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -14,7 +15,10 @@ from neurosig.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
+    from neurosig.questions.load import Question
     from neurosig.sampling.http import ServerConfig
+    from neurosig.sampling.rollouts import Rollout
+    from neurosig.sampling.sampler import Prompt
     from neurosig.sampling.server import Server
 
 ConfigT = TypeVar("ConfigT", bound=Any)
@@ -69,6 +73,11 @@ class SamplerOptions(CommonConfig):
             max_retries=self.max_retries,
             concurrency=self.concurrency,
         )
+
+    def server_record(self, model_id: str) -> dict[str, Any]:
+        """What of the server shapes the rollouts; empty when the model here samples."""
+        config = self.server_config(model_id)
+        return {} if config is None else config.record()
 
     def server(self, loaded: LoadedModel, *, enable_thinking: bool | None = None) -> Server | None:
         """The server that samples for ``loaded``; None when the model here does."""
@@ -130,6 +139,43 @@ class GenerationOptions(CommonConfig):
     def sampling_config(self) -> SamplingConfig:
         """How rollouts are sampled."""
         return self.part(SamplingConfig)
+
+
+@dataclass(kw_only=True)
+class RolloutOptions(SamplerOptions, GenerationOptions):
+    """Options of the commands that sample K rollouts per question."""
+
+    def draw(
+        self,
+        loaded: LoadedModel,
+        questions: Iterable[Question],
+        prompts: Sequence[Prompt],
+        *,
+        salt: str = "",
+        done: Collection[str] = (),
+    ) -> Iterator[list[Rollout]]:
+        """Yield the rollouts of each prompt as they finish, sampled here or by the server.
+
+        Args:
+            loaded: The model; a server must serve the same.
+            questions: What the prompts ask, for the servers that take messages.
+            prompts: One prompt per question.
+            salt: Mixed into the seeds.
+            done: Question ids to leave out.
+
+        Raises:
+            UserError: See `neurosig.sampling.sampler.sample` and `neurosig.sampling.server.Server.sample`.
+        """
+        from neurosig.questions.prompts import PromptBuilder
+        from neurosig.sampling.sampler import sample
+
+        sampling = self.sampling_config()
+        server = self.server(loaded, enable_thinking=self.enable_thinking)
+        if server is None:
+            return sample(loaded, prompts, sampling, batch_rows=self.batch_rows, salt=salt, done=done)
+        builder = PromptBuilder(loaded.tokenizer, self.prompt_config())
+        messages = {question.id: builder.messages(question) for question in questions}
+        return server.sample(prompts, sampling, salt=salt, done=done, messages=messages)
 
 
 QWEN3_4B: dict[str, object] = {

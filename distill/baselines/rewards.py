@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.completion_hidden import completion_hidden, head_logits
 from distill.metrics_log import rollout_metrics
 from distill.student import merged
 from neurosig.manifest import Manifest
+from neurosig.models.completion_hidden import completion_hidden, head_logits
 from neurosig.questions.answers import extract_answer
 from neurosig.questions.vote import majority_vote
 from neurosig.runtime.errors import UserError

@@ -52,9 +52,10 @@ from distill.distributed import Ranks
 from distill.metrics_log import MetricsLog, rollout_metrics
 from distill.output import write_final
 from distill.student import make_student
-from distill.tasks import load_student, prompt_builder, questions_of_step, sampling_config
+from distill.tasks import load_student, questions_of_step, sampling_config
 from neurosig.manifest import Manifest, read_manifest
 from neurosig.models.load import LoadedModel
+from neurosig.questions.prompts import PromptBuilder
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
@@ -113,7 +114,7 @@ def question_prompts(
         UserError: There is none; or a selected question's prompt and completion exceed the model's positions (with
             ``--questions-of all`` it is left out).
     """
-    builder = prompt_builder(manifest.header, loaded)
+    builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
     prompts = {}
     for row in manifest.rows if config.questions_of == "all" else manifest.selected:
         prompt = builder.student(row.as_question())

@@ -2,8 +2,8 @@
 
 Reads ``gap_gain.csv`` of the results folder, which ``python -m figures.experiments.context_policies`` measures and
 writes, or the committed ``figures/data/gap_gain.csv``; writes ``gap_gain.pdf``, ``.png`` and the points as
-``gap_gain.csv``. The line is `distill.entropy_gap.gap_fit`: least squares,
-resampled by question.
+``gap_gain.csv``. The line is `neurosig.statistics.regression.line_fit`: least squares, resampled by
+question.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from distill.entropy_gap import GapFit, gap_fit
 from figures.experiments.context_policies import LABELS, POLICIES
 from figures.notebook.explore import draw_gap
 from figures.sources import made_or_committed
 from figures.style import SERIES, Colour, caption, save_figure, subplots
 from neurosig.statistics.metrics import Interval, paired_mean_interval
+from neurosig.statistics.regression import LineFit, line_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,12 +55,12 @@ def draw(results: Path, out: Path) -> list[Path]:
     return save_figure(figure, out, NAME, source.read_text())
 
 
-def fits(points: pd.DataFrame) -> tuple[GapFit, GapFit]:
+def fits(points: pd.DataFrame) -> tuple[LineFit, LineFit]:
     """The line through all points, and the line through the points after subtracting the mean of each context."""
     centred = points[["gap", "gain"]] - points.groupby("policy")[["gap", "gain"]].transform("mean")
     questions = list(points["question"])
     pooled, within = (
-        gap_fit(part["gap"].to_numpy(np.float64), part["gain"].to_numpy(np.float64), questions, seed=SEED)
+        line_fit(part["gap"].to_numpy(np.float64), part["gain"].to_numpy(np.float64), questions, seed=SEED)
         for part in (points, centred)
     )
     return pooled, within
@@ -89,5 +89,5 @@ def _mean(values: pd.Series[float]) -> Interval:
     return paired_mean_interval(values.to_numpy(np.float64), np.zeros(len(values)), seed=SEED)
 
 
-def _verdict(fit: GapFit) -> str:
+def _verdict(fit: LineFit) -> str:
     return " (n.s.)" if fit.slope.low <= 0 <= fit.slope.high else ""

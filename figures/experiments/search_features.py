@@ -27,7 +27,7 @@ from neurosig.neurons.contributions import cett, masked_mean, neurons_per_layer,
 from neurosig.neurons.nnsight_reader import FFNEnvoy
 from neurosig.neurons.sites import ffn_sites, w_out_norms
 from neurosig.questions.answers import normalise
-from neurosig.questions.prompts import PromptBuilder, PromptConfig
+from neurosig.questions.prompts import PromptBuilder
 from neurosig.runtime.cli import progress
 from neurosig.runtime.files import write_atomic
 
@@ -104,8 +104,7 @@ def _trace(exported: Exported, quiet: bool) -> Features:
     header = exported.manifest.header
     options = header.options
     loaded = load_model(str(header.model["id"]), dtype=options["dtype"], template=options["template"])
-    prompt_options = ("system", "instruction", "choice_instruction", "enable_thinking")
-    builder = PromptBuilder(loaded.tokenizer, PromptConfig(*(options[name] for name in prompt_options)))
+    builder = PromptBuilder(loaded.tokenizer, header.prompt_config())
     rows, groups = list(exported.rows.values()), list(exported.rollouts.values())
     prompts = [builder.student(row.as_question()) for row in rows]
     answers = [row.answers for row in rows]

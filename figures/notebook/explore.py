@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-    from distill.entropy_gap import GapFit, TokenEntropies
+    from distill.entropy_gap import TokenEntropies
     from neurosig.report.probe import Located
     from neurosig.report.signal_table import SignalRow
     from neurosig.statistics.metrics import Interval
+    from neurosig.statistics.regression import LineFit
 
 TRUST = {"neuron": (Colour.OURS, "D"), "output": (Colour.BASELINE, "o"), "control": (Colour.BLACK, "x")}
 """Kind of signal -> colour and marker."""
@@ -170,7 +171,7 @@ def entropy_curves(entropies: Mapping[str, Sequence[TokenEntropies]], *, longest
     return figure
 
 
-def gap_scatter(table: pd.DataFrame, fit: GapFit) -> Figure:
+def gap_scatter(table: pd.DataFrame, fit: LineFit) -> Figure:
     """Gain of each question and context against its entropy gap, the fitted line, and its slope with interval.
 
     Args:
@@ -337,7 +338,7 @@ def draw_forest(axis: Axes, signals: Sequence[tuple[str, str, Interval]]) -> Non
     axis.grid(axis="y", visible=False)
 
 
-def draw_gap(axis: Axes, table: pd.DataFrame, fit: GapFit) -> None:
+def draw_gap(axis: Axes, table: pd.DataFrame, fit: LineFit) -> None:
     """Points of ``gap`` and ``gain``, one series per ``policy``, and the fitted line."""
     draw_series(axis, table["gap"].to_numpy(), table["gain"].to_numpy(), list(table["policy"]), alpha=0.75)
     ends = np.array([table["gap"].min(), table["gap"].max()])

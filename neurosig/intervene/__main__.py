@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from neurosig.options import QWEN3_4B, GenerationOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 
 if TYPE_CHECKING:
@@ -105,17 +106,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {"cpu": {}, "qwen3-4b": QWEN3_4B}
 
 def main(config: InterveneConfig) -> None:
     """Run the dose-response experiment described by ``config``."""
-    from neurosig.runtime.folder import output_folder
-
-    owned = (RESULTS, TABLE, PLAN, CELLS)
-    with output_folder(
-        config.out, finished=RESULTS, owned=owned, resume=config.resume, overwrite=config.overwrite
-    ) as complete:
-        if complete:
-            logger.info("%s: already complete", config.out)
-            return
-        with PhaseTimer() as timer:
-            _intervene(config, timer)
+    run_in_folder(config, _intervene, finished=RESULTS, owned=(RESULTS, TABLE, PLAN, CELLS))
 
 
 def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:

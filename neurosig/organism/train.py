@@ -20,10 +20,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from neurosig.runtime.cli import CommonConfig, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import AtLeast, check_bounds
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -68,9 +69,9 @@ class OrganismConfig(CommonConfig):
 
     out: Path
     """Folder of the model; must not exist."""
-    steps: int = 900
+    steps: Annotated[int, AtLeast(1)] = 900
     """Optimizer steps."""
-    tokens_per_step: int = 2048
+    tokens_per_step: Annotated[int, AtLeast(1)] = 2048
     """Tokens of a batch, padding included."""
     learning_rate: float = 4e-3
     """Peak learning rate of Muon (the layers' matrices) and AdamW (the embedding and the gains)."""
@@ -84,11 +85,11 @@ class OrganismConfig(CommonConfig):
     """Width."""
     d_mlp: int = 576
     """FFN neurons per layer."""
-    n_layers: int = 5
+    n_layers: Annotated[int, AtLeast(1)] = 5
     """Layers."""
     seed: int = 0
     """Seed of the weights and of the conversations."""
-    threads: int = 1
+    threads: Annotated[int, AtLeast(1)] = 1
     """torch threads; another number gives other last bits."""
     bfloat16: bool = True
     """Run the forward pass under bfloat16 autocast."""
@@ -102,9 +103,7 @@ def main(config: OrganismConfig) -> None:
 
     if config.out.exists():
         raise UserError(f"--out {config.out}: exists already; give another folder")
-    for name in ("steps", "tokens_per_step", "n_layers", "threads"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(config, name)}")
+    check_bounds(config)
     if config.d_model < 64 or config.d_model % 64:
         raise UserError(f"--d-model: expected a multiple of 64 (two key-value heads of 32), got {config.d_model}")
     torch.set_num_threads(config.threads)

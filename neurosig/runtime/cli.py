@@ -212,11 +212,16 @@ class PhaseTimer:
         self.tokens[phase] = self.tokens.get(phase, 0) + tokens
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to the phase ``name``."""
+    def phase(self, name: str, *, synchronize: bool = False) -> Iterator[None]:
+        """Add the block's wall time to the phase ``name``; ``synchronize`` first waits for torch's accelerator."""
         start = time.perf_counter()
         try:
             yield
+            if synchronize:
+                import torch
+
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

@@ -55,6 +55,25 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 @contextlib.contextmanager
+def atomic_folder(target: Path, aside: Path | None = None) -> Iterator[Path]:
+    """Write a folder that replaces ``target`` when the block ends well and is removed when it fails.
+
+    Args:
+        target: An earlier folder there is replaced.
+        aside: Where the block makes and fills the folder; default: ``.NAME`` next to ``target``.
+    """
+    aside = aside or target.with_name(f".{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        yield aside
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+
+
+@contextlib.contextmanager
 def disk_space(path: Path, needed: int, *, kept: str = "") -> Iterator[None]:
     """Report a full disk in one sentence if writing ``path`` fails in the block.
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
+from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=Any)
 LOCK = ".lock"
 
 
@@ -47,6 +52,39 @@ def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: boo
             (out / LOCK).unlink(missing_ok=True)
             if not any(out.iterdir()):
                 out.rmdir()
+
+
+def run_in_folder(
+    config: ConfigT,
+    work: Callable[[ConfigT, PhaseTimer], None],
+    *,
+    finished: str,
+    owned: Sequence[str],
+    temporary: str | None = None,
+) -> None:
+    """Run a command in its ``--out``, timed by phase; nothing but a message if an earlier run completed it.
+
+    Args:
+        config: The command's options, with ``out``, ``resume`` and ``overwrite``.
+        work: Called with the options and the timer.
+        finished: See `output_folder`.
+        owned: See `output_folder`.
+        temporary: File or folder that a run killed after its last write leaves behind.
+
+    Raises:
+        UserError: See `output_folder`.
+    """
+    out = config.out
+    with output_folder(
+        out, finished=finished, owned=owned, resume=config.resume, overwrite=config.overwrite
+    ) as complete:
+        if not complete:
+            with PhaseTimer() as timer:
+                work(config, timer)
+            return
+        if temporary is not None:
+            shutil.rmtree(out / temporary) if (out / temporary).is_dir() else (out / temporary).unlink(missing_ok=True)
+        logger.info("%s: already complete", out)
 
 
 @contextlib.contextmanager

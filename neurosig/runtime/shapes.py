@@ -1,9 +1,14 @@
-"""Marks that say what an option shapes; reuse, resume and records follow from them."""
+"""Marks of options: what an option shapes, from which reuse, resume and records follow, and its smallest value."""
 
 from __future__ import annotations
 
 import enum
+import math
 import typing
+from dataclasses import dataclass
+from typing import Any
+
+from neurosig.runtime.errors import UserError
 
 
 class Shapes(enum.Flag):
@@ -39,3 +44,29 @@ def option_names(config_class: type, *marks: Shapes) -> tuple[str, ...]:
             isinstance(mark, Shapes) and mark & wanted for mark in getattr(hint, "__metadata__", ()) for wanted in marks
         )
     )
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Mark of an option's smallest value, written as ``steps: Annotated[int, AtLeast(1)] = 20``."""
+
+    value: int
+
+
+class Above0:
+    """Mark of an option that is a finite number above 0."""
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse options of a dataclass below their marked bounds.
+
+    Raises:
+        UserError: Naming the flag and its bound.
+    """
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+            if isinstance(mark, AtLeast) and value < mark.value:
+                raise UserError(f"{flag}: expected at least {mark.value}, got {value}")
+            if mark is Above0 and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"{flag}: expected a number above 0, got {value}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from neurosig.runtime.cli import PhaseTimer, progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, write_atomic
 from neurosig.runtime.provenance import check_same_run
@@ -73,6 +74,28 @@ class RolloutLog:
         """Add one question's rollouts and flush them to disk."""
         append_line(self.path, json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False))
         self.groups[group[0].question_id] = list(group)
+
+    def extend(
+        self,
+        groups: Iterable[Sequence[Rollout]],
+        *,
+        total: int,
+        desc: str,
+        quiet: bool = False,
+        timer: PhaseTimer | None = None,
+    ) -> dict[str, list[Rollout]]:
+        """Append questions as they finish, with a progress bar of ``total``; returns all rollouts by question.
+
+        ``timer`` counts their tokens in its phase ``sample``.
+        """
+        with progress(total=total, desc=desc, quiet=quiet) as bar:
+            bar.update(len(self.groups))
+            for group in groups:
+                self.append(group)
+                if timer is not None:
+                    timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in group))
+                bar.update(len(self.groups) - bar.n)
+        return self.groups
 
     def _reopen(self) -> None:
         lines = self.path.read_bytes().split(b"\n")

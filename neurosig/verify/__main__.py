@@ -248,7 +248,7 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = summary["config"]
     rows = pyarrow.parquet.read_table(folder / "results.parquet").to_pylist()
-    sampled = config.get("scoring", "sampling") == "sampling"
+    sampled = config["scoring"] == "sampling"
     if sampled:
         found.evaluations[folder.resolve()] = rows
     rollouts: dict[str, list[dict[str, Any]]] = {}

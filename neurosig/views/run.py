@@ -23,7 +23,7 @@ from neurosig.neurons.tracer import NeuronTracer
 from neurosig.patterns.similarity import mean_pairwise_jaccard
 from neurosig.questions.answers import is_correct
 from neurosig.questions.load import Question
-from neurosig.questions.prompts import PromptBuilder, PromptConfig
+from neurosig.questions.prompts import PromptBuilder
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 
@@ -79,8 +79,7 @@ class ExportedRun(Exported):
                 positive_only=options["positive_only"],
             ),
         )
-        wording = (options[name] for name in ("system", "instruction", "choice_instruction", "enable_thinking"))
-        self._builder = PromptBuilder(model.tokenizer, PromptConfig(*wording))
+        self._builder = PromptBuilder(model.tokenizer, header.prompt_config())
         self.gold: Mapping[str, Question] = join_gold(self.manifest)[0] if gold else {}
         self.weights = self._dense_weights()
 

@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from distill.completion_hidden import completion_hidden
+from neurosig.models.completion_hidden import completion_hidden
 from tests.benchmarks.shapes import config, random_model
 
 SCALE = 16

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import distill.checkpoints
 import distill.step
+import neurosig.runtime.files
 from distill.checkpoints import AVERAGES, OPTIMIZER, STATE, WEIGHTS, load_newest, save_checkpoint
 from distill.train import main
 from neurosig.runtime.errors import UserError
@@ -182,7 +183,7 @@ def test_killed_inside_the_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    where = distill.checkpoints.os if killed_in == "replace" else distill.checkpoints
+    where = neurosig.runtime.files.os if killed_in == "replace" else distill.checkpoints
     monkeypatch.setattr(where, killed_in, killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 3, *run, KEY, keep=9)

@@ -1,4 +1,4 @@
-"""The entropy gap: per-token entropies of student and teacher, gains on fresh samples, and the line through both."""
+"""The entropy gap: per-token entropies of student and teacher, and gains on fresh samples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
-from distill.entropy_gap import ContextGain, TokenEntropies, context_gains, fresh_accuracy, gap_fit, token_entropies
+from distill.entropy_gap import ContextGain, TokenEntropies, context_gains, fresh_accuracy, token_entropies
 from distill.tasks import manifest_tasks
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
@@ -68,36 +67,3 @@ def test_gains_join_by_question_and_weigh_tokens_alike() -> None:
     found = context_gains(entropies, {"a": 0.25, "b": 0.5}, {"a": 0.75, "b": 0.25, "c": 1.0})
     assert found == [ContextGain("a", 0.875, 0.25, 0.75), ContextGain("b", 0.75, 0.5, 0.25)]
     assert [one.gain for one in found] == [0.5, -0.25]
-
-
-def test_the_fit_is_a_least_squares_line_with_an_interval_that_holds_the_truth() -> None:
-    rng = np.random.default_rng(0)
-    gap = rng.uniform(0, 1, 300)
-    gain = 0.4 * gap - 0.1 + rng.normal(0, 0.1, 300)
-    questions = [f"q{index // 3}" for index in range(300)]
-    fit = gap_fit(gap, gain, questions, seed=1)
-    reference = stats.linregress(gap, gain)
-    assert fit.slope.estimate == pytest.approx(reference.slope) and fit.r.estimate == pytest.approx(reference.rvalue)
-    assert fit.intercept == pytest.approx(reference.intercept) and fit.slope.n == 100
-    assert fit.slope.low < 0.4 < fit.slope.high < 0.6
-    noise = gap_fit(gap, rng.permutation(gain), questions)
-    assert noise.slope.low < 0 < noise.slope.high
-
-
-def test_points_of_one_question_are_resampled_together() -> None:
-    """Copies of every point under further contexts add no certainty."""
-    rng = np.random.default_rng(2)
-    gap, gain = rng.uniform(0, 1, 40), rng.uniform(0, 1, 40)
-    names = [f"q{index:02d}" for index in range(40)]
-    once = gap_fit(gap, gain, names)
-    often = gap_fit(np.tile(gap, 5), np.tile(gain, 5), names * 5)
-    assert (often.slope.low, often.slope.high) == pytest.approx((once.slope.low, once.slope.high))
-
-
-def test_a_flat_gap_gives_a_flat_line() -> None:
-    fit = gap_fit(np.zeros(6), np.arange(6.0), list("abcdef"))
-    assert fit.slope.estimate == fit.r.estimate == 0 and fit.intercept == 2.5
-    with pytest.raises(UserError, match="one per point"):
-        gap_fit(np.zeros(2), np.zeros(2), ["a", "b", "c"])
-    with pytest.raises(UserError, match="at least 2"):
-        gap_fit(np.zeros(2), np.zeros(2), ["a", "a"])

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.completion_hidden import completion_hidden
 from distill.config import TrainConfig
 from distill.distributed import decoder_layers
 from distill.step import learn
@@ -21,6 +20,7 @@ from distill.student import TrainingForward, sampling_attention
 from distill.tasks import Task
 from distill.teacher import Teacher
 from distill.train import main
+from neurosig.models.completion_hidden import completion_hidden
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import make_manifest

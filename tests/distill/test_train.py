@@ -14,12 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import distill.step
-from distill.completion_hidden import completion_hidden
 from distill.config import TrainConfig
 from distill.tasks import Task, questions_of_step, replay_tasks
 from distill.teacher import Teacher
 from distill.train import main
 from neurosig.manifest import read_manifest
+from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder

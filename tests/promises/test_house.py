@@ -16,17 +16,15 @@ MOST_MODULES = {"neurosig": 9, "distill": 20, "figures/draw": 20}
 """Modules per folder; elsewhere 13."""
 
 
-def imported(body: list[ast.stmt]) -> Iterator[str]:
-    """Names that are imported when the module is: neither those in functions nor those for type checkers."""
-    for node in body:
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Names that a module imports, also inside functions, but for those that only type checkers need."""
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.If | ast.Try):
-            if "TYPE_CHECKING" not in ast.unparse(node).splitlines()[0]:
-                yield from imported(node.body)
-            yield from imported(node.orelse)
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield from imported(node)
 
 
 def test_code_is_small_and_imports_have_no_circle() -> None:
@@ -44,9 +42,8 @@ def test_code_is_small_and_imports_have_no_circle() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 problems += [f"{path}: {node.name}: {length} lines"] if length > 80 else []
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                names = [name for name in imported([node]) if name.startswith("tests.") and ".test_" in name]
-                problems += [f"{path}: imports {name} from another test file" for name in names]
+        names = [name for name in imported(tree) if name.startswith("tests.") and ".test_" in name]
+        problems += [f"{path}: imports {name} from another test file" for name in names]
     assert not problems
 
     modules = {
@@ -55,7 +52,7 @@ def test_code_is_small_and_imports_have_no_circle() -> None:
         if path.parts[0] in PACKAGES
     }
     graph = {
-        name: {target if target in modules else target.rpartition(".")[0] for target in imported(tree.body)} - {name}
+        name: {target if target in modules else target.rpartition(".")[0] for target in imported(tree)} - {name}
         for name, tree in modules.items()
     }
     TopologicalSorter(graph).prepare()  # CycleError names the modules of a circle

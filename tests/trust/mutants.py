@@ -34,7 +34,7 @@ class Mutant:
     only: str = ""
 
 
-LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "distill/completion_hidden.py"
+LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "neurosig/models/completion_hidden.py"
 ANSWERS, VOTE, METRICS, STATISTICS, RESAMPLING = (
     "neurosig/questions/answers.py",
     "neurosig/questions/vote.py",
@@ -81,7 +81,7 @@ MUTANTS = (
     Mutant("first tokens not skipped", STEP, "(position >= config.skip_first)", "(position >= 0)", "distill/test_train.py", "plain_mean_kl"),
     Mutant("teacher is the trained model", TEACHER, 'if self.name != "live" and self._adapter is not None:', "if False:", "distill/test_train.py", "stays_the_untrained"),
     Mutant("average the wrong way round", TEACHER, "1 - self._decay", "self._decay", "distill/test_train.py", "ema_teacher_averages"),
-    Mutant("weights of questions ignored", TASKS, "builder.teacher(by_id[row.question_id], context),\n            row.weight,", "builder.teacher(by_id[row.question_id], context),", "trust/test_numeric_core.py", "weights"),
+    Mutant("weights of questions ignored", TASKS, "builder.teacher(question, context), row.weight)", "builder.teacher(question, context))", "trust/test_numeric_core.py", "weights"),
     Mutant("every step the same questions", TASKS, "first = (step - 1) * per_step", "first = 0", "distill/test_train.py", "every_epoch"),
     # votes and answers
     Mutant("non-answers win votes", VOTE, "counts = Counter(answer for answer in answers if answer is not None)", "counts = Counter(str(answer) for answer in answers)", "neurosig/questions/test_answers.py", "never_wins"),

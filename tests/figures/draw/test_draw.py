@@ -12,7 +12,6 @@ import pytest
 from matplotlib.figure import Figure
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
-from distill.entropy_gap import gap_fit
 from figures.__main__ import FiguresConfig, main
 from figures.draw import (
     before_after,
@@ -27,6 +26,7 @@ from figures.draw import (
 from figures.experiments import context_policies
 from neurosig.manifest import read_manifest
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.regression import line_fit
 from tests.support.exports import N
 
 NAMES = (
@@ -174,7 +174,7 @@ def test_the_line_of_gap_and_gain_is_the_fit(tmp_path: Path, drawn: list[Figure]
     points.to_csv(tmp_path / "gap_gain.csv", index=False)
     gap_gain.draw(tmp_path, tmp_path / "out")
     shown = points[points["policy"].isin(gap_gain.SHOWN)]
-    fit = gap_fit(shown["gap"].to_numpy(), shown["gain"].to_numpy(), list(shown["question"]))
+    fit = line_fit(shown["gap"].to_numpy(), shown["gain"].to_numpy(), list(shown["question"]))
     left, right = drawn[0].axes
     ends = np.array([shown["gap"].min(), shown["gap"].max()])
     np.testing.assert_allclose(left.lines[0].get_ydata(), fit.intercept + fit.slope.estimate * ends)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from distill.entropy_gap import TokenEntropies, gap_fit
+from distill.entropy_gap import TokenEntropies
 from figures.notebook.explore import (
     agreement_scatter,
     auroc_forest,
@@ -25,6 +25,7 @@ from figures.notebook.runs import another_selection
 from neurosig.report.signal_table import Signal, SignalRow
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import Interval, ece
+from neurosig.statistics.regression import line_fit
 from tests.support.flow import make_manifest
 
 
@@ -116,7 +117,7 @@ def test_scatters_plot_every_point() -> None:
     np.testing.assert_array_equal(np.sort(points[:, 1]), [0.3, 0.6, 0.9])
     np.testing.assert_allclose(np.sort(points[:, 0]), [0.25, 0.5, 1.0], atol=0.013)
     table = pd.DataFrame({"gap": [0.0, 1.0, 2.0], "gain": [0.5, 0.0, 0.25], "policy": ["a", "a", "b"]})
-    fit = gap_fit(table["gap"].to_numpy(), table["gain"].to_numpy(), ["p", "q", "r"], resamples=100)
+    fit = line_fit(table["gap"].to_numpy(), table["gain"].to_numpy(), ["p", "q", "r"], resamples=100)
     axis = gap_scatter(table, fit).axes[0]
     line = axis.lines[0].get_xydata()
     np.testing.assert_allclose(line[:, 1], fit.intercept + fit.slope.estimate * np.array([0.0, 2.0]))
