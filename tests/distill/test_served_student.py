@@ -153,7 +153,7 @@ def test_two_processes_learn_from_what_one_of_them_asks_for(
         ({"sync_steps": -1}, "--sync-steps: expected at least 0, got -1"),
         ({"method": "lmsi"}, "--sampler: --method lmsi has no such option; leave it out"),
         ({"base_url": None}, "give the server's --base-url"),
-        ({"sampler": "transformers"}, "no effect without --sampler openai"),
+        ({"sampler": "transformers"}, "--base-url has no effect without --sampler openai"),
     ],
     ids=str,
 )

@@ -242,9 +242,9 @@ def test_other_weights_of_the_same_architecture_are_allowed_with_a_warning(
     manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = save_tiny(tmp_path / "trained", seed=1)
-    table = tmp_path / "table.csv"
-    table.write_text("layer,index,weight\n0,8,1\n1,9,1\n")
-    changes: dict[str, Any] = {"factors": (0.0,), "controls": 1, "matching": ("layer",), "table": table}
+    located = tmp_path / "table.csv"
+    located.write_text("layer,index,weight\n0,8,1\n1,9,1\n")
+    changes: dict[str, Any] = {"factors": (0.0,), "controls": 1, "matching": ("layer",), "table": located}
     main(config(manifest, tmp_path / "run", model=str(other), **changes))
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["neurons"]["located"] == [8, 64 + 9]
     assert "its weights differ from those the neurons were located in" in caplog.text

@@ -253,6 +253,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="neurosig")  # an earlier command may have made it quiet
     export(export_config(tmp_path, served_folder / "model", served_folder / "questions.jsonl", **options(process)))
     assert {call["key"] for call in process.get("/seen")} == {"Bearer sk-very-secret"}
     written = b"".join(path.read_bytes() for path in (tmp_path / "manifest").iterdir())
