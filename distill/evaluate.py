@@ -238,7 +238,9 @@ def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
     if "question_id" not in rows[0]:
-        raise UserError(f"{folder}: its results have the columns of an earlier version; evaluate again with --overwrite")
+        raise UserError(
+            f"{folder}: its results have the columns of an earlier version; evaluate again with --overwrite"
+        )
     if summary["config"]["scoring"] != "sampling":
         raise UserError(f"{folder}: scored by log-likelihood, without votes; evaluate with --scoring sampling")
     return summary, rows
