@@ -178,7 +178,7 @@ def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], c
     lines += [
         "",
         f"Change against base with its 95% paired bootstrap interval over questions ({config.resamples:,} resamples, "
-        f"seed {config.seed}); K={k} samples a question, sampling seed {runs['base']['config']['seed']}. A perfectly "
+        f"seed {config.seed}); K={k} rollouts per question, sampling seed {runs['base']['config']['seed']}. A perfectly "
         f"calibrated sampler would show an ECE of about {floors} at this K and n.",
         "",
     ]
@@ -196,8 +196,8 @@ def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
     if "avg_at_k_vs_control" in row:
         avg, maj, ece = (row[f"{metric}_vs_control"] for metric in METRICS)
         text += (
-            f" Beyond the untrained base at its best temperature, {avg:+.3f} in Avg@{k} ({_reading(avg)}) and "
-            f"{maj:+.3f} in maj@{k} ({_reading(maj)}) are left, with an ECE that differs by {ece:+.3f}."
+            f" Against the untrained base at its best temperature, it changes Avg@{k} by {avg:+.3f} ({_reading(avg)}), "
+            f"maj@{k} by {maj:+.3f} ({_reading(maj)}) and ECE by {ece:+.3f}."
         )
     return text + "\n"
 

@@ -124,7 +124,7 @@ def test_hooked_means_of_one_neuron() -> None:
 
 
 def test_agreement_by_hand() -> None:
-    """Two rollouts, two layers of three neurons, sets of one neuron a layer."""
+    """Two rollouts, two layers of three neurons, sets of one neuron per layer."""
     expected = torch.tensor([[[4.0, 1.0, 2.0], [0.1, 0.5, 0.2]], [[1.0, 2.0, 8.0], [3.0, 1.0, 1.0]]])
     means = expected.clone()
     means[0, 0, 1] = 1.5  # in no set: absolute difference only
