@@ -178,8 +178,8 @@ def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], c
     lines += [
         "",
         f"Change against base with its 95% paired bootstrap interval over questions ({config.resamples:,} resamples, "
-        f"seed {config.seed}); K={k} rollouts per question, sampling seed {runs['base']['config']['seed']}. A perfectly "
-        f"calibrated sampler would show an ECE of about {floors} at this K and n.",
+        f"seed {config.seed}); K={k} rollouts per question, sampling seed {runs['base']['config']['seed']}. A "
+        f"perfectly calibrated sampler would show an ECE of about {floors} at this K and n.",
         "",
     ]
     return "\n".join(lines)
