@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -108,25 +109,23 @@ def dose_response(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
     rows = []
     groups = dict.fromkeys(cell.neurons.group for cell in cells if cell.neurons is not None)
     factors = sorted({cell.factor for cell in cells})
-    for group in groups:
-        for factor in factors:
-            group_cells = _draws(cells, group, factor) or [base]
-            reference = _draws(cells, "located", factor) if group != "located" else []
-            for name in MEASURES:
-                stacked = np.stack([cell.values[name] for cell in group_cells])
-                row: dict[str, Any] = {
-                    "group": group,
-                    "draws": len(group_cells),
-                    "factor": factor,
-                    "measure": name,
-                    "n": stacked.shape[1],
-                    "value": float(stacked.mean()),
-                }
-                if group_cells != [base]:
-                    row |= _interval("change", stacked - base.values[name], seed)
-                    if reference:
-                        row |= _interval("difference", reference[0].values[name] - stacked, seed)
-                rows.append(row)
+    for group, factor, name in product(groups, factors, MEASURES):
+        group_cells = _draws(cells, group, factor) or [base]
+        reference = _draws(cells, "located", factor) if group != "located" else []
+        stacked = np.stack([cell.values[name] for cell in group_cells])
+        row: dict[str, Any] = {
+            "group": group,
+            "draws": len(group_cells),
+            "factor": factor,
+            "measure": name,
+            "n": stacked.shape[1],
+            "value": float(stacked.mean()),
+        }
+        if group_cells != [base]:
+            row |= _interval("change", stacked - base.values[name], seed)
+            if reference:
+                row |= _interval("difference", reference[0].values[name] - stacked, seed)
+        rows.append(row)
     return rows
 
 

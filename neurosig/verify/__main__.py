@@ -329,18 +329,17 @@ def check_grid(folder: Path, found: Found) -> Iterator[Check]:
         yield "results.csv", f"{SKIPPED}not collected yet"
         return
     with (folder / "results.csv").open(newline="", encoding="utf-8") as handle:
-        for line in csv.DictReader(handle):
-            name = f"{line['method']}--{line['source']}--seed{line['seed']}" if line["source"] else line["method"]
-            cells = sorted(folder.glob("cells/control-T*")) if name == "control" else [folder / "cells" / name]
-            problem = f"{SKIPPED}its evaluation is not here"
-            for cell in cells:
-                rows = found.evaluations.get((cell / "eval" / line["target"]).resolve())
-                if rows is not None:
-                    computed = {name: float(f"{value:.6g}") for name, value in estimates(rows).items()}
-                    problem = difference(computed, {name: float(line[name]) for name in computed})
-                    if not problem:
-                        break
-            yield f"{name} on {line['target']} as its cell says", problem
+        lines = list(csv.DictReader(handle))
+    for line in lines:
+        name = f"{line['method']}--{line['source']}--seed{line['seed']}" if line["source"] else line["method"]
+        cells = sorted(folder.glob("cells/control-T*")) if name == "control" else [folder / "cells" / name]
+        evaluations = (found.evaluations.get((cell / "eval" / line["target"]).resolve()) for cell in cells)
+        problems = []
+        for rows in filter(None, evaluations):
+            computed = {metric: float(f"{value:.6g}") for metric, value in estimates(rows).items()}
+            problems.append(difference(computed, {metric: float(line[metric]) for metric in computed}))
+        problem = "" if "" in problems else (problems or [f"{SKIPPED}its evaluation is not here"])[-1]
+        yield f"{name} on {line['target']} as its cell says", problem
 
 
 if __name__ == "__main__":

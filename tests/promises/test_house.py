@@ -1,4 +1,4 @@
-"""The code stays small: lengths of files and functions, modules per folder, and an import graph without circles."""
+"""The code stays small: files, functions, nesting, modules per folder; and its import graph has no circle."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from imported(node)
 
 
+def nesting(tree: ast.AST) -> int:
+    """How deep the blocks of a function are nested; an ``elif`` is no deeper than its ``if``."""
+    deepest = 0
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        is_elif = isinstance(node, ast.If) and isinstance(tree, ast.If) and tree.orelse == [node]
+        opens = isinstance(node, ast.For | ast.While | ast.If | ast.With | ast.Try) and not is_elif
+        deepest = max(deepest, opens + nesting(node))
+    return deepest
+
+
 def test_code_is_small_and_imports_have_no_circle() -> None:
     paths = sorted(path for name in (*PACKAGES, "tests") for path in (ROOT / name).rglob("*.py"))
     texts = {path.relative_to(ROOT): path.read_text(encoding="utf-8") for path in paths}
@@ -42,6 +54,7 @@ def test_code_is_small_and_imports_have_no_circle() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 problems += [f"{path}: {node.name}: {length} lines"] if length > 80 else []
+                problems += [f"{path}: {node.name}: nested {nesting(node)} deep"] if nesting(node) > 4 else []
         names = [name for name in imported(tree) if name.startswith("tests.") and ".test_" in name]
         problems += [f"{path}: imports {name} from another test file" for name in names]
     assert not problems
