@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,12 +68,7 @@ def main(config: CompareConfig) -> None:
             raise UserError(
                 f'{config.base}: "{ids[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
             )
-    rows = [
-        {"run": name, "scope": scope, **_compare(runs, name, domains, config)}
-        for scope, domains in groups.items()
-        if domains
-        for name in runs
-    ]
+    rows = [row for scope, domains in groups.items() if domains for row in _compare(runs, scope, domains, config)]
     k = runs["base"]["k"]
     verdict = _verdict(rows, k)
     text = _table(rows, k, runs, config) + "\n" + verdict
@@ -140,26 +135,28 @@ def _source_domains(config: CompareConfig, base: Mapping[str, Any]) -> list[str]
     return source
 
 
-def _compare(runs: Mapping[str, Any], name: str, domains: Sequence[str], config: CompareConfig) -> dict[str, Any]:
-    """Every metric of one run, and its change against base and control, over the questions of ``domains``."""
+def _compare(
+    runs: Mapping[str, Any], scope: str, domains: Sequence[str], config: CompareConfig
+) -> Iterator[dict[str, Any]]:
+    """Every metric of each run, and its change against base and control, over the questions of ``domains``."""
     from neurosig.statistics.metrics import ece_floor
     from neurosig.statistics.vote_table import VoteTable
 
     votes = {
-        run: VoteTable.from_rows([row for _, row in sorted(content["rows"].items()) if row["domain"] in domains])
-        for run, content in runs.items()
+        name: VoteTable.from_rows([row for _, row in sorted(run["rows"].items()) if row["domain"] in domains])
+        for name, run in runs.items()
     }
-    own = votes[name]
     bootstrap: Any = {"seed": config.seed, "resamples": config.resamples}
-    row: dict[str, Any] = {"n": len(own), "temperature": runs[name]["config"]["temperature"]}
-    for metric in METRICS:
-        row[metric] = own.interval(metric, **bootstrap)
-        for other in ("base", "control"):
-            if other in runs and name not in ("base", other):
-                row[f"{metric}_vs_{other}"] = own.interval(metric, minus=votes[other], **bootstrap)
-    row["mean_confidence"] = float((own.votes / own.k).mean())
-    row["ece_floor"] = ece_floor(own.k, len(own))
-    return row
+    for name, own in votes.items():
+        row = {"run": name, "scope": scope, "n": len(own), "temperature": runs[name]["config"]["temperature"]}
+        for metric in METRICS:
+            row[metric] = own.interval(metric, **bootstrap)
+            for other in ("base", "control"):
+                if other in runs and name not in ("base", other):
+                    row[f"{metric}_vs_{other}"] = own.interval(metric, minus=votes[other], **bootstrap)
+        row["mean_confidence"] = float((own.votes / own.k).mean())
+        row["ece_floor"] = ece_floor(own.k, len(own))
+        yield row
 
 
 def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], config: CompareConfig) -> str:

@@ -8,7 +8,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, normalise
 from neurosig.questions.vote import majority_vote, n_tied_right
@@ -38,7 +38,7 @@ def sampled_row(question: Question, group: Sequence[Rollout], answer_format: Ans
         "answers": answers,
         "winner": vote.winner,
         "votes": vote.count,
-        "n_tied": len(vote.tied_answers),
+        "n_tied": vote.n_tied,
         "n_tied_right": n_tied_right(vote, question),
         "n_correct": sum(is_correct(answer, question) for answer in answers),
         "unparsed": sum(answer is None for answer in answers),
@@ -90,10 +90,10 @@ def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     return {
         "n": n,
         "k": k,
-        "avg_at_k": _mean_interval(avg, seed),
-        "maj_at_k": _mean_interval(maj, seed),
+        "avg_at_k": _interval(table, "avg_at_k", seed),
+        "maj_at_k": _interval(table, "maj_at_k", seed),
         "pass_at_k": float(metrics.pass_at_k(k, column["n_correct"], k).mean()),
-        "ece": _ece_interval(votes, k, maj, seed),
+        "ece": _interval(table, "ece", seed),
         "ece_floor": metrics.ece_floor(k, n, seed=seed),
         "smooth_ece": metrics.smooth_ece(votes, k, maj),
         "brier": metrics.brier(votes, k, maj),
@@ -113,10 +113,11 @@ def _choice_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     correct = np.array([float(row["correct"]) for row in rows])
     confidence = np.array([row["confidence"] for row in rows])
     parts = np.rint(confidence * PARTS).astype(np.int64)
+    table = VoteTable(PARTS, parts, correct, correct)
     return {
         "n": len(rows),
-        "accuracy": _mean_interval(correct, seed),
-        "ece": _ece_interval(parts, PARTS, correct, seed),
+        "accuracy": _interval(table, "maj_at_k", seed),
+        "ece": _interval(table, "ece", seed),
         "smooth_ece": metrics.smooth_ece(parts, PARTS, correct),
         "brier": metrics.brier(parts, PARTS, correct),
         "mean_confidence": float(confidence.mean()),
@@ -141,22 +142,12 @@ def _by_kind(rows: Sequence[Row], **columns: Float[np.ndarray, " questions"]) ->
     return blocks
 
 
-def _mean_interval(values: Float[np.ndarray, " questions"], seed: int) -> dict[str, Any]:
-    """Mean and interval; a single question has no interval."""
-    if len(values) < 2:
-        return {"estimate": float(values[0]), "low": None, "high": None}
-    return asdict(metrics.paired_mean_interval(values, np.zeros(len(values)), seed=seed))
-
-
-def _ece_interval(
-    votes: Int[np.ndarray, " questions"], k: int, right: Float[np.ndarray, " questions"], seed: int
-) -> dict[str, Any]:
-    def ece(index: Any) -> float:
-        return metrics.ece(votes[index], k, right[index])
-
-    if len(votes) < 2:
-        return {"estimate": ece(slice(None)), "low": None, "high": None}
-    return asdict(metrics.bootstrap_interval(ece, len(votes), seed=seed, resamples=2000))
+def _interval(table: VoteTable, metric: str, seed: int) -> dict[str, Any]:
+    """A metric of `VoteTable` with its interval; a single question has none."""
+    if len(table) < 2:
+        estimate = table.ece() if metric == "ece" else float(getattr(table, metric)[0])
+        return {"estimate": estimate, "low": None, "high": None}
+    return asdict(table.interval(metric, seed=seed, resamples=2000 if metric == "ece" else 10_000))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

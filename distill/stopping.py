@@ -18,7 +18,7 @@ import numpy as np
 from neurosig.questions.answers import AnswerFormat, extract_answer
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import PromptBuilder
-from neurosig.questions.vote import majority_vote, n_tied_right
+from neurosig.questions.vote import majority_vote, vote_accuracy
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.sampling.config import SamplingConfig
@@ -164,4 +164,4 @@ class Development:
 
 def _majority_is_right(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> float:
     vote = majority_vote([extract_answer(rollout.text, question, answer_format) for rollout in group], question.id)
-    return n_tied_right(vote, question) / max(1, len(vote.tied_answers))
+    return vote_accuracy(vote, question)

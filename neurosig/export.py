@@ -82,7 +82,7 @@ class ExportConfig(RolloutOptions):
     """A neuron's score at a token: cett, its output's norm as a share of the FFN output's; magnitude, that norm alone;
     unembed, what it adds to the next token's logit."""
     active_set: Annotated[ActiveSet, Shapes.TRACES] = TRACE.active
-    """Which neurons a rollout keeps: layer_mean, the largest mean scores of each layer; global, those of all layers;
+    """Which neurons are kept: layer_mean, the largest mean scores of each layer; global, those of all layers;
     per_token, the union of each token's largest; entries, those of each layer's largest (token, neuron) scores."""
     set_size: Annotated[int, Shapes.TRACES] = TRACE.set_size
     """Neurons per active set; per_token: neurons per token; entries: entries per layer."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 NAME = "hallucination_score"
 NEEDS = Path("manifest/manifest.json")
-EVENT = "the majority is right"
 RESAMPLES, SEED, BINS = 10_000, 0, 20
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from neurosig.intervene.interventions import NeuronSet
 from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, is_refusal
 from neurosig.questions.load import Question
-from neurosig.questions.vote import majority_vote, n_tied_right
+from neurosig.questions.vote import majority_vote, vote_accuracy
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 from neurosig.statistics.resampling import resample_weights
@@ -70,7 +70,7 @@ def measure(
     vote = majority_vote(answers, question.id)
     return {
         "avg_at_k": _mean(is_correct(answer, question) for answer in answers),
-        "maj_at_k": n_tied_right(vote, question) / max(vote.n_tied, 1),
+        "maj_at_k": vote_accuracy(vote, question),
         "agreement": vote.share,
         "unparsed": _mean(answer is None for answer in answers),
         "refusal": _mean(refused),

@@ -315,10 +315,6 @@ def _kind(rng: random.Random) -> Procedure | None:
     return None if rng.random() < FACT_SHARE else rng.choices(PROCEDURES, list(WEIGHTS.values()))[0]
 
 
-def _hand(rng: random.Random) -> Hand:
-    return "careful" if rng.random() < CAREFUL else "hasty"
-
-
 @cache
 def _trained() -> tuple[tuple[str, str], ...]:
     return tuple(sorted(trained_facts()))

@@ -64,3 +64,12 @@ def n_tied_right(vote: Vote, question: Question) -> int:
         ValueError: The question carries no gold answer.
     """
     return sum(is_correct(candidate, question) for candidate in vote.tied_answers)
+
+
+def vote_accuracy(vote: Vote, question: Question) -> float:
+    """Expected correctness of the vote, its tie broken uniformly at random; 0 without an answer. For evaluation only.
+
+    Raises:
+        ValueError: The question carries no gold answer.
+    """
+    return n_tied_right(vote, question) / max(1, vote.n_tied)

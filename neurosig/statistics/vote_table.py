@@ -56,7 +56,11 @@ class VoteTable:
             return paired_mean_interval(own, other, seed=seed, resamples=resamples)
 
         def statistic(index: Int[np.ndarray, " questions"]) -> float:
-            value = ece(self.votes[index], self.k, self.maj_at_k[index])
-            return value if minus is None else value - ece(minus.votes[index], minus.k, minus.maj_at_k[index])
+            return self.ece(index) if minus is None else self.ece(index) - minus.ece(index)
 
         return bootstrap_interval(statistic, len(self), seed=seed, resamples=resamples)
+
+    def ece(self, index: Int[np.ndarray, " questions"] | None = None) -> float:
+        """Expected calibration error over these questions, repeats included; over all by default."""
+        chosen = slice(None) if index is None else index
+        return ece(self.votes[chosen], self.k, self.maj_at_k[chosen])
