@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import Fixed
 
 from neurosig.runtime.cli import CommonConfig
+from neurosig.runtime.shapes import AtLeast
 
 Options = Mapping[str, Any]
 SETTINGS = "grid.json"
@@ -72,7 +73,7 @@ class GridConfig(CommonConfig):
     """Further training seeds of the methods in --more-seeds-for."""
     more_seeds_for: tuple[str, ...] = ("nopsd", "nopsd-random", "lmsi")
     """Methods that are also trained with --more-seeds."""
-    jobs: int = 1
+    jobs: Annotated[int, AtLeast(1)] = 1
     """Cells that run at the same time and share the CPU's threads; keep one value per grid: last bits depend on it."""
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)
     """Candidates of the temperature control."""
