@@ -99,7 +99,7 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
             rows = [choice_row(question, groups[question.id], config.choice_form) for question in questions]
             summary = summarise_choices(rows, seed=config.seed)
         else:
-            rows = [sampled_row(question, groups[question.id], config.answer_format) for question in questions]
+            rows = [sampled_row(question, groups[question.id], config.answer_reader(loaded)) for question in questions]
             summary = summarise(rows, seed=config.seed)
     _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, block in summary.items():

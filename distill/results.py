@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, normalise
-from neurosig.questions.vote import majority_vote, n_tied_right
+from neurosig.questions.answers import is_correct, normalise
+from neurosig.questions.reader import AnswerReader
+from neurosig.questions.vote import n_tied_right, n_tied_right_lenient
 from neurosig.statistics import metrics
 from neurosig.statistics.vote_table import VoteTable
 
@@ -26,21 +27,30 @@ PARTS = 1000
 """Confidences count in thousandths where `neurosig.statistics.metrics` bins them, as it bins votes."""
 
 
-def sampled_row(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> dict[str, Any]:
-    """One question's result: the answers of its K samples, their vote, and which of them are right."""
-    answers = [extract_answer(rollout.text, question, answer_format) for rollout in group]
-    vote = majority_vote(answers, question.id)
+def sampled_row(question: Question, group: Sequence[Rollout], reader: AnswerReader) -> dict[str, Any]:
+    """One question's result: the answers of its K samples, their vote, and which of them are right.
+
+    ``strict`` and ``lenient`` grade each rollout (`neurosig.questions.reader.Grades`); ``n_correct`` and
+    ``n_tied_right`` count strictly.
+    """
+    reading = reader.read(group, question)
+    grades, vote, answers = reader.grade(reading, group, question), reading.vote, reading.answers
     return {
         "question_id": question.id,
         "domain": question.domain,
         "kind": question.kind,
         "k": len(group),
-        "answers": answers,
+        "raw_answers": list(reading.raw_answers),
+        "answers": list(answers),
+        "strict": list(grades.strict),
+        "lenient": list(grades.lenient),
         "winner": vote.winner,
         "votes": vote.count,
         "n_tied": vote.n_tied,
         "n_tied_right": n_tied_right(vote, question),
-        "n_correct": sum(is_correct(answer, question) for answer in answers),
+        "n_tied_right_lenient": n_tied_right_lenient(vote, answers, grades.lenient),
+        "n_correct": sum(grades.strict),
+        "n_correct_lenient": sum(grades.lenient),
         "unparsed": sum(answer is None for answer in answers),
         "distinct": len({answer for answer in answers if answer is not None}),
         "truncated": sum(rollout.finish_reason == "length" for rollout in group),

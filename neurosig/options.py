@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from neurosig.questions.prompts import PromptConfig
+from neurosig.questions.vote import VoteMerge
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
@@ -16,6 +17,7 @@ from neurosig.sampling.config import SamplingConfig
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
     from neurosig.questions.load import Question
+    from neurosig.questions.reader import AnswerReader
     from neurosig.sampling.http import ServerConfig
     from neurosig.sampling.rollouts import Rollout
     from neurosig.sampling.sampler import Prompt
@@ -120,6 +122,12 @@ class GenerationOptions(CommonConfig):
     """'plain' or a Jinja file to use instead of the tokenizer's chat template."""
     answer_format: Annotated[Literal["auto", "letter", "number", "short"], Shapes.SELECTION] = "auto"
     """How answers are parsed; auto: a letter when the question has choices, else short text."""
+    vote_merge: Annotated[VoteMerge, Shapes.SELECTION] = "containment"
+    """Which answers count as one in the vote. containment: an answer that contains another as whole words votes for
+    it ("west africa" for "africa"); exact: only equal answers."""
+    answer_parser: Annotated[str | None, Shapes.SELECTION] = None
+    """MODULE:FUNCTION that parses completions instead of neurosig.questions.answers.extract_answer, with its parameters;
+    the hash of its source is recorded."""
 
     batch_rows: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = 256
     """Rollouts per decoded batch; memory and speed only."""
@@ -139,6 +147,18 @@ class GenerationOptions(CommonConfig):
     def sampling_config(self) -> SamplingConfig:
         """How rollouts are sampled."""
         return self.part(SamplingConfig)
+
+    def answer_reader(self, loaded: LoadedModel) -> AnswerReader:
+        """How completions are parsed and which answers count as one, with the template of ``loaded``.
+
+        Raises:
+            UserError: --answer-parser names no function.
+        """
+        from neurosig.questions.prompts import PromptBuilder
+        from neurosig.questions.reader import AnswerReader
+
+        opens = PromptBuilder(loaded.tokenizer, self.prompt_config()).opens_thought
+        return AnswerReader(self.answer_format, self.vote_merge, self.answer_parser, opens)
 
 
 @dataclass(kw_only=True)

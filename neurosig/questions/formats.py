@@ -47,6 +47,7 @@ class Fields:
     answer: str | None
     aliases: tuple[str, ...]
     kind: str | None
+    answer_space: str | tuple[tuple[str, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

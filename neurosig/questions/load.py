@@ -73,6 +73,9 @@ class Question:
     """Type within the domain, such as "capital"; only the within-kind controls use it."""
     line: int = 0
     """1-based line or row of the source; 0: not from a file."""
+    answer_space: str | tuple[tuple[str, ...], ...] | None = None
+    """All possible answers of a free-form question, each with its aliases, or the name of a bundled space such as
+    "countries"; None: not known. It never tells which is right."""
 
     def __post_init__(self) -> None:
         for name in ("id", "domain", "question"):

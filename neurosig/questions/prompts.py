@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from neurosig.questions.chat_template import ADVICE, TemplateRenderer
@@ -86,6 +87,12 @@ class PromptBuilder:
     def teacher(self, question: Question, context: Sequence[Demonstration]) -> tuple[int, ...]:
         """Prompt ids of the question after its demonstrations, in the order given."""
         return self.encode(self.messages(question, context))
+
+    @cached_property
+    def opens_thought(self) -> bool:
+        """Whether the generation prompt ends inside a thought, which the completion then continues."""
+        prompt = self._render([{"role": "user", "content": "Hello"}])
+        return prompt.rfind("<think>") > prompt.rfind("</think>")
 
     def messages(self, question: Question, context: Sequence[Demonstration] = ()) -> list[Message]:
         """The chat that `student` and `teacher` encode."""

@@ -6,9 +6,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from neurosig.questions.answers import is_correct
+from neurosig.questions.answers.grading import is_correct
 from neurosig.questions.load import Question
+
+VoteMerge = Literal["containment", "exact"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,19 @@ class Vote:
         return self.count / self.n
 
 
+def merge_answers(answers: Sequence[str | None], question: Question, merge: VoteMerge) -> list[str | None]:
+    """The candidate that each answer votes for, in the same order.
+
+    Args:
+        answers: Parsed answers, ``None`` without one.
+        question: Its answer space keeps different members apart.
+        merge: ``exact``: every answer for itself; ``containment``: answers that contain another candidate as whole
+            words, or its alias in the answer space, vote for it.
+    """
+    del question, merge
+    return list(answers)
+
+
 def majority_vote(answers: Sequence[str | None], question_id: str) -> Vote:
     """Vote over K answers.
 
@@ -64,6 +80,20 @@ def n_tied_right(vote: Vote, question: Question) -> int:
         ValueError: The question carries no gold answer.
     """
     return sum(is_correct(candidate, question) for candidate in vote.tied_answers)
+
+
+def n_tied_right_lenient(vote: Vote, answers: Sequence[str | None], lenient: Sequence[bool]) -> int:
+    """How many of the answers that tie for most votes are right by the lenient grading.
+
+    A candidate is right when more than half of the rollouts that vote for it are.
+
+    Args:
+        vote: The vote.
+        answers: The candidate of each rollout.
+        lenient: The lenient grade of each rollout.
+    """
+    right = Counter(answer for answer, good in zip(answers, lenient, strict=True) if good)
+    return sum(2 * right[candidate] > vote.count for candidate in vote.tied_answers)
 
 
 def vote_accuracy(vote: Vote, question: Question) -> float:

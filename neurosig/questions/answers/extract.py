@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import string
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
+
+from neurosig.questions.answers.normal import normalise
 
 if TYPE_CHECKING:
     from neurosig.questions.load import Question
@@ -43,7 +44,6 @@ _REFUSAL = re.compile(
     r"\b(?:i'?m sorry|i am sorry|i (?:do not|don'?t) know|i can(?:not|'t)|as an ai|unable to)\b",
     re.IGNORECASE,
 )
-_ACCENT = re.compile("[\u0300-\u036f]")
 _FILLER = frozenset(
     """
     a an the of in on at to from by for with as its it this that there their one two
@@ -56,7 +56,14 @@ _FILLER = frozenset(
 )
 
 
-def extract_answer(text: str, question: Question, answer_format: AnswerFormat = "auto") -> str | None:
+def extract_answer(
+    text: str,
+    question: Question,
+    answer_format: AnswerFormat = "auto",
+    *,
+    finish_reason: str = "stop",
+    prompt_opens_thought: bool = False,
+) -> str | None:
     """The answer of a completion, normalised for voting; ``None`` without one.
 
     Args:
@@ -65,6 +72,7 @@ def extract_answer(text: str, question: Question, answer_format: AnswerFormat = 
         question: Its question; text and choices are used, the gold answer never.
         answer_format: ``auto`` is ``letter`` when the question has choices, else ``short``.
     """
+    del finish_reason, prompt_opens_thought
     text = _NEXT_QUESTION.split(text.rpartition("</think>")[2].strip())[0].strip()
     if not text:
         return None
@@ -75,17 +83,6 @@ def extract_answer(text: str, question: Question, answer_format: AnswerFormat = 
     return _short(text, question.question)
 
 
-def is_correct(answer: str | None, question: Question) -> bool:
-    """Whether a parsed answer equals the gold answer or one of its aliases. For evaluation only.
-
-    Raises:
-        ValueError: The question has no gold answer.
-    """
-    if question.answer is None:
-        raise ValueError(f"question {question.id} has no gold answer")
-    return answer is not None and answer in {normalise(gold) for gold in (question.answer, *question.aliases)}
-
-
 def is_refusal(text: str) -> bool:
     """Whether a completion declines to answer.
 
@@ -93,28 +90,6 @@ def is_refusal(text: str) -> bool:
     to", in any case.
     """
     return _REFUSAL.search(text) is not None
-
-
-def normalise(text: str) -> str:
-    """Comparable form: compatibility characters, accents, case, articles, punctuation and number format dropped."""
-    text = _ACCENT.sub("", unicodedata.normalize("NFKD", text)).casefold().replace("\u2212", "-")
-    text = "".join(_comparable(char) for char in text)
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).replace(",", " ")
-    text = re.sub(r"\.(?!\d)|(?<=[^\d\s$+-])\.|-(?!\$?\.?\d)|(?<=\w)-", " ", text)
-    text = re.sub(r"^(?:(?:the|an|a) )+", "", " ".join(text.split()))
-    number = re.fullmatch(r"(?:\$?([-+]?)|([-+])\$)(\d*)(?:\.(\d+))?", text)
-    if number is None or not (number[3] or number[4]):
-        return unicodedata.normalize("NFC", text)
-    sign, whole, fraction = number[1] or number[2] or "", number[3].lstrip("0") or "0", (number[4] or "").rstrip("0")
-    value = f"{whole}.{fraction}" if fraction else whole
-    return f"-{value}" if sign == "-" and value != "0" else value
-
-
-def _comparable(char: str) -> str:
-    """Keep letters, combining marks and the punctuation of numbers and names; digits become ASCII, the rest a space."""
-    if char in ".,+%$/-_" or unicodedata.category(char)[0] in "LM":
-        return char
-    return str(unicodedata.decimal(char, char if char.isnumeric() else " "))
 
 
 def _letter(text: str, choices: Sequence[str]) -> str | None:
