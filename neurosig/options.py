@@ -126,8 +126,8 @@ class GenerationOptions(CommonConfig):
     """Which answers count as one in the vote. containment: an answer that contains another as whole words votes for
     it ("west africa" for "africa"); exact: only equal answers."""
     answer_parser: Annotated[str | None, Shapes.SELECTION] = None
-    """MODULE:FUNCTION that parses completions instead of neurosig.questions.answers.extract_answer, with its parameters;
-    the hash of its source is recorded."""
+    """MODULE:FUNCTION that parses completions instead, called as neurosig.questions.answers.extract_answer is; the hash
+    of its source is recorded."""
 
     batch_rows: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = 256
     """Rollouts per decoded batch; memory and speed only."""
