@@ -50,6 +50,18 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", ascii_text.lower().replace("'", "")).strip("-")
 
 
+SPACES = {
+    "capital": "capitals",
+    "capital_country": "countries",
+    "continent": "continents",
+    "demonym": "nationalities",
+    "symbol": "element-symbols",
+    "element": "element-names",
+    "atomic_number": "atomic-numbers",
+}
+"""The answer space of each kind whose possible answers are known (`neurosig.questions.answers.spaces`)."""
+
+
 def record(domain: str, kind: str, key: str, question: str, answer: str, aliases: list[str]) -> Record:
     """One record of a bundled set; aliases that repeat the answer are dropped."""
     others = [alias for alias in dict.fromkeys(aliases) if alias and alias != answer]
@@ -61,6 +73,7 @@ def record(domain: str, kind: str, key: str, question: str, answer: str, aliases
         "choices": None,
         "answer": answer,
         "aliases": others,
+        "answer_space": SPACES.get(kind),
     }
 
 
