@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from neurosig.questions.answers.extract import AnswerFormat, extract_answer, resolved
 from neurosig.questions.answers.letters import named_choices, stated_letters
 from neurosig.questions.answers.markup import answer_part, marked, unmarked, with_marks, without_emphasis
-from neurosig.questions.answers.normal import contained, normalise
+from neurosig.questions.answers.normal import normalise
 from neurosig.questions.answers.numbers import numbers_in
 from neurosig.questions.answers.sentences import sentences
 from neurosig.questions.answers.short_text import found_members, statements
@@ -42,7 +42,7 @@ def is_lenient(
     """Whether the gold answer or an alias is in a completion's answer statement, and no other possible answer is.
 
     The statement is what the completion marks or announces as its answer, else its first sentence that could state
-    one; of a letter, also the last. Other possible answers are known where the question has choices or an answer space.
+    one; of a letter, also the last. Words of the question do not count. Other possible answers are known where the question has choices or an answer space.
     What is strictly right counts.
 
     Args:
@@ -69,8 +69,8 @@ def is_lenient(
     found = {*found_members(statement, question.question, members(question))}
     if found:
         return bool(found & gold) and len(found) == 1
-    words = f" {normalise(statement)} "
-    return any(gold_answer and any(True for _ in contained(gold_answer, words)) for gold_answer in gold)
+    words, asked = f" {normalise(statement)} ", f" {normalise(question.question)} "
+    return any(f" {answer} " in words and f" {answer} " not in asked for answer in gold)
 
 
 def _gold(question: Question) -> set[str]:

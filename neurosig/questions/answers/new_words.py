@@ -77,6 +77,7 @@ FILLER = _FUNCTION | frozenset(
     located situated found considered known called named referred represented denoted abbreviated spelled written defined
     given used wrote discovered invented painted composed founded built made
     actually indeed typically often usually officially currently simply generally commonly also likely probably
+    predominantly primarily mostly mainly
     continent continental country nation state city town place capital language word term name person people
     official chemical element symbol formula compound number atomic past tense plural singular form opposite verb noun
     """.split()  # noqa: SIM905
@@ -111,7 +112,8 @@ def new_words(sentence: str, question: str, *, explicit: bool, known_space: bool
             subject, rest, known, noun, about_word=QUOTED.search(question) is not None, brief=not known_space
         )
         or _in_subject(subject, rest, known, noun)
-        or (_by_shape(sentence, known, noun) if noun in _SHAPES else _after_naming(sentence, known))
+        or _after_naming(sentence, known, noun)
+        or (_by_shape(sentence, known, noun) if noun in _SHAPES else "")
     )
 
 
@@ -173,7 +175,14 @@ def _in_predicate(subject: str, rest: str, known: set[str], noun: str, *, about_
 
 
 def _in_subject(subject: str, rest: str, known: set[str], noun: str) -> str:
-    """The answer before "is the capital of ..."."""
+    """The answer before "is the capital of ...", or before ", the capital of ..., is"."""
+    clauses = [clause.strip() for clause in _CLAUSE_END.split(subject) if clause.strip()]
+    if (
+        any(_has(clause, noun) for clause in clauses[1:])
+        and len(clauses[0].split()) <= 3
+        and not _asks(clauses[0], known)
+    ):
+        return clauses[0]
     if _INDEFINITE.match(rest) and not _has(rest, noun):
         return ""
     if _has(subject, noun) and not _has(rest, noun):
@@ -212,11 +221,12 @@ def _after_noun(sentence: str, noun: str, known: set[str]) -> str:
     return ""
 
 
-def _after_naming(sentence: str, known: set[str]) -> str:
+def _after_naming(sentence: str, known: set[str], noun: str) -> str:
     """The new words after "named", "called" or "known as"."""
     for found in _NAMING.finditer(sentence):
         clause = _CLAUSE_END.split(sentence[found.end() :], maxsplit=1)[0]
-        if (runs := _new_runs(clause, known)) and not _asks(clause, known):
+        runs = _new_runs(clause, known)
+        if runs and not _asks(clause, known) and (noun not in _SHAPES or _SHAPES[noun].fullmatch(runs[0])):
             return runs[0]
     return ""
 
@@ -225,7 +235,7 @@ def _without_predicate(sentence: str, known: set[str], noun: str, *, explicit: b
     """The answer in a text without a verb of being: the text itself, its first clause, or the words after the
     question's ("plants absorb carbon dioxide")."""
     clauses = list(filter(str.strip, _CLAUSE_END.split(sentence)))
-    first = clauses[0].strip() if clauses else ""
+    first = clauses[0].strip(" .!") if clauses else ""
     if quoted := _QUOTED_NEXT.match(sentence):
         return quoted[1]
     if not _asks(first, known) and not _NO_ANSWER.match(first):

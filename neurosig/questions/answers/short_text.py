@@ -47,9 +47,11 @@ _YEAR_QUESTION = re.compile(r"\b(?:what|which) year\b|\bin welchem jahr\b|\bquel
 _YEAR = re.compile(r"(?<!\d)[12]\d{3}(?!\d)")
 _COUNT_QUESTION = re.compile(r"\bhow many\b|\bhow much is\b|\bwie viele\b|\bcombien\b|\bcuánt[oa]s\b", re.IGNORECASE)
 _CONCESSION = re.compile(
-    r"\b(?:think|thought|believe|assume|say|often|commonly|mistaken\w*|not|although|while|despite)\b[^.]{0,200}?\sbut\s",
+    r"\b(?:(?:many|most|some|people|you|one)\b[^.\"]{0,60}?\b(?:think|thought|believ\w*|assum\w*|say|said|mistak\w*)|not|although)\b"
+    r"[^.\"]{0,120}?\sbut\s",
     re.IGNORECASE,
 )
+_NAME = re.compile(r"(?<![\w'])[A-Z][\w'’.-]*(?:\s+(?:(?:and|of|the)\s+)*[A-Z][\w'’.-]*)*")
 _CLAUSE_BREAK = re.compile(r"[,;:]|(?<!\w)\(|\b(?:but|which|who|though|because|since|where|while)\b")
 _DENIED = re.compile(r"\b(?:not|nor|neither|never|than|unlike|isn t)(?: \w+){0,2} $")
 _KOREAN_END = re.compile(r"(?<=[\uac00-\ud7a3])(?:입니다|이에요|예요|이다)\.?$")
@@ -112,6 +114,9 @@ def found_members(statement: str, question: str, space: Sequence[Sequence[str]])
     if _is_abbreviated(space):
         return []
     plain, asked = f" {normalise(statement)} ", f" {normalise(question)} "
+    for phrase in filter(None, map(normalise, _NAME.findall(question))):  # South Africa is no Africa
+        mask = f" {'_' * len(phrase)} "
+        plain, asked = plain.replace(f" {phrase} ", mask), asked.replace(f" {phrase} ", mask)
     spans = [
         (start, start + len(name), canonical)
         for name, canonical in _named(tuple(map(tuple, space)))
