@@ -46,7 +46,7 @@ _LINK = re.compile(
 )
 _INDEFINITE = re.compile(rf"^\W*(?:{_ADVERB}\s+)*(?:a|an|one|part|not)\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(
-    r"^\W*(?:i|i'm|i\u2019m|i'd|we|you|this|that|these|please|feel|while|although|if|when|in|to|from|at|on)\b",
+    r"^\W*(?:i|i'm|i\u2019m|i'd|we|you|this|that|these|please|feel|while|although|if|when|in|to|from|at|on|she|he|they|it|there|here)\b",
     re.IGNORECASE,
 )
 """Words that begin a remark or an aside, and no answer."""
@@ -63,7 +63,7 @@ _SHAPES = {
     "formula": re.compile(r"(?=.*\d|.*[A-Z].*[A-Z])[A-Z(\[][A-Za-z0-9()\[\]+\-·]*"),
 }
 """Forms of what some nouns ask for; it is also found in brackets, or as the only such word."""
-_BRACKETED = re.compile(r"\(([^\s()]{1,12}(?:\([^\s()]{1,8}\)[^\s()]{0,8})*)\)")
+_BRACKETED = re.compile(r"(?<!\w)\(([^\s()]{1,12}(?:\([^\s()]{1,8}\)[^\s()]{0,8})*)\)")
 _JOINERS = frozenset({"of", "and", "the", "de", "la", "del", "du", "des"})
 _FUNCTION = frozenset(
     """
@@ -106,8 +106,12 @@ def new_words(sentence: str, question: str, *, explicit: bool, known_space: bool
         return ""
     if quoted := _QUOTED_NEXT.match(rest):
         return quoted[1]
+    is_reversed = noun and re.match(
+        rf"\s*(?:{_ADVERB}\s+)*(?:the|a|an)\s+(?:\w+\s+){{0,2}}{re.escape(noun)}\s+(?:of|for)\b", rest
+    )
     return (
-        _after_noun(sentence, noun, known)
+        (_in_subject(subject, rest, known, noun, any_form=True) if is_reversed else "")
+        or _after_noun(sentence, noun, known)
         or _in_predicate(
             subject, rest, known, noun, about_word=QUOTED.search(question) is not None, brief=not known_space
         )
@@ -174,7 +178,7 @@ def _in_predicate(subject: str, rest: str, known: set[str], noun: str, *, about_
     return first if is_asked and is_fitting else ""
 
 
-def _in_subject(subject: str, rest: str, known: set[str], noun: str) -> str:
+def _in_subject(subject: str, rest: str, known: set[str], noun: str, *, any_form: bool = False) -> str:
     """The answer before "is the capital of ...", or before ", the capital of ..., is"."""
     clauses = [clause.strip() for clause in _CLAUSE_END.split(subject) if clause.strip()]
     if (
@@ -187,7 +191,7 @@ def _in_subject(subject: str, rest: str, known: set[str], noun: str) -> str:
         return ""
     if _has(subject, noun) and not _has(rest, noun):
         return ""
-    runs = _new_quoted(subject, known) or _first_runs(subject, known, noun)
+    runs = _new_quoted(subject, known) or _first_runs(subject, known, "" if any_form else noun)
     return runs[0] if runs and not _NO_ANSWER.match(subject) else ""
 
 
