@@ -16,12 +16,12 @@ from neurosig.questions.answers.markup import marked, unmarked, without_emphasis
 from neurosig.questions.answers.normal import contained, normalise
 from neurosig.questions.answers.sentences import ANSWER_WORD, answer_tails, sentences
 
-_LETTER = r"(?<![A-Za-z0-9_])[\s\"'“‘(\[{<]{0,6}(?<![A-Za-z0-9_])(?P<letter>[A-Za-z])(?![A-Za-z0-9_'’])(?!-\w)"
+_LETTER = r"(?<![A-Za-z0-9_])[\s\"'“‘(\[{<]{0,6}(?<![A-Za-z0-9_])(?P<letter>[A-Za-z])(?![A-Za-z0-9_])(?!['’]\w)(?!-\w)"
 _LINK = (
     r"(?:is|was|be|would|should|must|will|could|to|this|that|the|question|problem|correct|right|best|most|likely|"
     r"probably|definitely|clearly|therefore|thus|hence|indeed|actually|simply|here|given|above|below|options?|choices?|"
     r"letter|answer|final|my|our|of|in|case|I|we|think|believe|choose|select|as|follows|only|from|among|"
-    r"ist|lautet|die|der|das|buchstabe|est|la|le|lettre|es|é|è|letra|lettera|вариант)"
+    r"ist|lautet|die|der|das|buchstabe|est|la|le|lettre|es|é|è|letra|lettera|correcte|correcta|correta|richtige|richtig|вариант)"
 )
 _HEAD = (
     rf"(?:{ANSWER_WORD}|\b(?:correct|right|best|final|proper|appropriate|richtige|korrekte|bonne|correcta)\s+"
@@ -67,6 +67,10 @@ _AFTER_WORD = re.compile(
 _DENIAL_WORDS = re.compile(
     r"\b(?:not|never|neither|nor|except|unlike|isn't|isn’t|wasn't|incorrect|wrong|false|nicht|kein\w*|pas)\b",
     re.IGNORECASE,
+)
+_PRESENTING = frozenset(
+    "thus so therefore hence then and but not it is be must would should i choose pick take say guess think go with the that this "
+    "leaves leaving only final finally answer option choice letter definitely probably maybe or clearly am not sure say i'd i'm going my pick ich wähle je choisis elijo".split()
 )
 _CONCLUDES = re.compile(
     r"\W*(?:so|thus|therefore|hence|overall|finally|in conclusion|also|daher|donc|因此|所以)\b", re.IGNORECASE
@@ -162,7 +166,7 @@ def _lead(text: str, letters: str) -> set[str]:
     """The letter that begins the first line or the last; no answer when several lines list the choices."""
     lines = [line for line in text.split("\n") if line.strip()]
     leads = [(place, found) for place, line in enumerate(lines) if (found := _LEAD.match(line))]
-    leads = [(place, found) for place, found in leads if not _is_pronoun(found, text) and found["letter"].isupper()]
+    leads = [(place, found) for place, found in leads if not _is_pronoun(found, text) and _is_capital_or_bare(found)]
     if len({found["letter"] for _, found in leads}) > 1:
         leads = [item for item in leads if item[0] == 0 and len(leads) == 2 and _BARE.fullmatch(lines[0].strip())]
     for place, found in leads:
@@ -176,6 +180,12 @@ def _is_pronoun(found: re.Match[str], text: str) -> bool:
     return found["letter"] == "I" and not re.match(r"\s*[)\]:>]", found.string[found.end("letter") :])
 
 
+def _is_capital_or_bare(found: re.Match[str]) -> bool:
+    """A lower-case letter leads with a bracket, or alone on its line: "c)", "(c)", "c"."""
+    after = found.string[found.end("letter") :].lstrip()
+    return found["letter"].isupper() or after[:1] == ")" or not after.strip(".*\"' ")
+
+
 def _weak(text: str, letters: str) -> set[str]:
     """The last mention as an option ("it is C", "I take option B") that is not merely discussed."""
     for found in reversed(list(_WEAK.finditer(text))):
@@ -185,13 +195,12 @@ def _weak(text: str, letters: str) -> set[str]:
 
 
 def _bare(text: str, letters: str) -> set[str]:
-    """The only letter of the last sentence, at its end."""
+    """The only letter of the last sentence, if the rest merely presents it ("Thus, C", "Not A, but C", "C, not A")."""
     last = next(iter(reversed(sentences(text))), "")
     found = [match for match in _BARE.finditer(last) if match["letter"].isupper() and not _is_pronoun(match, last)]
-    stated = [_stated(match, letters) for match in found]
-    if len(found) == 1 and not re.search(r"\w", last[found[0].end("letter") :]):
-        return stated[0]
-    return set()
+    stated = {letter for match in found for letter in _stated(match, letters)}
+    others = set(re.findall(r"[^\W\d_]+(?:'\w+)?", _BARE.sub(" ", last).lower()))
+    return stated if len(stated) == 1 and others <= _PRESENTING else set()
 
 
 def _tail_choice(text: str, choices: Sequence[str]) -> set[str]:

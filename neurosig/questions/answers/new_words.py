@@ -25,7 +25,8 @@ _PREDICATE = re.compile(
     r"(?<!that )(?<!which )(?<!who )\b(?:is|are|was|were|be|has|had|lies|means|becomes|belongs)\b", re.IGNORECASE
 )
 _OTHER_PREDICATE = re.compile(
-    r"\b(?:called|ist|sind|war|heißt|lautet|est|sont|était|s'appelle|es|son|fue|è|sono|é|são|är|er)\b", re.IGNORECASE
+    r"\b(?:called|ist|sind|war|wurde|heißt|lautet|est|sont|était|s'appelle|es|son|fue|è|sono|é|são|är|er)\b",
+    re.IGNORECASE,
 )
 # the next two lookbehinds start a match at a run's first character only: otherwise a long run takes quadratic time
 WORD = re.compile(r"(?<![\w$%+'\u2019.\-])[\w$%+'\u2019.\-]*\w[\w$%+'\u2019]*(?:\([\w+\-]{1,8}\)\w*)*")
@@ -53,6 +54,7 @@ _NO_ANSWER = re.compile(
 _CONTRACTED = re.compile(r"\b(it|that|this|he|she|there|what)['\u2019]s\b", re.IGNORECASE)
 _LABEL = re.compile(r"^\W*(?:A|sentence|response|reply|output|noun|verb)\s*:\s*", re.IGNORECASE)
 _WH = re.compile(r"\b(?:which|what)\b", re.IGNORECASE)
+_NAME = re.compile(r"(?<![\w'])[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*")
 _FORMULA = re.compile(r"(?=.*[A-Z])(?=.*[\d()])[A-Z(\[][A-Za-z0-9()\[\]+\-·]*")
 _NAMING = re.compile(
     r"\b(?:named|called|(?:known|denoted|referred\s+to|abbreviated)\s+(?:as|by))\s+(?:as\s+)?(?!after|in\b|by\b|for\b|with\b)",
@@ -64,7 +66,7 @@ _SHAPES = {
 }
 """Forms of what some nouns ask for; it is also found in brackets, or as the only such word."""
 _BRACKETED = re.compile(r"(?<!\w)\(([^\s()]{1,12}(?:\([^\s()]{1,8}\)[^\s()]{0,8})*)\)")
-_JOINERS = frozenset({"of", "and", "the", "de", "la", "del", "du", "des"})
+_JOINERS = frozenset({"of", "and", "the", "de", "la", "del", "du", "des", "da", "di", "von", "van"})
 _FUNCTION = frozenset(
     """
     a an the of in on at to from by for with as its it this that there their one two
@@ -75,7 +77,7 @@ _FUNCTION = frozenset(
 FILLER = _FUNCTION | frozenset(
     """
     located situated found considered known called named referred represented denoted abbreviated spelled written defined
-    given used wrote discovered invented painted composed founded built made
+    given used wrote discovered invented painted composed founded built made geschrieben erfunden entdeckt gemalt gebaut écrit peint
     actually indeed typically often usually officially currently simply generally commonly also likely probably
     predominantly primarily mostly mainly
     continent continental country nation state city town place capital language word term name person people
@@ -96,7 +98,7 @@ def new_words(sentence: str, question: str, *, explicit: bool, known_space: bool
             answers.
     """
     sentence = _after_colon(_LABEL.sub("", _CONTRACTED.sub(r"\1 is", sentence)))
-    known = {normalise(word) for word in WORD.findall(question)}
+    known = {_plain(word) for word in WORD.findall(question)}
     noun = asked_noun(question)
     predicate = _PREDICATE.search(sentence) or _OTHER_PREDICATE.search(sentence)
     if predicate is None:
@@ -130,8 +132,8 @@ def asked_noun(question: str) -> str:
 def _is_about(sentence: str, subject: str, question: str, noun: str, known: set[str], *, least: int) -> bool:
     """Whether a sentence speaks of what was asked: it has the asked noun, words of the question, its beginning, or a
     pronoun for its subject."""
-    content = known - (FILLER if least > 1 else _FUNCTION)
-    shared = {normalise(word) for word in WORD.findall(sentence)} & content
+    content = {word.rstrip("s") for word in known - (FILLER if least > 1 else _FUNCTION)}
+    shared = {_plain(word).rstrip("s") for word in WORD.findall(sentence)} & content
     opening = normalise(_WH.split(question)[0])
     begins = len(opening.split()) > 1 and f"{normalise(sentence)} ".startswith(f"{opening} ")
     return _has(sentence, noun) or len(shared) >= least or begins or not _content(subject)
@@ -152,6 +154,11 @@ def _content(text: str) -> bool:
     return any(normalise(word) not in FILLER for word in WORD.findall(text))
 
 
+def _plain(word: str) -> str:
+    """A word normalised, without a possessive 's."""
+    return normalise(re.sub("['\u2019]s$", "", word))
+
+
 def _new_quoted(text: str, known: set[str]) -> list[str]:
     return [quoted for quoted in QUOTED.findall(text) if (plain := normalise(quoted)) and plain not in known]
 
@@ -168,6 +175,7 @@ def _in_predicate(subject: str, rest: str, known: set[str], noun: str, *, about_
     if about_word and len(words) > 3:  # a question on a word: its answer is quoted, or stands alone
         return ""
     runs = _first_runs(rest, known, noun)
+    runs = [run for run in runs if not run.isdigit()] or runs  # "by Alexander Fleming in 1928"
     if runs:
         return runs[-1]
     first = next(filter(_content, _CLAUSE_END.split(rest)), "").strip(" .!")
@@ -175,7 +183,7 @@ def _in_predicate(subject: str, rest: str, known: set[str], noun: str, *, about_
         _has(subject, noun) and not _has(first, noun) and noun not in FILLER - {"capital", "symbol", "formula", "name"}
     )
     is_fitting = 0 < len(first.split()) <= MAX_ANSWER_WORDS - 2 and not _NO_ANSWER.match(first)
-    return first if is_asked and is_fitting else ""
+    return first if is_asked and is_fitting and not _first_runs(subject, known, noun) else ""
 
 
 def _in_subject(subject: str, rest: str, known: set[str], noun: str, *, any_form: bool = False) -> str:
@@ -189,7 +197,7 @@ def _in_subject(subject: str, rest: str, known: set[str], noun: str, *, any_form
         return clauses[0]
     if _INDEFINITE.match(rest) and not _has(rest, noun):
         return ""
-    if _has(subject, noun) and not _has(rest, noun):
+    if _has(subject, noun) and not _has(rest, noun) and any(_plain(word) not in known for word in WORD.findall(rest)):
         return ""
     runs = _new_quoted(subject, known) or _first_runs(subject, known, "" if any_form else noun)
     return runs[0] if runs and not _NO_ANSWER.match(subject) else ""
@@ -251,16 +259,21 @@ def _without_predicate(sentence: str, known: set[str], noun: str, *, explicit: b
         return _by_shape(sentence, known, noun)
     for clause in clauses:
         words = WORD.findall(clause)
-        linked = [place for place, word in enumerate(words) if normalise(word) in known - FILLER]
-        runs = _new_runs(" ".join(words[linked[-1] + 1 :]), known) if len(linked) > 1 else []
-        if runs:
+        linked = [place for place, word in enumerate(words) if _plain(word) in known - FILLER]
+        if len(linked) > 1 and (runs := [run for part in _around(words, linked) for run in _new_runs(part, known)]):
             return runs[0]
-    return ""
+    names = [name for name in _NAME.findall(sentence[1:]) if not {_plain(word) for word in WORD.findall(name)} <= known]
+    return names[0] if len(names) == 1 and _asks(sentence, known) else ""
+
+
+def _around(words: list[str], linked: list[int]) -> tuple[str, str]:
+    """The words after the last word of the question, and those before the first."""
+    return " ".join(words[linked[-1] + 1 :]), " ".join(words[: linked[0]])
 
 
 def _asks(text: str, known: set[str]) -> bool:
     """Whether a short text has words of the question, so that it is a sentence and not the bare answer."""
-    return any(normalise(word) in known - FILLER for word in WORD.findall(text))
+    return any(_plain(word) in known - FILLER for word in WORD.findall(text))
 
 
 def _first_runs(part: str, known: set[str], noun: str) -> list[str]:
@@ -274,7 +287,7 @@ def _new_runs(clause: str, known: set[str]) -> list[str]:
     runs: list[list[str]] = [[]]
     new: list[bool] = [False]
     for word in WORD.findall(clause):
-        plain, capital = normalise(word), word[:1].isupper() or word[:1].isdigit()
+        plain, capital = _plain(word), word[:1].isupper() or word[:1].isdigit()
         is_new = bool(plain) and plain not in known and (plain not in FILLER or (capital and bool(runs[-1])))
         if is_new or (capital and plain not in FILLER):
             runs[-1].append(word)

@@ -38,10 +38,10 @@ def _bare(text: str) -> str:
 
 
 def _longest_shared(text: str, question: str) -> str:
-    """The longest common substring of at least two characters."""
+    """The longest common substring of at least three characters."""
     best = ""
     for start in range(len(text)):
-        size = max(2, len(best) + 1)
+        size = max(3, len(best) + 1)
         while start + size <= len(text) and text[start : start + size] in question:
             best, size = text[start : start + size], size + 1
     return best

@@ -33,6 +33,8 @@ _SCALES = {
     "十": 1, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8, "兆": 12,
 }  # fmt: skip
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_MIXED = re.compile(r"(?<![\d/.,])(\d{1,6})\s+(\d{1,6})/(\d{1,6})(?![\d/])")
+_DASH = re.compile(r"(?<![\w)\]])[–—](?=\d)")
 _EQUALS = re.compile(r"=|\\approx|≈|\\to|\\rightarrow|→")
 _ASIDE = re.compile(
     r"\b(?:out\s+of|instead\s+of|rather\s+than|compared\s+(?:to|with)|after|before|per|than|of|in|within|for|every|each|over|"
@@ -117,7 +119,8 @@ def _digits(text: str) -> str:
         .replace("\u066c", ",")
     )
     text = text.replace("\u066b", ".").replace("\uff0c", ",")
-    return "".join(str(unicodedata.decimal(char, char)) for char in text)
+    text = "".join(str(unicodedata.decimal(char, char)) for char in text)
+    return _MIXED.sub(lambda found: f"{int(found[1]) * int(found[3]) + int(found[2])}/{found[3]}", _DASH.sub("-", text))
 
 
 def _value(found: re.Match[str]) -> str | None:

@@ -30,6 +30,7 @@ _POLITE = re.compile(
     r"\s*(?:[!,.:;！、，。]|[-–—]\s|$)\s*",
     re.IGNORECASE,
 )
+_HEDGE = re.compile(r"^\W*i (?:think|believe|guess|would say)(?: that)? (?=(?:it|that|the)\b)", re.IGNORECASE)
 _ABOUT_TASK = re.compile(
     r"\b(?:the user|(?:this|the) question|i(?:'?m| am) (?:glad|happy|thrilled|here|a helpful)|let me|let's|i need to|i have to"
     r"|i should|we need to|in (?:a|one) (?:short )?sentence|short sentence)\b|\bwords\W*$",
@@ -44,6 +45,7 @@ _YES_NO = re.compile(
     re.IGNORECASE,
 )
 _YEAR_QUESTION = re.compile(r"\b(?:what|which) year\b|\bin welchem jahr\b|\bquelle année\b", re.IGNORECASE)
+_WHEN_QUESTION = re.compile(r"^\W*(?:when|wann|quand|cuándo)\b", re.IGNORECASE)
 _YEAR = re.compile(r"(?<!\d)[12]\d{3}(?!\d)")
 _COUNT_QUESTION = re.compile(r"\bhow many\b|\bhow much is\b|\bwie viele\b|\bcombien\b|\bcuánt[oa]s\b", re.IGNORECASE)
 _CONCESSION = re.compile(
@@ -74,8 +76,14 @@ def short_answer(text: str, question: str, space: Sequence[Sequence[str]], *, co
         space: All possible answers, each with its names; () where they are not known.
         complete: The completion was not cut off; of a cut-off one, an answer at its very end is cut off too.
     """
+    first = next(iter(sentences(unmarked(text))), "")
+    if _YES_NO_QUESTION.match(question) and (found := _YES_NO.match(first)):
+        return normalise(found[1])
     for statement, explicit in statements(text):
-        answer = member_answer(statement, question, space)
+        possible = members_in(statement, question, space)
+        if len(possible) > 1:
+            return None
+        answer = possible[0] if possible else None
         if answer is None and not _is_numeric(space):
             answer = _statement_answer(statement, question, explicit=explicit, space=space)
         if answer is not None:
@@ -132,17 +140,16 @@ def found_members(statement: str, question: str, space: Sequence[Sequence[str]])
     return list(dict.fromkeys(found))
 
 
-def member_answer(statement: str, question: str, space: Sequence[Sequence[str]]) -> str | None:
-    """The only member of the space in the statement, or in its first clause that has one."""
+def members_in(statement: str, question: str, space: Sequence[Sequence[str]]) -> list[str]:
+    """The members of the space in a statement; of several, those in its first clause that has one."""
     if _is_numeric(space):
-        return _asked_number(statement, question, {member[0] for member in space})
-    for clause in (statement, *_CLAUSE_BREAK.split(statement)[:MOST_CLAUSES]):
-        found = found_members(clause, question, space)
-        if len(found) == 1:
-            return found[0]
-        if found and clause is not statement:
-            return None
-    return None
+        number = _asked_number(statement, question, {member[0] for member in space})
+        return [] if number is None else [number]
+    found = found_members(statement, question, space)
+    if len(found) > 1:
+        clauses = (found_members(clause, question, space) for clause in _CLAUSE_BREAK.split(statement)[:MOST_CLAUSES])
+        found = next(filter(None, clauses), found)
+    return found
 
 
 @cache
@@ -172,14 +179,13 @@ def _asked_number(statement: str, question: str, members: set[str]) -> str | Non
 def _without_courtesy(sentence: str) -> str:
     while (found := _POLITE.match(sentence)) and not _YES_NO.fullmatch(sentence.strip(" .!")):
         sentence = sentence[found.end() :]
-    return sentence
+    return _HEDGE.sub("", sentence)
 
 
 def _statement_answer(statement: str, question: str, *, explicit: bool, space: Sequence[Sequence[str]]) -> str | None:
     """The answer in a statement without a member of the space; where all members are names, only a name."""
-    if _YES_NO_QUESTION.match(question) and (found := _YES_NO.match(statement)):
-        return normalise(found[1])
-    if _YEAR_QUESTION.search(question) and (years := _YEAR.findall(statement)):
+    years = _YEAR.findall(statement)
+    if years and (_YEAR_QUESTION.search(question) or (len(years) == 1 and _WHEN_QUESTION.match(question))):
         return str(years[-1])
     if _COUNT_QUESTION.search(question) and (count := number_in(without_emphasis(statement))) is not None:
         return count
