@@ -42,7 +42,8 @@ def is_lenient(
     """Whether the gold answer or an alias is in a completion's answer statement, and no other possible answer is.
 
     The statement is what the completion marks or announces as its answer, else its first sentence that could state
-    one; of a letter, also the last. Words of the question do not count. Other possible answers are known where the question has choices or an answer space.
+    one; of a letter, also the last. Words of the question do not count. Other possible answers are known where the
+    question has choices or an answer space.
     What is strictly right counts.
 
     Args:

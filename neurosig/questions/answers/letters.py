@@ -2,8 +2,8 @@
 
 Statements are read from the most to the least explicit; the last of the most explicit ones counts. A statement that
 names several letters is no answer, and a mention that is denied ("not A", "B is wrong") never counts. The one phrase
-read as its benchmark reads it is MMLU-Pro's "the answer is (A)": the first letter after it counts (TIGER-AI-Lab/MMLU-Pro,
-`evaluate_from_api.py`).
+read as its benchmark reads it is MMLU-Pro's "the answer is (A)": the first letter after it counts
+(TIGER-AI-Lab/MMLU-Pro, `evaluate_from_api.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from neurosig.questions.answers.markup import marked, unmarked, without_emphasis
 from neurosig.questions.answers.normal import contained, normalise
 from neurosig.questions.answers.sentences import ANSWER_WORD, answer_tails, sentences
 
-_LETTER = r"(?<![A-Za-z0-9_])[\s\"'“‘(\[{<]{0,6}(?<![A-Za-z0-9_])(?P<letter>[A-Za-z])(?![A-Za-z0-9_])(?!['’]\w)(?!-\w)"
+_WORD = "[A-Za-zÀ-ɏ0-9_]"  # no \w: a letter may follow Chinese or Japanese without a space
+_LETTER = rf"(?<!{_WORD})[\s\"'“‘(\[{{<]{{0,6}}(?<!{_WORD})(?P<letter>[A-Za-z])(?!{_WORD})(?!['’]\w)(?!-\w)"
 _LINK = (
     r"(?:is|was|be|would|should|must|will|could|to|this|that|the|question|problem|correct|right|best|most|likely|"
     r"probably|definitely|clearly|therefore|thus|hence|indeed|actually|simply|here|given|above|below|options?|choices?|"
     r"letter|answer|final|my|our|of|in|case|I|we|think|believe|choose|select|as|follows|only|from|among|"
-    r"ist|lautet|die|der|das|buchstabe|est|la|le|lettre|es|é|è|letra|lettera|correcte|correcta|correta|richtige|richtig|вариант)"
+    r"ist|lautet|die|der|das|buchstabe|est|la|le|lettre|es|é|è|letra|lettera|correcte|correcta|"
+    r"correta|richtige|richtig|вариант)"
 )
 _HEAD = (
     rf"(?:{ANSWER_WORD}|\b(?:correct|right|best|final|proper|appropriate|richtige|korrekte|bonne|correcta)\s+"
@@ -64,14 +66,15 @@ _DISCUSSED = re.compile(
 _AFTER_WORD = re.compile(
     r"\s+(?:is|are|because|since|as|due|and|or|for|which|with|but|based|given|so|not|here|therefore|und|et)\b"
 )
-_DENIAL_WORDS = re.compile(
-    r"\b(?:not|never|neither|nor|except|unlike|isn't|isn’t|wasn't|incorrect|wrong|false|nicht|kein\w*|pas)\b",
-    re.IGNORECASE,
-)
+_DENIAL_WORDS = re.compile(r"\b(?:not|never|neither|nor|except|unlike|isn t|wasn t|nicht|kein\w*|pas)\b")  # normalised
 _PRESENTING = frozenset(
-    "thus so therefore hence then and but not it is be must would should i choose pick take say guess think go with the that this "
-    "leaves leaving only final finally answer option choice letter definitely probably maybe or clearly am not sure say i'd i'm going my pick ich wähle je choisis elijo".split()
+    """
+    thus so therefore hence then and but or not it is be must would should will i am i'd i'm we choose pick take say
+    guess think go going with the that this my leaves leaving only final finally answer option choice letter definitely
+    probably maybe clearly sure ich wähle je choisis elijo
+    """.split()  # noqa: SIM905 (a list of sixty strings reads worse)
 )
+"""Words that may surround the one letter of a concluding sentence."""
 _CONCLUDES = re.compile(
     r"\W*(?:so|thus|therefore|hence|overall|finally|in conclusion|also|daher|donc|因此|所以)\b", re.IGNORECASE
 )
@@ -79,11 +82,13 @@ _CONCLUDES = re.compile(
 
 _FIVE_SHOT = re.compile(r"\banswer is \((?P<letter>[A-Z])\)")
 _FIVE_SHOT_END = re.compile(
-    r"\banswer is \([A-Z]\)[.\s]*?\n\s*\n\s*(?!wait|however|but|actually|correction|hmm|no\b|let me|let's (?:re|double|check|verif)|"
-    r"on second|upon|sorry|i made|i apolog|therefore|thus|so\b)",
+    r"\banswer is \([A-Z]\)[.\s]*?\n\s*\n\s*(?!wait|however|but|actually|correction|hmm|no\b"
+    r"|let me|let's (?:re|double|check|verif)|on second|upon|sorry|i made|i apolog|therefore|thus|so\b)",
     re.IGNORECASE,
 )
 """MMLU-Pro's phrase at the end of a paragraph: after it, a model that was shown solved examples writes further ones."""
+MOST_STATEMENTS, LONGEST_SENTENCE = 50, 500
+"""Statements that are read, the last ones, and characters of a sentence without one."""
 CHOICE_SENTENCES = 3
 """Longer completions mention choices on the way, so only their last sentence may name the answer by its text."""
 
@@ -156,7 +161,8 @@ def _explicit(text: str, letters: str) -> set[str]:
     """The last explicit statement ("the answer is C", "C is correct")."""
     matches = [found for pattern in _EXPLICIT for found in pattern.finditer(text)]
     matches += [found for found in _FIVE_SHOT.finditer(text) if found["letter"] in letters]
-    for found in sorted(matches, key=lambda found: (found.start("letter"), found.re is _FIVE_SHOT), reverse=True):
+    matches.sort(key=lambda found: (found.start("letter"), found.re is _FIVE_SHOT))
+    for found in reversed(matches[-MOST_STATEMENTS:]):
         if stated := {found["letter"]} if found.re is _FIVE_SHOT else _stated(found, letters):
             return stated
     return set()
@@ -188,7 +194,7 @@ def _is_capital_or_bare(found: re.Match[str]) -> bool:
 
 def _weak(text: str, letters: str) -> set[str]:
     """The last mention as an option ("it is C", "I take option B") that is not merely discussed."""
-    for found in reversed(list(_WEAK.finditer(text))):
+    for found in reversed(list(_WEAK.finditer(text))[-MOST_STATEMENTS:]):
         if not _DISCUSSED.match(text[found.end("letter") :][:40]) and (stated := _stated(found, letters)):
             return stated
     return set()
@@ -196,7 +202,7 @@ def _weak(text: str, letters: str) -> set[str]:
 
 def _bare(text: str, letters: str) -> set[str]:
     """The only letter of the last sentence, if the rest merely presents it ("Thus, C", "Not A, but C", "C, not A")."""
-    last = next(iter(reversed(sentences(text))), "")
+    last = next(iter(reversed(sentences(text))), "")[-LONGEST_SENTENCE:]
     found = [match for match in _BARE.finditer(last) if match["letter"].isupper() and not _is_pronoun(match, last)]
     stated = {letter for match in found for letter in _stated(match, letters)}
     others = set(re.findall(r"[^\W\d_]+(?:'\w+)?", _BARE.sub(" ", last).lower()))

@@ -41,13 +41,15 @@ _ASKED = re.compile(
     re.IGNORECASE,
 )
 _LINK = re.compile(
-    rf"^(?:\s*(?:(?:is|was|are|of|as|being|called|named|known\s+as|(?:denoted|represented)\s+(?:as|by)|written\s+as|(?:located|situated)\s+[io]n|the|"
+    rf"^(?:\s*(?:(?:is|was|are|of|as|being|called|named|known\s+as|(?:denoted|represented)\s+(?:as|by)|written\s+as|(?:located|situated)\s+[io]n"
+    r"|the|"
     rf"{_ADVERB})\b|[:=]))+\s*",
     re.IGNORECASE,
 )
 _INDEFINITE = re.compile(rf"^\W*(?:{_ADVERB}\s+)*(?:a|an|one|part|not)\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(
-    r"^\W*(?:i|i'm|i\u2019m|i'd|we|you|this|that|these|please|feel|while|although|if|when|in|to|from|at|on|she|he|they|it|there|here)\b",
+    r"^\W*(?:i|i'm|i\u2019m|i'd|we|you|this|that|these|please|feel|while|although|if|when|in|to|from|at|on"
+    r"|she|he|they|it|there|here)\b",
     re.IGNORECASE,
 )
 """Words that begin a remark or an aside, and no answer."""
@@ -76,8 +78,9 @@ _FUNCTION = frozenset(
 )
 FILLER = _FUNCTION | frozenset(
     """
-    located situated found considered known called named referred represented denoted abbreviated spelled written defined
-    given used wrote discovered invented painted composed founded built made geschrieben erfunden entdeckt gemalt gebaut écrit peint
+    located situated found considered known called named referred represented denoted abbreviated spelled written
+    defined given used wrote discovered invented painted composed founded built made geschrieben erfunden entdeckt
+    gemalt gebaut écrit peint
     actually indeed typically often usually officially currently simply generally commonly also likely probably
     predominantly primarily mostly mainly
     continent continental country nation state city town place capital language word term name person people

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-ANSWER_WORD = r"(?:\b(?:answer|ans|antwort|lösung|réponse|reponse|respuesta|resposta|risposta|svar|ответ)\b|答案|答え|正解|回答|解答|정답|\b답)"
+ANSWER_WORD = (
+    r"(?:\b(?:answer|ans|antwort|lösung|réponse|reponse|respuesta|resposta|risposta|svar|ответ)\b"
+    r"|答案|答え|正解|回答|解答|정답|\b답)"
+)
 _IS = (
     r"(?:[:=]|\b(?:is|was|are|would\s+be|should\s+be|must\s+be|ist|lautet|est|es|è|é)\b(?:\s+(?:therefore|thus|clearly|simply|"
     r"indeed|actually|probably|likely|most\s+likely))?\s*:?|是|为|為|は|은|는)"

@@ -23,7 +23,9 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _POLITE = re.compile(
-    r"^\W*(?:sure(?: thing)?|certainly|of course|absolutely|(?:great|good|awesome|excellent|nice|interesting)(?: question)?|sounds good|you(?:'re| are) (?:correct|right)|correct|exactly|(?:that's|what) an? \w+ question"
+    r"^\W*(?:sure(?: thing)?|certainly|of course|absolutely"
+    r"|(?:great|good|awesome|excellent|nice|interesting)(?: question)?|sounds good"
+    r"|you(?:'re| are) (?:correct|right)|correct|exactly|(?:that's|what) an? \w+ question"
     r"|thank(?:s| you)(?: \w+){0,4}|hello|hi(?: there)?|okay|ok|alright|well|yes|yep|yeah|no problem|indeed|hmm+|ah|oh"
     r"|happy to help|i(?:'d| would) be happy to(?: \w+){0,4}|let me (?:think|see|check)(?: \w+){0,3}"
     r"|here(?:'s| is)(?: \w+){0,4}|understood|natürlich|gerne|klar|bien sûr|claro|certo|当然|好的|はい)"
@@ -32,8 +34,8 @@ _POLITE = re.compile(
 )
 _HEDGE = re.compile(r"^\W*i (?:think|believe|guess|would say)(?: that)? (?=(?:it|that|the)\b)", re.IGNORECASE)
 _ABOUT_TASK = re.compile(
-    r"\b(?:the user|(?:this|the) question|i(?:'?m| am) (?:glad|happy|thrilled|here|a helpful)|let me|let's|i need to|i have to"
-    r"|i should|we need to|in (?:a|one) (?:short )?sentence|short sentence)\b|\bwords\W*$",
+    r"\b(?:the user|(?:this|the) question|i(?:'?m| am) (?:glad|happy|thrilled|here|a helpful)|let me|let's"
+    r"|i need to|i have to|i should|we need to|in (?:a|one) (?:short )?sentence|short sentence)\b|\bwords\W*$",
     re.IGNORECASE,
 )
 _YES_NO_QUESTION = re.compile(
