@@ -1,0 +1,52 @@
+"""Gold answers in the form of a completion, and those that no completion can give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from neurosig.questions.answers.extract import extract_answer
+from neurosig.questions.answers.grading import is_correct
+
+if TYPE_CHECKING:
+    from neurosig.questions.load import Question
+    from neurosig.questions.reader import AnswerReader
+
+_MARKED = re.compile(r"####|\\boxed\{")
+
+
+def is_completion(gold: str) -> bool:
+    """Whether a gold answer is a worked solution with a marked result: ``3 + 4 = 7 #### 7``, ``\\boxed{7}``."""
+    return _MARKED.search(gold) is not None
+
+
+def parse_gold(gold: str, question: Question) -> str:
+    """A gold answer that `is_completion`, parsed as one; any other, or one in which the parser finds nothing, as is."""
+    answer = extract_answer(gold, question) if is_completion(gold) else None
+    if answer is None:
+        return gold
+    return answer.upper() if question.choices else answer
+
+
+def unreachable_gold(questions: Iterable[Question], reader: AnswerReader) -> list[Question]:
+    """The questions none of whose gold answers the parser finds in a completion that states it.
+
+    A parser of the user's own is not judged: only its author knows which completions it reads.
+
+    Raises:
+        ValueError: A question has no gold answer.
+    """
+    if reader.answer_parser is not None:
+        return []
+    plain = replace(reader, prompt_opens_thought=False)
+    return [
+        question
+        for question in questions
+        if not any(
+            is_correct(plain.extract(text, "stop", question), question)
+            for gold in (question.answer or "", *question.aliases)
+            for text in (gold, f"Answer: {gold}")
+        )
+    ]
