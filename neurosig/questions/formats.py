@@ -215,10 +215,10 @@ def labelled_choices(value: object, name: str) -> tuple[tuple[str, ...], tuple[s
 
 def answer_space(record: Record) -> str | tuple[tuple[str, ...], ...] | None:
     """All possible answers: the name of a bundled space, a list of texts, or a list of lists, an answer and aliases."""
-    value = record.get("answer_space")
+    value: Any = record.get("answer_space")
     if value is None or isinstance(value, str):
         return value
-    members = [[item] if isinstance(item, str) else item for item in value] if isinstance(value, list) else [None]
+    members: list[Any] = [[item] if isinstance(item, str) else item for item in value] if type(value) is list else [0]
     if not all(isinstance(member, list) and all(isinstance(name, str) for name in member) for member in members):
         raise UserError(
             f'field "answer_space": expected the name of a space, a list of texts or a list of lists of texts, '
