@@ -151,12 +151,21 @@ class AnswerReader:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "_parse"}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> AnswerReader:
+    def from_record(cls, record: Mapping[str, Any], answer_parser: str | None = None) -> AnswerReader:
         """The reader that wrote ``record``.
 
+        Args:
+            record: See `record`.
+            answer_parser: The parser that it must have, if given.
+
         Raises:
-            UserError: Its parser is not here, or has another source now.
+            UserError: It has another parser, or the source of its parser is not here or has changed.
         """
+        if answer_parser not in (None, record["answer_parser"]):
+            raise UserError(
+                f"--answer-parser {answer_parser}: the recorded answers were read by "
+                f"{record['answer_parser'] or 'the parser of neurosig'}; leave the option out or parse them again"
+            )
         reader = cls(**{field.name: record[field.name] for field in fields(cls) if field.init})
         here, recorded = reader.answer_parser_sha256, record["answer_parser_sha256"]
         if here != recorded:

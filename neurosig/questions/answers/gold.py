@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from neurosig.questions.answers.extract import extract_answer
 from neurosig.questions.answers.grading import is_correct
+from neurosig.runtime.cli import printable
 
 if TYPE_CHECKING:
     from neurosig.questions.load import Question
     from neurosig.questions.reader import AnswerReader
+
+log = logging.getLogger(__name__)
 
 _MARKED = re.compile(r"####|\\boxed\{")
 
@@ -28,6 +32,17 @@ def parse_gold(gold: str, question: Question) -> str:
     if answer is None:
         return gold
     return answer.upper() if question.choices else answer
+
+
+def warn_of_unreachable_gold(questions: Sequence[Question], reader: AnswerReader) -> None:
+    """Warn of the gold answers that `unreachable_gold` names, with their number and the first."""
+    lost = unreachable_gold(questions, reader)
+    if lost:
+        log.warning(
+            "%d of %d gold answers are in no form that the parser returns, so every answer to them counts as wrong; "
+            'the first is "%s" of question "%s": shorten it, add aliases, or give another --answer-format',
+            *(len(lost), len(questions), printable(lost[0].answer or "")[:60], lost[0].id),
+        )
 
 
 def unreachable_gold(questions: Iterable[Question], reader: AnswerReader) -> list[Question]:
