@@ -213,7 +213,7 @@ def _write(
     write_atomic(config.out / RESULTS, buffer.getvalue())
     lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["question_id"]]]
     write_atomic(config.out / ROLLOUTS, "".join(lines))
-    hashed = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
+    hashed = [[q.id, q.text_sha256, q.answer_space, q.answer, *q.aliases] for q in questions]
     record = {
         "domains": summary,
         "questions_sha256": sha256_text(json.dumps(hashed)),
