@@ -65,9 +65,9 @@ def _graded(group: Sequence[Rollout], question: Question, reader: AnswerReader) 
     return {
         "raw_answers": list(reading.raw_answers),
         "answers": list(reading.answers),
-        "strict": [is_correct(answer, question) for answer in reading.answers],
+        "strict": [is_correct(answer, question) for answer in reading.raw_answers],
         "lenient": list(grades.lenient),
-        "n_correct": sum(is_correct(answer, question) for answer in reading.answers),
+        "n_correct": sum(is_correct(answer, question) for answer in reading.raw_answers),
         "n_correct_lenient": sum(right.values()),
         "n_tied_right": sum(is_correct(answer, question) for answer in tied),
         "n_tied_right_lenient": sum(right[answer] > reading.vote.count / 2 for answer in tied),

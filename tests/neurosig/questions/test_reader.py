@@ -50,7 +50,7 @@ def test_a_parser_in_a_package_may_use_its_neighbours(here: Path) -> None:
     )
     code += "    def __call__(self, text, *rest, **options):\n        return first(text)\n\nparse = Parser()\n"
     (here / "tools" / "parsers.py").write_text(code)
-    assert AnswerReader(answer_parser="tools.parsers:parse").extract("one two", "stop", QUESTION) == "one"
+    assert AnswerReader(answer_parser="tools.parsers:parse").extract("red blue", "stop", QUESTION) == "red"
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def test_a_parser_that_fails_names_question_and_rollout(here: Path, body: str, m
 def test_a_parser_that_changed_is_refused_with_both_hashes(here: Path) -> None:
     path = here / "my_parser.py"
     hashes, answers = [], []
-    for answer in ("one", "two"):  # same size, same second: bytecode of the first would still count as current
+    for answer in ("red", "tan"):  # same size, same second: bytecode of the first would still count as current
         path.write_text(f"def parse(*args, **options):\n    return '{answer}'\n")
         reader = AnswerReader(answer_parser="my_parser:parse")
         hashes.append(sha256_file(path))
         answers.append(reader.extract("", "stop", QUESTION))
-        record = reader.record() if answer == "one" else record
-    assert answers == ["one", "two"]
+        record = reader.record() if answer == "red" else record
+    assert answers == ["red", "tan"]
     with pytest.raises(UserError, match=rf"my_parser:parse: .*{hashes[1]}, on record is {hashes[0]}"):
         AnswerReader.from_record(record)
     path.unlink()
