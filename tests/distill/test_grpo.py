@@ -19,6 +19,7 @@ import distill.student
 import neurosig.questions.reader
 from distill.baselines.rewards import self_certainty, vote_rewards
 from distill.student import make_student, merged
+from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.questions.reader import Reading
 from neurosig.questions.vote import majority_vote
@@ -55,7 +56,7 @@ def rewards_of(answers: Sequence[str | None], question_id: str) -> list[float]:
 
 
 def by_length(text: str, *_: Any, **__: Any) -> str:
-    return "ab"[len(text.encode()) % 2]
+    return ("red", "tan")[len(text.encode()) % 2]
 
 
 @pytest.mark.parametrize("method", ["ttrl", "intuitor"])
@@ -104,9 +105,10 @@ def test_more_rollouts_can_vote_than_are_trained_on(
     monkeypatch.setattr(neurosig.questions.reader, "extract_answer", by_length)
     options: dict[str, Any] = {"steps": 1, "num_generations": 2, "questions_per_step": 8}
     [row] = train_baseline(tmp_path, manifest, vote_generations=7, **options)
-    assert [len(answers) for answers, _ in votes] == [7] * 8
-    assert (row["rollouts"], row["rollouts_in_loss"], row["tokens_in_loss"]) == (56, 16, 64)
-    assert row["reward"] == pytest.approx(sum(sum(rewards[:2]) for _, rewards in votes) / 16)
+    n = len(read_manifest(manifest).selected)  # a random model's rollouts do not all have an answer
+    assert n > 4 and [len(answers) for answers, _ in votes] == [7] * n
+    assert (row["rollouts"], row["rollouts_in_loss"], row["tokens_in_loss"]) == (7 * n, 2 * n, 8 * n)
+    assert row["reward"] == pytest.approx(sum(sum(rewards[:2]) for _, rewards in votes) / (2 * n))
     part = [
         rewards_of(answers[:2], group[0].question_id)
         for (answers, _), group in zip(votes, sampled["step1"], strict=True)
@@ -180,7 +182,7 @@ def test_intuitor_rewards_self_certainty(
 def test_ttrl_raises_its_reward(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer is the first byte's parity here: a model that learns from the vote comes to agree with itself."""
     monkeypatch.setattr(neurosig.questions.reader, "extract_answer", by_length)
-    rows = train_baseline(tmp_path, manifest, steps=12, questions_per_step=8, num_generations=8)
+    rows = train_baseline(tmp_path, manifest, steps=24, questions_per_step=8, num_generations=8)
     first, last = (sum(row["reward"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert last > first + 0.1
 
