@@ -84,8 +84,10 @@ def main(config: EvaluateConfig) -> None:
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
     from distill.results import choice_row, sampled_row, summarise, summarise_choices
+    from neurosig.questions.answers.gold import warn_of_unreachable_gold
 
     config.server_config(config.model)  # options out of range are refused before the model loads
+    config.check_answer_parser()
     scored = config.scoring == "loglikelihood"
     if scored and config.sampler != "transformers":
         raise UserError("--scoring loglikelihood scores the choices with the local model; leave out --sampler openai")
@@ -99,7 +101,9 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
             rows = [choice_row(question, groups[question.id], config.choice_form) for question in questions]
             summary = summarise_choices(rows, seed=config.seed)
         else:
-            rows = [sampled_row(question, groups[question.id], config.answer_reader(loaded)) for question in questions]
+            reader = config.answer_reader(loaded)
+            warn_of_unreachable_gold(questions, reader)
+            rows = [sampled_row(question, groups[question.id], reader) for question in questions]
             summary = summarise(rows, seed=config.seed)
     _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, block in summary.items():
@@ -209,13 +213,14 @@ def _write(
     write_atomic(config.out / RESULTS, buffer.getvalue())
     lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["question_id"]]]
     write_atomic(config.out / ROLLOUTS, "".join(lines))
-    hashed = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
+    hashed = [[q.id, q.text_sha256, q.answer_space, q.answer, *q.aliases] for q in questions]
     record = {
         "domains": summary,
         "questions_sha256": sha256_text(json.dumps(hashed)),
         "model": loaded.info.as_dict(),
         "adapter_sha256": adapter_sha256,
         "config": config_record(config),
+        "answers": config.answer_reader(loaded).record(),
         "run": run_record(),
     }
     write_atomic(config.out / SUMMARY, json.dumps(record, indent=1) + "\n")

@@ -150,6 +150,9 @@ def another_manifest(folder: Path) -> None:
         fields(name, lambda record: record["config"].update(manifest=str(folder / "manifest")))(folder)
 
 
+SAID = {"text": "Answer: x", "finish_reason": "stop"}
+
+
 @pytest.mark.parametrize(
     ("tamper", "failure"),
     [
@@ -167,7 +170,7 @@ def another_manifest(folder: Path) -> None:
             "$.context[0]: a question is its own context",
         ),
         (
-            lambda folder: edit_row(folder / "manifest", 3, lambda row: row.update(text="Answer: x"), "rollouts.jsonl"),
+            lambda folder: edit_row(folder / "manifest", 3, lambda row: row.update(SAID), "rollouts.jsonl"),
             'question "q0": its answers are not those of its rollouts',
         ),
         (lambda folder: edit_row(folder / "manifest", 3, answered), 'question "q2": its answers are not those'),
