@@ -11,7 +11,7 @@ from neurosig.questions.answers.extract import AnswerFormat, extract_answer, res
 from neurosig.questions.answers.letters import named_choices, stated_letters
 from neurosig.questions.answers.markup import answer_part, marked, unmarked, with_marks, without_emphasis
 from neurosig.questions.answers.normal import normalise
-from neurosig.questions.answers.numbers import numbers_in
+from neurosig.questions.answers.numbers import number_answer, numbers_in
 from neurosig.questions.answers.sentences import sentences
 from neurosig.questions.answers.short_text import found_members, statements
 from neurosig.questions.answers.spaces import canonical, members
@@ -77,7 +77,14 @@ def is_lenient(
 def _gold(question: Question) -> set[str]:
     if question.answer is None:
         raise ValueError(f"question {question.id} has no gold answer")
-    return {canonical(normalise(gold), question) for gold in (question.answer, *question.aliases)}
+    return {canonical(form, question) for gold in (question.answer, *question.aliases) for form in _forms(gold)}
+
+
+def _forms(gold: str) -> Iterator[str]:
+    """A gold answer normalised, and, if it is LaTeX, as the parser of numbers reads it."""
+    yield normalise(gold)
+    if "\\" in gold and (number := number_answer(with_marks(rf"\boxed{{{gold}}}"), complete=True)):
+        yield number
 
 
 def _letter_statements(text: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ that marks one gives no answer rather than a part of it.
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from fractions import Fraction
@@ -46,6 +47,8 @@ _BRACKETS = re.compile(r"\([^()]*\)")
 _EMPHASISED = re.compile(r"\*\*([^*\n]+)\*\*")
 MAX_DIGITS, MAX_EXPONENT = 60, 60
 """Of numbers that are computed with; longer ones count as they are written."""
+LONGEST_EXPRESSION = 120
+_TOWER = re.compile(r"\^[^^]*\^|\^\s*\{?\d{4}|!")  # powers of powers, large powers and factorials take for ever
 
 
 def number_answer(text: str, *, complete: bool) -> str | None:
@@ -148,10 +151,15 @@ def _fraction(text: str) -> Fraction:
 
 
 def _expression(content: str) -> str | None:
-    """An expression that only a computer algebra system reads, in its own canonical form; ``None`` without one."""
+    """An expression that only a computer algebra system reads, in that system's own form; ``None`` without one."""
+    if len(content) > LONGEST_EXPRESSION or _TOWER.search(content):
+        return None
     try:
         from math_verify import LatexExtractionConfig, parse
+        from sympy import sympify
     except ImportError:
         return None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that parsing has no time limit; see _TOWER
     parsed = parse(f"${content}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
-    return str(parsed[0]) if parsed else None
+    value = str(sympify(str(parsed[0]))) if parsed and not isinstance(parsed[0], str) else None
+    return value if value is None else normalise(value) if value.isdigit() else value.replace(" ", "")
