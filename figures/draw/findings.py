@@ -171,8 +171,8 @@ def _as_planned(evidence: Evidence) -> dict[str, float]:
     return {_compared(test): p for test, p in zip(primary, corrected, strict=True)}
 
 
-def _named(row: Mapping[str, Any]) -> str:
-    return row["test"] if row["planned"] else f"{row['test']} (post hoc)"
+def _named(row: Mapping[Any, Any]) -> str:
+    return str(row["test"]) if row["planned"] else f"{row['test']} (post hoc)"
 
 
 # Draws of a test; the first is the observed value
