@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -198,4 +199,7 @@ def test_the_committed_findings_and_the_readme_follow_from_the_committed_grid() 
         assert f"{row['estimate']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]" in section, name
     for name in ("2d", "2e", "2g", "3a"):
         assert f"p = {table.loc[name, 'p_holm']:.3f}".replace("0.", ".") in section, name
+    coverage = findings.read_evidence(COMMITTED).coverage
+    (one, _), (three, _) = re.findall(r"(\d+%) with (\d)", coverage)
+    assert f"in {one} with one training\nseed, {three} with three" in section
     assert "one evaluation seed" in section and f"over all {int(table['primary'].sum())}" in section
