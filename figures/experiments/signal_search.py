@@ -184,8 +184,7 @@ def _fit_all(
 ) -> tuple[list[dict[str, tuple[Array, int]]], dict[str, Array]]:
     """For each held-out manifest, variant -> trust of its rollouts, and number of neurons that the probe uses.
 
-    Then variant -> p of each of its gains, from refits on permuted labels of the training questions, in the order of
-    the manifests and of their `Judge.tests`.
+    Then variant -> p of its gains from refits on permuted labels, in the order of the manifests' `Judge.tests`.
     """
     import numpy as np
 
@@ -330,8 +329,7 @@ def _judge(
                 gain = getattr(row, base)
                 line |= _columns(base, gain and gain.auroc) | {f"{base}_p": gain and gain.p}
                 line[f"{base}_p_refit"] = refits.get((event, base))
-            lines.append(line | {"resamples": config.resamples, "permutations": config.permutations})
-            lines[-1]["seed"] = config.seed
+            lines.append(line | {name: getattr(config, name) for name in ("resamples", "permutations", "seed")})
     return pd.DataFrame(lines)
 
 
