@@ -50,7 +50,7 @@ class Signals:
     contributions: Float16[Tensor, "n size"]
     hidden_states: Float16[Tensor, "n d_model"]
     probe_scores: Float32[Tensor, " n"]
-    probe_by_seed: Float32[Tensor, "seeds n"]
+    probe_by_seed: Float32[Tensor, "n seeds"]
     n_layers: int
     d_mlp: int
 
@@ -115,9 +115,9 @@ def signals_file(
     sites: FFNSites,
 ) -> bytes:
     """The bytes of ``signals.safetensors``."""
-    scores = {"probe_scores": rollout_probe.ravel(), "probe_by_seed": by_seed}
+    scores = {"probe_scores": rollout_probe.ravel(), "probe_by_seed": by_seed.T}
     tensors = {name: tensor.contiguous() for name, tensor in sets._asdict().items()}
-    tensors |= {name: torch.from_numpy(values.astype(np.float32)) for name, values in scores.items()}
+    tensors |= {name: torch.from_numpy(np.ascontiguousarray(values, np.float32)) for name, values in scores.items()}
     shape = json.dumps({"n_layers": sites.n_layers, "d_mlp": sites.d_mlp})
     return save(tensors, metadata={"sites": shape})  # one entry: safetensors writes several in random order
 
@@ -140,7 +140,7 @@ def read_signals(path: str | Path) -> Signals:
             }
             by_seed = "probe_by_seed"
             tensors[by_seed] = (
-                stored.get_tensor(by_seed) if by_seed in stored.keys() else tensors["probe_scores"][None]  # noqa: SIM118
+                stored.get_tensor(by_seed) if by_seed in stored.keys() else tensors["probe_scores"][:, None]  # noqa: SIM118
             )
         signals = Signals(**tensors, **shape)
         if len(signals.neuron_ids) and int(signals.neuron_ids.max()) >= signals.n_neurons:

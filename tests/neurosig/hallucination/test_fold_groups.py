@@ -101,8 +101,8 @@ def test_the_export_records_its_folds_and_the_report_compares_them(world: Path) 
         assert (options["probe_groups"], options["probe_fold_seeds"]) == (name, FOLD_SEEDS)
         stored = load_file(world / name / "signals.safetensors")
         scores[name] = stored["probe_scores"]
-        assert stored["probe_by_seed"].shape == (FOLD_SEEDS, len(scores[name]))
-        np.testing.assert_allclose(stored["probe_by_seed"].mean(axis=0), scores[name], atol=1e-6)
+        assert stored["probe_by_seed"].shape == (len(scores[name]), FOLD_SEEDS)
+        np.testing.assert_allclose(stored["probe_by_seed"].mean(axis=1), scores[name], atol=1e-6)
         assert np.array_equal(Exported(world / name).signals.probe_by_seed.numpy(), stored["probe_by_seed"])
     assert not np.allclose(scores["question"], scores["kind"])
 
