@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig
+from neurosig.hallucination.config import FOLD_SEEDS, INVERSE_PENALTY, HallucinationScore, ProbeConfig
 from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
 from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.patterns import Signature
@@ -101,6 +101,13 @@ class ExportConfig(RolloutOptions):
     """C of the L1 probe, above 0; a smaller one keeps fewer neurons."""
     probe_folds: Annotated[int, Shapes.SELECTION] = PROBE.folds
     """Cross-fitting folds of the probe, at least 2."""
+    probe_groups: Annotated[str, Shapes.SELECTION] = PROBE.groups
+    """What the probe's folds keep together. question: a question is scored by a probe that saw others of its kind;
+    kind, domain or another column of the questions: by a probe that saw none with the same value, so that a score
+    cannot come from what tells the kinds apart. Fewer values than --probe-folds give one fold each."""
+    probe_fold_seeds: Annotated[int, Shapes.SELECTION] = FOLD_SEEDS
+    """Times that the probe's folds are drawn, at least 1; the scores are the mean, and neurosig.report shows how far
+    the drawings differ."""
 
     question_filter: Annotated[QuestionFilter, Shapes.SELECTION, Section.SELECTION] = SELECTION.question_filter
     """Questions to train on. neuron: --min-vote-share, then the --keep-fraction with the lowest scores; vote_only and
@@ -147,6 +154,7 @@ def main(config: ExportConfig) -> None:
 
 
 def _export(config: ExportConfig, timer: PhaseTimer) -> None:
+    from neurosig.hallucination.groups import fold_groups
     from neurosig.models.load import load_model
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
@@ -159,8 +167,16 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     config.check_answer_parser()
     selection = config.part(SelectionConfig)
     shares = config.probe_agree_share, config.probe_split_share
-    probe = ProbeConfig(*shares, config.probe_inverse_penalty, config.probe_folds, config.seed)
+    probe = ProbeConfig(
+        *shares,
+        config.probe_inverse_penalty,
+        folds=config.probe_folds,
+        groups=config.probe_groups,
+        fold_seeds=config.probe_fold_seeds,
+        seed=config.seed,
+    )
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
+    groups_of_folds = fold_groups(questions, config.probe_groups)
     with timer.phase("load model"):
         loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
     builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
@@ -178,7 +194,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     with timer.phase("score and select"):
         reader = config.answer_reader(loaded)
         signals = _signals(reader, questions, groups, sets)
-        scores = _scores(config, signals, probe, sites.n_layers * sites.d_mlp)
+        scores = _scores(config, signals, probe, sites.n_layers * sites.d_mlp, groups_of_folds)
         rows = manifest_rows(
             questions,
             signals,
@@ -303,10 +319,16 @@ def _signals(
     return signals
 
 
-def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], probe: ProbeConfig, n_neurons: int) -> Scores:
+def _scores(
+    config: ExportConfig,
+    signals: Mapping[str, QuestionSignals],
+    probe: ProbeConfig,
+    n_neurons: int,
+    fold_groups: Mapping[str, str] | None,
+) -> Scores:
     from neurosig.hallucination.scores import hallucination_scores
 
-    scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed)
+    scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed, fold_groups=fold_groups)
     if config.hallucination_score not in scores.by_name:
         raise UserError(
             f"--hallucination-score {config.hallucination_score}: the rollouts of {config.rollouts or config.base_url} "
@@ -351,7 +373,7 @@ def _write(
         config.out,
         rows,
         [rollout for group in groups.values() for rollout in group],
-        signals=signals_file(sets, scores.rollout_probe, sites),
+        signals=signals_file(sets, scores.rollout_probe, scores.probe.by_seed, sites),
         neurons_csv=neurons_csv(sets.neuron_ids, scores.probe, sites.d_mlp),
         header=header,
     )

@@ -1,6 +1,7 @@
 """The stated tests on a grid of runs: which findings hold, are contradicted, or stay open.
 
-The tests are those of ``figures/data/evidence_plan.toml``, written before the runs. The data is ``grid.parquet``,
+The tests are those of ``figures/data/evidence_plan.toml``. One that is not in the copy of this file that the grid kept
+when it was started is labelled post hoc. The data is ``grid.parquet``,
 ``results.csv`` and ``signals.csv`` (`figures.grid.evidence`) of the results folder, or of ``figures/data/grid``.
 Writes ``findings.pdf``, ``.png``, ``.csv`` and the same as a Markdown table.
 """
@@ -19,10 +20,11 @@ import pandas as pd
 from jaxtyping import Float
 
 from figures.grid.collect import RESULTS
+from figures.grid.config import BASE, PLAN
+from figures.grid.coverage import coverage_text, evaluation_text
 from figures.grid.evidence import SIGNALS, grid_folder
 from figures.grid.rows import FILES, grid_results, read_grid
 from figures.grid.tables import Results
-from figures.sources import DATA
 from figures.style import Colour, save_figure, subplots
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
 
 NAME = "findings"
 NEEDS = None
-PLAN = DATA / "evidence_plan.toml"
 RESAMPLES, SEED = 2000, 0
+POST_HOC = (
+    " Post hoc: not stated when this grid was started. As planned: corrected over the tests that were primary then."
+)
 VERDICTS = {"holds": (Colour.OURS, "D"), "open": (Colour.BASELINE, "o"), "contradicted": (Colour.CONTRADICTED, "X")}
 """Verdict -> colour and marker."""
 UNITS = {
@@ -52,11 +56,21 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """The data of the tests: metrics by method, aggregates of the cells, scores of the training questions."""
+    """The data of the tests.
+
+    Attributes:
+        results: Metric -> its values by method.
+        cells: Aggregates of the cells, one row per cell, target and evaluation seed.
+        signals: Scores of the training questions.
+        coverage: How often such intervals hold the truth, measured (`figures.grid.coverage.coverage_text`).
+        planned: The tests that were stated when the grid was started; empty where it kept no copy of them.
+    """
 
     results: Mapping[str, Results]
     cells: pd.DataFrame
     signals: pd.DataFrame
+    coverage: str = ""
+    planned: Sequence[Mapping[str, Any]] = ()
 
 
 def draw(results: Path, out: Path) -> list[Path]:
@@ -68,9 +82,10 @@ def draw(results: Path, out: Path) -> list[Path]:
     plan = tomllib.loads(PLAN.read_text(encoding="utf-8"))
     evidence = read_evidence(grid_folder(results))
     table = tests(plan, evidence)
-    figure = _draw(table, plan["findings"], _caption(evidence))
+    caption = _caption(evidence, table)
+    figure = _draw(table, plan["findings"], caption)
     paths = save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
-    write_atomic(out / f"{NAME}.md", markdown(table, plan["findings"]))
+    write_atomic(out / f"{NAME}.md", markdown(table, plan["findings"], caption))
     return [*paths, out / f"{NAME}.md"]
 
 
@@ -83,17 +98,25 @@ def read_evidence(folder: Path) -> Evidence:
     for name in (FILES[0], RESULTS, SIGNALS):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; run python -m figures.grid.evidence --grid GRID --out {folder}")
-    results = grid_results(read_grid(folder), resamples=RESAMPLES, seed=SEED)
-    return Evidence(results, pd.read_csv(folder / RESULTS), pd.read_csv(folder / SIGNALS))
+    grid = read_grid(folder)
+    results = grid_results(grid, resamples=RESAMPLES, seed=SEED)
+    kept = folder / PLAN.name
+    planned = tomllib.loads(kept.read_text(encoding="utf-8"))["tests"] if kept.is_file() else []
+    return Evidence(results, pd.read_csv(folder / RESULTS), pd.read_csv(folder / SIGNALS), coverage_text(grid), planned)
 
 
 def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
     """Every test of the plan with estimate, 95% interval, p, p after Holm's correction, and its verdict.
 
+    ``planned`` is whether the same comparison was stated when the grid was started, whatever its id and wording;
+    ``p_as_planned`` its p corrected over the tests that were primary then.
+
     Raises:
         UserError: A method that a test names was not run.
     """
     rows: list[dict[str, Any]] = []
+    stated = [_compared(test) for test in evidence.planned]
+    as_planned = _as_planned(evidence)
     for test in plan["tests"]:
         draws = _DRAWS[test["kind"]](test, evidence)
         low, high = percentile_ends(draws[1:])
@@ -108,8 +131,10 @@ def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
                 "estimate": draws[0],
                 "low": low,
                 "high": high,
-                "p": bootstrap_p(draws[1:] - test.get("margin", 0.0)),
+                "p": _p(test, draws),
                 "primary": test["primary"],
+                "planned": _compared(test) in stated,
+                "p_as_planned": as_planned.get(_compared(test), np.nan),
             }
         )
     primary = [row for row in rows if row["primary"]]
@@ -118,14 +143,36 @@ def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame([row | {"verdict": _verdict(row, plan["threshold"])} for row in rows])
 
 
-def markdown(table: pd.DataFrame, findings: Mapping[str, str]) -> str:
-    """The tests as a Markdown table, one row per test."""
+def markdown(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> str:
+    """The tests as a Markdown table, one row per test, and what its numbers rest on."""
     lines = ["| | test | estimate [95%] | p (Holm) | verdict |", "|---|---|---|---|---|"]
     for row in table.to_dict("records"):
         p = f"{row['p_holm']:.3f}" if row["primary"] else f"{row['p']:.3f} (uncorrected)"
+        if not table["planned"].all() and row["p_as_planned"] == row["p_as_planned"]:
+            p += f"; {row['p_as_planned']:.3f} as planned"
         value = f"{format_interval(row['estimate'], row['low'], row['high'], '+.3g')} {row['unit']}"
-        lines.append(f"| {row['id']} | {row['test']} | {value} | {p} | {row['verdict']} |")
-    return "\n".join(["# The findings at this scale", "", *_claims(findings), "", *lines]) + "\n"
+        lines.append(f"| {row['id']} | {_named(row)} | {value} | {p} | {row['verdict']} |")
+    return "\n".join(["# The findings at this scale", "", *_claims(findings), "", *lines, "", caption]) + "\n"
+
+
+def _compared(test: Mapping[str, Any]) -> str:
+    """What makes a test the same one as another: the comparison and its claim."""
+    return repr([test.get(name) for name in ("kind", "metric", "scope", "a", "b", "claim", "margin")])
+
+
+def _p(test: Mapping[str, Any], draws: Float[np.ndarray, " draws"]) -> float:
+    return bootstrap_p(draws[1:] - test.get("margin", 0.0))
+
+
+def _as_planned(evidence: Evidence) -> dict[str, float]:
+    """p of the tests that were primary when the grid was started, corrected over these alone."""
+    primary = [test for test in evidence.planned if test["primary"]]
+    corrected = holm([_p(test, _DRAWS[test["kind"]](test, evidence)) for test in primary])
+    return {_compared(test): p for test, p in zip(primary, corrected, strict=True)}
+
+
+def _named(row: Mapping[Any, Any]) -> str:
+    return str(row["test"]) if row["planned"] else f"{row['test']} (post hoc)"
 
 
 # Draws of a test; the first is the observed value
@@ -173,8 +220,10 @@ def gap_and_gain(test: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
     Raises:
         UserError: A method of the test was not run.
     """
-    cells = evidence.cells[evidence.cells["source"] == evidence.cells["target"]].set_index(["method", "source"])
-    base = evidence.cells[evidence.cells["method"] == "base"].set_index("target")["avg_at_k"]
+    run = ["method", "source", "target", "seed"]  # a cell's evaluation seeds are one point
+    every = evidence.cells.groupby(run, dropna=False)[["avg_at_k", "first_entropy_gap"]].mean().reset_index()
+    cells = every[every["source"] == every["target"]].set_index(["method", "source"])
+    base = every[every["method"] == BASE].set_index("target")["avg_at_k"]
     rows = []
     for method in test["a"]:
         if method not in cells.index:
@@ -215,14 +264,17 @@ def _claims(findings: Mapping[str, str]) -> list[str]:
 # Drawing
 
 
-def _caption(evidence: Evidence) -> str:
+def _caption(evidence: Evidence, table: pd.DataFrame) -> str:
     results = evidence.results["ece"]
     seeds = ", ".join(f"{method} {count}" for method, count in results.seeds.items() if count > 1)
     return (
         f"n = {sum(results.questions or ())} test questions in {len(results.layout.domains)} domains (2 to 4), "
-        f"{len(evidence.signals)} training questions (1). Training seeds: {seeds + ', others 1' if seeds else '1'}.\n"
-        f"95% bootstrap intervals over questions and seeds ({RESAMPLES:,} draws, seed {SEED}), for 4 over cells.\n"
-        "Verdicts at p < .05 after Holm's correction over findings 1 to 4. Dotted: the margin stated beforehand."
+        f"{len(evidence.signals)} training questions (1). Training seeds: {seeds + ', others 1' if seeds else '1'}; "
+        f"{evaluation_text(results.evaluations)}.\n"
+        f"95% bootstrap intervals over questions and training seeds ({RESAMPLES:,} draws, seed {SEED}), for 4 over "
+        f"cells. {evidence.coverage}\n"
+        f"Verdicts at p < .05 after Holm's correction over the {int(table['primary'].sum())} tests of findings 1 to 4. "
+        "Dotted: the margin stated beforehand." + ("" if table["planned"].all() else POST_HOC)
     )
 
 
@@ -235,13 +287,14 @@ def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> Fig
     figure, axes = subplots(len(panels), 1, size=(9.5, 0.36 * sum(heights)), height_ratios=heights)
     for axis, ((finding, unit), rows) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, rows)
-        text = findings.get(str(finding), "What the parts are worth (not corrected)")
+        text = findings.get(str(finding), "Secondary tests (not corrected)")
         axis.set_title("\n".join(textwrap.wrap(f"{finding}. {text}" if finding else text, 100)), loc="left", x=-0.75)
         axis.set_xlabel(unit, fontsize=8, labelpad=1)
     for verdict, (colour, marker) in VERDICTS.items():
         axes[-1].scatter([], [], color=colour, marker=marker, s=30, label=verdict)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    figure.supxlabel(caption, fontsize=7.5)
+    lines = [wrapped for line in caption.splitlines() for wrapped in textwrap.wrap(line, 150)]
+    figure.supxlabel("\n".join(lines), fontsize=7.5)
     return figure
 
 
@@ -253,6 +306,6 @@ def _draw_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             axis.plot([row["margin"]] * 2, [y - 0.4, y + 0.4], color="black", linewidth=0.8, linestyle=":")
         axis.hlines(y, row["low"], row["high"], color=colour, linewidth=1.4)
         axis.scatter(row["estimate"], y, color=colour, marker=marker, s=34, zorder=3)
-    axis.set_yticks(range(len(rows)), [f"{row['test']}" for row in rows])
+    axis.set_yticks(range(len(rows)), [_named(row) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from figures.grid.config import CONTROL
+from figures.grid.coverage import evaluation_text
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
 from figures.grid.tables import AVERAGE, METHOD_LABELS, Results, scope_table
@@ -101,6 +102,6 @@ def _caption(grid: Grid, table: pd.DataFrame) -> str:
     return (
         f"Means over {len(grid.ids)} source domains; n = {n} test questions, K={grid.k}; 95% paired bootstrap "
         f"intervals over questions and seeds ({RESAMPLES:,} draws, seed {SEED}).\n"
-        f"Training seeds: {several}1 for {'the others' if several else 'all'}. "
+        f"Training seeds: {several}1 for {'the others' if several else 'all'}; {evaluation_text(grid.evaluations)}. "
         "Band: the untrained base at the temperature that development questions prefer."
     )

@@ -17,6 +17,7 @@ import pandas as pd
 
 from figures.grid import table_text
 from figures.grid.config import BASE, CONTROL
+from figures.grid.coverage import coverage_text, evaluation_text
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
 from figures.grid.tables import (
@@ -224,8 +225,7 @@ def _sizes(grid: Grid, ours: dict[str, Table]) -> str:
     return (
         f"Questions: {n}; K={grid.k}. Training seeds (the fewest over the sources): {seeds or 'none'}. Intervals: 95% "
         f"percentile bootstrap, training seeds and then questions with all their samples, paired ({RESAMPLES:,} draws, "
-        f"seed {SEED}). Where seeds vary by a point, such an interval covers a method's effect on 1,000 questions in "
-        f"57% of cases with one seed, 82% with two, 88% with three.{control}"
+        f"seed {SEED}), {evaluation_text(grid.evaluations)}. {coverage_text(grid)}{control}"
     )
 
 

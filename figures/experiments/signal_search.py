@@ -6,7 +6,9 @@
 Every variant is an annotation-free probe fitted on the rollouts of one manifest (geography, training split) and applied
 to the rollouts of others: unseen questions of the same domain, and an unseen domain. Gold answers are read there only,
 to judge. Each variant's trust is compared with the vote share and with all output-level signals
-(`neurosig.statistics.auroc`), and the p-values are corrected for all variants, domains and events together (Holm).
+(`neurosig.statistics.auroc`), its sign fixed beforehand, and the p-values are corrected for all variants, domains and
+events together (Holm). Every variant is also fitted again to permuted labels of the training questions: a probe of
+labels that mean nothing gains too (`neurosig.statistics.permutation`).
 Controls: shuffled labels, a linear probe of hidden states, and probes fitted on the gold answers of the training
 questions, which show how much the neurons hold beyond the annotation-free labels.
 
@@ -18,8 +20,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,10 +34,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from figures.experiments.search_features import Features
+    from figures.experiments.search_judge import Judge
     from neurosig.exported import Exported
     from neurosig.manifest import QuestionRow
 
     Array = np.ndarray[Any, Any]
+    Fit = Callable[[Array], list[tuple[Array, int]]]
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +107,9 @@ class SearchConfig(CommonConfig):
     """Folder of signal_search.csv and of the traced features, which a second run reuses."""
     resamples: int = RESAMPLES
     """Bootstrap resamples."""
+    permutations: int = 49
+    """Refits of every variant to permuted labels of the training questions, which give the p of what it adds beside the
+    bootstrap's: at least 1 / (1 + this). 0 leaves them out."""
     seed: int = 0
     """Seed of bootstrap, folds and shuffled labels."""
 
@@ -115,9 +123,11 @@ def main(config: SearchConfig) -> None:
     import pandas as pd
 
     from figures.experiments.search_features import features_of
+    from figures.experiments.search_judge import Judge
     from neurosig.exported import Exported
     from neurosig.runtime.errors import UserError
     from neurosig.runtime.files import write_atomic
+    from neurosig.statistics.auroc import AnalysisConfig
 
     config.out.mkdir(parents=True, exist_ok=True)
     train = Exported(config.train)
@@ -131,9 +141,14 @@ def main(config: SearchConfig) -> None:
             fitted = features_of(train, config.out, quiet=config.quiet)
             judged = [features_of(exported, config.out, quiet=config.quiet) for exported in held_out]
         with timer.phase("fit"):
-            trust = _fit_all(train, fitted, judged, config)
+            judges = [Judge(exported, AnalysisConfig(config.seed)) for exported in held_out]
+            trust, p_refit = _fit_all(train, fitted, judged, judges, config)
         with timer.phase("judge"):
-            tables = [_judge(exported, scores, config) for exported, scores in zip(held_out, trust, strict=True)]
+            tables, start = [], 0
+            for judge, scores in zip(judges, trust, strict=True):
+                own = {name: p[start : start + len(judge.tests)] for name, p in p_refit.items()}
+                tables.append(_judge(judge, scores, own, config))
+                start += len(judge.tests)
     table = _corrected(pd.concat(tables, ignore_index=True))
     write_atomic(config.out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
     without = ", ".join(f"{features.without_answer:.2f}" for features in (fitted, *judged))
@@ -143,17 +158,20 @@ def main(config: SearchConfig) -> None:
 
 def summary(table: pd.DataFrame) -> str:
     """The result of the search in words."""
+    from figures.experiments.search_judge import adds
+
     tried = table[table["role"] == "tried"]
     lines = []
     for base, name in (("over_vote", "the vote share"), ("over_outputs", "all output-level signals")):
-        adding = tried[(tried[f"{base}_low"] > 0) & (tried[f"{base}_p_holm"] <= 0.05)]
+        adding = tried[adds(tried, base)]
         alone = int((tried[f"{base}_low"] > 0).sum())
         named = "; ".join(
             f"{row.variant} ({row.domain}, {row.event}) {getattr(row, base):+.3f}" for row in adding.itertuples()
         )
         lines.append(
             f"Of {len(tried)} tests ({tried['variant'].nunique()} variants) {len(adding)} add to {name} after "
-            f"correction, {alone} before it{': ' if named else ''}{named}."
+            f"correction and against refits on permuted labels, {alone} by their interval alone"
+            f"{': ' if named else ''}{named}."
         )
     return "\n".join(lines)
 
@@ -162,16 +180,33 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def _fit_all(
-    train: Exported, fitted: Features, judged: Sequence[Features], config: SearchConfig
-) -> list[dict[str, tuple[Array, int]]]:
-    """For each held-out manifest, variant -> trust of its rollouts, and number of neurons that the probe uses."""
+    train: Exported, fitted: Features, judged: Sequence[Features], judges: Sequence[Judge], config: SearchConfig
+) -> tuple[list[dict[str, tuple[Array, int]]], dict[str, Array]]:
+    """For each held-out manifest, variant -> trust of its rollouts, and number of neurons that the probe uses.
+
+    Then variant -> p of its gains from refits on permuted labels, in the order of the manifests' `Judge.tests`.
+    """
+    import numpy as np
+
+    from neurosig.statistics.permutation import permutation_p
+
     labels = _labels(train, config)
+    questions = np.repeat(np.arange(len(train.rows)), [len(row.answers) for row in train.rows.values()])
     trust: list[dict[str, tuple[Array, int]]] = [{} for _ in judged]
+    p_refit = {}
     for variant in progress(VARIANTS, desc="fit", quiet=config.quiet):
-        fit = _fit_hidden if variant.reading == "hidden" else _fit_neurons
-        for scores, result in zip(trust, fit(variant, labels[variant.labels], fitted, judged, config), strict=True):
+        own = labels[variant.labels]
+        fit = (_fit_hidden if variant.reading == "hidden" else _fit_neurons)(variant, fitted, judged, config)
+        for scores, result in zip(trust, fit(own), strict=True):
             scores[variant.name] = result
-    return trust
+        if config.permutations:
+            gains = partial(_gains, fit, judges)
+            p_refit[variant.name] = permutation_p(gains, own, config.permutations, config.seed, questions).p
+    return trust, p_refit
+
+
+def _gains(fit: Fit, judges: Sequence[Judge], labels: Array) -> list[float]:
+    return [gain for judge, (scores, _) in zip(judges, fit(labels), strict=True) for gain in judge.gains(scores)]
 
 
 def _labels(exported: Exported, config: SearchConfig) -> dict[str, Array]:
@@ -210,20 +245,22 @@ def _clear_majority(rows: Sequence[QuestionRow]) -> list[bool]:
     return [row.vote is not None and 2 * row.vote.count >= row.vote.n and row.vote.n_tied == 1 for row in rows]
 
 
-def _fit_neurons(
-    variant: Variant, labels: Array, fitted: Features, judged: Sequence[Features], config: SearchConfig
-) -> list[tuple[Array, int]]:
+def _fit_neurons(variant: Variant, fitted: Features, judged: Sequence[Features], config: SearchConfig) -> Fit:
     """The L1 probe of `neurosig.hallucination.probe` at its default penalty."""
     import numpy as np
 
     from neurosig.hallucination.lasso import design, fit_l1
 
-    known = np.flatnonzero(labels >= 0)
     prepared = design(_matrix(variant, fitted), MIN_ACTIVE_SHARE)
-    model = fit_l1(prepared.matrix[known], labels[known], PENALTY, config.seed)
-    used = int(np.count_nonzero(model.coef_))
-    weights = model.coef_[0] / prepared.scale
-    return [(-(_matrix(variant, features)[:, prepared.columns] @ weights), used) for features in judged]
+    unseen = [_matrix(variant, features)[:, prepared.columns] for features in judged]
+
+    def fit(labels: Array) -> list[tuple[Array, int]]:
+        known = np.flatnonzero(labels >= 0)
+        model = fit_l1(prepared.matrix[known], labels[known], PENALTY, config.seed)
+        weights = model.coef_[0] / prepared.scale
+        return [(-(matrix @ weights), int(np.count_nonzero(weights))) for matrix in unseen]
+
+    return fit
 
 
 def _matrix(variant: Variant, features: Features) -> Any:
@@ -238,72 +275,61 @@ def _matrix(variant: Variant, features: Features) -> Any:
     return contribution_matrix(ids[:, kept], values[:, kept], features.n_layers * features.d_mlp)
 
 
-def _fit_hidden(
-    variant: Variant, labels: Array, fitted: Features, judged: Sequence[Features], config: SearchConfig
-) -> list[tuple[Array, int]]:
+def _fit_hidden(variant: Variant, fitted: Features, judged: Sequence[Features], config: SearchConfig) -> Fit:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    known = labels >= 0
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(C=HIDDEN_PENALTY, class_weight="balanced", max_iter=1000)
-    ).fit(fitted.hidden[known], labels[known])
-    return [(-model.decision_function(features.hidden), 0) for features in judged]
+    def fit(labels: Array) -> list[tuple[Array, int]]:
+        known = labels >= 0
+        model = make_pipeline(
+            StandardScaler(), LogisticRegression(C=HIDDEN_PENALTY, class_weight="balanced", max_iter=1000)
+        ).fit(fitted.hidden[known], labels[known])
+        return [(-model.decision_function(features.hidden), 0) for features in judged]
+
+    return fit
 
 
 # Judging
 
 
-def _judge(exported: Exported, trust: Mapping[str, tuple[Array, int]], config: SearchConfig) -> pd.DataFrame:
+def _judge(
+    judge: Judge, trust: Mapping[str, tuple[Array, int]], p_refit: Mapping[str, Array], config: SearchConfig
+) -> pd.DataFrame:
     """AUROC and gains of every variant for both events on one held-out manifest."""
-    import numpy as np
     import pandas as pd
 
-    from neurosig.exported import join_gold
-    from neurosig.report.data import question_level, rollout_level
     from neurosig.report.signal_table import Signal, analyse
     from neurosig.statistics.auroc import AnalysisConfig
 
-    rows = list(exported.rows.values())
-    gold, lacking = join_gold(exported.manifest, required=True)
-    assert lacking is None, lacking
-    n, k = len(rows), len(rows[0].answers)
-    stays = np.array([[answer == row.pseudo_label for answer in row.answers] for row in rows])
-    levels = {
-        "majority is right": question_level(exported, gold),
-        "rollout is right": rollout_level(exported, gold),
-    }
+    roles = {variant.name: variant.role for variant in VARIANTS}
     lines = []
-    for event, level in levels.items():
-        tried = []
-        for name, (scores, _) in trust.items():
-            values = scores
-            if event == "majority is right":
-                values = (scores.reshape(n, k) * stays).sum(axis=1) / stays.sum(axis=1)
-            tried.append(Signal(name, values, "neuron"))
+    for event, level in judge.levels.items():
+        tried = [Signal(name, judge.trust(event, scores), "neuron", fitted=True) for name, (scores, _) in trust.items()]
         outputs = [signal for signal in level.signals if signal.kind == "output"]
         analysis = AnalysisConfig(config.seed, config.resamples)
         table = analyse([*tried, *outputs], level.right, level.owners, level.confounders, analysis)
-        roles = {variant.name: variant.role for variant in VARIANTS}
         for row in table:
+            name = row.signal.name
             line = {
-                "domain": exported.manifest.rows[0].domain,
+                "domain": judge.exported.manifest.rows[0].domain,
                 "event": event,
-                "variant": row.signal.name.replace("_", " "),
-                "role": roles.get(row.signal.name, "output"),
-                "neurons": trust[row.signal.name][1] if row.signal.name in trust else 0,
-                "n": n,
+                "variant": name.replace("_", " "),
+                "role": roles.get(name, "output"),
+                "neurons": trust[name][1] if name in trust else 0,
+                "n": len(judge.stays),
                 "rows": len(level.owners),
                 "right": int(level.right.sum()) if level.right is not None else 0,
                 **_columns("auroc", row.auroc),
                 **_columns("spearman_vote_share", row.correlations["vote_share"]),
                 **_columns("spearman_token_overlap", row.correlations["token_overlap"]),
             }
+            refits = dict(zip(judge.tests, p_refit.get(name, ()), strict=False))
             for base in ("over_vote", "over_outputs"):
                 gain = getattr(row, base)
                 line |= _columns(base, gain and gain.auroc) | {f"{base}_p": gain and gain.p}
-            lines.append(line | {"resamples": config.resamples, "seed": config.seed})
+                line[f"{base}_p_refit"] = refits.get((event, base))
+            lines.append(line | {name: getattr(config, name) for name in ("resamples", "permutations", "seed")})
     return pd.DataFrame(lines)
 
 
@@ -346,6 +372,7 @@ def draw(results: Path, out: Path) -> list[Path]:
 
 
 def _draw_panel(axis: Axes, table: pd.DataFrame, column: str) -> None:
+    from figures.experiments.search_judge import adds
     from figures.style import Colour
 
     colours = {"tried": Colour.OURS, "control": Colour.CONTROL, "output": Colour.BASELINE}
@@ -362,7 +389,7 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, column: str) -> None:
         label = f"{domain} (n={rows['n'].iloc[0]})"
         axis.scatter([], [], color=face, edgecolors="black", marker=marker, label=label)
     if column != "auroc":
-        proven = table[table["role"].eq("tried") & (table[f"{column}_p_holm"] <= 0.05) & (table[f"{column}_low"] > 0)]
+        proven = table[table["role"].eq("tried") & adds(table, column)]
         for row in proven.itertuples():
             axis.annotate("*", (getattr(row, f"{column}_high"), names.index(str(row.variant))), va="center")
     axis.set_yticks(range(len(names)), names)

@@ -5,8 +5,9 @@
 
 A cell is a method, a source and a seed. Export, training and evaluation are the commands of the same names, each in a
 process of its own. Finished commands are skipped and interrupted ones resumed; a cell that fails is reported, and the
-other cells still run. ``results.csv`` has one row per cell and target, ``grid.parquet`` one row per question. The
-command prints their tables in the paper's form; ``python -m figures paper_tables --results OUT`` draws them.
+other cells still run. ``results.csv`` has one row per cell, target and evaluation seed, ``grid.parquet`` one row per
+question. The command prints their tables in the paper's form; ``python -m figures paper_tables --results OUT`` draws
+them. ``evidence_plan.toml`` is the plan of tests as it was when the grid was started.
 
 Two controls are part of every grid: the untrained model at the temperature with the best Avg@K on the development
 splits, and context that is random within the question's kind (method ``nopsd-kind``).
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from figures.grid.cells import trained_cells, untrained_cells
-from figures.grid.config import METHODS, PRESETS, SETTINGS, GridConfig
+from figures.grid.config import METHODS, PLAN, PRESETS, SETTINGS, GridConfig
 from figures.grid.processes import LOG, forkserver, run_cells
 from neurosig.runtime.cli import config_record, run_command
 from neurosig.runtime.errors import UserError
@@ -70,10 +71,14 @@ def _check(config: GridConfig) -> None:
     unknown = [name for name in (*config.methods, *config.more_seeds_for, *config.methods_train) if name not in METHODS]
     if unknown:
         raise UserError(f"method {unknown[0]}: expected one of {', '.join(METHODS)}")
+    if not config.evaluation_seeds:
+        raise UserError("--evaluation-seeds: give at least one")
+    if "seed" in config.evaluate:
+        raise UserError("[evaluate] seed: give the sampling seeds of the evaluations as --evaluation-seeds")
 
 
 def _keep_settings(config: GridConfig) -> None:
-    """Record the options that every cell depends on, and refuse a folder made with other ones."""
+    """Record the options that every cell depends on and the stated tests; refuse a folder made with other options."""
     shared = ("model", "export", "train", "evaluate", "methods_train")
     record = {name: value for name, value in config_record(config).items() if name in shared}
     path = config.out / SETTINGS
@@ -85,6 +90,8 @@ def _keep_settings(config: GridConfig) -> None:
                 f"{config.out}: its cells were made with other {', '.join(changed)} options (see {SETTINGS}); give the "
                 "same ones or another --out"
             )
+    else:
+        write_atomic(config.out / PLAN.name, PLAN.read_bytes())
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 

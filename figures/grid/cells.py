@@ -30,6 +30,11 @@ class Cell:
     commands: Sequence[Command]
 
 
+def evaluation_folder(out: Path, target: str, seed: int) -> Path:
+    """The evaluation on one target with one sampling seed; that of seed 0 has the target's name alone."""
+    return out / (target if seed == 0 else f"{target}--seed{seed}")
+
+
 def untrained_cells(config: GridConfig, targets: Mapping[str, str], dev: Mapping[str, str]) -> list[Cell]:
     """The base model on every target, and at every candidate temperature on development questions and targets.
 
@@ -84,10 +89,12 @@ def _trained_cell(
 def _evaluations(
     config: GridConfig, cell: str, targets: Mapping[str, str], options: Options | None = None
 ) -> list[Command]:
-    """One evaluation per target, so that a target added later repeats no evaluation."""
+    """One evaluation per target and sampling seed, so that a target or seed added later repeats no evaluation."""
     out = config.out / "cells" / cell / "eval"
     shared = {"model": config.model, **config.evaluate, **(options or {})}
     return [
-        Command("distill.evaluate", out / domain, "summary.json", {**shared, "questions": [questions]})
+        Command("distill.evaluate", evaluation_folder(out, domain, seed), "summary.json", own)
+        for seed in config.evaluation_seeds
         for domain, questions in targets.items()
+        for own in ({**shared, "questions": [questions], "seed": seed},)
     ]

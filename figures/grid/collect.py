@@ -11,7 +11,7 @@ from typing import Any
 
 from distill.metrics_log import METRICS as METRICS_FILE
 from figures.grid.config import BASE, CONTROL
-from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
+from figures.grid.rows import EVALUATION_SEED, Run, evaluation_rows, grid_results, read_grid, write_grid
 from figures.grid.table_text import markdown
 from figures.grid.tables import METRICS, Layout, scope_table
 from neurosig.runtime.files import csv_cell, write_atomic
@@ -26,9 +26,9 @@ AGGREGATES = (
 def collect(out: Path, targets: Sequence[str]) -> str:
     """Collect the finished cells of the grid in ``out``.
 
-    Writes ``grid.parquet`` (`figures.grid.rows`) and ``results.csv``, the aggregates of each cell and target with the
-    budget of its training. The untrained model at the temperature with the best mean Avg@K on the development
-    questions is named ``control``.
+    Writes ``grid.parquet`` (`figures.grid.rows`) and ``results.csv``, the aggregates of each cell, target and
+    evaluation seed with the budget of its training. The untrained model at the temperature with the best mean Avg@K on
+    the development questions is named ``control``.
 
     Args:
         out: Folder of the grid.
@@ -41,9 +41,10 @@ def collect(out: Path, targets: Sequence[str]) -> str:
     rows, results = [], []
     for cell in sorted(path for path in (out / "cells").iterdir() if path.is_dir()):
         run = _run(cell.name, chosen)
-        for target in targets if run is not None else ():
-            folder = cell / "eval" / target
-            if run is not None and (folder / "summary.json").is_file():
+        if run is None:
+            continue
+        for target in targets:
+            for folder in evaluations(cell / "eval", target):
                 rows += [row | {"target": target} for row in evaluation_rows(run, folder)]
                 results.append({**_key(run, target), **_aggregates(folder), **_training(cell / "train" / "train.json")})
     write_atomic(out / RESULTS, _csv(results))
@@ -64,6 +65,12 @@ def control_temperature(cells: Sequence[Path]) -> str | None:
         if measured:
             scores[cell.name] = sum(measured) / len(measured)
     return max(sorted(scores), key=lambda name: scores[name]) if scores else None
+
+
+def evaluations(folder: Path, target: str) -> list[Path]:
+    """The finished evaluations on one target, one per sampling seed."""
+    found = [folder / target, *sorted(folder.glob(f"{target}--seed*"))]
+    return [path for path in found if (path / "summary.json").is_file()]
 
 
 def _run(cell: str, control: str | None) -> Run | None:
@@ -91,8 +98,8 @@ def _aggregates(folder: Path) -> dict[str, Any]:
         value = summary[name]
         row |= {name: value["estimate"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
     row |= {name: summary[name] for name in AGGREGATES}
-    row["temperature"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["config"]["temperature"]
-    return row
+    config = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["config"]
+    return row | {"temperature": config["temperature"], EVALUATION_SEED: config["seed"]}
 
 
 def _training(record: Path) -> dict[str, Any]:

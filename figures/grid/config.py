@@ -9,11 +9,14 @@ from typing import Annotated, Any
 
 from tyro.conf import Fixed
 
+from figures.sources import DATA
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.shapes import AtLeast
 
 Options = Mapping[str, Any]
 SETTINGS = "grid.json"
+PLAN = DATA / "evidence_plan.toml"
+"""The stated tests; a grid keeps a copy of them as they were when it was started."""
 BASE, CONTROL = "base", "control"
 """The untrained model, and the same at its best temperature."""
 
@@ -68,11 +71,14 @@ class GridConfig(CommonConfig):
     targets: tuple[str, ...] = ()
     """Test questions of each domain, in the same form; default: the sources (bundled sets are split)."""
     seeds: tuple[int, ...] = (0,)
-    """Training seeds. All cells of a source share its rollouts; all evaluations share their sampling seed."""
+    """Training seeds. All cells of a source share its rollouts; all evaluations share their sampling seeds."""
     more_seeds: tuple[int, ...] = ()
     """Further training seeds of the methods in --more-seeds-for."""
     more_seeds_for: tuple[str, ...] = ("nopsd", "nopsd-random", "lmsi")
     """Methods that are also trained with --more-seeds."""
+    evaluation_seeds: tuple[int, ...] = (0,)
+    """Sampling seeds of the evaluations. Every model is evaluated once per seed and the tables average over them, so
+    that no claim rests on one draw of the rollouts; a seed added later repeats no evaluation."""
     jobs: Annotated[int, AtLeast(1)] = 1
     """Cells that run at the same time and share the CPU's threads; keep one value per grid: last bits depend on it."""
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)

@@ -12,11 +12,12 @@
     votes          votes of the majority answer; 0 without any answer
     n_tied         number of answers tied for most votes
     n_tied_right   number of right answers among those
+    evaluation_seed   sampling seed of the evaluation; optional, 0 where there is no such column
 
-All but the first four are columns of distill.evaluate's ``results.parquet``, whose ``domain`` is the target. Every run
-answers the same questions as the base, so that every comparison is paired by question. ``layout.json`` next to it gives
-the order of the domains and their groups, ``{"domains": [...], "groups": {"SKE_AVG": [...]}}``; without it the domains
-are in alphabetical order and there are no groups.
+All but the first four and the last are columns of distill.evaluate's ``results.parquet``, whose ``domain`` is the
+target. Every run answers the same questions as the base, so that every comparison is paired by question.
+``layout.json`` next to it gives the order of the domains and their groups, ``{"domains": [...], "groups": {"SKE_AVG":
+[...]}}``; without it the domains are in alphabetical order and there are no groups.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ logger = logging.getLogger(__name__)
 FILES, LAYOUT = ("grid.parquet", "grid.csv"), "layout.json"
 TEXT = ("method", "source", "target", "question_id")
 WHOLE = ("seed", "n_correct", "k", "votes", "n_tied", "n_tied_right")
-KEY = ("method", "source", "seed", "target", "question_id")
+EVALUATION_SEED = "evaluation_seed"
+KEY = ("method", "source", "seed", "target", EVALUATION_SEED, "question_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Results of one run on the questions of one target, in the order of their ids.
+    """Results of one run on the questions of one target, in the order of their ids; one column per evaluation seed.
 
     Attributes:
         n_correct: Right samples of the K.
@@ -74,9 +76,9 @@ class Answers:
         majority: Accuracy of the majority vote, in expectation over ties.
     """
 
-    n_correct: Int[np.ndarray, " questions"]
-    votes: Int[np.ndarray, " questions"]
-    majority: Float[np.ndarray, " questions"]
+    n_correct: Int[np.ndarray, "questions evaluations"]
+    votes: Int[np.ndarray, "questions evaluations"]
+    majority: Float[np.ndarray, "questions evaluations"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,11 @@ class Grid:
     layout: Layout
     ids: Mapping[str, Sequence[str]]
     answers: Mapping[Run, Mapping[str, Answers]]
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluation seeds of the run and target that has the fewest."""
+        return min(answers.votes.shape[1] for by_target in self.answers.values() for answers in by_target.values())
 
 
 def find_grid(folder: Path) -> Path | None:
@@ -131,10 +138,10 @@ def evaluation_rows(run: Run, folder: Path) -> list[dict[str, Any]]:
     """
     from distill.evaluate import read_sampled
 
-    known = {"method": run.method, "source": run.source, "seed": run.seed}
+    summary, rows = read_sampled(folder)
+    known = {"method": run.method, "source": run.source, "seed": run.seed, EVALUATION_SEED: summary["config"]["seed"]}
     return [
-        known | {"target": row["domain"]} | {name: row[name] for name in ("question_id", *WHOLE[1:])}
-        for row in read_sampled(folder)[1]
+        known | {"target": row["domain"]} | {name: row[name] for name in ("question_id", *WHOLE[1:])} for row in rows
     ]
 
 
@@ -187,9 +194,8 @@ def grid_results(grid: Grid, *, resamples: int = 2000, seed: int = 0) -> dict[st
 
     One draw takes questions with replacement in every target, the same for all runs, and for every method and source
     takes training seeds with replacement. So any two cells are paired, and a mean over cells has the interval of that
-    mean. With few seeds the intervals are too narrow: where seeds vary by 1 point of Avg@8, a 95% interval over 1,000
-    questions covers the method's effect in 57% of cases with one seed, 82% with two, 88% with three and 94% with five
-    (simulation).
+    mean. With few seeds the intervals can be too narrow: `figures.grid.coverage.coverage_text` measures it. Evaluation
+    seeds are averaged: the mean of their scores, each of K samples, never one score of more samples.
 
     Args:
         grid: The runs.
@@ -204,16 +210,20 @@ def grid_results(grid: Grid, *, resamples: int = 2000, seed: int = 0) -> dict[st
     values = {name: np.empty((len(runs), len(domains), resamples + 1)) for name in METRICS}
     for index, domain in enumerate(domains):
         answers = [grid.answers[run][domain] for run in runs]
-        share = np.stack([answer.n_correct / grid.k for answer in answers], axis=1)
-        votes = np.stack([answer.votes for answer in answers], axis=1)
-        majority = np.stack([answer.majority for answer in answers], axis=1)
+        share = np.stack([answer.n_correct.mean(axis=1) / grid.k for answer in answers], axis=1)
+        majority = np.stack([answer.majority.mean(axis=1) for answer in answers], axis=1)
+        votes = np.concatenate([answer.votes for answer in answers], axis=1)
+        right = np.concatenate([answer.majority for answer in answers], axis=1)
+        sizes = [answer.votes.shape[1] for answer in answers]
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         observed = np.ones((1, len(share)), dtype=np.int64)
         start = 0
         for counts in chain([observed], question_counts(len(share), resamples, seed=[seed, index])):
             rows = slice(start, start + len(counts))
             values["avg_at_k"][:, index, rows] = mean_draws(share, counts).T
             values["maj_at_k"][:, index, rows] = mean_draws(majority, counts).T
-            values["ece"][:, index, rows] = ece_draws(votes, grid.k, majority, counts).T
+            each = ece_draws(votes, grid.k, right, counts).T  # of K votes each: pooled votes would be a larger K
+            values["ece"][:, index, rows] = np.add.reduceat(each, starts) / np.array(sizes)[:, None]
             start += len(counts)
     cells: dict[tuple[str, str], list[int]] = {}
     for index, run in enumerate(runs):
@@ -249,8 +259,10 @@ def _checked(table: pyarrow.Table, path: Path) -> pyarrow.Table:
             raise UserError(f'{path}: no column "{name}"; see figures.grid.rows for the {len(TEXT + WHOLE)} it needs')
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows")
+    if EVALUATION_SEED not in table.column_names:
+        table = table.append_column(EVALUATION_SEED, pyarrow.array([0] * table.num_rows))
     columns = {}
-    for name in (*TEXT, *WHOLE):
+    for name in (*TEXT, *WHOLE, EVALUATION_SEED):
         try:
             column = table[name].cast(pyarrow.string() if name in TEXT else pyarrow.int64())
         except (ValueError, NotImplementedError) as error:  # of pyarrow, both
@@ -300,8 +312,19 @@ def _split(
         run, target = Run(key["method"][start], key["source"][start], int(key["seed"][start])), key["target"][start]
         rows = slice(start, end)
         majority = maj_at_k(count["n_tied_right"][rows], count["n_tied"][rows])
-        answers.setdefault(run, {})[target] = Answers(count["n_correct"][rows], count["votes"][rows], majority)
-        ids.setdefault(run, {})[target] = key["question_id"][rows].tolist()
+        parts = [part[:, None] for part in (count["n_correct"][rows], count["votes"][rows], majority)]
+        asked = key["question_id"][rows].tolist()
+        earlier = answers.setdefault(run, {}).get(target)
+        if earlier is not None:
+            if ids[run][target] != asked:
+                raise UserError(
+                    f"{path}: {run}: evaluation seed {key[EVALUATION_SEED][start]} answers other questions of {target} "
+                    "than its earlier seeds; evaluate all on the same set"
+                )
+            before = (earlier.n_correct, earlier.votes, earlier.majority)
+            parts = [np.concatenate(pair, axis=1) for pair in zip(before, parts, strict=True)]
+        answers[run][target] = Answers(*parts)
+        ids.setdefault(run, {})[target] = asked
     order = [*METHOD_LABELS, *sorted({run.method for run in answers} - set(METHOD_LABELS))]
     return dict(sorted(answers.items(), key=lambda item: order.index(item[0].method))), ids
 
@@ -352,5 +375,11 @@ def _results(
             untrained[method] = mean
     questions = [len(grid.ids[domain]) for domain in domains]
     return Results(
-        replace(metric, title=metric.title.format(k=grid.k)), grid.layout, untrained, trained, seeds, questions
+        replace(metric, title=metric.title.format(k=grid.k)),
+        grid.layout,
+        untrained,
+        trained,
+        seeds,
+        questions,
+        grid.evaluations,
     )

@@ -202,6 +202,7 @@ class Results:
         trained: Source x target matrices, by method; ``nan`` where there is no value.
         seeds: Number of training seeds of each method; the smallest over its sources.
         questions: Number of questions of each domain.
+        evaluations: Evaluation seeds that every value averages over; of the run with the fewest.
     """
 
     metric: Metric
@@ -210,6 +211,7 @@ class Results:
     trained: Mapping[str, Float[np.ndarray, "sources targets draws"]]
     seeds: Mapping[str, int] = field(default_factory=dict)
     questions: Sequence[int] | None = None
+    evaluations: int = 1
 
 
 def plain(

@@ -12,6 +12,8 @@ OutputScore = Literal["vote_share", "mean_logprob", "entropy", "self_certainty",
 HallucinationScore = Literal[NeuronScore, OutputScore]
 INVERSE_PENALTY = 0.1
 """C of the probe."""
+FOLD_SEEDS = 3
+"""Times that an export draws the probe's folds; each costs one cross-fit, a third of a second for 1,900 rollouts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,10 @@ class ProbeConfig:
         split_share: A question is labelled guessed when its majority holds less than this share.
         inverse_penalty: sklearn's ``C``; smaller keeps fewer neurons. None: chosen on the path by cross-validation.
         folds: Cross-fitting folds; a question's rollouts are always scored by a probe that never saw the question.
+            Where there are fewer groups than folds, each group is a fold.
+        groups: What the folds keep together: ``question``, or another column of the questions, such as ``kind``. It
+            names the groups in messages; `neurosig.hallucination.groups.fold_groups` makes them.
+        fold_seeds: Times that the folds are drawn, from ``seed`` upwards; the scores are the mean.
         seed: Seed of the folds, the halves and the solver.
         min_active_share: Neurons active in a smaller share of the rollouts are left out, whatever the labels.
         path_steps: Inverse penalties on the path, equally spaced in their logarithm.
@@ -39,6 +45,8 @@ class ProbeConfig:
     split_share: float = 0.5
     inverse_penalty: float | None = INVERSE_PENALTY
     folds: int = 5
+    groups: str = "question"
+    fold_seeds: int = 1
     seed: int = 0
     min_active_share: float = 0.02
     path_steps: int = 8
@@ -55,6 +63,7 @@ class ProbeConfig:
             ("split_share", 0 <= self.split_share <= self.agree_share, "0 to --probe-agree-share"),
             ("inverse_penalty", self.inverse_penalty is None or self.inverse_penalty > 0, "above 0"),
             ("folds", self.folds >= 2, "at least 2"),
+            ("fold_seeds", self.fold_seeds >= 1, "at least 1"),
             ("min_active_share", 0 <= self.min_active_share <= 1, "0 to 1"),
             ("path_steps", self.path_steps >= 2, "at least 2"),
             ("path_span", self.path_span > 1, "above 1"),

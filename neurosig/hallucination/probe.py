@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
 from sklearn.metrics import log_loss, roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 from sklearn.utils.class_weight import compute_sample_weight
 
 from neurosig.hallucination.config import ProbeConfig
@@ -35,13 +35,16 @@ class ProbeResult:
     """Cross-fitted scores and the neurons of the probe fitted on everything.
 
     Attributes:
-        scores: Probability that a rollout's question is guessed, from the fold that did not see the question.
+        scores: Probability that a rollout's question is guessed, from folds that did not see the question or its group;
+            the mean over ``by_seed``.
+        by_seed: The same of each drawing of the folds.
         neurons: Column of each neuron with a weight, heaviest first.
         weights: Their weights on contributions scaled to a largest magnitude of 1; positive points to hallucination.
         informative: False when one class is too small to learn from; all scores are then 0.5.
     """
 
     scores: Float[np.ndarray, " rollouts"]
+    by_seed: Float[np.ndarray, "seeds rollouts"]
     neurons: Int[np.ndarray, " neurons"]
     weights: Float[np.ndarray, " neurons"]
     informative: bool
@@ -73,35 +76,47 @@ def agreement_labels(shares: Float[np.ndarray, " questions"], config: ProbeConfi
 def fit_probe(
     contributions: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
-    question_ids: Sequence[str],
+    fold_groups: Sequence[str],
     config: ProbeConfig,
 ) -> ProbeResult:
-    """Fit the probe on the labelled rollouts and score every rollout by cross-fitting over questions.
+    """Fit the probe on the labelled rollouts and score every rollout by cross-fitting over groups of questions.
 
     Args:
         contributions: One row per rollout (`contribution_matrix`).
         labels: 1 guessed, 0 known, -1 unlabelled: of the rollout's question (`agreement_labels`), or given.
-        question_ids: The rollout's question; the group of cross-fitting.
+        fold_groups: What no fold splits: the rollout's question, or a column of it such as its kind
+            (`neurosig.hallucination.groups.fold_groups`).
         config: The probe's options.
     """
-    groups = np.unique(np.asarray(question_ids), return_inverse=True)[1]
+    groups = np.unique(np.asarray(fold_groups), return_inverse=True)[1]
     shortage = too_few(labels, groups, config)
     if shortage:
         logger.warning("probe: no signal: %s, so every hallucination score is 0.5", shortage)
-        empty = np.empty(0)
-        return ProbeResult(np.full(len(labels), 0.5), empty.astype(np.int64), empty, informative=False)
+        empty, same = np.empty(0), np.full((config.fold_seeds, len(labels)), 0.5)
+        return ProbeResult(same[0], same, empty.astype(np.int64), empty, informative=False)
+    if fold_count(groups, config) < config.folds:
+        logger.info("probe: %d values of %s, so as many folds", len(np.unique(groups)), config.groups)
     prepared = design(contributions, config.min_active_share)
-    scores = cross_fit(prepared.matrix, labels, groups, config)
+    by_seed = cross_fit_by_seed(prepared.matrix, labels, groups, config)
     labelled = np.flatnonzero(labels >= 0)
     penalty = _penalty(prepared.matrix, labels, groups, config)
     weights = fit_l1(prepared.matrix[labelled], labels[labelled], penalty, config.seed).coef_[0]
     heaviest = np.argsort(-np.abs(weights), kind="stable")[: np.count_nonzero(weights)]
-    return ProbeResult(scores, prepared.columns[heaviest], weights[heaviest], informative=True)
+    return ProbeResult(by_seed.mean(axis=0), by_seed, prepared.columns[heaviest], weights[heaviest], informative=True)
 
 
 def too_few(labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig) -> str:
     """Why the folds cannot all hold questions of both labels; empty when they can."""
     known, guessed = (len(np.unique(groups[labels == label])) for label in (0, 1))
+    if config.groups != "question":
+        if min(known, guessed) >= 2 and all(
+            {0, 1} <= set(labels[seen]) for seen, _ in _every_fold(labels, groups, config)
+        ):
+            return ""
+        return (
+            f"of {len(np.unique(groups))} values of {config.groups}, questions whose rollouts agree have {known} and "
+            f"questions whose rollouts split {guessed}; both are needed outside every fold"
+        )
     needed = config.folds * (2 if config.inverse_penalty is None else 1)  # folds within folds choose the penalty
     if min(known, guessed) >= needed:
         return ""
@@ -111,18 +126,29 @@ def too_few(labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " roll
     )
 
 
+def cross_fit_by_seed(
+    matrix: sparse.csr_array,
+    labels: Int[np.ndarray, " rollouts"],
+    groups: Int[np.ndarray, " rollouts"],
+    config: ProbeConfig,
+) -> Float[np.ndarray, "seeds rollouts"]:
+    """`cross_fit` with the folds of each of ``config.fold_seeds`` seeds; their mean has less of the folds' noise."""
+    drawn = range(config.seed, config.seed + config.fold_seeds)
+    return np.stack([cross_fit(matrix, labels, groups, replace(config, seed=seed)) for seed in drawn])
+
+
 def cross_fit(
     matrix: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
     groups: Int[np.ndarray, " rollouts"],
     config: ProbeConfig,
 ) -> Float[np.ndarray, " rollouts"]:
-    """Score every rollout by a probe that saw no rollout of its question, not even to choose its penalty.
+    """Score every rollout by a probe that saw no rollout of its group, not even to choose its penalty.
 
     Args:
         matrix: Scaled contributions (`neurosig.hallucination.lasso.design`).
         labels: 1 guessed, 0 known, -1 unlabelled (scored, but not used for fitting).
-        groups: Index of the rollout's question.
+        groups: Index of the rollout's question, or of its kind, ...
         config: The probe's options.
     """
     scores = np.empty(len(labels))
@@ -170,6 +196,11 @@ def regularisation_path(
     return pd.DataFrame(table)
 
 
+def fold_count(groups: Int[np.ndarray, " rollouts"], config: ProbeConfig) -> int:
+    """Cross-fitting folds: as many as asked for, and at most one per group."""
+    return min(config.folds, len(np.unique(groups)))
+
+
 def inverse_penalties(
     matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"], config: ProbeConfig
 ) -> list[float]:
@@ -204,8 +235,17 @@ def _penalty(
     return chosen_penalty(regularisation_path(matrix, labels, groups, config), config)
 
 
+def _every_fold(
+    labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig
+) -> Iterator[tuple[Int[np.ndarray, " seen"], Int[np.ndarray, " unseen"]]]:
+    for seed in range(config.seed, config.seed + config.fold_seeds):
+        yield from _folds(labels, groups, replace(config, seed=seed))
+
+
 def _folds(
     labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig
 ) -> Iterator[tuple[Int[np.ndarray, " seen"], Int[np.ndarray, " unseen"]]]:
-    splitter = StratifiedGroupKFold(config.folds, shuffle=True, random_state=config.seed)
-    return splitter.split(labels, labels, groups)
+    folds = fold_count(groups, config)
+    if folds == len(np.unique(groups)):
+        return LeaveOneGroupOut().split(labels, labels, groups)
+    return StratifiedGroupKFold(folds, shuffle=True, random_state=config.seed).split(labels, labels, groups)

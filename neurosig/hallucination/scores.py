@@ -74,7 +74,12 @@ class Scores:
 
 
 def hallucination_scores(
-    questions: Mapping[str, QuestionSignals], *, n_neurons: int, probe: ProbeConfig, seed: int = 0
+    questions: Mapping[str, QuestionSignals],
+    *,
+    n_neurons: int,
+    probe: ProbeConfig,
+    seed: int = 0,
+    fold_groups: Mapping[str, str] | None = None,
 ) -> Scores:
     """All scores of all questions, in the order of ``questions``.
 
@@ -86,6 +91,7 @@ def hallucination_scores(
         n_neurons: Neurons of the model, over all layers.
         probe: Options of the probe.
         seed: Seed of ``random``.
+        fold_groups: Question id -> the group that no fold of the probe splits; default: each question is its own.
     """
     signals = list(questions.values())
     ids = torch.cat([signal.ids for signal in signals]).numpy()
@@ -93,8 +99,8 @@ def hallucination_scores(
     k = len(signals[0].rollouts)
     shares = np.array([signal.vote.share for signal in signals])
     labels = np.repeat(agreement_labels(shares, probe), k)
-    owners = [question_id for question_id in questions for _ in range(k)]
-    fitted = fit_probe(contribution_matrix(ids, values, n_neurons), labels, owners, probe)
+    kept = [(fold_groups or {}).get(question_id, question_id) for question_id in questions for _ in range(k)]
+    fitted = fit_probe(contribution_matrix(ids, values, n_neurons), labels, kept, probe)
     rollout_probe = fitted.scores.reshape(len(signals), k)
 
     by_name = {

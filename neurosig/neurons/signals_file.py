@@ -40,6 +40,8 @@ class Signals:
         contributions: Mean contribution of each of these neurons; 0 where the id is -1.
         hidden_states: Mean hidden state of each rollout.
         probe_scores: Cross-fitted probe score of each rollout; higher points to hallucination.
+        probe_by_seed: The same of each drawing of the folds, of which ``probe_scores`` is the mean; an export without
+            this record drew them once.
         n_layers: Layers of the model.
         d_mlp: FFN neurons per layer.
     """
@@ -48,6 +50,7 @@ class Signals:
     contributions: Float16[Tensor, "n size"]
     hidden_states: Float16[Tensor, "n d_model"]
     probe_scores: Float32[Tensor, " n"]
+    probe_by_seed: Float32[Tensor, "n seeds"]
     n_layers: int
     d_mlp: int
 
@@ -105,10 +108,16 @@ def load_shards(shards: Sequence[Path]) -> ActiveSets:
     return concat_sets(parts)
 
 
-def signals_file(sets: ActiveSets, rollout_probe: Float[np.ndarray, "questions k"], sites: FFNSites) -> bytes:
+def signals_file(
+    sets: ActiveSets,
+    rollout_probe: Float[np.ndarray, "questions k"],
+    by_seed: Float[np.ndarray, "seeds rollouts"],
+    sites: FFNSites,
+) -> bytes:
     """The bytes of ``signals.safetensors``."""
-    probe = torch.from_numpy(rollout_probe.ravel().astype(np.float32))
-    tensors = {**{name: tensor.contiguous() for name, tensor in sets._asdict().items()}, "probe_scores": probe}
+    scores = {"probe_scores": rollout_probe.ravel(), "probe_by_seed": by_seed.T}
+    tensors = {name: tensor.contiguous() for name, tensor in sets._asdict().items()}
+    tensors |= {name: torch.from_numpy(np.ascontiguousarray(values, np.float32)) for name, values in scores.items()}
     shape = json.dumps({"n_layers": sites.n_layers, "d_mlp": sites.d_mlp})
     return save(tensors, metadata={"sites": shape})  # one entry: safetensors writes several in random order
 
@@ -129,6 +138,10 @@ def read_signals(path: str | Path) -> Signals:
                 name: stored.get_tensor(name)
                 for name in ("neuron_ids", "contributions", "hidden_states", "probe_scores")
             }
+            by_seed = "probe_by_seed"
+            tensors[by_seed] = (
+                stored.get_tensor(by_seed) if by_seed in stored.keys() else tensors["probe_scores"][:, None]  # noqa: SIM118
+            )
         signals = Signals(**tensors, **shape)
         if len(signals.neuron_ids) and int(signals.neuron_ids.max()) >= signals.n_neurons:
             raise ValueError(f"active sets name neuron {int(signals.neuron_ids.max())} of {signals.n_neurons}")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PAGE, SIGNALS_CSV, NEURONS_CSV, LAYERS_CSV = "report.html", "signals.csv", "located_neurons.csv", "layers.csv"
-PATH_CSV, PROBE = "path.csv", "probe.safetensors"
+PATH_CSV, FOLDS_CSV, PROBE = "path.csv", "folds.csv", "probe.safetensors"
 
 
 @dataclass(kw_only=True)
@@ -50,6 +50,9 @@ class ReportConfig(CommonConfig):
     """Bootstrap resamples of the questions."""
     folds: int = 5
     """Cross-fitting folds of the nested regressions."""
+    permutations: int = 49
+    """Refits of the probe to permuted labels of the questions, which give the p of what it adds: at least 1 / (1 +
+    this). 0 leaves them out."""
     seed: int = 0
     """Seed of bootstrap and folds."""
     examples: int = 5
@@ -67,6 +70,7 @@ def main(config: ReportConfig) -> None:
     from neurosig.report.html import render
     from neurosig.report.patterns import patterns
     from neurosig.report.probe import Located, locate
+    from neurosig.report.refits import Refits, fold_table, with_refit_p
     from neurosig.report.signal_table import analyse
     from neurosig.runtime.files import write_atomic
     from neurosig.statistics.auroc import AnalysisConfig
@@ -89,12 +93,20 @@ def main(config: ReportConfig) -> None:
                 for name, level in levels.items()
             }
             layers = layer_profile(exported)
+        with timer.phase("refit"):
+            refits = Refits(exported)
+            tables = with_refit_p(
+                refits, levels, tables, analysis, permutations=config.permutations, quiet=config.quiet
+            )
+            folds = fold_table(refits, levels["question"])
         with timer.phase("locate"):
             located = locate(exported, seed=config.seed, quiet=config.quiet)
         with timer.phase("cluster"):
             clustered = patterns(exported, seed=config.seed)
         with timer.phase("write"):
             page = _page(config, exported, levels, tables, lacking, layers, located, clustered, gold, analysis)
+            page |= {"folds": folds, "permutations": config.permutations}
+            page["findings"] += [folds.sentence] if folds.rows else []
             out = config.manifest / "report" if config.out is None else config.out
             out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / SIGNALS_CSV, _signals_csv(levels, tables))
@@ -102,6 +114,8 @@ def main(config: ReportConfig) -> None:
                 write_neurons(out / NEURONS_CSV, located.probe.neurons)
                 write_atomic(out / PATH_CSV, located.probe.path.to_csv(index=False))
                 located.probe.save(out / PROBE)
+            if folds.rows:
+                write_atomic(out / FOLDS_CSV, _csv(folds.records))
             write_atomic(out / LAYERS_CSV, _csv([asdict(layer) for layer in layers]))
             write_atomic(out / PAGE, render(page))
     for sentence in page["findings"]:
@@ -232,6 +246,7 @@ def _signals_csv(levels: Mapping[str, LevelData], tables: Mapping[str, Sequence[
                 gain = getattr(row, base)
                 line |= _interval(base, gain and gain.auroc) | _interval(f"{base}_log_loss", gain and gain.log_loss)
                 line |= {f"{base}_p": gain and gain.p, f"{base}_p_holm": gain and getattr(row, f"{base}_p")}
+                line |= {f"{base}_p_refit": gain and gain.p_refit}
             line["verdict"] = row.verdict
             lines.append(line)
     return _csv(lines)

@@ -245,7 +245,7 @@ def _signals(by_name: Mapping[str, Float[np.ndarray, " n"]]) -> tuple[Signal, ..
         return "output" if name in OUTPUT_LEVEL else "control" if name in CONTROLS else "neuron"
 
     order: list[SignalKind] = ["neuron", "output", "control"]
-    found = [Signal(name, values, kind(name)) for name, values in by_name.items()]
+    found = [Signal(name, values, kind(name), name == "probe_score") for name, values in by_name.items()]
     return tuple(sorted(found, key=lambda signal: order.index(signal.kind)))
 
 

@@ -42,11 +42,14 @@ class Signal:
         trust: One value per row, higher is more trustworthy.
         kind: ``output`` needs the sampled text and its probabilities only, ``neuron`` the activations, ``control``
             knows nothing.
+        fitted: Whether it was fitted to labels. What it adds then keeps its sign as fixed beforehand, and takes a p
+            from refits to be believed.
     """
 
     name: str
     trust: Float[np.ndarray, " n"]
     kind: SignalKind
+    fitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,8 @@ def _gains(
     def fitted(chosen: Sequence[Signal]) -> HeldOut:
         names = tuple(sorted(signal.name for signal in chosen))
         if names not in known:
-            known[names] = cross_fit(np.column_stack([s.trust for s in chosen]), right, owners, config)
+            features = np.column_stack([s.trust for s in chosen])
+            known[names] = cross_fit(features, right, owners, config, signed=chosen[-1].fitted)
         return known[names]
 
     gains: list[Gain | None] = []
@@ -198,12 +202,15 @@ def _corrected(gains: Sequence[Gain | None]) -> list[float]:
 
 
 def _adds(gain: Gain | None, corrected: float) -> bool:
-    return gain is not None and gain.auroc.low > 0 and corrected <= 1 - LEVEL
+    alike = gain is not None and gain.p_refit is not None and gain.p_refit > 1 - LEVEL
+    return gain is not None and gain.auroc.low > 0 and corrected <= 1 - LEVEL and not alike
 
 
 def _reading(gain: Gain, corrected: float, base: str) -> str:
     if _adds(gain, corrected):
         return f"adds {gain.auroc:+.3f} to {base}"
+    if gain.p_refit is not None and gain.p_refit > 1 - LEVEL and gain.auroc.low > 0 and corrected <= 1 - LEVEL:
+        return f"gains {gain.auroc:+.3f} on {base}, but fits to permuted labels gain as much (p {gain.p_refit:.2f})"
     if gain.auroc.low > 0:
         return f"may add to {base}, but not after correction for the number of signals"
     return f"adds {'only noise' if gain.auroc.high < 0 else 'nothing'} to {base}"

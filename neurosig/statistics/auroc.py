@@ -11,7 +11,7 @@ independent; and the draws depend on the seed alone, so that any two statistics 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -60,12 +60,15 @@ class Gain:
     Attributes:
         auroc: AUROC with the signal minus AUROC of the base alone.
         log_loss: Log-loss of the base alone minus log-loss with the signal, in nats; positive is an improvement.
-        p: Two-sided bootstrap p-value of the AUROC difference.
+        p: Two-sided bootstrap p-value of the AUROC difference, which takes the signal as given.
+        p_refit: For a fitted signal, the p-value from refits on permuted labels
+            (`neurosig.statistics.permutation.permutation_p`); ``None`` for others.
     """
 
     auroc: Interval
     log_loss: Interval
     p: float
+    p_refit: float | None = None
 
 
 # AUROC and its bootstrap
@@ -140,8 +143,18 @@ def cross_fit(
     right: Bool[np.ndarray, " n"],
     owners: Int[np.ndarray, " n"],
     config: AnalysisConfig = AnalysisConfig(),
+    *,
+    signed: bool = False,
 ) -> HeldOut:
     """Chance that each row is right, from a logistic regression that never saw the row's question.
+
+    Args:
+        features: One row per row of ``right``.
+        right: The label.
+        owners: Index of each row's question.
+        config: Folds and repeats.
+        signed: The last feature's coefficient cannot be negative: higher means right, as fixed beforehand. Where the
+            regression would turn it round, it is left out.
 
     Raises:
         UserError: Fewer questions with a right, or with a wrong, row than folds.
@@ -154,7 +167,11 @@ def cross_fit(
     for repeat in range(config.repeats):
         folds = StratifiedGroupKFold(config.folds, shuffle=True, random_state=config.seed + repeat)
         for fold, (seen, unseen) in enumerate(folds.split(features, right, owners)):
-            chances = model.fit(features[seen], right[seen]).predict_proba(features[unseen])[:, 1]
+            used, fitted = slice(None), model.fit(features[seen], right[seen])
+            if signed and fitted[-1].coef_[0, -1] < 0:
+                used = slice(-1)
+                fitted = model.fit(features[seen, used], right[seen])
+            chances = fitted.predict_proba(features[unseen, used])[:, 1]
             predictions.chances[repeat, unseen], predictions.folds[repeat, unseen] = chances, fold
     return predictions
 
@@ -185,14 +202,42 @@ def nested_gain(
     right: Bool[np.ndarray, " n"],
     owners: Int[np.ndarray, " n"],
     config: AnalysisConfig = AnalysisConfig(),
+    *,
+    signed: bool = False,
 ) -> Gain:
     """What ``signal`` adds to ``base``: nested logistic regressions, cross-fitted, paired bootstrap over questions.
+
+    The interval and its p take the signal as given; where the signal was fitted, `added_auroc` and
+    `neurosig.statistics.permutation.permutation_p` tell its gain from that of a fit to labels that mean nothing.
 
     Raises:
         UserError: See `cross_fit`.
     """
-    full = cross_fit(np.column_stack([base, signal]), right, owners, config)
+    full = cross_fit(np.column_stack([base, signal]), right, owners, config, signed=signed)
     return compare(cross_fit(base, right, owners, config), full, right, owners, config)
+
+
+def added_auroc(
+    base: Float[np.ndarray, "n features"],
+    right: Bool[np.ndarray, " n"],
+    owners: Int[np.ndarray, " n"],
+    config: AnalysisConfig = AnalysisConfig(),
+) -> Callable[[Float[np.ndarray, " n"]], float]:
+    """A function from a signal to the AUROC that it adds to ``base``, its sign fixed: higher means right.
+
+    The base is fitted once, so that many refits of a signal can be compared with it.
+
+    Raises:
+        UserError: See `cross_fit`.
+    """
+    once = _once(owners)
+    alone = held_out_auroc(cross_fit(base, right, owners, config), right, owners, once)[0]
+
+    def added(signal: Float[np.ndarray, " n"]) -> float:
+        full = cross_fit(np.column_stack([base, signal]), right, owners, config, signed=True)
+        return float(held_out_auroc(full, right, owners, once)[0] - alone)
+
+    return added
 
 
 def compare(

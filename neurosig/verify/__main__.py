@@ -353,13 +353,15 @@ def check_grid(folder: Path, found: Found) -> Iterator[Check]:
     for line in lines:
         name = f"{line['method']}--{line['source']}--seed{line['seed']}" if line["source"] else line["method"]
         cells = sorted(folder.glob("cells/control-T*")) if name == "control" else [folder / "cells" / name]
-        evaluations = (found.evaluations.get((cell / "eval" / line["target"]).resolve()) for cell in cells)
+        drawn = line.get("evaluation_seed") or "0"
+        target = line["target"] + ("" if drawn == "0" else f"--seed{drawn}")
+        evaluations = (found.evaluations.get((cell / "eval" / target).resolve()) for cell in cells)
         problems = []
         for rows in filter(None, evaluations):
             computed = {metric: float(f"{value:.6g}") for metric, value in estimates(rows).items()}
             problems.append(difference(computed, {metric: float(line[metric]) for metric in computed}))
         problem = "" if "" in problems else (problems or [f"{SKIPPED}its evaluation is not here"])[-1]
-        yield f"{name} on {line['target']} as its cell says", problem
+        yield f"{name} on {target} as its cell says", problem
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -31,7 +32,7 @@ def test_every_variant_is_judged_on_unseen_questions(
     manifests: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, held_out = manifests
-    main(SearchConfig(train=train, held_out=(held_out,), out=tmp_path, resamples=100, quiet=True))
+    main(SearchConfig(train=train, held_out=(held_out,), out=tmp_path, resamples=100, permutations=2, quiet=True))
     table = pd.read_csv(tmp_path / "signal_search.csv")
     for event in ("majority is right", "rollout is right"):
         judged = table[table["event"] == event].set_index("variant")
@@ -41,9 +42,13 @@ def test_every_variant_is_judged_on_unseen_questions(
     tried = table[table["role"] == "tried"]
     assert (tried["over_vote_p_holm"] >= tried["over_vote_p"]).all()
     assert len(tried) == 2 * sum(variant.role == "tried" for variant in VARIANTS)
-    assert f"Of {len(tried)} tests" in capsys.readouterr().out
+    p_refit = table.loc[table["role"] != "output", ["over_vote_p_refit", "over_outputs_p_refit"]].to_numpy()
+    assert set(np.round(3 * p_refit.ravel(), 3)) <= {1, 2, 3}  # (1 + those that gain as much) / (1 + 2)
+    assert table.loc[table["role"] == "output", "over_vote_p_refit"].isna().all()
+    printed = capsys.readouterr().out
+    assert f"Of {len(tried)} tests" in printed and "0 add to the vote share" in printed  # 2 refits prove nothing
     before = (tmp_path / "signal_search.csv").read_bytes()
-    main(SearchConfig(train=train, held_out=(held_out,), out=tmp_path, resamples=100, quiet=True))
+    main(SearchConfig(train=train, held_out=(held_out,), out=tmp_path, resamples=100, permutations=2, quiet=True))
     assert (tmp_path / "signal_search.csv").read_bytes() == before
     assert {path.name for path in draw(tmp_path, tmp_path / "out")} == {
         "signal_search.csv",

@@ -25,6 +25,8 @@ from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.cli import command_words
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder
+from neurosig.verify.__main__ import VerifyConfig
+from neurosig.verify.__main__ import main as verify
 from tests.support.flow import save_tiny, write_questions
 from tests.support.paths import ROOT
 
@@ -73,7 +75,9 @@ def test_the_command_starts_its_processes_and_names_what_failed(tmp_path: Path) 
     assert "2 cells failed (base, lmsi--a--seed0): see log.txt in each; fix it and run again" in run.stderr
 
 
-def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_grid_runs_resumes_and_collects(
+    folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     caplog.set_level(logging.INFO, logger="figures")
     (folder / "model" / "config.json").rename(folder / "away")
     with pytest.raises(UserError, match=r"4 cells failed \(base, control-T0.5, .*nopsd-random--red--seed0\): see log"):
@@ -111,7 +115,7 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
     signals = pandas.read_csv(folder / "kept" / "signals.csv")
     assert len(signals) == 8 and set(signals.source) == {"red"} and not signals.right.any()
     assert {"vote_share", "probe_score"} <= set(signals)
-    for name in ("grid.parquet", "layout.json", "results.csv"):
+    for name in ("grid.parquet", "layout.json", "results.csv", "evidence_plan.toml"):
         assert (folder / "kept" / name).read_bytes() == (folder / "grid" / name).read_bytes()
 
     before = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
@@ -126,6 +130,23 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
     assert {path.relative_to(cells).parts[0] for path in after.keys() - before.keys()} == {"nopsd--red--seed1"}
     assert {row["seed"] for row in rows(folder) if row["method"] == "nopsd"} == {"0", "1"}
 
+    main(grid(folder, methods=("nopsd",), evaluation_seeds=(0, 1)))  # no cell is trained again
+    new = {path.relative_to(cells) for path in cells.rglob("*") if path.is_file()} - {
+        p.relative_to(cells) for p in after
+    }
+    assert {path.parts[1] for path in new} == {"eval"} and {path.parts[2].partition("--")[2] for path in new} == {
+        "seed1"
+    }
+    pooled = pyarrow.parquet.read_table(folder / "grid" / "grid.parquet").to_pandas()
+    assert set(pooled[pooled.method == "base"].evaluation_seed) == {0, 1}
+    two = [row for row in rows(folder) if row["method"] == "base" and row["target"] == "red"]
+    assert sorted(row["evaluation_seed"] for row in two) == ["0", "1"]
+    capsys.readouterr()
+    verify(VerifyConfig(folder=folder / "grid", quiet=True))
+    assert "ok    .: base on red--seed1 as its cell says" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="give the sampling seeds of the evaluations as --evaluation-seeds"):
+        main(grid(folder, evaluate={**TINY, "seed": 3}))
     with pytest.raises(UserError, match="its cells were made with other train options"):
         main(grid(folder, train={"steps": 2}))
 

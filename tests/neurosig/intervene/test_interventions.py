@@ -213,7 +213,7 @@ def test_bad_neurons_are_named(tmp_path: Path, text: str, problem: str) -> None:
 def test_mean_contributions_count_absence_as_zero() -> None:
     ids = torch.tensor([[0, 2, -1], [2, 1, 3]], dtype=torch.int32)
     values = torch.tensor([[1.0, 0.5, 0.0], [1.5, -2.0, 0.25]], dtype=torch.float16)
-    signals = Signals(ids, values, torch.zeros(2, 1).half(), torch.zeros(2), n_layers=1, d_mlp=5)
+    signals = Signals(ids, values, torch.zeros(2, 1).half(), torch.zeros(2), torch.zeros(2, 1), n_layers=1, d_mlp=5)
     assert mean_contributions(signals).tolist() == [0.5, 1.0, 1.0, 0.125, 0.0]
 
 

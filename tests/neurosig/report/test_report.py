@@ -106,7 +106,8 @@ class Page(HTMLParser):
 
 def test_the_report_says_what_the_signals_are_worth(world: Path, reported: tuple[Path, str]) -> None:
     out, printed = reported
-    written = ["layers.csv", "located_neurons.csv", "path.csv", "probe.safetensors", "report.html", "signals.csv"]
+    written = ["folds.csv", "layers.csv", "located_neurons.csv", "path.csv", "probe.safetensors", "report.html"]
+    written.append("signals.csv")
     assert sorted(path.name for path in out.iterdir()) == written
     rows, manifest = table(out), read_manifest(world)
     gold = {f"q{index:02d}": f"gold{index}" for index in range(N)}
@@ -129,6 +130,11 @@ def test_the_report_says_what_the_signals_are_worth(world: Path, reported: tuple
     assert rows["question", "vote_share"]["over_vote"] == "" and rows["question", "vote_share"]["over_outputs"] != ""
     assert float(rows["question", "random"]["over_vote_p_holm"]) >= float(rows["question", "random"]["over_vote_p"])
     assert all(row["verdict"] for row in rows.values())
+    refitted = {key: row["over_vote_p_refit"] for key, row in rows.items() if row["over_vote_p_refit"]}
+    assert set(refitted) == {("question", "probe_score"), ("rollout", "probe_score")}  # only what was fitted
+    assert all(
+        0 < 50 * float(p) <= 50 and 50 * float(p) == pytest.approx(round(50 * float(p))) for p in refitted.values()
+    )
 
     page = Page((out / "report.html").read_text())
     for row in rows.values():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from neurosig.report.signal_table import Signal, analyse, headline
+from neurosig.report.signal_table import Signal, SignalRow, analyse, headline
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.auroc import (
     AnalysisConfig,
+    Gain,
     auroc_draws,
     auroc_interval,
     cross_fit,
@@ -19,6 +21,7 @@ from neurosig.statistics.auroc import (
     spearman_interval,
     token_overlap,
 )
+from neurosig.statistics.metrics import Interval
 
 QUICK = AnalysisConfig(resamples=300, repeats=2)
 Array = np.ndarray[Any, Any]
@@ -202,3 +205,14 @@ def test_labels_that_tell_little_leave_the_rest(labels: str) -> None:
     assert all(row.over_vote is None and row.over_outputs is None for row in rows)
     assert all((row.auroc is not None) == (labels == "too few wrong") for row in rows)
     assert rows[3].correlations["length"].estimate == pytest.approx(-1)
+
+
+def test_a_gain_that_permuted_labels_have_too_is_not_called_one() -> None:
+    """The same interval and correction: only the refits tell the two apart."""
+    gain = Gain(Interval(0.03, 0.01, 0.05, 90, 300, 0), Interval(0.0, 0.0, 0.0, 90, 300, 0), 0.001)
+    row = SignalRow(Signal("probe_score", np.zeros(1), "neuron", True), None, {}, gain, None, 0.01, 1.0)
+    assert row.adds_to_vote and row.verdict == "adds +0.030 [+0.010, +0.050] to vote share"
+    alike = replace(row, over_vote=replace(gain, p_refit=0.4))
+    assert not alike.adds_to_vote
+    assert alike.verdict.endswith("on vote share, but fits to permuted labels gain as much (p 0.40)")
+    assert replace(row, over_vote=replace(gain, p_refit=0.02)).adds_to_vote
