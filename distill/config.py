@@ -55,7 +55,7 @@ class TrainConfig(SamplerOptions):
     learning_rate: Annotated[float, Shapes.TRAINING, Above0] = 5e-4
     """Peak learning rate of AdamW."""
     warmup_steps: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 3
-    """Steps of linear warm-up, then constant."""
+    """Steps of linear warm-up, then constant; a step whose rollouts are all masked makes no update, but counts."""
     max_grad_norm: Annotated[float, Shapes.TRAINING, Above0] = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     full: Annotated[bool, Shapes.TRAINING] = False
@@ -125,8 +125,8 @@ class TrainConfig(SamplerOptions):
     replay_weight: Annotated[float, Shapes.TRAINING, Above0] = 1.0
     """Weight of the --replay prompts in the loss, above 0."""
     stop_on_collapse: Annotated[bool, Shapes.TRAINING, Section.STOPPING] = True
-    """Stop when completion lengths change by half, or entropy or distinct trigrams fall below half, and return to the
-    last checkpoint before that."""
+    """Stop when completion lengths change by half, distinct trigrams fall below half, or the student's entropy falls
+    below half of the teacher's, and return to the last checkpoint before that."""
     collapse_window: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 10
     """Steps whose mean is compared with the mean of the first steps."""
     license: Annotated[str | None, Shapes.PLACE, Section.OUTPUT] = None
