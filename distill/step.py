@@ -85,10 +85,8 @@ def learn(
     replayed = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows if row.task.replay)
     counts = {"loss": total, "clip_fraction": total}  # tokens that each mean is over
     counts |= dict.fromkeys(("divergence", "teacher_entropy", "student_entropy"), total - replayed)
-    if any(task.replay for task, _ in pairs):
-        counts["replay_divergence"] = replayed
+    counts |= {"replay_divergence": replayed} if any(task.replay for task, _ in pairs) else {}
     sums = dict.fromkeys(counts, 0.0)
-
     optimizer.zero_grad(set_to_none=True)
     for batch in _micro_batches(config, rows, ranks):
         for name, value in _backward(config, model, teacher, batch, forward, timer, total, replayed).items():
@@ -106,13 +104,12 @@ def learn(
         timer.add_tokens(phase, total)
 
     parts = ranks.gather(sums)
-    means = {name: math.fsum(part[name] for part in parts) if n else None for name, n in counts.items()}
-    student, other = means["student_entropy"], means["teacher_entropy"]
+    sums = {name: math.fsum(part[name] for part in parts) for name in counts}
     rollouts = [rollout for _, rollout in pairs]
     teacher_prompts = {row.task.id: row.task.teacher_prompt for row in rows}
     return {
-        **means,
-        "entropy_gap": None if student is None or other is None else student - other,
+        **{name: value if counts[name] else None for name, value in sums.items()},
+        "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"] if total > replayed else None,
         "grad_norm": norm,
         **rollout_metrics(rollouts),
         "rollouts_in_loss": float(len(rows)),
