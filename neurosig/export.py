@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,7 +64,8 @@ class ExportConfig(RolloutOptions):
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the manifest."""
     rollouts: Annotated[Path | None, Shapes.ROLLOUTS] = None
-    """JSONL of rollouts that replace sampling: question_id, text, optional completion_ids and finish_reason."""
+    """JSONL of rollouts that replace sampling: question_id, text, optional completion_ids and finish_reason. K is the
+    number that the file holds of every question; lines of other questions are left out."""
     reuse: Annotated[Path | None, Shapes.PLACE] = None
     """Finished export with the same questions, sampling and tracing; only scoring and selection are done again."""
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "train"
@@ -172,6 +173,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
             groups = _rollouts(config, loaded, questions, prompts, work, timer)
         with timer.phase("trace"):
             sets = _trace(config, loaded, prompts, groups, work, timer)
+    config = _with_k(config, len(next(iter(groups.values()))))
     sites = ffn_sites(loaded.model)
     with timer.phase("score and select"):
         signals = _signals(config, questions, groups, sets)
@@ -188,6 +190,15 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
         _write(config, loaded, questions, rows, groups, sets, scores, sites)
     shutil.rmtree(work)
     _report(config, rows, groups)
+
+
+def _with_k(config: ExportConfig, k: int) -> ExportConfig:
+    """The options, with the K that ``--rollouts`` holds."""
+    if k != config.num_generations:
+        logger.info(
+            "K=%d, as %s holds; --num-generations %d does not apply", k, config.rollouts, config.num_generations
+        )
+    return replace(config, num_generations=k)
 
 
 def _prompts(
@@ -226,11 +237,15 @@ def _rollouts(
         def encode(text: str) -> list[int]:
             return list(loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-        known = {question.id for question in questions}
-        groups = read_external_rollouts(config.rollouts, encode, loaded.eos_token_ids, known)
+        def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
+            return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
         vocabulary = loaded.model.get_input_embeddings().get_parameter("weight").shape[0]
+        groups = read_external_rollouts(
+            config.rollouts, encode, decode, loaded.eos_token_ids, vocabulary, prompts.keys()
+        )
         lengths = {name: len(prompt.token_ids) for name, prompt in prompts.items()}
-        check_fit(config.rollouts, groups, lengths, loaded.max_length, vocabulary)
+        check_fit(config.rollouts, groups, lengths, loaded.max_length)
         return {name: groups[name] for name in prompts}
 
     log = RolloutLog(

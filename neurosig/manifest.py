@@ -177,6 +177,19 @@ class Manifest:
     rollouts: Mapping[tuple[str, int], Rollout]
 
     @property
+    def k(self) -> int:
+        """K, the rollouts of each question: what the rows hold, whatever the export's options say.
+
+        Raises:
+            UserError: Questions have different numbers of rollouts.
+        """
+        sizes = sorted({len(row.answers) for row in self.rows if row.vote is not None})
+        if len(sizes) != 1:
+            found = " and ".join(map(str, sizes)) or "none"
+            raise UserError(f"manifest {self.folder}: every question needs the same number of rollouts, found {found}")
+        return sizes[0]
+
+    @property
     def selected(self) -> list[QuestionRow]:
         return [row for row in self.rows if row.selected]
 

@@ -78,11 +78,19 @@ def hallucination_scores(
         n_neurons: Neurons of the model, over all layers.
         probe: Options of the probe.
         seed: Seed of ``random``.
+
+    Raises:
+        ValueError: Questions have different numbers of rollouts.
     """
     signals = list(questions.values())
     ids = torch.cat([signal.ids for signal in signals]).numpy()
     values = torch.cat([signal.values for signal in signals]).float().numpy()
     k = len(signals[0].rollouts)
+    odd = next((name for name, signal in questions.items() if len(signal.rollouts) != k), None)
+    if odd is not None:
+        raise ValueError(
+            f'question "{odd}" has {len(questions[odd].rollouts)} rollouts, the first has {k}; give K of each'
+        )
     shares = np.array([signal.vote.share for signal in signals])
     labels = np.repeat(agreement_labels(shares, probe), k)
     owners = [question_id for question_id in questions for _ in range(k)]
