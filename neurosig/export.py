@@ -130,6 +130,22 @@ class ExportConfig(RolloutOptions):
     batch_tokens: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = TRACE.batch_tokens
     """Tokens per traced batch, padding included; memory and speed only."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.trace_config()
+        self.probe_config()
+        self.part(SelectionConfig)
+
+    def trace_config(self) -> TraceConfig:
+        """How rollouts are traced."""
+        measured = self.neuron_value, self.contribution, self.active_set
+        return TraceConfig(*measured, self.set_size, self.positive_only, self.batch_tokens)
+
+    def probe_config(self) -> ProbeConfig:
+        """How the probe is fitted."""
+        shares = self.probe_agree_share, self.probe_split_share
+        return ProbeConfig(*shares, self.probe_inverse_penalty, self.probe_folds, self.seed)
+
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
@@ -154,11 +170,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
 
-    config.sampling_config()  # refuse options out of range before the model loads
-    config.server_config(config.model)
-    selection = config.part(SelectionConfig)
-    shares = config.probe_agree_share, config.probe_split_share
-    probe = ProbeConfig(*shares, config.probe_inverse_penalty, config.probe_folds, config.seed)
+    config.server_config(config.model)  # refuse options out of range before the model loads
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
     with timer.phase("load model"):
         loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
@@ -177,13 +189,13 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     sites = ffn_sites(loaded.model)
     with timer.phase("score and select"):
         signals = _signals(config, questions, groups, sets)
-        scores = _scores(config, signals, probe, sites.n_layers * sites.d_mlp)
+        scores = _scores(config, signals, sites.n_layers * sites.d_mlp)
         rows = manifest_rows(
             questions,
             signals,
             scores,
             ranked_by=config.hallucination_score,
-            selection=selection,
+            selection=config.part(SelectionConfig),
             prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
         )
     with timer.phase("write"):
@@ -275,17 +287,7 @@ def _trace(
     from neurosig.neurons.signals_file import load_shards, trace_to_shards
     from neurosig.neurons.tracer import NeuronTracer
 
-    tracer = NeuronTracer(
-        loaded.model,
-        TraceConfig(
-            value=config.neuron_value,
-            score=config.contribution,
-            active=config.active_set,
-            set_size=config.set_size,
-            positive_only=config.positive_only,
-            batch_tokens=config.batch_tokens,
-        ),
-    )
+    tracer = NeuronTracer(loaded.model, config.trace_config())
     flat = [(prompts[name].token_ids, r.completion_ids_without_eos) for name, group in groups.items() for r in group]
     with progress(total=len(flat), desc="trace", quiet=config.quiet) as bar:
 
@@ -318,10 +320,10 @@ def _signals(
     return signals
 
 
-def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], probe: ProbeConfig, n_neurons: int) -> Scores:
+def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], n_neurons: int) -> Scores:
     from neurosig.hallucination.scores import hallucination_scores
 
-    scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed)
+    scores = hallucination_scores(signals, n_neurons=n_neurons, probe=config.probe_config(), seed=config.seed)
     if config.hallucination_score not in scores.by_name:
         raise UserError(
             f"--hallucination-score {config.hallucination_score}: the rollouts of {config.rollouts or config.base_url} "

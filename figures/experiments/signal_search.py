@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from neurosig.runtime.cli import CommonConfig, PhaseTimer, progress, run_command
+from neurosig.runtime.shapes import check_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +67,9 @@ class Variant:
     labels: Labels = "agreement"
     layers: tuple[int, int] = (0, 2)
     role: Literal["tried", "control"] = "tried"
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 VARIANTS = (
@@ -280,7 +284,7 @@ def _judge(exported: Exported, trust: Mapping[str, tuple[Array, int]], config: S
         for name, (scores, _) in trust.items():
             values = scores
             if event == "majority is right":
-                values = (scores.reshape(n, k) * stays).sum(axis=1) / stays.sum(axis=1)
+                values = np.where(stays, scores.reshape(n, k), 0).sum(axis=1) / stays.sum(axis=1)
             tried.append(Signal(name, values, "neuron"))
         outputs = [signal for signal in level.signals if signal.kind == "output"]
         analysis = AnalysisConfig(config.seed, config.resamples)

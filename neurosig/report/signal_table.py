@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from neurosig.runtime.shapes import check_choice
 from neurosig.statistics.auroc import (
     LEVEL,
     AnalysisConfig,
@@ -47,6 +48,9 @@ class Signal:
     name: str
     trust: Float[np.ndarray, " n"]
     kind: SignalKind
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, SignalKind)
 
 
 @dataclass(frozen=True, slots=True)

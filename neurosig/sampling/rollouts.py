@@ -15,6 +15,7 @@ from neurosig.runtime.cli import PhaseTimer, progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, write_atomic
 from neurosig.runtime.provenance import check_same_run
+from neurosig.runtime.shapes import check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ class Rollout:
     mean_logprob: float | None = None
     mean_entropy: float | None = None
     mean_self_certainty: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("finish_reason", self.finish_reason, FinishReason)
 
     @property
     def completion_ids_without_eos(self) -> tuple[int, ...]:

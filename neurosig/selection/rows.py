@@ -14,6 +14,7 @@ from neurosig.hallucination.scores import QuestionSignals, Scores
 from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteRecord
 from neurosig.patterns.signatures import representative, signature
 from neurosig.questions.load import Question
+from neurosig.runtime.shapes import check_choice
 from neurosig.selection.choose import Candidate, selection_reasons
 from neurosig.selection.config import SelectionConfig
 from neurosig.selection.contexts import choose_contexts
@@ -37,7 +38,11 @@ def manifest_rows(
         ranked_by: The score that the question filter uses.
         selection: Options of filter and context.
         prompt_tokens: Question id -> tokens of its prompt.
+
+    Raises:
+        UserError: There is no score ``ranked_by``.
     """
+    check_choice("ranked_by", ranked_by, HallucinationScore)
     by_id = {question.id: question for question in questions}
     candidates = [
         _candidate(
