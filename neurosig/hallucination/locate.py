@@ -26,6 +26,7 @@ from neurosig.hallucination.probe import chosen_penalty, cross_fit, inverse_pena
 from neurosig.hallucination.stability import Stability, selection_limit, stability_selection
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
+from neurosig.statistics.arrays import takes_arrays
 
 FORMAT = "neurosig-probe-1"
 
@@ -142,6 +143,7 @@ class HallucinationProbe:
 
     config: ProbeConfig = field(default_factory=lambda: ProbeConfig(inverse_penalty=None))
 
+    @takes_arrays
     def fit(
         self,
         contributions: sparse.csr_array,
@@ -201,6 +203,7 @@ class HallucinationProbe:
         )
 
 
+@takes_arrays
 def stable_neurons(
     matrix: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
@@ -242,6 +245,7 @@ PATH_COLUMNS = ("inverse_penalty", "neurons", "auroc_mean", "auroc_sd", "log_los
 NEURON_COLUMNS = ("layer", "index", "weight", "selection_frequency", "stable", "auroc_alone", "active_share")
 
 
+@takes_arrays
 def neuron_table(
     prepared: Design,
     labels: Int[np.ndarray, " rollouts"],

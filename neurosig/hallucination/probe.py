@@ -23,6 +23,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import design, entry_penalty, fit_l1
 from neurosig.neurons.contributions import PAD
+from neurosig.statistics.arrays import takes_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +48,7 @@ class ProbeResult:
     informative: bool
 
 
+@takes_arrays
 def contribution_matrix(
     ids: Int[np.ndarray, "rollouts size"], values: Float[np.ndarray, "rollouts size"], n_neurons: int
 ) -> sparse.csr_array:
@@ -65,11 +67,13 @@ def contribution_matrix(
     return sparse.csr_array((data[kept], columns[kept], pointers), shape=(len(ids), n_neurons))
 
 
+@takes_arrays
 def agreement_labels(shares: Float[np.ndarray, " questions"], config: ProbeConfig) -> Int[np.ndarray, " questions"]:
     """1 where rollouts split (guessed), 0 where they agree (known), -1 in between."""
     return np.where(shares >= config.agree_share, 0, np.where(shares < config.split_share, 1, -1))
 
 
+@takes_arrays
 def fit_probe(
     contributions: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
@@ -99,6 +103,7 @@ def fit_probe(
     return ProbeResult(scores, prepared.columns[heaviest], weights[heaviest], informative=True)
 
 
+@takes_arrays
 def too_few(labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig) -> str:
     """Why the folds cannot all hold questions of both labels; empty when they can."""
     known, guessed = (len(np.unique(groups[labels == label])) for label in (0, 1))
@@ -111,6 +116,7 @@ def too_few(labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " roll
     )
 
 
+@takes_arrays
 def cross_fit(
     matrix: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
@@ -133,6 +139,7 @@ def cross_fit(
     return scores
 
 
+@takes_arrays
 def regularisation_path(
     matrix: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
@@ -170,6 +177,7 @@ def regularisation_path(
     return pd.DataFrame(table)
 
 
+@takes_arrays
 def inverse_penalties(
     matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"], config: ProbeConfig
 ) -> list[float]:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from neurosig.runtime.shapes import check_choice
+from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.auroc import (
     LEVEL,
     AnalysisConfig,
@@ -101,6 +102,7 @@ class SignalRow:
         return "; ".join(parts)
 
 
+@takes_arrays
 def analyse(
     signals: Sequence[Signal],
     right: Bool[np.ndarray, " n"] | None,
