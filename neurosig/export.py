@@ -190,7 +190,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     with timer.phase("score and select"):
         signals = _signals(config, questions, groups, sets)
         scores = _scores(config, signals, sites.n_layers * sites.d_mlp)
-        rows = manifest_rows(
+        rows, note = manifest_rows(
             questions,
             signals,
             scores,
@@ -199,7 +199,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
             prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
         )
     with timer.phase("write"):
-        _write(config, loaded, questions, rows, groups, sets, scores, sites)
+        _write(config, loaded, questions, rows, groups, sets, scores, sites, note)
     shutil.rmtree(work)
     _report(config, rows, groups)
 
@@ -341,6 +341,7 @@ def _write(
     sets: ActiveSets,
     scores: Scores,
     sites: FFNSites,
+    note: str,
 ) -> None:
     import neurosig
     from neurosig.manifest import write_manifest
@@ -353,7 +354,7 @@ def _write(
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
     external = None if config.rollouts is None else {"rollouts_sha256": sha256_file(config.rollouts)}
-    header = {
+    header: dict[str, object] = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
         "model": info,
         "tokenizer": tokenizer,
@@ -361,6 +362,9 @@ def _write(
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
     }
+    if note:
+        logger.warning("%s", note)
+        header["notes"] = [note]
     write_atomic(config.out / "run.json", json.dumps(run_record(), indent=1) + "\n")
     write_manifest(
         config.out,

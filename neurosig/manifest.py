@@ -129,7 +129,8 @@ class FileEntry(_Strict):
 
 
 class Header(_Strict):
-    """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts."""
+    """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts.
+    ``notes`` say what an option could not decide, such as a cut through equal scores."""
 
     format: Literal["neurosig-manifest"]
     schema_version: str
@@ -142,6 +143,7 @@ class Header(_Strict):
     options: dict[str, Any]
     counts: dict[str, int]
     files: dict[str, FileEntry]
+    notes: list[str] = []
 
     def prompt_config(self) -> PromptConfig:
         """Wording of the prompts."""
@@ -211,7 +213,7 @@ def write_manifest(
         rollouts: In the order of ``rows``.
         signals: The bytes of ``signals.safetensors``.
         neurons_csv: The text of ``neurons.csv``.
-        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling`` and ``options``.
+        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling`` and ``options``; ``notes``, if any.
     """
     rollout_lines = [rollout.to_json() for rollout in rollouts]
     contents: dict[str, tuple[bytes, int | None]] = {

@@ -22,7 +22,14 @@ from sklearn.metrics import roc_auc_score
 
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import Design, design, fit_l1
-from neurosig.hallucination.probe import chosen_penalty, cross_fit, inverse_penalties, regularisation_path, too_few
+from neurosig.hallucination.probe import (
+    chosen_penalty,
+    cross_fit,
+    inverse_penalties,
+    no_contrast,
+    regularisation_path,
+    too_few,
+)
 from neurosig.hallucination.stability import Stability, selection_limit, stability_selection
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
@@ -172,8 +179,8 @@ class HallucinationProbe:
         if shortage:
             raise UserError(f"probe: {shortage}; label more questions or lower the number of folds")
         prepared = design(contributions, config.min_active_share)
-        if not len(prepared.columns):
-            raise UserError("probe: no neuron is active in enough rollouts; lower min_active_share")
+        if nothing := no_contrast(prepared.matrix, labels):
+            raise UserError(f"probe: {nothing}; lower min_active_share or give other rollouts")
         path = regularisation_path(prepared.matrix, labels, groups, config)
         scores = cross_fit(prepared.matrix, labels, groups, config)
 

@@ -39,13 +39,18 @@ class ProbeResult:
         scores: Probability that a rollout's question is guessed, from the fold that did not see the question.
         neurons: Column of each neuron with a weight, heaviest first.
         weights: Their weights on contributions scaled to a largest magnitude of 1; positive points to hallucination.
-        informative: False when one class is too small to learn from; all scores are then 0.5.
+        shortage: Why there was nothing to learn from; all scores are then 0.5. Empty for a probe that was fitted.
     """
 
     scores: Float[np.ndarray, " rollouts"]
     neurons: Int[np.ndarray, " neurons"]
     weights: Float[np.ndarray, " neurons"]
-    informative: bool
+    shortage: str = ""
+
+    @property
+    def informative(self) -> bool:
+        """Whether the probe learned anything."""
+        return not self.shortage
 
 
 @takes_arrays
@@ -90,17 +95,35 @@ def fit_probe(
     """
     groups = np.unique(np.asarray(question_ids), return_inverse=True)[1]
     shortage = too_few(labels, groups, config)
-    if shortage:
-        logger.warning("probe: no signal: %s, so every hallucination score is 0.5", shortage)
-        empty = np.empty(0)
-        return ProbeResult(np.full(len(labels), 0.5), empty.astype(np.int64), empty, informative=False)
     prepared = design(contributions, config.min_active_share)
+    shortage = shortage or no_contrast(prepared.matrix, labels)
+    if shortage:
+        return _without_signal(shortage, len(labels))
     scores = cross_fit(prepared.matrix, labels, groups, config)
     labelled = np.flatnonzero(labels >= 0)
     penalty = _penalty(prepared.matrix, labels, groups, config)
     weights = fit_l1(prepared.matrix[labelled], labels[labelled], penalty, config.seed).coef_[0]
     heaviest = np.argsort(-np.abs(weights), kind="stable")[: np.count_nonzero(weights)]
-    return ProbeResult(scores, prepared.columns[heaviest], weights[heaviest], informative=True)
+    if not len(heaviest) and np.ptp(scores) < 1e-6:
+        return _without_signal("no neuron tells the two apart at this penalty", len(labels))
+    return ProbeResult(scores, prepared.columns[heaviest], weights[heaviest])
+
+
+def _without_signal(shortage: str, rollouts: int) -> ProbeResult:
+    logger.warning("probe: no signal: %s, so every hallucination score is 0.5", shortage)
+    empty = np.empty(0)
+    return ProbeResult(np.full(rollouts, 0.5), empty.astype(np.int64), empty, shortage)
+
+
+@takes_arrays
+def no_contrast(matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"]) -> str:
+    """Why no probe can tell the labelled rollouts apart by these contributions; empty when one may."""
+    if not matrix.shape[1]:
+        return "no neuron is active in enough rollouts"
+    labelled = matrix[np.flatnonzero(labels >= 0)]
+    if not (labelled.max(axis=0) - labelled.min(axis=0)).count_nonzero():
+        return "every neuron contributes the same to all rollouts"
+    return ""
 
 
 @takes_arrays

@@ -169,6 +169,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "rollouts": f"{len(manifest.rollouts)}, K={manifest.k}, {where}, seed {options['seed']}",
         "outcome": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
     }
+    facts |= {"note": "; ".join(header.notes)} if header.notes else {}
     named = ("neuron_value", "contribution", "active_set", "set_size", "hallucination_score", "question_filter")
     facts |= {name.replace("_", " "): str(options[name]) for name in named if name in options}
     return facts | {"manifest": f"{manifest.folder} (content {header.content_sha256[:12]})"}
