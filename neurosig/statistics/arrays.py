@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from neurosig.runtime.errors import UserError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _TYPES: dict[str, tuple[type, type, str]] = {
@@ -27,7 +29,7 @@ def takes_arrays(function: Callable[P, R]) -> Callable[P, R]:
     annotated type is passed on as it is.
 
     Raises:
-        ValueError: Naming the argument: it holds something else.
+        UserError: Naming the argument: it holds something else.
     """
     signature = inspect.signature(function)
     kinds = {
@@ -54,8 +56,8 @@ def _array(name: str, value: Any, kind: str) -> Any:
     if np.issubdtype(array.dtype, accepted):
         return array
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: expected {expected}, got {array.dtype.name} values such as {array.flat[0]!r}")
+        raise UserError(f"{name}: expected {expected}, got {array.dtype.name} values such as {array.flat[0]!r}")
     same: Any = array.astype(target)
     if (same != array).any():
-        raise ValueError(f"{name}: expected {expected}, got {array[same != array].flat[0]}")
+        raise UserError(f"{name}: expected {expected}, got {array[same != array].flat[0]}")
     return same

@@ -24,7 +24,7 @@ def test_k_is_what_the_rollouts_file_holds(tmp_path: Path, caplog: pytest.LogCap
     folder = write_world(tmp_path)
     files: dict[str, Any] = {"rollouts": folder / "rollouts.jsonl", "num_generations": 8, "question_filter": "neuron"}
     given = export_config(folder, folder / "model", folder / "questions.jsonl", **files)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="neurosig"):
         export(given)
     assert f"K={K}, as {folder / 'rollouts.jsonl'} holds; --num-generations 8 does not apply" in caplog.text
     manifest = read_manifest(folder / "manifest")
@@ -46,7 +46,7 @@ def test_only_the_asked_questions_of_a_rollouts_file_are_read(tmp_path: Path, ca
     options: dict[str, Any] = {"limit": 10, "question_filter": "all", "hallucination_score": "agreement"}
     (folder / "few.jsonl").write_text("".join(lines.splitlines(keepends=True)[: 10 * K]))
     for name in ("more", "few"):
-        with caplog.at_level("INFO"):
+        with caplog.at_level("INFO", logger="neurosig"):
             export(export_config(folder, folder / "model", folder / "questions.jsonl", name,
                                  rollouts=folder / f"{name}.jsonl", **options))  # fmt: skip
     more, few = (read_manifest(folder / name) for name in ("more", "few"))
