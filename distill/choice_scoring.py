@@ -21,6 +21,7 @@ from distill.results import ChoiceForm
 from neurosig.models.completion_hidden import completion_hidden, head_logits
 from neurosig.models.finite import first_not_finite
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_choice
 from neurosig.sampling.rollouts import Rollout
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _OPENED = "Answer:"
 
 def completions(question: Question, form: ChoiceForm, prompt: str) -> list[str]:
     """The reply scored for each choice, after a prompt that may end in ``Answer:`` (``--template plain``)."""
+    check_choice("form", form, ChoiceForm)
     replies = [choice.strip() for choice in question.choices or ()]
     if form == "letter":
         replies = list(ascii_uppercase[: len(replies)])

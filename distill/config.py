@@ -12,7 +12,7 @@ from neurosig.options import SamplerOptions
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
-from neurosig.runtime.shapes import Above0, AtLeast, Shapes, check_bounds, option_names
+from neurosig.runtime.shapes import Above0, AtLeast, Shapes, option_names
 
 if TYPE_CHECKING:
     from neurosig.manifest import Manifest
@@ -55,7 +55,7 @@ class TrainConfig(SamplerOptions):
     learning_rate: Annotated[float, Shapes.TRAINING, Above0] = 5e-4
     """Peak learning rate of AdamW."""
     warmup_steps: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 3
-    """Steps of linear warm-up, then constant."""
+    """Steps of linear warm-up, then constant; a step whose rollouts are all masked makes no update, but counts."""
     max_grad_norm: Annotated[float, Shapes.TRAINING, Above0] = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     full: Annotated[bool, Shapes.TRAINING] = False
@@ -127,8 +127,8 @@ class TrainConfig(SamplerOptions):
     replay_weight: Annotated[float, Shapes.TRAINING, Above0] = 1.0
     """Weight of the --replay prompts in the loss, above 0."""
     stop_on_collapse: Annotated[bool, Shapes.TRAINING, Section.STOPPING] = True
-    """Stop when completion lengths change by half, or entropy or distinct trigrams fall below half, and return to the
-    last checkpoint before that."""
+    """Stop when completion lengths change by half, distinct trigrams fall below half, or the student's entropy falls
+    below half of the teacher's, and return to the last checkpoint before that."""
     collapse_window: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 10
     """Steps whose mean is compared with the mean of the first steps."""
     license: Annotated[str | None, Shapes.PLACE, Section.OUTPUT] = None
@@ -154,6 +154,15 @@ class TrainConfig(SamplerOptions):
     """Recompute the student's activations in the backward pass to save memory."""
     compile: Annotated[bool, Shapes.TRAINING | Shapes.DISTILLATION] = False
     """Compile the student's layers for training with torch.compile."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema-decay: expected 0 to below 1, got {self.ema_decay}")
+        if self.divergence == "jsd" and not 0 < self.beta < 1:
+            raise UserError(f"--beta: expected strictly between 0 and 1, got {self.beta}; its ends are the two KLs")
+        if self.divergence == "sampled_token" and (self.topk or self.clip != "none"):
+            raise UserError("--divergence sampled_token scores one entry per token; leave out --topk and --clip")
 
     @property
     def on_disagreeing(self) -> bool:
@@ -184,21 +193,14 @@ def check_options(config: TrainConfig) -> None:
     Raises:
         UserError: Naming the flag and its bounds.
     """
-    check_bounds(config)
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("--attn-implementation flash_attention_2: the package flash-attn is not installed; use sdpa")
     for name in config.report_to:
         if find_spec(name) is None:
             raise UserError(f"--report-to {name}: not installed; run `pip install 'neurosig[trackers]'`")
     _check_method(config)
-    if not 0 <= config.ema_decay < 1:
-        raise UserError(f"--ema-decay: expected 0 to below 1, got {config.ema_decay}")
     if config.replay is not None and config.teacher == "live":
         raise UserError("--replay teaches nothing with --teacher live, which sees the same prompt; choose base or ema")
-    if config.divergence == "jsd" and not 0 < config.beta < 1:
-        raise UserError(f"--beta: expected strictly between 0 and 1, got {config.beta}; its ends are the two KLs")
-    if config.divergence == "sampled_token" and (config.topk or config.clip != "none"):
-        raise UserError("--divergence sampled_token scores one entry per token; leave out --topk and --clip")
     if config.sampler == "openai" or config.base_url is not None:
         _check_server_options(config)
 

@@ -139,7 +139,7 @@ def fresh_accuracy(
     tasks = [task for task in tasks if task.id in gold]
     if not tasks:
         raise UserError(f"manifest {manifest.folder}: no selected question has a gold answer to measure a gain by")
-    k = num_generations or options["num_generations"]
+    k = num_generations or manifest.k
     sampling = manifest.header.sampling_config(num_generations=k, seed=seed)
     prompts = [Prompt(task.id, task.teacher_prompt if teacher else task.student_prompt) for task in tasks]
     right, reader = {}, manifest.header.answer_reader()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"]
 ClipName = Literal["none", "pointwise", "token"]
@@ -102,9 +103,7 @@ class Divergence:
     chunk_size: int = 256
 
     def __post_init__(self) -> None:
-        for option, value, choices in (("divergence", self.name, DivergenceName), ("clip", self.clip, ClipName)):
-            if value not in get_args(choices):
-                raise UserError(f"{option} is {value!r}; choose one of {', '.join(get_args(choices))}")
+        check_config(self)
         for option in ("temperature", "clip_value", "chunk_size", "softcap"):
             if (value := getattr(self, option)) is not None and not value > 0:
                 raise UserError(f"{option} is {value}; it must be above 0")

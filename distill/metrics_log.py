@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Metrics = Mapping[str, float | int]
+Metrics = Mapping[str, Any]
+"""Name -> number; ``None`` where the step has nothing to measure, as when every rollout was masked."""
 METRICS = "metrics.jsonl"
 PROJECT = "neurosig"
 
@@ -67,14 +68,15 @@ class MetricsLog(contextlib.ExitStack):
             return
         if not metrics["tokens_in_loss"]:
             logger.warning(
-                "step %d: every rollout was masked (%.0f%% finished with EOS), so nothing was learned; raise "
+                "step %d: every rollout was masked (%.0f%% finished with EOS); no update was made; raise "
                 "--max-new-tokens or pass --keep-truncated", metrics["step"], 100 * metrics["eos_rate"],
             )  # fmt: skip
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
+        measured = {name: value for name, value in metrics.items() if value is not None}
         for tracker in self._trackers:
-            tracker.log(dict(metrics), step=int(metrics["step"]))
-        self._bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "entropy_gap") if name in metrics})
+            tracker.log(measured, step=int(metrics["step"]))
+        self._bar.set_postfix({name: f"{measured[name]:.3f}" for name in ("loss", "entropy_gap") if name in measured})
         self._bar.update()
 
 
@@ -98,7 +100,7 @@ def check_finite(metrics: Metrics, question_ids: Sequence[str]) -> None:
         UserError: Naming the step and its questions.
     """
     for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
+        if not math.isfinite(metrics[name] or 0.0):
             questions = f" (question ids {', '.join(question_ids)})" if question_ids else ""
             raise UserError(
                 f"step {metrics['step']}: {name} is {metrics[name]}{questions}; the last checkpoint is kept, lower "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from distill.config import TrainConfig
     from distill.distributed import Ranks
+    from distill.metrics_log import Metrics
     from neurosig.manifest import Manifest
     from neurosig.models.load import LoadedModel
 
@@ -48,11 +50,16 @@ def write_final(
     loaded: LoadedModel,
     model: PreTrainedModel,
     adapter: PeftModel | None,
-    history: Sequence[Mapping[str, float | int]],
+    history: Sequence[Metrics],
+    asked: Sequence[Collection[str]],
     stopped: Mapping[str, Any] | None,
     ranks: Ranks,
 ) -> None:
     """Write ``adapter/`` (or ``model/``), and then the run record, whose presence means that the run is complete.
+
+    Of a run that went back to an earlier checkpoint, the record's ``last``, ``updates`` and ``questions_seen`` and the
+    card describe the weights that were kept; its budget is what the whole run spent.
+    ``history`` holds the metrics and ``asked`` the question ids of every step.
 
     Raises:
         UserError: The disk is full; or the run is complete, but its upload failed.
@@ -63,6 +70,7 @@ def write_final(
         weights = ranks.whole_tensors(model.state_dict().items() if adapter is None else trained)
     if not ranks.main:
         return
+    kept = history[: stopped["weights_of_step"]] if stopped else history
     target = config.out / ("model" if adapter is None else "adapter")
     written = [p for p in (adapter or model).parameters() if p.requires_grad or adapter is None]
     needed = sum(p.numel() * p.element_size() for p in written) + len(loaded.tokenizer.backend_tokenizer.to_str())
@@ -82,11 +90,13 @@ def write_final(
             "manifest_sha256": manifest.header.content_sha256,
             "domains": sorted({row.domain for row in manifest.rows}),
             "questions_selected": len(manifest.selected),
+            "questions_seen": len({name for names in asked[: len(kept)] for name in names}),
+            "updates": sum(step["tokens_in_loss"] > 0 for step in kept),
             "budget": token_budget(manifest, history),
             "model": loaded.info.as_dict(),
             "weights": {file.name: sha256_file(file) for file in sorted(aside.glob("*.safetensors"))},
             "first": history[0],
-            "last": history[-1],
+            "last": kept[-1],
             "stopped": stopped,
             "run": run_record(),
         }
@@ -95,15 +105,16 @@ def write_final(
         (aside / RECORD).write_text(text, encoding="utf-8")
     write_atomic(config.out / RECORD, text)
     watched = next(name for name in ("entropy_gap", "reward", "loss") if name in history[0])
+    values = [step[watched] for step in kept if step[watched] is not None] or [math.nan]
     logger.info(
-        "%s: %d steps, %d tokens generated, %s %.3f -> %.3f", target, len(history),
-        record["budget"]["generated_tokens"], watched.replace("_", " "), history[0][watched], history[-1][watched],
+        "%s: %d steps, %d updates, %d tokens generated, %s %.3f -> %.3f", target, len(kept), record["updates"],
+        record["budget"]["generated_tokens"], watched.replace("_", " "), values[0], values[-1],
     )  # fmt: skip
     if config.push_to_hub is not None:
         _push(target, config.push_to_hub)
 
 
-def token_budget(manifest: Manifest, history: Sequence[Mapping[str, float | int]]) -> dict[str, int]:
+def token_budget(manifest: Manifest, history: Sequence[Metrics]) -> dict[str, int]:
     """Tokens that a run spent, counted alike for every method: the manifest's rollouts, and sums over its steps.
 
     ``generated_tokens`` are sampled in training, ``trained_tokens`` are in the loss, ``teacher_tokens`` are read by a

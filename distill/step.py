@@ -17,6 +17,7 @@ from distill.tasks import Task
 from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import logit_softcap
 from neurosig.runtime.cli import PhaseTimer
+from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def learn(
     timer: PhaseTimer | None = None,
     ranks: Ranks = ALONE,
     left_out: Collection[tuple[str, int]] = (),
-) -> dict[str, float]:
-    """One optimizer step on a global batch.
+) -> dict[str, float | None]:
+    """One optimizer step on a global batch; without a rollout in the loss, neither student nor teacher is updated.
 
     The loss is a weighted mean of the divergence: over all completion tokens that are in it, each with its question's
     weight (``token``), or over its rollouts, each with the mean of its tokens (``sequence``). Each rank computes the
@@ -68,22 +69,29 @@ def learn(
 
     Returns:
         The step's metrics. Divergence and entropies, in nats, are unweighted means over the tokens in the loss, without
-        those of replayed prompts, whose divergence is a metric of its own.
+        those of replayed prompts, whose divergence is a metric of its own; ``None`` without any such token. Questions
+        of weight 0 are in no metric.
+
+    Raises:
+        UserError: Every question has weight 0.
     """
+    pairs = [(task, rollout) for task, rollout in pairs if task.weight]
+    if not pairs:
+        raise UserError("every question of the step has weight 0; leave such questions out")
     forward = forward or TrainingForward(model)
     timer = timer or PhaseTimer()
     rows = _rows_in_loss(config, pairs, left_out)
     total = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows)
     replayed = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows if row.task.replay)
-    sums = dict.fromkeys(("loss", "divergence", "teacher_entropy", "student_entropy", "clip_fraction"), 0.0)
-    if any(task.replay for task, _ in pairs):
-        sums["replay_divergence"] = 0.0
-
+    counts = {"loss": total, "clip_fraction": total}  # tokens that each mean is over
+    counts |= dict.fromkeys(("divergence", "teacher_entropy", "student_entropy"), total - replayed)
+    counts |= {"replay_divergence": replayed} if any(task.replay for task, _ in pairs) else {}
+    sums = dict.fromkeys(counts, 0.0)
     optimizer.zero_grad(set_to_none=True)
     for batch in _micro_batches(config, rows, ranks):
         for name, value in _backward(config, model, teacher, batch, forward, timer, total, replayed).items():
             sums[name] += value
-    norm = 0.0
+    norm = None
     with timer.phase("optimizer", synchronize=True):
         if rows:
             parameters = optimizer.param_groups[0]["params"]
@@ -91,17 +99,17 @@ def learn(
             norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
             if math.isfinite(norm):
                 optimizer.step()
-        teacher.update()
+            teacher.update()
     for phase in ("teacher", "student", "optimizer"):
         timer.add_tokens(phase, total)
 
     parts = ranks.gather(sums)
-    sums = {name: math.fsum(part[name] for part in parts) for name in sums}
+    sums = {name: math.fsum(part[name] for part in parts) for name in counts}
     rollouts = [rollout for _, rollout in pairs]
     teacher_prompts = {row.task.id: row.task.teacher_prompt for row in rows}
     return {
-        **sums,
-        "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"],
+        **{name: value if counts[name] else None for name, value in sums.items()},
+        "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"] if total > replayed else None,
         "grad_norm": norm,
         **rollout_metrics(rollouts),
         "rollouts_in_loss": float(len(rows)),
@@ -126,10 +134,7 @@ def _rows_in_loss(
     ]
     shares = [task.weight * (1.0 if config.loss_mean == "token" else 1.0 / length) for task, _, length in kept]
     mass = sum(share * length for share, (_, _, length) in zip(shares, kept, strict=True))
-    return [
-        _Row(task, rollout, share / mass if mass else 0.0)
-        for (task, rollout, _), share in zip(kept, shares, strict=True)
-    ]
+    return [_Row(task, rollout, share / mass) for (task, rollout, _), share in zip(kept, shares, strict=True)]
 
 
 def _micro_batches(config: TrainConfig, rows: Sequence[_Row], ranks: Ranks) -> Iterator[Sequence[_Row]]:

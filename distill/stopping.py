@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distill.metrics_log import Metrics
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import PromptBuilder
 from neurosig.questions.vote import vote_accuracy
@@ -41,7 +42,7 @@ Draw = Callable[[Sequence[Prompt], SamplingConfig, str], Sequence[Sequence[Rollo
 
 
 def stop_reason(
-    config: TrainConfig, step: int, history: Sequence[Mapping[str, float | int]], development: Development | None
+    config: TrainConfig, step: int, history: Sequence[Metrics], development: Development | None
 ) -> tuple[str, int] | None:
     """Why to stop after ``step`` and the last step whose weights are good; ``None`` to go on.
 
@@ -52,7 +53,7 @@ def stop_reason(
         development: The development split, measured here whenever the run is saved.
     """
     reason = collapse(history, config.collapse_window) if config.stop_on_collapse else None
-    good = step - config.collapse_window
+    good = 0 if reason is None else int(_with_loss(history)[-config.collapse_window]["step"]) - 1
     if development is not None and config.saves_after(step):
         development.measure(step)
         if reason is None:
@@ -60,15 +61,19 @@ def stop_reason(
     return None if reason is None else (reason, good)
 
 
-def collapse(metrics: Sequence[Mapping[str, float | int]], window: int) -> str | None:
-    """Why the last ``window`` steps count as collapsed against the first; ``None`` when they do not.
+def collapse(metrics: Sequence[Metrics], window: int) -> str | None:
+    """Why the last ``window`` steps count as collapsed; ``None`` when they do not.
 
-    Steps differ in their questions, so means over windows are compared, from the time two windows are complete.
+    Lengths and distinct trigrams are compared with those of the first ``window`` steps, the student's entropy with the
+    teacher's in the same steps: a student that follows a sharp teacher is no collapse. Steps differ in their questions,
+    so means over windows are compared, from the time two windows are complete. Steps in which every rollout was masked
+    do not count.
 
     Args:
-        metrics: ``mean_length``, ``student_entropy`` and ``distinct_3`` of every step so far.
+        metrics: ``mean_length``, ``student_entropy``, ``teacher_entropy`` and ``distinct_3`` of every step so far.
         window: Steps per mean.
     """
+    metrics = _with_loss(metrics)
     if len(metrics) < 2 * window:
         return None
 
@@ -79,14 +84,18 @@ def collapse(metrics: Sequence[Mapping[str, float | int]], window: int) -> str |
     start, now = means("mean_length")
     if not start / LENGTH_RATIO <= now <= start * LENGTH_RATIO:
         return f"the mean length went from {start:.1f} to {now:.1f} tokens"
-    for name, ratio, message in (
-        ("student_entropy", ENTROPY_RATIO, "the student's entropy fell from {:.3f} to {:.3f} nats"),
-        ("distinct_3", DISTINCT_RATIO, "the share of distinct trigrams fell from {:.2f} to {:.2f}"),
-    ):
-        start, now = means(name)
-        if now < ratio * start:
-            return message.format(start, now)
+    student, teacher = means("student_entropy")[1], means("teacher_entropy")[1]
+    if student < ENTROPY_RATIO * teacher:
+        return f"the student's entropy is {student:.3f} nats, the teacher's {teacher:.3f}"
+    start, now = means("distinct_3")
+    if now < DISTINCT_RATIO * start:
+        return f"the share of distinct trigrams fell from {start:.2f} to {now:.2f}"
     return None
+
+
+def _with_loss(metrics: Sequence[Metrics]) -> list[Metrics]:
+    """The steps that had a rollout in the loss."""
+    return [step for step in metrics if step["student_entropy"] is not None]
 
 
 class Development:

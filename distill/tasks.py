@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neurosig.manifest import Header, Manifest
+from neurosig.manifest import Header, Manifest, QuestionRow
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import Demonstration, PromptBuilder
@@ -78,19 +78,15 @@ def training_tasks(config: TrainConfig, manifest: Manifest, loaded: LoadedModel,
 
 
 def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
-    """Prompts of every selected question; none is ever truncated.
+    """Prompts of every selected question whose weight is not 0; none is ever truncated.
 
     Raises:
-        UserError: Nothing is selected, or a prompt and its completion exceed the model's positions.
+        UserError: See `trained_rows`; or a prompt and its completion exceed the model's positions.
     """
     builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
-    selected = manifest.selected
-    if not selected:
-        counts = ", ".join(f"{n} {reason}" for reason, n in manifest.header.counts.items() if reason != "questions")
-        raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected ({counts})")
     by_id = {row.question_id: row.as_question() for row in manifest.rows}
     tasks = []
-    for row in selected:
+    for row in trained_rows(manifest):
         context = [
             Demonstration(by_id[item.question_id], manifest.rollouts[item.question_id, item.rollout_id].text)
             for item in row.context
@@ -98,6 +94,23 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
         question = by_id[row.question_id]
         tasks.append(Task(question.id, builder.student(question), builder.teacher(question, context), row.weight))
     return _fitting(tasks, loaded, max_new_tokens)
+
+
+def trained_rows(manifest: Manifest) -> list[QuestionRow]:
+    """The selected questions whose weight is not 0.
+
+    Raises:
+        UserError: There is none.
+    """
+    place, selected = f"manifest {manifest.folder}", manifest.selected
+    if not selected:
+        counts = ", ".join(f"{n} {reason}" for reason, n in manifest.header.counts.items() if reason != "questions")
+        raise UserError(f"{place}: 0 of {len(manifest.rows)} questions selected ({counts})")
+    if not any(row.weight for row in selected):
+        raise UserError(
+            f"{place}: all {len(selected)} selected questions have weight 0; export again with other weights"
+        )
+    return [row for row in selected if row.weight]
 
 
 def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: float, max_new_tokens: int) -> list[Task]:

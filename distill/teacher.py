@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.distributed import Ranks
 from distill.student import effective_weights, in_place
+from neurosig.runtime.shapes import check_choice
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,6 +40,7 @@ class Teacher:
     """
 
     def __init__(self, name: TeacherName, model: PreTrainedModel, adapter: PeftModel | None, ema_decay: float = 0.99):
+        check_choice("teacher", name, TeacherName)
         self.name = name
         self._model = model
         self._adapter = adapter

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -65,7 +65,8 @@ class ExportConfig(RolloutOptions):
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the manifest."""
     rollouts: Annotated[Path | None, Shapes.ROLLOUTS] = None
-    """JSONL of rollouts that replace sampling: question_id, text, optional completion_ids and finish_reason."""
+    """JSONL of rollouts that replace sampling: question_id, text, optional completion_ids and finish_reason. K is the
+    number that the file holds of every question; lines of other questions are left out."""
     reuse: Annotated[Path | None, Shapes.PLACE] = None
     """Finished export with the same questions, sampling and tracing; only scoring and selection are done again."""
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "train"
@@ -137,6 +138,29 @@ class ExportConfig(RolloutOptions):
     batch_tokens: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = TRACE.batch_tokens
     """Tokens per traced batch, padding included; memory and speed only."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.trace_config()
+        self.probe_config()
+        self.part(SelectionConfig)
+
+    def trace_config(self) -> TraceConfig:
+        """How rollouts are traced."""
+        measured = self.neuron_value, self.contribution, self.active_set
+        return TraceConfig(*measured, self.set_size, self.positive_only, self.batch_tokens)
+
+    def probe_config(self) -> ProbeConfig:
+        """How the probe is fitted."""
+        shares = self.probe_agree_share, self.probe_split_share
+        return ProbeConfig(
+            *shares,
+            self.probe_inverse_penalty,
+            folds=self.probe_folds,
+            groups=self.probe_groups,
+            fold_seeds=self.probe_fold_seeds,
+            seed=self.seed,
+        )
+
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
@@ -162,19 +186,8 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
 
-    config.sampling_config()  # refuse options out of range before the model loads
-    config.server_config(config.model)
+    config.server_config(config.model)  # refuse options out of range before the model loads
     config.check_answer_parser()
-    selection = config.part(SelectionConfig)
-    shares = config.probe_agree_share, config.probe_split_share
-    probe = ProbeConfig(
-        *shares,
-        config.probe_inverse_penalty,
-        folds=config.probe_folds,
-        groups=config.probe_groups,
-        fold_seeds=config.probe_fold_seeds,
-        seed=config.seed,
-    )
     questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
     groups_of_folds = fold_groups(questions, config.probe_groups)
     with timer.phase("load model"):
@@ -190,23 +203,33 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
             groups = _rollouts(config, loaded, questions, prompts, work, timer)
         with timer.phase("trace"):
             sets = _trace(config, loaded, prompts, groups, work, timer)
+    config = _with_k(config, len(next(iter(groups.values()))))
     sites = ffn_sites(loaded.model)
     with timer.phase("score and select"):
         reader = config.answer_reader(loaded)
         signals = _signals(reader, questions, groups, sets)
-        scores = _scores(config, signals, probe, sites.n_layers * sites.d_mlp, groups_of_folds)
-        rows = manifest_rows(
+        scores = _scores(config, signals, sites.n_layers * sites.d_mlp, groups_of_folds)
+        rows, note = manifest_rows(
             questions,
             signals,
             scores,
             ranked_by=config.hallucination_score,
-            selection=selection,
+            selection=config.part(SelectionConfig),
             prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
         )
     with timer.phase("write"):
-        _write(config, loaded, reader, questions, rows, groups, sets, scores, sites)
+        _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note)
     shutil.rmtree(work)
     _report(config, rows, groups)
+
+
+def _with_k(config: ExportConfig, k: int) -> ExportConfig:
+    """The options, with the K that ``--rollouts`` holds."""
+    if k != config.num_generations:
+        logger.info(
+            "K=%d, as %s holds; --num-generations %d does not apply", k, config.rollouts, config.num_generations
+        )
+    return replace(config, num_generations=k)
 
 
 def _prompts(
@@ -245,11 +268,15 @@ def _rollouts(
         def encode(text: str) -> list[int]:
             return list(loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-        known = {question.id for question in questions}
-        groups = read_external_rollouts(config.rollouts, encode, loaded.eos_token_ids, known)
+        def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
+            return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
         vocabulary = loaded.model.get_input_embeddings().get_parameter("weight").shape[0]
+        groups = read_external_rollouts(
+            config.rollouts, encode, decode, loaded.eos_token_ids, vocabulary, prompts.keys()
+        )
         lengths = {name: len(prompt.token_ids) for name, prompt in prompts.items()}
-        check_fit(config.rollouts, groups, lengths, loaded.max_length, vocabulary)
+        check_fit(config.rollouts, groups, lengths, loaded.max_length)
         return {name: groups[name] for name in prompts}
 
     log = RolloutLog(
@@ -279,17 +306,7 @@ def _trace(
     from neurosig.neurons.signals_file import load_shards, trace_to_shards
     from neurosig.neurons.tracer import NeuronTracer
 
-    tracer = NeuronTracer(
-        loaded.model,
-        TraceConfig(
-            value=config.neuron_value,
-            score=config.contribution,
-            active=config.active_set,
-            set_size=config.set_size,
-            positive_only=config.positive_only,
-            batch_tokens=config.batch_tokens,
-        ),
-    )
+    tracer = NeuronTracer(loaded.model, config.trace_config())
     flat = [(prompts[name].token_ids, r.completion_ids_without_eos) for name, group in groups.items() for r in group]
     with progress(total=len(flat), desc="trace", quiet=config.quiet) as bar:
 
@@ -322,12 +339,12 @@ def _signals(
 def _scores(
     config: ExportConfig,
     signals: Mapping[str, QuestionSignals],
-    probe: ProbeConfig,
     n_neurons: int,
     fold_groups: Mapping[str, str] | None,
 ) -> Scores:
     from neurosig.hallucination.scores import hallucination_scores
 
+    probe = config.probe_config()
     scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed, fold_groups=fold_groups)
     if config.hallucination_score not in scores.by_name:
         raise UserError(
@@ -347,6 +364,7 @@ def _write(
     sets: ActiveSets,
     scores: Scores,
     sites: FFNSites,
+    note: str,
 ) -> None:
     import neurosig
     from neurosig.manifest import write_manifest
@@ -359,7 +377,7 @@ def _write(
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
     external = None if config.rollouts is None else {"rollouts_sha256": sha256_file(config.rollouts)}
-    header = {
+    header: dict[str, object] = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
         "model": info,
         "tokenizer": tokenizer,
@@ -368,6 +386,9 @@ def _write(
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
         "answers": reader.record(),
     }
+    if note:
+        logger.warning("%s", note)
+        header["notes"] = [note]
     write_atomic(config.out / "run.json", json.dumps(run_record(), indent=1) + "\n")
     write_manifest(
         config.out,

@@ -144,7 +144,8 @@ class FileEntry(_Strict):
 
 class Header(_Strict):
     """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts,
-    ``answers`` is the record of their `AnswerReader`."""
+    ``answers`` is the record of their `AnswerReader`; ``notes`` say what an option could not decide, such as a cut
+    through equal scores."""
 
     format: Literal["neurosig-manifest"]
     schema_version: str
@@ -158,6 +159,7 @@ class Header(_Strict):
     answers: dict[str, Any] = Field(default_factory=dict)
     counts: dict[str, int]
     files: dict[str, FileEntry]
+    notes: list[str] = []
 
     def answer_reader(self, answer_parser: str | None = None) -> AnswerReader:
         """How the rollouts were parsed and merged; see `AnswerReader.from_record`."""
@@ -197,6 +199,19 @@ class Manifest:
     rollouts: Mapping[tuple[str, int], Rollout]
 
     @property
+    def k(self) -> int:
+        """K, the rollouts of each question: what the rows hold, whatever the export's options say.
+
+        Raises:
+            UserError: Questions have different numbers of rollouts.
+        """
+        sizes = sorted({len(row.answers) for row in self.rows if row.vote is not None})
+        if len(sizes) != 1:
+            found = " and ".join(map(str, sizes)) or "none"
+            raise UserError(f"manifest {self.folder}: every question needs the same number of rollouts, found {found}")
+        return sizes[0]
+
+    @property
     def selected(self) -> list[QuestionRow]:
         return [row for row in self.rows if row.selected]
 
@@ -218,7 +233,8 @@ def write_manifest(
         rollouts: In the order of ``rows``.
         signals: The bytes of ``signals.safetensors``.
         neurons_csv: The text of ``neurons.csv``.
-        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling``, ``options`` and ``answers``.
+        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling``, ``options`` and ``answers``; ``notes``,
+            if any.
     """
     rollout_lines = [rollout.to_json() for rollout in rollouts]
     contents: dict[str, tuple[bytes, int | None]] = {

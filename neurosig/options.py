@@ -136,6 +136,10 @@ class GenerationOptions(CommonConfig):
     device: Annotated[str | None, Shapes.RESOURCES] = None
     """torch device; default: the first accelerator, else the CPU."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sampling_config()
+
     def part(self, config_class: type[ConfigT]) -> ConfigT:
         """The configuration whose fields are all options of this command, such as `SamplingConfig`."""
         return config_class(**{field.name: getattr(self, field.name) for field in fields(config_class)})

@@ -5,7 +5,8 @@
 They share N-OPSD's questions and their order, its prompts, parser, sampler, seeds, adapter, optimizer (AdamW without
 weight decay, linear warm-up, then constant) and output files; each run's record counts the tokens it spent. TRL needs
 batches of one size: where an epoch ends inside a step, a question already drawn is replaced by the next in order.
-``--questions-of all`` takes every question, as these papers do. Only N-OPSD uses a manifest's question weights.
+``--questions-of all`` takes every question, as these papers do. Of a manifest's question weights they use one: a
+question of weight 0 is left out.
 
 **LMSI** (arXiv 2210.11610): supervised fine-tuning (`trl.SFTTrainer`) on the manifest's rollouts that give the
 majority's answer: their exact token ids, the loss on the completion alone. A step takes as many of them as N-OPSD
@@ -52,7 +53,7 @@ from distill.distributed import Ranks
 from distill.metrics_log import MetricsLog, rollout_metrics
 from distill.output import write_final
 from distill.student import make_student
-from distill.tasks import load_student, questions_of_step, sampling_config
+from distill.tasks import load_student, questions_of_step, sampling_config, trained_rows
 from neurosig.manifest import Manifest, read_manifest
 from neurosig.models.load import LoadedModel
 from neurosig.questions.prompts import PromptBuilder
@@ -61,7 +62,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 
 KL_WEIGHT = {"ttrl": 0.001, "intuitor": 0.005}
-Metrics = dict[str, float | int]
+Metrics = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -102,7 +103,8 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
             trainer.add_callback(_Saver(config, parameters, optimizer, key, batches, done, log, ranks))
             trainer.train()
     timer.seconds["learn"] = time.perf_counter() - started - timer.seconds.get("sample", 0.0)
-    write_final(config, manifest, loaded, model, adapter, log.history, None, ranks)
+    asked = [[item if isinstance(item, str) else item.question_id for item in step] for step in batches.plan]
+    write_final(config, manifest, loaded, model, adapter, log.history, asked, None, ranks)
 
 
 def question_prompts(
@@ -116,7 +118,7 @@ def question_prompts(
     """
     builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
     prompts = {}
-    for row in manifest.rows if config.questions_of == "all" else manifest.selected:
+    for row in manifest.rows if config.questions_of == "all" else trained_rows(manifest):
         prompt = builder.student(row.as_question())
         if len(prompt) + sampling.max_new_tokens <= loaded.max_length:
             prompts[row.question_id] = prompt
@@ -331,6 +333,11 @@ class _Saver(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         torch.manual_seed(self.config.seed * 1_000_003 + self.done + state.global_step)  # TRL shuffles a step's rows
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Where every rollout was masked, drop the zero gradients: AdamW's momentum would still move the weights."""
+        if not self.batches.metrics(self.done + state.global_step + 1)["tokens_in_loss"]:
+            self.optimizer.zero_grad(set_to_none=True)
+
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         logs: Mapping[str, float] = given["logs"]
         if "grad_norm" not in logs:  # the summary at the end
@@ -339,6 +346,8 @@ class _Saver(TrainerCallback):
         metrics: Metrics = {"step": step, **{name: logs[name] for name in ("learning_rate", "loss", "grad_norm")}}
         metrics |= {ours: logs[theirs] for theirs, ours in self._RENAMED.items() if theirs in logs}
         metrics |= self.batches.metrics(step)
+        if not metrics["tokens_in_loss"]:
+            metrics |= dict.fromkeys({"loss", "grad_norm", "kl", "student_entropy"} & metrics.keys())
         self.log.add(metrics)
         if self.main and self.config.saves_after(step):
             folder = self.config.out / "checkpoints"

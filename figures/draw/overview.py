@@ -116,7 +116,7 @@ def numbers(results: Path) -> pd.DataFrame:
         table.append({"part": "solution", "label": solution})
     log = results / "nopsd" / "metrics.jsonl"
     if log.is_file():
-        steps = pd.read_json(log, lines=True)
+        steps = pd.read_json(log, lines=True).dropna(subset="divergence")
         table += [
             {"part": "divergence", "x": step, "value": value}
             for step, value in zip(steps["step"], steps["divergence"], strict=True)

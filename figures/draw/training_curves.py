@@ -49,7 +49,9 @@ def draw(results: Path, out: Path) -> list[Path]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; run `python -m distill.train --out {path.parent}` first")
     columns = ["step", *(column for _, _, series in PANELS for column in series), "rollouts_in_loss"]
-    table = pd.read_json(path, lines=True)[columns]
+    table = pd.read_json(path, lines=True)[columns].astype(float)  # null where every rollout was masked
+    if not table["divergence"].notna().any():
+        raise UserError(f"{path}: every rollout of every step was masked, so there is nothing to draw")
     figure, axes = subplots(2, 2, size=(7, 4.4), sharex=True)
     for axis, (title, label, series) in zip(axes.flat, PANELS, strict=True):
         for column, style in series.items():

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from neurosig.runtime.cli import CommonConfig, PhaseTimer, progress, run_command
+from neurosig.runtime.shapes import check_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +72,9 @@ class Variant:
     labels: Labels = "agreement"
     layers: tuple[int, int] = (0, 2)
     role: Literal["tried", "control"] = "tried"
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 VARIANTS = (

@@ -27,7 +27,6 @@ from neurosig.runtime.cli import config_record, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.runtime.folder import output_folder
-from neurosig.runtime.shapes import check_bounds
 
 
 def main(config: GridConfig) -> None:
@@ -67,7 +66,6 @@ def _by_domain(values: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def _check(config: GridConfig) -> None:
-    check_bounds(config)
     unknown = [name for name in (*config.methods, *config.more_seeds_for, *config.methods_train) if name not in METHODS]
     if unknown:
         raise UserError(f"method {unknown[0]}: expected one of {', '.join(METHODS)}")

@@ -108,8 +108,8 @@ def _training(record: Path) -> dict[str, Any]:
     trained = json.loads(record.read_text(encoding="utf-8"))
     row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {})}
     with (record.parent / METRICS_FILE).open(encoding="utf-8") as lines:
-        first = json.loads(next(lines, "{}"))
-    return row | ({"first_entropy_gap": first["entropy_gap"]} if "entropy_gap" in first else {})
+        gaps = [gap for line in lines if (gap := json.loads(line).get("entropy_gap")) is not None]
+    return row | ({"first_entropy_gap": gaps[0]} if gaps else {})
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from neurosig.manifest import HEADER, Manifest, read_manifest
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_choice
 
 VARIABLE = "NEUROSIG_RUN"
 Part = Literal["export", "evaluations"]
@@ -41,6 +42,8 @@ def run_folder(*parts: Part) -> Path:
     Raises:
         UserError: ``NEUROSIG_RUN`` names a folder without a finished export or without evaluations.
     """
+    for part in parts:
+        check_choice("part", part, Part)
     named, demo = os.environ.get(VARIABLE), _root() / "runs" / "demo"
     for place in [Path(named)] if named else [demo]:
         lacking = [part for part in parts or ("export",) if not _holds(place, part)]

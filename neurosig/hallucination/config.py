@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 
 NeuronScore = Literal["probe_score", "agreement", "agreement_majority", "knn_medoid", "neuron_count"]
 OutputScore = Literal["vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random"]
@@ -58,6 +59,7 @@ class ProbeConfig:
     max_false: float = 1.0
 
     def __post_init__(self) -> None:
+        check_config(self)
         for name, valid, expected in (
             ("agree_share", 0 <= self.agree_share <= 1, "0 to 1"),
             ("split_share", 0 <= self.split_share <= self.agree_share, "0 to --probe-agree-share"),

@@ -14,6 +14,7 @@ from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import design
 from neurosig.hallucination.probe import chosen_penalty, cross_fit, regularisation_path, too_few
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.arrays import takes_arrays
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +29,7 @@ class RandomNeurons:
     seed: int
 
 
+@takes_arrays
 def random_neuron_auroc(
     contributions: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],

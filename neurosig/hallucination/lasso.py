@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
+from neurosig.statistics.arrays import takes_arrays
+
 
 @dataclass(frozen=True, slots=True)
 class Design:
@@ -41,6 +43,7 @@ def design(contributions: sparse.csr_array, min_active_share: float) -> Design:
     return Design(matrix, columns, scale)
 
 
+@takes_arrays
 def fit_l1(
     matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"], inverse_penalty: float, seed: int
 ) -> LogisticRegression:
@@ -56,6 +59,7 @@ def fit_l1(
     return model.fit(matrix, labels)
 
 
+@takes_arrays
 def entry_penalty(matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"]) -> float:
     """The inverse penalty at which the first neuron gets a weight: below it, all are zero."""
     counts = np.bincount(labels, minlength=2)

@@ -22,10 +22,18 @@ from sklearn.metrics import roc_auc_score
 
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import Design, design, fit_l1
-from neurosig.hallucination.probe import chosen_penalty, cross_fit, inverse_penalties, regularisation_path, too_few
+from neurosig.hallucination.probe import (
+    chosen_penalty,
+    cross_fit,
+    inverse_penalties,
+    no_contrast,
+    regularisation_path,
+    too_few,
+)
 from neurosig.hallucination.stability import Stability, selection_limit, stability_selection
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
+from neurosig.statistics.arrays import takes_arrays
 
 FORMAT = "neurosig-probe-1"
 
@@ -142,6 +150,7 @@ class HallucinationProbe:
 
     config: ProbeConfig = field(default_factory=lambda: ProbeConfig(inverse_penalty=None))
 
+    @takes_arrays
     def fit(
         self,
         contributions: sparse.csr_array,
@@ -170,8 +179,8 @@ class HallucinationProbe:
         if shortage:
             raise UserError(f"probe: {shortage}; label more questions or lower the number of folds")
         prepared = design(contributions, config.min_active_share)
-        if not len(prepared.columns):
-            raise UserError("probe: no neuron is active in enough rollouts; lower min_active_share")
+        if nothing := no_contrast(prepared.matrix, labels):
+            raise UserError(f"probe: {nothing}; lower min_active_share or give other rollouts")
         path = regularisation_path(prepared.matrix, labels, groups, config)
         scores = cross_fit(prepared.matrix, labels, groups, config)
 
@@ -201,6 +210,7 @@ class HallucinationProbe:
         )
 
 
+@takes_arrays
 def stable_neurons(
     matrix: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
@@ -242,6 +252,7 @@ PATH_COLUMNS = ("inverse_penalty", "neurons", "auroc_mean", "auroc_sd", "log_los
 NEURON_COLUMNS = ("layer", "index", "weight", "selection_frequency", "stable", "auroc_alone", "active_share")
 
 
+@takes_arrays
 def neuron_table(
     prepared: Design,
     labels: Int[np.ndarray, " rollouts"],

@@ -23,6 +23,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import design, entry_penalty, fit_l1
 from neurosig.neurons.contributions import PAD
+from neurosig.statistics.arrays import takes_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,16 +41,22 @@ class ProbeResult:
         by_seed: The same of each drawing of the folds.
         neurons: Column of each neuron with a weight, heaviest first.
         weights: Their weights on contributions scaled to a largest magnitude of 1; positive points to hallucination.
-        informative: False when one class is too small to learn from; all scores are then 0.5.
+        shortage: Why there was nothing to learn from; all scores are then 0.5. Empty for a probe that was fitted.
     """
 
     scores: Float[np.ndarray, " rollouts"]
     by_seed: Float[np.ndarray, "seeds rollouts"]
     neurons: Int[np.ndarray, " neurons"]
     weights: Float[np.ndarray, " neurons"]
-    informative: bool
+    shortage: str = ""
+
+    @property
+    def informative(self) -> bool:
+        """Whether the probe learned anything."""
+        return not self.shortage
 
 
+@takes_arrays
 def contribution_matrix(
     ids: Int[np.ndarray, "rollouts size"], values: Float[np.ndarray, "rollouts size"], n_neurons: int
 ) -> sparse.csr_array:
@@ -68,11 +75,13 @@ def contribution_matrix(
     return sparse.csr_array((data[kept], columns[kept], pointers), shape=(len(ids), n_neurons))
 
 
+@takes_arrays
 def agreement_labels(shares: Float[np.ndarray, " questions"], config: ProbeConfig) -> Int[np.ndarray, " questions"]:
     """1 where rollouts split (guessed), 0 where they agree (known), -1 in between."""
     return np.where(shares >= config.agree_share, 0, np.where(shares < config.split_share, 1, -1))
 
 
+@takes_arrays
 def fit_probe(
     contributions: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
@@ -90,21 +99,40 @@ def fit_probe(
     """
     groups = np.unique(np.asarray(fold_groups), return_inverse=True)[1]
     shortage = too_few(labels, groups, config)
+    prepared = design(contributions, config.min_active_share)
+    shortage = shortage or no_contrast(prepared.matrix, labels)
     if shortage:
-        logger.warning("probe: no signal: %s, so every hallucination score is 0.5", shortage)
-        empty, same = np.empty(0), np.full((config.fold_seeds, len(labels)), 0.5)
-        return ProbeResult(same[0], same, empty.astype(np.int64), empty, informative=False)
+        return _without_signal(shortage, len(labels), config)
     if fold_count(groups, config) < config.folds:
         logger.info("probe: %d values of %s, so as many folds", len(np.unique(groups)), config.groups)
-    prepared = design(contributions, config.min_active_share)
     by_seed = cross_fit_by_seed(prepared.matrix, labels, groups, config)
     labelled = np.flatnonzero(labels >= 0)
     penalty = _penalty(prepared.matrix, labels, groups, config)
     weights = fit_l1(prepared.matrix[labelled], labels[labelled], penalty, config.seed).coef_[0]
     heaviest = np.argsort(-np.abs(weights), kind="stable")[: np.count_nonzero(weights)]
-    return ProbeResult(by_seed.mean(axis=0), by_seed, prepared.columns[heaviest], weights[heaviest], informative=True)
+    if not len(heaviest) and np.ptp(by_seed) < 1e-6:
+        return _without_signal("no neuron tells the two apart at this penalty", len(labels), config)
+    return ProbeResult(by_seed.mean(axis=0), by_seed, prepared.columns[heaviest], weights[heaviest])
 
 
+def _without_signal(shortage: str, rollouts: int, config: ProbeConfig) -> ProbeResult:
+    logger.warning("probe: no signal: %s, so every hallucination score is 0.5", shortage)
+    empty, same = np.empty(0), np.full((config.fold_seeds, rollouts), 0.5)
+    return ProbeResult(same[0], same, empty.astype(np.int64), empty, shortage)
+
+
+@takes_arrays
+def no_contrast(matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"]) -> str:
+    """Why no probe can tell the labelled rollouts apart by these contributions; empty when one may."""
+    if not matrix.shape[1]:
+        return "no neuron is active in enough rollouts"
+    labelled = matrix[np.flatnonzero(labels >= 0)]
+    if not (labelled.max(axis=0) - labelled.min(axis=0)).count_nonzero():
+        return "every neuron contributes the same to all rollouts"
+    return ""
+
+
+@takes_arrays
 def too_few(labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig) -> str:
     """Why the folds cannot all hold questions of both labels; empty when they can."""
     known, guessed = (len(np.unique(groups[labels == label])) for label in (0, 1))
@@ -137,6 +165,7 @@ def cross_fit_by_seed(
     return np.stack([cross_fit(matrix, labels, groups, replace(config, seed=seed)) for seed in drawn])
 
 
+@takes_arrays
 def cross_fit(
     matrix: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
@@ -159,6 +188,7 @@ def cross_fit(
     return scores
 
 
+@takes_arrays
 def regularisation_path(
     matrix: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],
@@ -201,6 +231,7 @@ def fold_count(groups: Int[np.ndarray, " rollouts"], config: ProbeConfig) -> int
     return min(config.folds, len(np.unique(groups)))
 
 
+@takes_arrays
 def inverse_penalties(
     matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"], config: ProbeConfig
 ) -> list[float]:

@@ -6,6 +6,7 @@ Each score is one small function of a question's rollouts and active sets. Outpu
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -21,6 +22,8 @@ from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard
 from neurosig.questions.reader import Reading
 from neurosig.questions.vote import Vote
 from neurosig.sampling.rollouts import Rollout
+
+logger = logging.getLogger(__name__)
 
 MEDOID_NEIGHBOURS = 3
 
@@ -63,7 +66,7 @@ class Scores:
     """Every hallucination score of every question, and the probe behind one of them.
 
     Attributes:
-        by_name: Score name -> one value per question; absent when the rollouts lack a statistic that it needs.
+        by_name: Score name -> one finite value per question; absent when the rollouts lack a statistic that it needs.
         rollout_probe: Cross-fitted probe score of each rollout, grouped by question.
         probe: The probe that was fitted.
     """
@@ -92,13 +95,21 @@ def hallucination_scores(
         probe: Options of the probe.
         seed: Seed of ``random``.
         fold_groups: Question id -> the group that no fold of the probe splits; default: each question is its own.
+
+    Raises:
+        ValueError: Questions have different numbers of rollouts.
     """
     signals = list(questions.values())
     ids = torch.cat([signal.ids for signal in signals]).numpy()
     values = torch.cat([signal.values for signal in signals]).float().numpy()
     k = len(signals[0].rollouts)
+    odd = next((name for name, signal in questions.items() if len(signal.rollouts) != k), None)
+    if odd is not None:
+        raise ValueError(
+            f'question "{odd}" has {len(questions[odd].rollouts)} rollouts, the first has {k}; give K of each'
+        )
     shares = np.array([signal.vote.share for signal in signals])
-    labels = np.repeat(agreement_labels(shares, probe), k)
+    labels = np.repeat(agreement_labels(shares, probe) if k > 1 else np.full(len(shares), -1), k)  # one always agrees
     kept = [(fold_groups or {}).get(question_id, question_id) for question_id in questions for _ in range(k)]
     fitted = fit_probe(contribution_matrix(ids, values, n_neurons), labels, kept, probe)
     rollout_probe = fitted.scores.reshape(len(signals), k)
@@ -114,6 +125,9 @@ def hallucination_scores(
         column = [score(signal) for signal in signals]
         if not any(value is None for value in column):
             by_name[name] = np.array(column, dtype=np.float64)
+    for name in [name for name, column in by_name.items() if not np.isfinite(column).all()]:
+        logger.warning("score %s: not finite for some questions, so it is left out", name)
+        del by_name[name]
     return Scores(by_name, rollout_probe, fitted)
 
 
@@ -146,7 +160,7 @@ def neuron_count(signals: Sequence[QuestionSignals]) -> Float[np.ndarray, " ques
     The count grows with the number of tokens, so the score is the residual of a least-squares line of log count on
     log tokens over all questions. Source: the "neuron consensus" of the author's code, length-controlled.
     """
-    counts = np.log([int((signal.ids.unique() >= 0).sum()) for signal in signals])
+    counts = np.log([max(1, int((signal.ids.unique() >= 0).sum())) for signal in signals])
     tokens = np.log([sum(len(rollout.completion_ids_without_eos) for rollout in signal.rollouts) for signal in signals])
     centred = tokens - tokens.mean()
     spread = (centred**2).sum()

@@ -16,6 +16,7 @@ from scipy import sparse
 
 from neurosig.hallucination.lasso import fit_l1
 from neurosig.runtime.cli import progress
+from neurosig.statistics.arrays import takes_arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ def selection_limit(max_false: float, candidates: int, threshold: float) -> int:
     return max(1, math.floor(math.sqrt(max_false * (2 * threshold - 1) * candidates)))
 
 
+@takes_arrays
 def stability_selection(
     matrix: sparse.csr_array,
     labels: Int[np.ndarray, " rollouts"],

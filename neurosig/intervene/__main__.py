@@ -85,6 +85,7 @@ class InterveneConfig(GenerationOptions):
     """Replace an earlier run in --out."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag, valid, expected in (
             ("--controls", self.controls >= 1, "at least 1"),
             (
@@ -117,7 +118,6 @@ def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
     from neurosig.questions.prompts import PromptBuilder
     from neurosig.sampling.sampler import Prompt
 
-    config.sampling_config()  # options out of range are refused before the model loads
     questions = _questions(config)
     with timer.phase("load"):
         exported = Exported(config.manifest)

@@ -24,6 +24,7 @@ from neurosig.neurons.nnsight_reader import NeuronScaler
 from neurosig.neurons.signals_file import Signals
 from neurosig.neurons.sites import FFNSites
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_choice
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt
 
@@ -54,6 +55,9 @@ class NeuronSet:
     draw: int
     ids: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        check_choice("group", self.group, Group)
+
     @property
     def name(self) -> str:
         return f"{self.group}-{self.draw}" if self.group in ("layer", "activity") else self.group
@@ -70,6 +74,7 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
     """
     from neurosig.hallucination.locate import read_neurons
 
+    check_choice("sign", sign, Sign)
     table = read_neurons(path)
     layer, index, weight = (table[name].to_numpy() for name in ("layer", "index", "weight"))
     outside = np.flatnonzero((layer < 0) | (layer >= sites.n_layers) | (index < 0) | (index >= sites.d_mlp))
@@ -211,7 +216,7 @@ def _score_batch(
     ).logits
     logits = torch.cat([first.repeat_interleave(k, dim=0), rest[:, :-1]], dim=1)
     nats = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none")
-    return (nats.view_as(ids) * mask).sum(-1).cpu(), mask.sum(-1).float().cpu()
+    return torch.where(mask, nats.view_as(ids), 0).sum(-1).cpu(), mask.sum(-1).float().cpu()
 
 
 def _by_layer(

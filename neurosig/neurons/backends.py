@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,8 +73,9 @@ def tracer_class(backend: Backend) -> type[NeuronTracer]:
     """The tracer that works through ``backend``.
 
     Raises:
-        UserError: The library is not installed.
+        UserError: There is no such backend, or its library is not installed.
     """
+    check_choice("backend", backend, Backend)
     module, name = _HOME[backend]
     if importlib.util.find_spec(backend) is None:
         raise UserError(f"backend {backend}: not installed; run `pip install 'neurosig[{_EXTRA[backend]}]'`")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 
 NeuronValue = Literal["gated", "act"]
 Contribution = Literal["cett", "magnitude", "unembed"]
@@ -34,6 +35,7 @@ class TraceConfig:
     """Tokens in one batch, padding included. A rollout longer than this makes a batch of its own."""
 
     def __post_init__(self) -> None:
+        check_config(self)
         for name in ("set_size", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"TraceConfig.{name} is {getattr(self, name)}; it must be at least 1")

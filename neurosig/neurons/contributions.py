@@ -73,11 +73,9 @@ def unembed(
 
 
 def masked_mean(x: Float[Tensor, "batch seq d"], mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "batch d"]:
-    """Mean over the positions where ``mask`` holds; NaN for a row without any.
-
-    A NaN or infinity in ``x`` makes the mean of its row and column NaN, also where it is masked out.
-    """
-    return torch.einsum("bs,bsd->bd", mask.to(x.dtype), x) / mask.sum(dim=1, keepdim=True)
+    """Mean over the positions where ``mask`` holds, whatever the others hold; NaN for a row without any."""
+    kept = x.masked_fill(rearrange(~mask, "batch seq -> batch seq 1"), 0)
+    return torch.einsum("bs,bsd->bd", mask.to(x.dtype), kept) / mask.sum(dim=1, keepdim=True)
 
 
 def largest(mean: Float[Tensor, "batch d"], k: int) -> Bool[Tensor, "batch d"]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
+from neurosig.neurons.config import NeuronValue
 from neurosig.neurons.sites import FFNSites, w_out
 from neurosig.neurons.tracer import NeuronTracer, Reader
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_choice
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,11 +55,12 @@ class LensReader:
         pool: Callable[[Tensor], Tensor],
         finish: Callable[[list[T], Tensor], R],
         *,
-        value: Literal["gated", "act"],
+        value: NeuronValue,
         with_output: bool,
         hidden_layer: int,
     ) -> R:
         """As `neurosig.neurons.nnsight_reader.FFNEnvoy.read`; the head runs for the last position only."""
+        check_choice("value", value, NeuronValue)
         pre_activation = value == "act" and self._sites.gated
         kept: list[T] = []
         pooled: list[Tensor] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import nnsight
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from neurosig.neurons.config import NeuronValue
 from neurosig.neurons.sites import FFNSites, w_out
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_choice
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,7 +52,7 @@ class FFNEnvoy:
         pool: Callable[[Tensor], Tensor],
         finish: Callable[[list[T], Tensor], R],
         *,
-        value: Literal["gated", "act"],
+        value: NeuronValue,
         with_output: bool,
         hidden_layer: int,
     ) -> R:
@@ -69,6 +71,7 @@ class FFNEnvoy:
             with_output: Whether ``reduce`` gets the down projection's output or ``None``.
             hidden_layer: The block whose output is pooled.
         """
+        check_choice("value", value, NeuronValue)
         layers, head, neuron_rows, gated = self._layers, self._head, self._neuron_rows, value == "gated"
         with self._root.trace(**inputs, **self._options) as tracer:
             kept = []

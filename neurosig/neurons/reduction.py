@@ -71,8 +71,10 @@ def reduce_layer(
             member = largest_per_token(score, mask, share)
         case "entries":
             member = largest_entries(score, mask, set_size)
-        case _:
+        case "global":
             member = torch.ones_like(mean, dtype=torch.bool)
+        case _:
+            raise ValueError(f"active is {active!r}; choose one of layer_mean, global, per_token, entries")
     return (member & (mean > 0) if positive_only else member), mean
 
 

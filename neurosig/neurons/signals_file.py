@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32, Int32
+from jaxtyping import Float, Float32, Int32
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -35,6 +35,8 @@ CHUNK = 512
 class Signals:
     """``signals.safetensors`` in memory.
 
+    Contributions and hidden states are float16, or float32 where a value exceeds 65,504.
+
     Attributes:
         neuron_ids: Active set of each rollout as flat ids ``layer * d_mlp + index``, ascending; shorter sets end in -1.
         contributions: Mean contribution of each of these neurons; 0 where the id is -1.
@@ -47,8 +49,8 @@ class Signals:
     """
 
     neuron_ids: Int32[Tensor, "n size"]
-    contributions: Float16[Tensor, "n size"]
-    hidden_states: Float16[Tensor, "n d_model"]
+    contributions: Float[Tensor, "n size"]
+    hidden_states: Float[Tensor, "n d_model"]
     probe_scores: Float32[Tensor, " n"]
     probe_by_seed: Float32[Tensor, "n seeds"]
     n_layers: int
@@ -90,8 +92,8 @@ def trace_to_shards(
             sets = tracer.trace(*zip(*part, strict=True))
             tensors = {
                 "neuron_ids": sets.neuron_ids,
-                "contributions": sets.contributions.half(),
-                "hidden_states": sets.hidden_states.half(),
+                "contributions": _compact(sets.contributions),
+                "hidden_states": _compact(sets.hidden_states),
             }
             write_atomic(shard, save(tensors, metadata={"key": key}))
         shards.append(shard)
@@ -126,7 +128,8 @@ def read_signals(path: str | Path) -> Signals:
     """Read ``signals.safetensors``.
 
     Raises:
-        UserError: The file is missing or damaged, lacks a tensor, or names a neuron outside the model.
+        UserError: The file is missing or damaged, lacks a tensor, holds a value that is not finite, or names a neuron
+            outside the model.
     """
     path = Path(path)
     if not path.is_file():
@@ -145,9 +148,18 @@ def read_signals(path: str | Path) -> Signals:
         signals = Signals(**tensors, **shape)
         if len(signals.neuron_ids) and int(signals.neuron_ids.max()) >= signals.n_neurons:
             raise ValueError(f"active sets name neuron {int(signals.neuron_ids.max())} of {signals.n_neurons}")
+        infinite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if infinite:
+            raise ValueError(f"{infinite[0]} holds values that are not finite")
         return signals
     except (SafetensorError, LookupError, ValueError, TypeError) as error:
         raise UserError(f"signals {path}: not what neurosig.export writes ({error}); export again") from error
+
+
+def _compact(tensor: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The tensor in float16 where that holds its largest value, else in float32."""
+    half = tensor.half()
+    return half if half.isfinite().all() else tensor.float()
 
 
 def _has_key(shard: Path, key: str) -> bool:

@@ -116,10 +116,11 @@ def largest_neurons(
 
 def active_contribution(trace: TokenTrace, active: Bool[Tensor, "layer neuron"]) -> Float[Tensor, "layer token"]:
     """Mean contribution of the active neurons at each layer and token; 0 in a layer without any."""
-    total = torch.einsum("ltn,ln->lt", trace.contributions, active.float())
+    total = trace.contributions.masked_fill(rearrange(~active, "layer neuron -> layer 1 neuron"), 0).sum(dim=-1)
     return total / active.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def weighted_evidence(trace: TokenTrace, weights: Float[Tensor, "layer neuron"]) -> Float[Tensor, "layer token"]:
     """Sum of the neurons' contributions at each layer and token, each times its weight."""
-    return torch.einsum("ltn,ln->lt", trace.contributions, weights)
+    ignored = rearrange(weights == 0, "layer neuron -> layer 1 neuron")
+    return torch.einsum("ltn,ln->lt", trace.contributions.masked_fill(ignored, 0), weights)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from neurosig.models.prefix import Prefix, distinct_rows, pad, run_prompts
-from neurosig.neurons.config import TraceConfig
+from neurosig.neurons.config import NeuronValue, TraceConfig
 from neurosig.neurons.contributions import ActiveSets, concat_sets, neurons_per_layer
 from neurosig.neurons.reduction import finish, pool, reduce_layer
 from neurosig.neurons.sites import ffn_sites, w_out_norms
@@ -49,7 +49,7 @@ class Reader(Protocol):
         pool: Callable[[Tensor], Tensor],
         finish: Callable[[list[T], Tensor], R],
         *,
-        value: Literal["gated", "act"],
+        value: NeuronValue,
         with_output: bool,
         hidden_layer: int,
     ) -> R: ...
@@ -221,7 +221,15 @@ class NeuronTracer:
                 f"rollout {indices[row]}: the neuron scores of layer {layer} are not finite; "
                 "check the weights, or load the model in float32"
             )
-        return ActiveSets(*sets)
+        traced = ActiveSets(*sets)
+        finite = traced.hidden_states.isfinite().all(dim=-1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise UserError(
+                f"rollout {indices[row]}: the hidden states after layer {self.hidden_layer} are not finite; "
+                "check the weights, or load the model in float32"
+            )
+        return traced
 
     def _check(
         self,

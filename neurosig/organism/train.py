@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from neurosig.runtime.cli import CommonConfig, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.shapes import AtLeast, check_bounds
+from neurosig.runtime.shapes import AtLeast
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -103,7 +103,6 @@ def main(config: OrganismConfig) -> None:
 
     if config.out.exists():
         raise UserError(f"--out {config.out}: exists already; give another folder")
-    check_bounds(config)
     if config.d_model < 64 or config.d_model % 64:
         raise UserError(f"--d-model: expected a multiple of 64 (two key-value heads of 32), got {config.d_model}")
     torch.set_num_threads(config.threads)

@@ -20,6 +20,7 @@ from torch import Tensor
 from neurosig.neurons.contributions import PAD
 from neurosig.patterns.similarity import jaccard
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.metrics import bootstrap_interval
 
 
@@ -144,6 +145,7 @@ def cosine_distances(hidden: Float[Tensor, "n d_model"]) -> Float[np.ndarray, "n
     return pairwise.cosine_distances(hidden.double().numpy())
 
 
+@takes_arrays
 def choose_clustering(distances: Float[np.ndarray, "n n"], config: ClusterConfig) -> tuple[Medoids, pd.DataFrame]:
     """`k_medoids` with the number of clusters of the best silhouette, the smallest on ties; and all silhouettes.
 
@@ -161,6 +163,7 @@ def choose_clustering(distances: Float[np.ndarray, "n n"], config: ClusterConfig
     return found[int(np.argmax(scores))], pd.DataFrame({"k": list(tried), "silhouette": scores})
 
 
+@takes_arrays
 def k_medoids(distances: Float[np.ndarray, "n n"], k: int, *, restarts: int, seed: int) -> Medoids:
     """Partition around medoids: the best of several seeded starts, each improved by best swaps until none helps.
 
@@ -184,6 +187,7 @@ def k_medoids(distances: Float[np.ndarray, "n n"], k: int, *, restarts: int, see
     return Medoids(np.argsort(order)[labels], medoids[order], inertia)
 
 
+@takes_arrays
 def marking_neurons(
     sets: Int[Tensor, "n size"], labels: Int[np.ndarray, " n"], d_mlp: int, config: ClusterConfig
 ) -> pd.DataFrame:
@@ -226,6 +230,7 @@ def marking_neurons(
     return pd.concat(frames, ignore_index=True)
 
 
+@takes_arrays
 def typical_points(distances: Float[np.ndarray, "n n"], clustering: Medoids, m: int) -> list[list[int]]:
     """For each cluster its medoid and its ``m - 1`` points nearest to it, nearest first."""
     typical = []
@@ -236,6 +241,7 @@ def typical_points(distances: Float[np.ndarray, "n n"], clustering: Medoids, m: 
     return typical
 
 
+@takes_arrays
 def purity(labels: Int[np.ndarray, " n"], kinds: Int[np.ndarray, " n"]) -> float:
     """Share of the points that are of their cluster's most frequent kind."""
     counts = np.zeros((int(labels.max()) + 1, int(kinds.max()) + 1), dtype=np.int64)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from neurosig.neurons.contributions import PAD
 from neurosig.patterns import Signature
+from neurosig.runtime.shapes import check_choice
 
 
 def representative(answers: Sequence[str | None], winner: str | None, probe_scores: Sequence[float]) -> int | None:
@@ -41,7 +42,11 @@ def signature(
         majority: Rollouts that gave the majority answer.
         representative: Index of the representative rollout; ``None`` gives an empty signature.
         kind: The option.
+
+    Raises:
+        UserError: There is no such kind.
     """
+    check_choice("signature", kind, Signature)
     if representative is None:
         return ids.new_empty(0)
     if kind in ("representative", "hidden_state"):

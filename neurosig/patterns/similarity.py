@@ -17,6 +17,9 @@ from torch import Tensor
 
 from neurosig.neurons.contributions import PAD
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_choice
+
+NeighbourSearch = Literal["exact", "usearch"]
 
 DENSE_SHARE = 0.1
 """`nearest_sets` counts neurons that are in more than this share of the sets by a dense product, the others by a
@@ -87,7 +90,7 @@ def nearest_sets(
     groups: Int[Tensor, " n"] | None = None,
     query_groups: Int[Tensor, " q"] | None = None,
     block: int = 128,
-    backend: Literal["exact", "usearch"] = "exact",
+    backend: NeighbourSearch = "exact",
 ) -> Neighbours:
     """The ``m`` sets most similar to each query by Jaccard similarity, in memory linear in the number of sets.
 
@@ -107,8 +110,10 @@ def nearest_sets(
         block: Queries compared at a time; memory only.
 
     Raises:
-        UserError: ``m`` is below 1, groups are missing on one side, or usearch is not installed.
+        UserError: ``m`` is below 1, groups are missing on one side, there is no such backend, or usearch is not
+            installed.
     """
+    check_choice("backend", backend, NeighbourSearch)
     if m < 1:
         raise UserError(f"nearest_sets: m is {m}; ask for at least 1 neighbour")
     if queries is None:

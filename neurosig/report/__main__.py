@@ -158,7 +158,7 @@ def _page(
         "rollout_table": table_of(tables["rollout"], levels["rollout"], samples["rollout"]),
         "bins": bins,
         "most": max((bin.n for bin in bins), default=1),
-        "calibration": _calibration(bins, int(options["num_generations"]), config.seed),
+        "calibration": _calibration(bins, manifest.k, config.seed),
         "without_gold": f"No gold answers: {lacking}.",
         "charts": layer_charts(layers),
         "located": located,
@@ -180,10 +180,10 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     facts = {
         "model": f"{header.model['id']} ({header.model['dtype']}; {weights})",
         "questions": f"{header.counts['questions']} of {', '.join(header.dataset['sources'])}",
-        "rollouts": f"{len(manifest.rollouts)}, K={len(next(r.answers for r in manifest.rows if r.vote))}, {where}, "
-        f"seed {options['seed']}",
+        "rollouts": f"{len(manifest.rollouts)}, K={manifest.k}, {where}, seed {options['seed']}",
         "outcome": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
     }
+    facts |= {"note": "; ".join(header.notes)} if header.notes else {}
     named = ("neuron_value", "contribution", "active_set", "set_size", "hallucination_score", "question_filter")
     facts |= {name.replace("_", " "): str(options[name]) for name in named if name in options}
     return facts | {"manifest": f"{manifest.folder} (content {header.content_sha256[:12]})"}

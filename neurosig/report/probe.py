@@ -13,6 +13,7 @@ from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.controls import RandomNeurons, random_neuron_auroc
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe
 from neurosig.hallucination.probe import agreement_labels, contribution_matrix, too_few
+from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import format_interval
 
 RANDOM_DRAWS = 10
@@ -79,13 +80,18 @@ def locate(exported: Exported, *, seed: int, quiet: bool) -> Located | str:
     owners = [question_id for question_id, _ in exported.place]
     labels = agreement_labels(np.array([share[owner] for owner in owners]), config)
     shortage = too_few(labels, np.unique(owners, return_inverse=True)[1], config)
+    if exported.manifest.k == 1:
+        shortage = "with one rollout per question, none can agree or split"
     if shortage:
         return f"Single neurons cannot be located: {shortage}."
     signals = exported.signals
     contributions = contribution_matrix(
         signals.neuron_ids.numpy(), signals.contributions.float().numpy(), signals.n_neurons
     )
-    probe = HallucinationProbe(config).fit(contributions, labels, owners, d_mlp=signals.d_mlp, quiet=quiet)
+    try:
+        probe = HallucinationProbe(config).fit(contributions, labels, owners, d_mlp=signals.d_mlp, quiet=quiet)
+    except UserError as error:
+        return f"Single neurons cannot be located: {error}."
     random = None
     if len(probe.columns):
         random = random_neuron_auroc(

@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from neurosig.runtime.shapes import check_choice
+from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.auroc import (
     LEVEL,
     AnalysisConfig,
@@ -50,6 +52,9 @@ class Signal:
     trust: Float[np.ndarray, " n"]
     kind: SignalKind
     fitted: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, SignalKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class SignalRow:
         return "; ".join(parts)
 
 
+@takes_arrays
 def analyse(
     signals: Sequence[Signal],
     right: Bool[np.ndarray, " n"] | None,

@@ -46,7 +46,7 @@ from typing import Annotated, Any, TypeVar
 from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.errors import UserError, os_text
 from neurosig.runtime.help import Section, example_of
-from neurosig.runtime.shapes import Shapes, option_names
+from neurosig.runtime.shapes import Shapes, check_config, option_names
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,9 @@ class CommonConfig:
     """Show warnings and errors only."""
     debug: Annotated[bool, Shapes.MESSAGES] = False
     """Show tracebacks and the messages of libraries."""
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)

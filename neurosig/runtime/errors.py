@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A problem the user can fix, in input, model, folder or option: what is wrong, where, and what to do.
 
     The commands print it as one line, ``error: ...``, and end with exit code 2.

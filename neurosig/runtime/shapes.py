@@ -1,9 +1,12 @@
-"""Marks of options: what an option shapes, from which reuse, resume and records follow, and its smallest value."""
+"""Marks of options, from which reuse, resume and records follow, and the check of a configuration's values."""
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import functools
 import math
+import types
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -57,16 +60,49 @@ class Above0:
     """Mark of an option that is a finite number above 0."""
 
 
-def check_bounds(config: Any) -> None:
-    """Refuse options of a dataclass below their marked bounds.
+def check_config(config: Any) -> None:
+    """Refuse a value that a dataclass's annotations do not allow; call it in ``__post_init__``.
 
     Raises:
-        UserError: Naming the flag and its bound.
+        UserError: Naming the option, and its names (of a ``Literal``) or its bound.
     """
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+    config_class: Any = type(config)
+    for name, hint in _hints(config_class).items():
+        value = getattr(config, name)
+        check_choice(name, value, hint)
         for mark in getattr(hint, "__metadata__", ()):
-            value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
-            if isinstance(mark, AtLeast) and value < mark.value:
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(mark, AtLeast) and not value >= mark.value:
                 raise UserError(f"{flag}: expected at least {mark.value}, got {value}")
             if mark is Above0 and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{flag}: expected a number above 0, got {value}")
+
+
+def check_choice(option: str, value: object, hint: Any) -> None:
+    """Refuse a value that is none of a ``Literal``'s names, such as a misspelt name or a function.
+
+    Args:
+        option: What the value is called.
+        value: The value; of a tuple of names, all of them.
+        hint: ``Literal``, optional or not, or a tuple of it; any other annotation allows every value.
+
+    Raises:
+        UserError: Listing the names.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        check_choice(option, value, parts[0])
+    elif origin is tuple and isinstance(value, tuple):
+        for item in value:
+            check_choice(option, item, parts[0])
+    elif origin in (typing.Union, types.UnionType) and value is not None and len(parts) == 2 and type(None) in parts:
+        check_choice(option, value, next(part for part in parts if part is not type(None)))
+    elif origin is typing.Literal and not any(value is name or value == name for name in parts):
+        raise UserError(f"{option} is {value!r}; choose one of {', '.join(map(str, parts))}")
+
+
+@functools.cache
+def _hints(config_class: Any) -> dict[str, Any]:
+    """The annotations of its fields that `check_config` checks."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_config(self)
         for name, valid, expected in (
             ("num_generations", self.num_generations >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "0 or more"),

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 
 try:
     import httpx2
@@ -62,6 +63,7 @@ class ServerConfig:
     concurrency: int = 64
 
     def __post_init__(self) -> None:
+        check_config(self)
         try:
             parts = urlsplit(self.base_url)
             valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0

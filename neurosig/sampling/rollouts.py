@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from neurosig.runtime.cli import PhaseTimer, progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, write_atomic
 from neurosig.runtime.provenance import check_same_run
+from neurosig.runtime.shapes import check_choice
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +50,9 @@ class Rollout:
     mean_logprob: float | None = None
     mean_entropy: float | None = None
     mean_self_certainty: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("finish_reason", self.finish_reason, FinishReason)
 
     @property
     def completion_ids_without_eos(self) -> tuple[int, ...]:
@@ -142,62 +151,119 @@ def parse_rollout(fields: Mapping[str, Any]) -> Rollout:
 
 
 def read_external_rollouts(
-    path: str | Path, encode: Callable[[str], Sequence[int]], eos_token_ids: Sequence[int], known_ids: set[str]
+    path: str | Path,
+    encode: Callable[[str], Sequence[int]],
+    decode: Callable[[Sequence[int], bool], str],
+    eos_token_ids: Sequence[int],
+    vocabulary: int,
+    question_ids: Collection[str],
 ) -> dict[str, list[Rollout]]:
     """Read rollouts made elsewhere, such as on a vLLM cluster, grouped by question.
 
     Each line is an object with ``question_id`` and ``text``; ``completion_ids`` (or ``token_ids``, vLLM's name) and
     ``finish_reason`` (``stop`` where it is unknown) are optional. Without ids, ``encode`` tokenises the text. A
-    completion that was not cut off ends with an end-of-sequence token, which is added if it is missing.
+    completion that was not cut off ends with an end-of-sequence token, which is added if it is missing. Lines of other
+    questions are counted and left out.
 
     Args:
         path: JSONL file.
         encode: text -> token ids; special tokens in the text are encoded as text.
+        decode: (token ids, whether to skip special tokens) -> text.
         eos_token_ids: Ids that end a completion; the first is the one that is added.
-        known_ids: Ids of the export's questions.
+        vocabulary: Rows of the model's input embedding.
+        question_ids: The questions whose rollouts are wanted.
+
+    Returns:
+        Question id -> its K rollouts; every question has the same K, that of the file.
 
     Raises:
-        UserError: Naming file and line: not JSON, a missing field, an unknown question, groups of unequal size.
+        UserError: Naming file and line: not JSON, a missing field, ids beyond the vocabulary or of another text, a
+            question with another number of rollouts than the first; or a question without rollouts.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"rollouts {path}: no such file")
     groups: dict[str, list[Rollout]] = {}
+    first_line: dict[str, int] = {}
+    others: Counter[str] = Counter()
     for number, fields in _json_lines(path):
+        place = f"{path}:{number}"
         for name in ("question_id", "text"):
             if not isinstance(fields.get(name), str):
-                raise UserError(f"{path}:{number}: {name}: expected a string, got {json.dumps(fields.get(name))[:60]}")
-        question_id, text = fields["question_id"], fields["text"]
-        if question_id not in known_ids:
-            raise UserError(f'{path}:{number}: question_id "{question_id}" is not in the question files')
-        reason: Any = "stop" if fields.get("finish_reason") is None else fields["finish_reason"]
-        if reason not in ("stop", "length"):
-            raise UserError(f'{path}:{number}: finish_reason: expected "stop" or "length", got {json.dumps(reason)}')
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{path}:{number}: text: a lone surrogate at character {error.start}") from error
-        name = "token_ids" if "token_ids" in fields else "completion_ids"
-        given = fields.get(name)
-        ids = list(encode(text)) if given is None else given
-        if not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
-            raise UserError(f"{path}:{number}: {name}: expected a list of token ids, got {json.dumps(given)[:60]}")
-        if reason == "stop" and (not ids or ids[-1] not in eos_token_ids):
-            ids = [*ids, eos_token_ids[0]]
-        if not ids:
-            raise UserError(f"{path}:{number}: an empty completion that was cut off; leave it out")
+                raise UserError(f"{place}: {name}: expected a string, got {json.dumps(fields.get(name))[:60]}")
+        question_id: str = fields["question_id"]
+        if question_id not in question_ids:
+            others[question_id] += 1
+            continue
         group = groups.setdefault(question_id, [])
-        group.append(Rollout(question_id, len(group), text, tuple(ids), reason))
-    sizes = {len(group) for group in groups.values()}
-    if len(sizes) != 1:
-        raise UserError(f"{path}: every question needs the same number of rollouts, found {sorted(sizes) or 'none'}")
-    absent = sorted(known_ids - set(groups))
+        first_line.setdefault(question_id, number)
+        ids, reason = _completion(place, fields, encode, decode, eos_token_ids, vocabulary)
+        group.append(Rollout(question_id, len(group), fields["text"], ids, reason))
+    if others:
+        logger.info(
+            "%s: %d rollouts of %d other questions are left out; the first is \"%s\"",
+            path, others.total(), len(others), next(iter(others)),
+        )  # fmt: skip
+    absent = [name for name in question_ids if name not in groups]
     if absent:
         raise UserError(
-            f'{path}: no rollouts for {len(absent)} of {len(known_ids)} questions, the first is "{absent[0]}"; '
+            f'{path}: no rollouts for {len(absent)} of {len(question_ids)} questions, the first is "{min(absent)}"; '
             "use --limit or add them"
         )
+    first, *rest = groups
+    for name in rest:
+        if len(groups[name]) != len(groups[first]):
+            raise UserError(
+                f'{path}:{first_line[name]}: question "{name}" has {len(groups[name])} rollouts, "{first}" on line '
+                f"{first_line[first]} has {len(groups[first])}; every question needs the same number"
+            )
     return groups
+
+
+def _completion(
+    place: str,
+    fields: Mapping[str, Any],
+    encode: Callable[[str], Sequence[int]],
+    decode: Callable[[Sequence[int], bool], str],
+    eos_token_ids: Sequence[int],
+    vocabulary: int,
+) -> tuple[tuple[int, ...], FinishReason]:
+    """Completion ids and finish reason of a line of `read_external_rollouts`."""
+    text, reason = fields["text"], cast(FinishReason, fields.get("finish_reason") or "stop")
+    if reason not in ("stop", "length"):
+        raise UserError(f'{place}: finish_reason: expected "stop" or "length", got {json.dumps(reason)}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: text: a lone surrogate at character {error.start}") from error
+    name = "token_ids" if "token_ids" in fields else "completion_ids"
+    given = fields.get(name)
+    ids = list(encode(text)) if given is None else given
+    if not (isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)):
+        raise UserError(f"{place}: {name}: expected a list of token ids, got {json.dumps(given)[:60]}")
+    if ids and max(ids) >= vocabulary:
+        raise UserError(
+            f"{place}: {name}: token id {max(ids)}, but the model has {vocabulary}; pass the model that sampled it"
+        )
+    ended = bool(ids) and ids[-1] in eos_token_ids
+    body = ids[:-1] if ended else ids
+    if given is not None and _letters(text) not in {
+        _letters(decoded) for decoded in (decode(body, True), decode(body, False), decode(ids, False))
+    }:
+        raise UserError(
+            f"{place}: {name}: they decode to {json.dumps(decode(body, True)[:60])}, the text is "
+            f"{json.dumps(text[:60])}; give the ids of this text, or leave {name} out"
+        )
+    if reason == "stop" and not ended:
+        ids = [*ids, eos_token_ids[0]]
+    if not ids:
+        raise UserError(f"{place}: an empty completion that was cut off; leave it out")
+    return tuple(ids), reason
+
+
+def _letters(text: str) -> str:
+    """Text as far as decoders agree on it: without spaces, which they clean up, and a character cut in half."""
+    return "".join(unicodedata.normalize("NFKC", text).split()).rstrip("\ufffd")
 
 
 def check_fit(
@@ -205,7 +271,6 @@ def check_fit(
     groups: Mapping[str, Sequence[Rollout]],
     prompt_lengths: Mapping[str, int],
     max_length: int,
-    vocabulary: int,
 ) -> None:
     """Check that the model can read rollouts made elsewhere after their prompts.
 
@@ -214,11 +279,9 @@ def check_fit(
         groups: Rollouts by question.
         prompt_lengths: Question id -> tokens of its prompt.
         max_length: Positions of the model.
-        vocabulary: Rows of its input embedding.
 
     Raises:
-        UserError: A rollout is too long or has an id beyond the vocabulary; the message names file, question and
-            rollout.
+        UserError: A rollout is too long; the message names file, question and rollout.
     """
     for name, before in prompt_lengths.items():
         for rollout in groups[name]:
@@ -227,11 +290,6 @@ def check_fit(
                 raise UserError(
                     f"{place}: {len(rollout.completion_ids)} tokens after a prompt of {before} exceed the model's "
                     f"{max_length} positions; leave it out or cut it short"
-                )
-            if max(rollout.completion_ids) >= vocabulary:
-                raise UserError(
-                    f"{place}: token id {max(rollout.completion_ids)}, but the model has {vocabulary}; pass the "
-                    "model that sampled it"
                 )
 
 

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from neurosig.manifest import Reason
 from neurosig.questions.vote import Vote
+from neurosig.runtime.files import sha256_text
 from neurosig.selection.config import SelectionConfig
+
+DECIMALS = 6
+"""Decimals of a score in the manifest; selection compares no more of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class Candidate:
         text_sha256: Hash of its text; questions with the same hash are never demonstrations of each other.
         kind: Its kind or, without one, its domain.
         vote: Majority vote.
-        score: Hallucination score, higher is less trustworthy.
+        score: Hallucination score, higher is less trustworthy; ``None`` where it holds no information.
         representative: Index of the majority rollout with the lowest hallucination score; ``None`` without a vote.
         shortest: Index of the shortest majority rollout.
         signature: Neurons of its signature.
@@ -35,7 +39,7 @@ class Candidate:
     text_sha256: str
     kind: str
     vote: Vote
-    score: float
+    score: float | None
     representative: int | None
     shortest: int | None
     signature: Int[Tensor, " neurons"]
@@ -50,15 +54,44 @@ def selection_reasons(candidates: Sequence[Candidate], config: SelectionConfig) 
     reasons: list[Reason] = [_vote_reason(candidate.vote, config) for candidate in candidates]
     if config.question_filter == "vote_only":
         return reasons
-    passed = [index for index, reason in enumerate(reasons) if reason == "selected"]
+    rejected = score_cut([c for c, reason in zip(candidates, reasons, strict=True) if reason == "selected"], config)[0]
+    return [
+        "hallucination" if candidate.question_id in rejected else reason
+        for candidate, reason in zip(candidates, reasons, strict=True)
+    ]
+
+
+def score_cut(candidates: Sequence[Candidate], config: SelectionConfig) -> tuple[set[str], str]:
+    """Which questions the score rejects, and what its cut could not decide (empty if it decided everything).
+
+    Scores count to the 6 decimals that the manifest holds. A score without information rejects nothing, nor does one
+    that is the same for every question. Of questions that tie at the cut, a hash of seed and id decides, so that
+    neither names nor their order do.
+
+    Args:
+        candidates: The questions that passed the vote.
+        config: How much to keep.
+    """
+    scores = {candidate.question_id: candidate.score for candidate in candidates}
+    known = {name: round(score, DECIMALS) for name, score in scores.items() if score is not None}
+    if len(known) < len(scores):
+        return set(), f"the score holds no information, so its cut is skipped: {len(scores)} questions pass it"
     if config.question_filter == "threshold":
-        rejected = [index for index in passed if candidates[index].score > config.max_score]
-    else:
-        ranked = sorted(passed, key=lambda index: (candidates[index].score, candidates[index].question_id))
-        rejected = ranked[math.ceil(config.keep_fraction * len(passed)) :]
-    for index in rejected:
-        reasons[index] = "hallucination"
-    return reasons
+        return {name for name, score in known.items() if score > config.max_score}, ""
+    kept = math.ceil(config.keep_fraction * len(known))
+    if kept == len(known):
+        return set(), ""
+    if len(set(known.values())) == 1:
+        return set(), f"all {len(known)} questions have the same score, so its cut is skipped"
+    ranked = sorted(known, key=lambda name: (known[name], sha256_text(f"{config.seed}\x00cut\x00{name}")))
+    limit, note = known[ranked[kept - 1]], ""
+    if known[ranked[kept]] == limit:
+        tied = [place for place, name in enumerate(ranked) if known[name] == limit]
+        selected = sum(place < kept for place in tied)
+        note = (
+            f"{len(tied)} questions tie at the cut, score {limit:g}: {selected} of them are selected, drawn by the seed"
+        )
+    return set(ranked[kept:]), note
 
 
 def _vote_reason(vote: Vote, config: SelectionConfig) -> Reason:

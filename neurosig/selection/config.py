@@ -7,6 +7,7 @@ from typing import Literal
 
 from neurosig.patterns import Signature
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 
 QuestionFilter = Literal["neuron", "vote_only", "neuron_only", "threshold", "all"]
 QuestionWeight = Literal["uniform", "vote_share"]
@@ -52,6 +53,7 @@ class SelectionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_config(self)
         for name, valid, expected in (
             ("min_vote_share", 0 <= self.min_vote_share <= 1, "0 to 1"),
             ("keep_fraction", 0 < self.keep_fraction <= 1, "above 0 and at most 1"),

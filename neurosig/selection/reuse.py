@@ -36,8 +36,9 @@ def reused(
     here = {**loaded.info.as_dict(), "tokenizer": loaded.info.tokenizer_sha256, "dataset": dataset_sha256}
     changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if earlier.get(name) != here[name]]
     options = config_record(config)
+    of_the_file = () if options["rollouts"] is None else ("num_generations",)
     shaping = option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES)
-    changed += [name for name in shaping if header.options.get(name) != options[name]]
+    changed += [n for n in shaping if n not in of_the_file and header.options.get(n) != options[n]]
     if changed:
         by_id = {question.id: question for question in questions}
         other = [

@@ -14,7 +14,8 @@ from neurosig.hallucination.scores import QuestionSignals, Scores
 from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteRecord
 from neurosig.patterns.signatures import representative, signature
 from neurosig.questions.load import Question
-from neurosig.selection.choose import Candidate, selection_reasons
+from neurosig.runtime.shapes import check_choice
+from neurosig.selection.choose import DECIMALS, Candidate, score_cut, selection_reasons
 from neurosig.selection.config import SelectionConfig
 from neurosig.selection.contexts import choose_contexts
 
@@ -27,8 +28,11 @@ def manifest_rows(
     ranked_by: HallucinationScore,
     selection: SelectionConfig,
     prompt_tokens: Mapping[str, int],
-) -> list[QuestionRow]:
+) -> tuple[list[QuestionRow], str]:
     """Select questions, choose their contexts, and record the decision about every input question.
+
+    Returns:
+        One row per question, and what the score could not decide (`neurosig.selection.choose.score_cut`), or "".
 
     Args:
         questions: All input questions; those without signals were too long.
@@ -37,13 +41,18 @@ def manifest_rows(
         ranked_by: The score that the question filter uses.
         selection: Options of filter and context.
         prompt_tokens: Question id -> tokens of its prompt.
+
+    Raises:
+        UserError: There is no score ``ranked_by``.
     """
+    check_choice("ranked_by", ranked_by, HallucinationScore)
     by_id = {question.id: question for question in questions}
+    useless = scores.probe.shortage if ranked_by == "probe_score" else ""
     candidates = [
         _candidate(
             by_id[name],
             signal,
-            float(scores.by_name[ranked_by][index]),
+            None if useless else float(scores.by_name[ranked_by][index]),
             representative(signal.answers, signal.vote.winner, scores.rollout_probe[index].tolist()),
             selection,
             prompt_tokens[name],
@@ -51,6 +60,10 @@ def manifest_rows(
         for index, (name, signal) in enumerate(signals.items())
     ]
     reasons = selection_reasons(candidates, selection)
+    passed = [c for c, reason in zip(candidates, reasons, strict=True) if reason in ("selected", "hallucination")]
+    note = "" if selection.question_filter in ("all", "vote_only") else score_cut(passed, selection)[1]
+    if note:
+        note = f"{ranked_by}: {note} ({useless})" if useless else f"{ranked_by}: {note}"
     contexts = choose_contexts(candidates, [reason == "selected" for reason in reasons], selection)
     if selection.context_policy != "none":
         reasons = [
@@ -67,7 +80,7 @@ def manifest_rows(
         )
         for index, ((name, signal), reason, context) in enumerate(zip(signals.items(), reasons, contexts, strict=True))
     }
-    return [
+    rows = [
         QuestionRow(
             question_id=question.id,
             line=question.line,
@@ -81,12 +94,13 @@ def manifest_rows(
         )
         for question in questions
     ]
+    return rows, note
 
 
 def _candidate(
     question: Question,
     signal: QuestionSignals,
-    score: float,
+    score: float | None,
     chosen: int | None,
     selection: SelectionConfig,
     prompt_tokens: int,
@@ -133,7 +147,7 @@ def _decided(
         "answers": signal.reading.answers,
         "vote": VoteRecord(count=vote.count, n=vote.n, n_tied=vote.n_tied),
         "pseudo_label": vote.winner,
-        "scores": {name: round(float(score), 6) for name, score in scores.items()},
+        "scores": {name: round(float(score), DECIMALS) for name, score in scores.items()},
         "selected": reason == "selected",
         "reason": reason,
         "context": tuple(context),

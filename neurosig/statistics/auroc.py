@@ -24,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.metrics import Interval
 from neurosig.statistics.resampling import CELLS_AT_ONCE, percentile_ends, question_counts
 from neurosig.statistics.significance import bootstrap_p
@@ -74,6 +75,7 @@ class Gain:
 # AUROC and its bootstrap
 
 
+@takes_arrays
 def auroc_draws(
     trust: Float[np.ndarray, " n"],
     right: Bool[np.ndarray, " n"],
@@ -93,6 +95,7 @@ def auroc_draws(
     return _share(*_won_pairs(trust, right, owners, counts))
 
 
+@takes_arrays
 def auroc_interval(
     trust: Float[np.ndarray, " n"],
     right: Bool[np.ndarray, " n"],
@@ -110,6 +113,7 @@ def auroc_interval(
     return _interval(whole, np.concatenate(draws), owners, config)
 
 
+@takes_arrays
 def spearman_interval(
     a: Float[np.ndarray, " n"],
     b: Float[np.ndarray, " n"],
@@ -138,6 +142,7 @@ class HeldOut:
     folds: Int[np.ndarray, "repeats n"]
 
 
+@takes_arrays
 def cross_fit(
     features: Float[np.ndarray, "n features"],
     right: Bool[np.ndarray, " n"],
@@ -176,6 +181,7 @@ def cross_fit(
     return predictions
 
 
+@takes_arrays
 def held_out_auroc(
     predictions: HeldOut,
     right: Bool[np.ndarray, " n"],
@@ -196,6 +202,7 @@ def held_out_auroc(
     return _share(won, pairs)
 
 
+@takes_arrays
 def nested_gain(
     base: Float[np.ndarray, "n features"],
     signal: Float[np.ndarray, " n"],
@@ -240,6 +247,7 @@ def added_auroc(
     return added
 
 
+@takes_arrays
 def compare(
     base: HeldOut,
     full: HeldOut,
@@ -269,6 +277,7 @@ def compare(
     )
 
 
+@takes_arrays
 def rarest_class(right: Bool[np.ndarray, " n"], owners: Int[np.ndarray, " n"]) -> int:
     """Questions with a right row or questions with a wrong row, whichever are fewer: what limits the folds."""
     return min(len(np.unique(owners[right])), len(np.unique(owners[~right])))

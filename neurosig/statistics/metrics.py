@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import optimize, special
 
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.resampling import percentile_ends, question_draws
 
 LARGEST_EXACT_K = 16
@@ -56,6 +57,7 @@ def format_interval(estimate: float, low: float, high: float, spec: str) -> str:
 # Accuracy
 
 
+@takes_arrays
 def avg_at_k(correct: Bool[np.ndarray, "questions k"]) -> Float[np.ndarray, " questions"]:
     """Share of the K samples of each question that are right; unparsed samples are wrong.
 
@@ -67,6 +69,7 @@ def avg_at_k(correct: Bool[np.ndarray, "questions k"]) -> Float[np.ndarray, " qu
     return correct.mean(axis=1)
 
 
+@takes_arrays
 def maj_at_k(
     n_tied_right: Int[np.ndarray, " questions"], n_tied: Int[np.ndarray, " questions"]
 ) -> Float[np.ndarray, " questions"]:
@@ -88,6 +91,7 @@ def maj_at_k(
     return n_tied_right / np.maximum(n_tied, 1)
 
 
+@takes_arrays
 def pass_at_k(n: int, c: Int[np.ndarray, " questions"], k: int) -> Float[np.ndarray, " questions"]:
     """Unbiased chance that at least one of k samples is right (Chen et al. 2021, arXiv 2107.03374, eq. 1).
 
@@ -108,6 +112,7 @@ def pass_at_k(n: int, c: Int[np.ndarray, " questions"], k: int) -> Float[np.ndar
 # Calibration
 
 
+@takes_arrays
 def ece(
     votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"], *, bins: int = 15
 ) -> float:
@@ -130,11 +135,13 @@ def ece(
     return float(np.abs(np.bincount(keys, weights=votes / k - accuracy)).sum() / len(votes))
 
 
+@takes_arrays
 def calibration_bins(votes: Int[np.ndarray, "*shape"], k: int, *, bins: int = 15) -> Int[np.ndarray, "*shape"]:
     """Bin of the confidence ``votes / k`` in `ece`: the votes themselves up to K = 16, else equal-width ``(a, b]``."""
     return votes if k <= LARGEST_EXACT_K else np.maximum((votes * bins + k - 1) // k - 1, 0)
 
 
+@takes_arrays
 def brier(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]) -> float:
     """Brier score of the confidence ``votes / k``, in expectation over tied answers.
 
@@ -147,6 +154,7 @@ def brier(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarr
     return float(np.mean((votes / k - accuracy) ** 2 + accuracy * (1 - accuracy)))
 
 
+@takes_arrays
 def signed_gap(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]) -> float:
     """Mean confidence minus mean accuracy: above 0 is overconfident.
 
@@ -157,6 +165,7 @@ def signed_gap(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.
     return float(np.mean(votes / k - accuracy))
 
 
+@takes_arrays
 def smooth_ece(votes: Int[np.ndarray, " questions"], k: int, accuracy: Float[np.ndarray, " questions"]) -> float:
     """Smooth calibration error smECE of Blasiok & Nakkiran 2023 (arXiv 2309.12236).
 
@@ -248,6 +257,7 @@ def bootstrap_interval(
     return Interval(float(statistic(np.arange(n))), *percentile_ends(draws, level), n, resamples, seed)
 
 
+@takes_arrays
 def paired_mean_interval(
     a: Float[np.ndarray, " questions"],
     b: Float[np.ndarray, " questions"],

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.metrics import Interval, bootstrap_interval
 
 
@@ -27,6 +28,7 @@ class LineFit:
     r: Interval
 
 
+@takes_arrays
 def line_fit(
     x: Float[np.ndarray, " points"],
     y: Float[np.ndarray, " points"],

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.arrays import takes_arrays
 
 CELLS_AT_ONCE = 4_000_000
 """Resamples times questions in memory at a time."""
@@ -61,6 +62,7 @@ def resample_weights(n: int, resamples: int, rng: np.random.Generator) -> Float[
     return rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
 
 
+@takes_arrays
 def percentile_ends(draws: Float[np.ndarray, " draws"], level: float = 0.95) -> tuple[float, float]:
     """Ends of the percentile interval of bootstrap draws, as `scipy.stats.bootstrap` computes them.
 

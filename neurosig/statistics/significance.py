@@ -18,11 +18,13 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from neurosig.runtime.errors import UserError
+from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.metrics import calibration_bins
 
 # Draws
 
 
+@takes_arrays
 def mean_draws(
     values: Float[np.ndarray, "questions runs"], counts: Int[np.ndarray, "draws questions"]
 ) -> Float[np.ndarray, "draws runs"]:
@@ -30,6 +32,7 @@ def mean_draws(
     return counts @ values / counts.sum(axis=1, keepdims=True)
 
 
+@takes_arrays
 def ece_draws(
     votes: Int[np.ndarray, "questions runs"],
     k: int,
@@ -50,6 +53,7 @@ def ece_draws(
 # p-values
 
 
+@takes_arrays
 def bootstrap_p(draws: Float[np.ndarray, " draws"]) -> float:
     """Two-sided p-value of a difference from its bootstrap draws: twice the share on the rarer side of zero.
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.metrics import Interval, bootstrap_interval, ece, maj_at_k, paired_mean_interval
 
 
@@ -60,6 +61,7 @@ class VoteTable:
 
         return bootstrap_interval(statistic, len(self), seed=seed, resamples=resamples)
 
+    @takes_arrays
     def ece(self, index: Int[np.ndarray, " questions"] | None = None) -> float:
         """Expected calibration error over these questions, repeats included; over all by default."""
         chosen = slice(None) if index is None else index

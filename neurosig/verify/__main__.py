@@ -241,11 +241,14 @@ def check_training(folder: Path, found: Found) -> Iterator[Check]:
 
 
 def _metrics_problem(lines: list[dict[str, Any]], record: Mapping[str, Any]) -> str:
-    if not lines or lines[0] != record["first"] or lines[-1] != record["last"]:
+    if not lines or lines[0] != record["first"] or record["last"] not in lines:
         return "the first or last step is not that of train.json"
+    kept = (record.get("stopped") or {}).get("weights_of_step", len(lines))
+    if record["last"]["step"] != kept:
+        return f"train.json describes step {record['last']['step']}, its weights are those of step {kept}"
     if [line["step"] for line in lines] != list(range(1, len(lines) + 1)):
         return "steps are missing or out of order"
-    bad = next((line["step"] for line in lines if not math.isfinite(line.get("loss", 0.0))), None)
+    bad = next((line["step"] for line in lines if not math.isfinite(line.get("loss") or 0.0)), None)
     return f"the loss of step {bad} is not finite" if bad else ""
 
 

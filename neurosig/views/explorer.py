@@ -26,6 +26,7 @@ from neurosig.neurons.token_trace import (
 )
 from neurosig.patterns.similarity import jaccard
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_choice
 from neurosig.views.html import Choice, View
 from neurosig.views.kinds import (
     LayerNeurons,
@@ -73,6 +74,7 @@ class Explorer(ExportedRun):
     ) -> TokenLayerMap:
         """How much a rollout's active neurons contribute (``contribution``), or the probe's evidence (``evidence``), by
         layer and token."""
+        check_choice("quantity", quantity, Quantity)
         rollout = self.rollout(question_id, rollout_id)
         trace = self.trace(question_id, rollout.rollout_id)
         if quantity == "evidence":

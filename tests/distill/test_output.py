@@ -78,7 +78,10 @@ def test_the_card_says_what_was_done(tmp_path: Path, manifest: Path) -> None:
     assert record == json.loads((tmp_path / "run" / "adapter" / "train.json").read_text())
     assert record["manifest_sha256"] in card.text
     assert f"| entropy_gap | {record['first']['entropy_gap']:.4f} | {record['last']['entropy_gap']:.4f} |" in card.text
-    assert "2 steps on 8 questions of colour" in card.text and "AutoPeftModelForCausalLM" in card.text
+    assert (
+        "2 steps with 2 updates on 4 of 8 selected questions of colour" in card.text
+        and "AutoPeftModelForCausalLM" in card.text
+    )
 
 
 def test_nothing_is_uploaded_unless_asked_and_a_failed_upload_loses_nothing(

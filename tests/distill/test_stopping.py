@@ -30,9 +30,10 @@ def test_distinct_trigrams_by_hand() -> None:
     assert distinct_3([[1, 2], []]) == 1.0
 
 
-def steps(**series: list[float]) -> list[dict[str, float]]:
+def steps(**series: list[Any]) -> list[dict[str, Any]]:
     n = len(next(iter(series.values())))
     whole = {"mean_length": [10.0] * n, "student_entropy": [1.0] * n, "distinct_3": [0.9] * n} | series
+    whole.setdefault("teacher_entropy", [1.0] * n)
     return [{name: values[index] for name, values in whole.items()} for index in range(n)]
 
 
@@ -44,12 +45,22 @@ def steps(**series: list[float]) -> list[dict[str, float]]:
         ({"mean_length": [9, 9, 6, 5]}, "the mean length went from 9.0 to 5.5 tokens"),
         ({"mean_length": [10, 10, 14]}, None),
         ({"student_entropy": [1.2, 0.8, 0.6, 0.4]}, None),
-        ({"student_entropy": [1.2, 0.8, 0.5, 0.4]}, "the student's entropy fell from 1.000 to 0.450 nats"),
+        ({"student_entropy": [1.2, 0.8, 0.5, 0.4]}, "the student's entropy is 0.450 nats, the teacher's 1.000"),
+        ({"student_entropy": [1.2, 0.8, 0.5, 0.4], "teacher_entropy": [0.6, 0.4, 0.3, 0.2]}, None),
+        (
+            {"student_entropy": [0.4, 0.4, 0.4, 0.4], "teacher_entropy": [0.7, 0.7, 0.9, 0.9]},
+            "the student's entropy is 0.400 nats, the teacher's 0.900",
+        ),
+        ({"student_entropy": [1.0, None, 1.0, 0.3]}, None),
+        (
+            {"student_entropy": [1.0, None, 1.0, 0.3, None, 0.3], "mean_length": [9, 99, 9, 9, 99, 9]},
+            "the student's entropy is 0.300 nats, the teacher's 1.000",
+        ),
         ({"student_entropy": [1.2, 0.8, 5.0, 9.0]}, None),
         ({"distinct_3": [0.8, 0.8, 0.4, 0.3]}, "the share of distinct trigrams fell from 0.80 to 0.35"),
     ],
 )
-def test_windows_are_compared(series: dict[str, list[float]], reason: str | None) -> None:
+def test_windows_are_compared(series: dict[str, list[Any]], reason: str | None) -> None:
     assert collapse(steps(**series), window=2) == reason
 
 
@@ -73,7 +84,7 @@ def test_a_collapsed_run_stops_and_goes_back(tmp_path: Path, monkeypatch: pytest
         "reason": "the share of distinct trigrams fell from 0.90 to 0.10",
         "weights_of_step": 3,
     }
-    assert record["last"]["step"] == 5
+    assert (record["last"]["step"], record["updates"], record["budget"]["steps"]) == (3, 3, 5)
     final = load_file(tmp_path / "stopped" / "adapter" / "adapter_model.safetensors")
     third = load_file(tmp_path / "stopped" / "checkpoints" / "step-000003" / "weights.safetensors")
     fourth = load_file(tmp_path / "stopped" / "checkpoints" / "step-000004" / "weights.safetensors")

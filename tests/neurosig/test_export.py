@@ -206,9 +206,6 @@ def test_rollouts_made_elsewhere(tmp_path: Path) -> None:
     assert "mean_logprob" not in read_manifest(other).rows[0].scores
     with pytest.raises(UserError, match="have no such score; use one of"):
         make_manifest(tmp_path, "third", rollouts=path, hallucination_score="mean_logprob")
-    path.write_text(path.read_text().replace('"q3"', '"q99"', 1))
-    with pytest.raises(UserError, match=r'elsewhere\.jsonl:10: question_id "q99" is not in the question files'):
-        make_manifest(tmp_path, "fourth", rollouts=path)
 
 
 @pytest.mark.parametrize("policy", ["nearest", "nearest_first", "random", "random_within_kind", "none"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,6 +276,25 @@ def test_the_likelihood_of_completions_is_that_of_one_plain_forward_each(monkeyp
     with hooked(model, 4.0):
         hooks = completion_nll(model, prompts(), groups)
     assert completion_nll(scaled(model, 4.0), prompts(), groups) == hooks != ours
+
+
+def test_logits_after_a_completion_change_no_likelihood() -> None:
+    """A completion of one token next to a long one: what the head says over its padding is infinite."""
+    model = loaded()
+    completions = {"short": [(5,)], "long": [(5, 6, 7, 8)]}
+    asked = [Prompt(name, (9, 10)) for name in completions]
+    groups = {name: [Rollout(name, 0, "", ids[0], "length")] for name, ids in completions.items()}
+    plain = completion_nll(model, asked, groups)
+
+    def spoil(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
+        if logits.shape[1] > 1:
+            logits[0, 1:] = math.nan
+        return logits
+
+    handle = model.model.get_output_embeddings().register_forward_hook(spoil)
+    spoilt = completion_nll(model, asked, groups)
+    handle.remove()
+    assert spoilt == plain
 
 
 @pytest.mark.smollm2

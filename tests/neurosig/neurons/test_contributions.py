@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from neurosig.neurons.contributions import (
     pack_sets,
     unembed,
 )
+from neurosig.neurons.reduction import reduce_layer
 
 
 def test_cett_by_hand() -> None:
@@ -61,8 +63,37 @@ def test_masked_mean_by_hand() -> None:
 
 def test_masked_mean_of_nothing_is_nan_and_hides_no_nan() -> None:
     x = torch.tensor([[[1.0], [math.nan]], [[1.0], [2.0]]])
-    mask = torch.tensor([[True, False], [False, False]])
-    assert masked_mean(x, mask).isnan().all()
+    assert masked_mean(x, torch.tensor([[True, True], [False, False]])).isnan().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_masked_positions_hold_changes_no_mean_and_no_gradient(bad: float) -> None:
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    plain = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    spoilt = plain.detach().clone()
+    spoilt[~mask] = bad
+    spoilt.requires_grad_()
+    means = [masked_mean(x, mask) for x in (plain, spoilt)]
+    assert means[0].equal(means[1])
+    for x, mean in zip((plain, spoilt), means, strict=True):
+        mean.square().sum().backward()
+        assert x.grad is not None
+    assert plain.grad is not None and spoilt.grad is not None and plain.grad.equal(spoilt.grad)
+
+
+@pytest.mark.parametrize("active", ["layer_mean", "global", "per_token", "entries"])
+def test_what_masked_positions_hold_changes_no_active_set(active: str) -> None:
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    generator = torch.Generator().manual_seed(0)
+    value, out = (torch.randn(2, 3, width, generator=generator) for width in (8, 4))
+    head, w_out = torch.randn(5, 4, generator=generator), torch.randn(8, 4, generator=generator)
+    options: dict[str, Any] = {"mask": mask, "norms": None, "next_ids": None, "active": active}
+    options |= {"set_size": 3, "share": 2, "positive_only": True}
+    plain = reduce_layer(0, value, out, w_out, head, **options)
+    for bad in (math.nan, math.inf):
+        value[~mask], out[~mask] = bad, 0.0
+        spoilt = reduce_layer(0, value, out, w_out, head, **options)
+        assert all(one.equal(other) for one, other in zip(plain, spoilt, strict=True))
 
 
 def test_unembed_by_hand() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -53,21 +54,30 @@ def encode(text: str) -> list[int]:
     return [ord(char) for char in text]
 
 
+def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
+    """Ids below 10 are special."""
+    return "".join(chr(i) if i >= 10 else "" if skip_special_tokens else f"<{i}>" for i in ids)
+
+
+def read(path: Path, ids: set[str], eos: tuple[int, ...] = (2,)) -> dict[str, list[Rollout]]:
+    return read_external_rollouts(path, encode, decode, eos, 0xFFFE, ids)
+
+
 def test_external_rollouts_are_encoded_and_closed(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     lines = [
         {"question_id": "a", "text": "hi"},
         {"question_id": "a", "text": "ho", "finish_reason": "length"},
         {"question_id": "a", "text": ""},
-        {"question_id": "b", "text": "x", "completion_ids": [7, 8]},
-        {"question_id": "b", "text": "y", "token_ids": [7, 3], "logprobs": None},
-        {"question_id": "b", "text": "z", "completion_ids": [7, 8], "finish_reason": "length"},
+        {"question_id": "b", "text": "AB", "completion_ids": [65, 66]},
+        {"question_id": "b", "text": "A<3>", "token_ids": [65, 3], "logprobs": None},
+        {"question_id": "b", "text": " A B", "completion_ids": [65, 66], "finish_reason": "length"},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    groups = read_external_rollouts(path, encode, (2, 3), {"a", "b"})
+    groups = read(path, {"a", "b"}, (2, 3))
     assert [r.completion_ids for r in groups["a"]] == [(104, 105, 2), (104, 111), (2,)]
-    assert [r.completion_ids for r in groups["b"]] == [(7, 8, 2), (7, 3), (7, 8)]
-    assert [r.completion_ids_without_eos for r in groups["b"]] == [(7, 8), (7,), (7, 8)]
+    assert [r.completion_ids for r in groups["b"]] == [(65, 66, 2), (65, 3), (65, 66)]
+    assert [r.completion_ids_without_eos for r in groups["b"]] == [(65, 66), (65,), (65, 66)]
     assert [r.rollout_id for r in groups["b"]] == [0, 1, 2]
 
 
@@ -78,7 +88,6 @@ def test_external_rollouts_are_encoded_and_closed(tmp_path: Path) -> None:
         ("[1]", r"r\.jsonl:2: expected an object, got list"),
         ('{"question_id": "a"}', r"r\.jsonl:2: text: expected a string, got null"),
         ('{"question_id": 3, "text": "x"}', r"r\.jsonl:2: question_id: expected a string, got 3"),
-        ('{"question_id": "z", "text": "x"}', r'r\.jsonl:2: question_id "z" is not in the question files'),
         ('{"question_id": "a", "text": "x", "finish_reason": "eos"}', r"r\.jsonl:2: finish_reason: expected"),
         ('{"question_id": "a", "text": "x", "completion_ids": [-1]}', r"r\.jsonl:2: completion_ids: expected"),
         (
@@ -89,19 +98,50 @@ def test_external_rollouts_are_encoded_and_closed(tmp_path: Path) -> None:
         ('{"question_id": "a", "text": "x", "completion_ids": [true]}', r"r\.jsonl:2: completion_ids: expected"),
         ('{"question_id": "a", "text": "x\\ud800"}', r"r\.jsonl:2: text: a lone surrogate at character 1"),
         ('{"question_id": "a", "text": "", "finish_reason": "length"}', r"r\.jsonl:2: an empty completion"),
-        ('{"question_id": "a", "text": "x"}', r"same number of rollouts, found \[1, 2\]"),
+        (
+            '{"question_id": "a", "text": "x"}',
+            r'r\.jsonl:3: question "b" has 1 rollouts, "a" on line 1 has 2; every question needs the same number',
+        ),
+        (
+            '{"question_id": "a", "text": "x", "completion_ids": [121]}',
+            r'r\.jsonl:2: completion_ids: they decode to "y", the text is "x"; give the ids of this text',
+        ),
+        ('{"question_id": "a", "text": "", "token_ids": [65, 2]}', r'r\.jsonl:2: token_ids: they decode to "A", the'),
+        (
+            '{"question_id": "a", "text": "x", "completion_ids": [65535]}',
+            "completion_ids: token id 65535, but the model has",
+        ),
     ],
 )
 def test_a_malformed_external_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"question_id": "a", "text": "x"}\n' + line + '\n{"question_id": "b", "text": "x"}\n')
     with pytest.raises(UserError, match=message):
-        read_external_rollouts(path, encode, (2,), {"a", "b"})
+        read(path, {"a", "b"})
 
 
 def test_a_question_without_rollouts_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text('{"question_id": "a", "text": "x"}\n')
     with pytest.raises(UserError, match='no rollouts for 1 of 2 questions, the first is "b"'):
-        read_external_rollouts(tmp_path / "r.jsonl", encode, (2,), {"a", "b"})
+        read(tmp_path / "r.jsonl", {"a", "b"})
     with pytest.raises(UserError, match="no such file"):
-        read_external_rollouts(tmp_path / "absent.jsonl", encode, (2,), {"a"})
+        read(tmp_path / "absent.jsonl", {"a"})
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hi there", [*encode("Hi there"), 2]),
+        ("Hi  there\n", [*encode(" Hi there"), 2]),
+        ("Hi", [*encode("Hi"), 5, 2]),
+        ("Hi<5><2>", [*encode("Hi"), 5, 2]),
+        ("Hi<5>", [*encode("Hi"), 5, 2]),
+        ("Hi", encode("Hi\ufffd")),
+        ("e\u0301", encode("\u00e9")),
+    ],
+    ids=["end token", "spaces", "special tokens", "with them", "without the end token", "half a character", "NFD"],
+)
+def test_texts_that_decoders_write_differently_are_the_same(tmp_path: Path, text: str, ids: list[int]) -> None:
+    line = {"question_id": "a", "text": text, "completion_ids": ids, "finish_reason": "stop" if 2 in ids else "length"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n")
+    assert read(tmp_path / "r.jsonl", {"a"})["a"][0].completion_ids == tuple(ids)
