@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from neurosig.questions.answers.extract import AnswerFormat, extract_answer
 from neurosig.questions.answers.grading import is_correct, is_lenient
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from neurosig.questions.load import Question
 
 
+@runtime_checkable
 class Completion(Protocol):
     """What of a rollout is parsed: decoded text, and ``stop`` or ``length``."""
 

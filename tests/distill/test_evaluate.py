@@ -115,8 +115,19 @@ def test_the_columns_of_the_results(tmp_path: Path) -> None:
     main(evaluate_config(tmp_path))
     path = tmp_path / "eval" / "results.parquet"
     table = pyarrow.parquet.read_table(path)
-    texts = ["question_id", "domain", "kind", "answers", "winner"]
-    counts = ["k", "votes", "n_tied", "n_tied_right", "n_correct", "unparsed", "distinct", "truncated"]
+    texts = ["question_id", "domain", "kind", "raw_answers", "answers", "winner", "strict", "lenient"]
+    counts = [
+        "k",
+        "votes",
+        "n_tied",
+        "n_tied_right",
+        "n_correct",
+        "unparsed",
+        "n_correct_lenient",
+        "n_tied_right_lenient",
+        "distinct",
+        "truncated",
+    ]
     means = ["mean_length", "mean_entropy", "mean_logprob"]
     assert set(table.column_names) == {*texts, *counts, *means}
     assert all(str(table.schema.field(name).type) == "int64" for name in counts)

@@ -14,8 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import distill.choice_scoring
-from distill.choice_scoring import completions, score_choices
+import neurosig.sampling.choice_scoring
 from distill.evaluate import main
 from distill.results import choice_row, summarise_choices
 from figures.grid.rows import Run, evaluation_rows
@@ -23,6 +22,7 @@ from neurosig.models.load import LoadedModel, ModelInfo
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.choice_scoring import completions, score_choices
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt
 from neurosig.verify.__main__ import VerifyConfig
@@ -103,8 +103,10 @@ def test_what_is_scored_goes_on_where_the_prompt_ends() -> None:
 def test_an_evaluation_by_log_likelihood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files, which verify and a resumed run reproduce; whatever the sampling options say."""
     calls: list[Any] = []
-    means = distill.choice_scoring._mean_logprobs
-    monkeypatch.setattr(distill.choice_scoring, "_mean_logprobs", lambda *args: calls.append(args) or means(*args))
+    means = neurosig.sampling.choice_scoring._mean_logprobs
+    monkeypatch.setattr(
+        neurosig.sampling.choice_scoring, "_mean_logprobs", lambda *args: calls.append(args) or means(*args)
+    )
     main(scoring(tmp_path, batch_rows=8))
     batches = len(calls)
     read = {name: (tmp_path / "eval" / name).read_bytes() for name in ("results.parquet", "rollouts.jsonl")}
@@ -128,7 +130,7 @@ def test_an_evaluation_by_log_likelihood(tmp_path: Path, monkeypatch: pytest.Mon
             yield group
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill.choice_scoring, "score_choices", interrupted)
+        patch.setattr(neurosig.sampling.choice_scoring, "score_choices", interrupted)
         main(scoring(tmp_path, "broken", batch_rows=8, temperature=0.3))
     for changes in ({"choice_form": "text"}, {"scoring": "sampling"}):
         with pytest.raises(UserError, match=r"differ from the interrupted run: .*choice_form"):
@@ -169,7 +171,9 @@ def test_what_cannot_be_scored_is_named_before_the_model_loads(tmp_path: Path) -
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith('error: question "q9" (line 9) has no choices, which --scoring loglikelihood')
+    assert done.stderr.startswith(
+        'error: question "q9" (line 9) has no choices and no answer space, which --scoring loglikelihood'
+    )
     assert not (tmp_path / "run").exists()
     config.sampler, config.base_url = "openai", "http://localhost:1/v1"
     with pytest.raises(UserError, match="leave out --sampler openai"):
