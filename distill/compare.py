@@ -76,7 +76,7 @@ def main(config: CompareConfig) -> None:
     rows = [row for scope, domains in groups.items() if domains for row in _compare(runs, scope, domains, config)]
     k = runs["base"]["k"]
     verdict = _verdict(rows, k)
-    text = "\n".join([_table(rows, k), _format_check(rows, k), _notes(rows, k, runs, config), verdict])
+    text = "\n".join([_table(rows, k), _format_check(rows, k), _explained(rows, k, runs, config), verdict])
     record = {
         "rows": rows,
         "k": k,
@@ -164,7 +164,7 @@ def _compare(
         yield row
 
 
-def _table(rows: Sequence[Mapping[str, Any]], k: int) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
     """Every run under both gradings, one below the other."""
     from neurosig.statistics.vote_table import GRADINGS, graded
 
@@ -178,7 +178,7 @@ def _table(rows: Sequence[Mapping[str, Any]], k: int) -> str:
     return _markdown(head, lines, k)
 
 
-def _format_check(rows: Sequence[Mapping[str, Any]], k: int) -> str:
+def _format_check(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
     head = ["scope", "run", *(name for title in FORMAT.values() for name in (title, "change"))]
     lines = [[row["scope"], row["run"], *(cell for name in FORMAT for cell in _cells(row, name))] for row in rows]
     return "Format check:\n\n" + _markdown(head, lines, k)
@@ -189,12 +189,12 @@ def _cells(row: Mapping[str, Any], metric: str) -> list[str]:
     return [f"{row[metric].estimate:.3f}", "" if change is None else f"{change:+.3f}"]
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]], k: int) -> str:
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]], k: int | str) -> str:
     titles = [title.format(k=k) for title in head]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(head), *lines))
 
 
-def _notes(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], config: CompareConfig) -> str:
+def _explained(rows: Sequence[Mapping[str, Any]], k: int | str, runs: Mapping[str, Any], config: CompareConfig) -> str:
     floors = ", ".join(f"{row['ece_floor']:.3f} {row['scope']}" for row in rows if row["run"] == "base")
     text = (
         f"Change against base with its 95% paired bootstrap interval over questions ({config.resamples:,} resamples, "
@@ -217,7 +217,7 @@ def _notes(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], c
     return text
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
+def _verdict(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
     """The closing sentence: the change under both gradings, and the change beyond the control."""
     row = next(row for row in rows if row["run"] == "trained" and row["scope"] == "in-domain")
     text = f"In-domain, training changes {_claim(row, 'avg_at_k', 'base', k)}."
@@ -231,7 +231,7 @@ def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
     return text + "\n"
 
 
-def _claim(row: Mapping[str, Any], metric: str, other: str, k: int) -> str:
+def _claim(row: Mapping[str, Any], metric: str, other: str, k: int | str) -> str:
     """The change of a metric under both gradings, and whether it is a gain: only where the two agree."""
     changes = [row[f"{name}_vs_{other}"] for name in (metric, f"{metric}_lenient")]
     strict, lenient = map(_reading, changes)

@@ -30,7 +30,6 @@ from neurosig.runtime.shapes import Shapes
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
     from neurosig.questions.load import Question
-    from neurosig.questions.reader import AnswerReader
     from neurosig.sampling.rollouts import Rollout
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,6 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
     with timer.phase("score" if scored else "sample"):
         groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
     with timer.phase("score"):
-        reader = None
         if scored:
             row_options: Any = {"form": config.choice_form, "mutual_info": config.mutual_info}
             rows = [choice_row(question, groups[question.id], **row_options) for question in questions]
@@ -110,7 +108,7 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
             reader = config.answer_reader(loaded)
             rows = [sampled_row(question, groups[question.id], reader) for question in questions]
             summary = summarise(rows, seed=config.seed)
-    _write(config, loaded, adapter_sha256, questions, groups, rows, summary, reader)
+    _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, block in summary.items():
         if scored:
             values = f"accuracy {block['accuracy']['estimate']:.3f} (chance {block['chance']:.3f})"
@@ -147,26 +145,10 @@ def _questions(config: EvaluateConfig) -> list[Question]:
                 f'question "{question.id}" (line {question.line}) has no answer; evaluation needs gold answers'
             )
         if config.scoring == "loglikelihood" and question.choices is None:
-            _check_answer_space(question)
+            from neurosig.sampling.choice_scoring import check_answer_space
+
+            check_answer_space(question)
     return questions
-
-
-def _check_answer_space(question: Question) -> None:
-    """Refuse to rank the answers of a free-form question without a space, or whose gold answer is not in it."""
-    from neurosig.questions.answers import is_correct, normalise
-    from neurosig.questions.answers.spaces import members
-
-    names = [normalise(name) for member in members(question) for name in member]
-    if not names:
-        raise UserError(
-            f'question "{question.id}" (line {question.line}) has no choices and no answer space, which --scoring '
-            'loglikelihood compares; give its record the field "answer_space" or use --scoring sampling'
-        )
-    if not any(is_correct(name, question) for name in names):
-        raise UserError(
-            f'question "{question.id}" (line {question.line}): its answer "{question.answer}" is not in its answer '
-            "space, so no ranking of the space can be right; add it there"
-        )
 
 
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
@@ -224,8 +206,8 @@ def _write(
     groups: Mapping[str, Sequence[Rollout]],
     rows: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
-    reader: AnswerReader | None = None,
 ) -> None:
+    from neurosig.questions.load import questions_sha256
     from neurosig.runtime.provenance import run_record
 
     record = {
@@ -234,19 +216,11 @@ def _write(
         "model": loaded.info.as_dict(),
         "adapter_sha256": adapter_sha256,
         "config": config_record(config),
-        "reader": None if reader is None else reader.record(),
+        "answers": config.answer_reader(loaded).record(),
         "run": run_record(),
     }
     write_evaluation(config.out, rows, groups, record)
     (config.out / LOG).unlink()
-
-
-def questions_sha256(questions: Sequence[Question]) -> str:
-    """Hash of ids, texts and gold answers."""
-    from neurosig.runtime.files import sha256_text
-
-    hashed = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
-    return sha256_text(json.dumps(hashed))
 
 
 def write_evaluation(
@@ -256,16 +230,9 @@ def write_evaluation(
     record: Mapping[str, Any],
 ) -> None:
     """Write the files of an evaluation into ``out``, ``summary.json`` with ``record`` last."""
-    import io
+    from neurosig.runtime.files import write_atomic, write_parquet
 
-    import pyarrow
-    import pyarrow.parquet
-
-    from neurosig.runtime.files import write_atomic
-
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
-    write_atomic(out / RESULTS, buffer.getvalue())
+    write_parquet(out / RESULTS, rows)
     lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["question_id"]]]
     write_atomic(out / ROLLOUTS, "".join(lines))
     write_atomic(out / SUMMARY, json.dumps(record, indent=1) + "\n")

@@ -9,6 +9,7 @@ A question has its gold answer for evaluation only; ``without_answers`` removes 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import unicodedata
@@ -246,6 +247,12 @@ def warn_repeated_texts(questions: Sequence[Question]) -> None:
 def without_answers(questions: Iterable[Question]) -> list[Question]:
     """The same questions in the same order, without ``answer`` and ``aliases``."""
     return [replace(question, answer=None, aliases=()) for question in questions]
+
+
+def questions_sha256(questions: Iterable[Question]) -> str:
+    """Hash of ids, texts and gold answers, in order."""
+    hashed = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
+    return sha256_text(json.dumps(hashed))
 
 
 def split_of(question_id: str) -> Split:

@@ -31,6 +31,7 @@ import torch
 
 from neurosig.models.completion_hidden import completion_hidden, head_logits
 from neurosig.models.finite import first_not_finite
+from neurosig.questions.answers import is_correct, normalise
 from neurosig.questions.answers.spaces import members
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
@@ -46,6 +47,25 @@ HEAD_ROWS = 256
 PADDED_ROWS = 32
 """Replies that share a batch whatever their lengths; from there on another length is worth another pass."""
 _OPENED = "Answer:"
+
+
+def check_answer_space(question: Question) -> None:
+    """Refuse to rank the answers of a free-form question without a space, or whose gold answer is not in it.
+
+    Raises:
+        UserError: Naming the question and its line.
+    """
+    names = [normalise(name) for member in members(question) for name in member]
+    if not names:
+        raise UserError(
+            f'question "{question.id}" (line {question.line}) has no choices and no answer space, which --scoring '
+            'loglikelihood compares; give its record the field "answer_space" or use --scoring sampling'
+        )
+    if not any(is_correct(name, question) for name in names):
+        raise UserError(
+            f'question "{question.id}" (line {question.line}): its answer "{question.answer}" is not in its answer '
+            "space, so no ranking of the space can be right; add it there"
+        )
 
 
 def completions(question: Question, form: ChoiceForm, prompt: str) -> list[str]:
