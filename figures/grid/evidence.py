@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from figures.grid import texts
 from figures.grid.cells import SHARED_EXPORT
 from figures.grid.collect import RESULTS
 from figures.grid.config import SETTINGS
@@ -37,11 +38,11 @@ class EvidenceConfig(CommonConfig):
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
     out: Path = COMMITTED
-    """Folder of grid.parquet, layout.json, results.csv and signals.csv."""
+    """Folder of grid.parquet, layout.json, results.csv, the kept texts and signals.csv."""
 
 
 def main(config: EvidenceConfig) -> None:
-    """Write the four files, each atomically.
+    """Write the files, each atomically.
 
     Raises:
         UserError: The grid is not finished, or gold answers cannot be read.
@@ -50,8 +51,9 @@ def main(config: EvidenceConfig) -> None:
         if not (config.grid / name).is_file():
             raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
     config.out.mkdir(parents=True, exist_ok=True)
-    for name in (FILES[0], LAYOUT, RESULTS):
-        write_atomic(config.out / name, (config.grid / name).read_bytes())
+    for name in (FILES[0], LAYOUT, RESULTS, *texts.FILES):
+        if (config.grid / name).is_file():  # a grid collected before texts were kept has none
+            write_atomic(config.out / name, (config.grid / name).read_bytes())
     sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()
     frames = [signals(config.grid / SHARED_EXPORT.format(source=source), source) for source in sources]
     write_atomic(config.out / SIGNALS, pd.concat(frames).to_csv(index=False, float_format="%.6g"))

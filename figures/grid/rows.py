@@ -131,11 +131,18 @@ def evaluation_rows(run: Run, folder: Path) -> list[dict[str, Any]]:
     """
     from distill.evaluate import read_sampled
 
-    known = {"method": run.method, "source": run.source, "seed": run.seed}
-    return [
-        known | {"target": row["domain"]} | {name: row[name] for name in ("question_id", *WHOLE[1:])}
-        for row in read_sampled(folder)[1]
-    ]
+    return sampled_grid_rows(
+        [
+            {**row, "method": run.method, "source": run.source, "seed": run.seed, "target": row["domain"]}
+            for row in read_sampled(folder)[1]
+        ]
+    )
+
+
+def sampled_grid_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The columns of `write_grid` of rows of `distill.results.sampled_row` with ``method``, ``source``, ``seed`` and
+    ``target``."""
+    return [{name: row[name] for name in (*TEXT, *WHOLE)} for row in rows]
 
 
 def read_grid(folder: Path) -> Grid:

@@ -19,8 +19,11 @@ import pytest
 from figures.grid.__main__ import main
 from figures.grid.collect import control_temperature
 from figures.grid.config import PRESETS, GridConfig
-from figures.grid.evidence import EvidenceConfig
+from figures.grid.evidence import COMMITTED, EvidenceConfig
 from figures.grid.evidence import main as keep
+from figures.grid.rescore import RescoreGridConfig
+from figures.grid.rescore import main as rescore
+from figures.grid.texts import format_check
 from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.cli import command_words
 from neurosig.runtime.errors import UserError
@@ -111,8 +114,19 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
     signals = pandas.read_csv(folder / "kept" / "signals.csv")
     assert len(signals) == 8 and set(signals.source) == {"red"} and not signals.right.any()
     assert {"vote_share", "probe_score"} <= set(signals)
-    for name in ("grid.parquet", "layout.json", "results.csv"):
+    for name in ("grid.parquet", "layout.json", "results.csv", "rollouts.parquet", "questions.jsonl", "reader.json"):
         assert (folder / "kept" / name).read_bytes() == (folder / "grid" / name).read_bytes()
+
+    texts = pyarrow.parquet.read_table(folder / "kept" / "rollouts.parquet").to_pylist()
+    assert len(texts) == len(answers) * 3 and {text["finish_reason"] for text in texts} <= {"stop", "length"}
+    rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "again"))
+    for name in ("grid.parquet", "layout.json"):
+        assert (folder / "again" / name).read_bytes() == (folder / "grid" / name).read_bytes()
+    rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "numbers", answer_format="number"))
+    grids = [(folder / name / "grid.parquet").read_bytes() for name in ("numbers", "grid")]
+    assert grids[0] != grids[1]
+    with pytest.raises(UserError, match="numbers: holds a grid"):
+        rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "numbers"))
 
     before = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
     with (
@@ -128,6 +142,28 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
 
     with pytest.raises(UserError, match="its cells were made with other train options"):
         main(grid(folder, train={"steps": 2}))
+
+
+def test_a_grid_without_texts_says_so(tmp_path: Path) -> None:
+    """The committed grid was run before texts were kept."""
+    with pytest.raises(UserError, match=r"no rollouts\.parquet; this grid was collected before texts were kept"):
+        rescore(RescoreGridConfig(grid=COMMITTED, out=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_format_check_pairs_questions() -> None:
+    """Of 4 samples, the base answers 1 in a form that is read, though 3 name the gold answer."""
+    known = {"source": "", "seed": 0, "target": "red", "k": 4, "n_correct": 1, "n_correct_lenient": 3, "unparsed": 3}
+    rows = [{**known, "method": "base", "question_id": f"q{index}"} for index in range(5)]
+    for seed in (0, 1):
+        learned = {"method": "lmsi", "source": "red", "seed": seed, "n_correct": 3, "unparsed": seed}
+        rows += [{**row, **learned} for row in rows[:5]]
+    text = format_check(rows)
+    assert "| base |  | 0.250 |  | -0.500 |  |" in text
+    assert "| LMSI | in | 0.875 | +0.625 [+0.625, +0.625] | 0.000 | +0.500 [+0.500, +0.500] |" in text
+    assert "Training changed the wording of the answers: LMSI (in)" in text
+    same = [{**row, "n_correct": 1, "unparsed": 3} for row in rows]
+    assert "changed the wording" not in format_check(same)
 
 
 def test_the_control_is_the_temperature_that_the_development_questions_prefer(tmp_path: Path) -> None:

@@ -142,6 +142,75 @@ def test_an_evaluation_by_log_likelihood(tmp_path: Path, monkeypatch: pytest.Mon
     assert {name: (tmp_path / "broken" / name).read_bytes() for name in read} == read
 
 
+SPACE = (("red",), ("navy blue", "navy"), ("green", "emerald green"), ("not at all, never",))
+
+
+def test_members_of_an_answer_space_are_scored_by_their_first_name() -> None:
+    """After the prompt and after the prompt without its question, both opened with ``Answer:``, token by token."""
+    model, tokenizer = tiny_model("qwen3"), tiny_tokenizer()
+    builder = PromptBuilder(tokenizer, PromptConfig())
+    questions = {name: Question(name, "d", f"Which is {name}?", answer_space=SPACE) for name in ("one", "the other")}
+    todo = [Prompt(name, builder.student(question)) for name, question in questions.items()]
+    priors = {name: builder.without_question(question) for name, question in questions.items()}
+    loaded = LoadedModel(model, tokenizer, INFO)
+    groups = list(score_choices(loaded, todo, questions, "letter", priors=priors, batch_rows=3))
+    opening = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    for group in groups:
+        assert [rollout.text for rollout in group] == [" red", " navy blue", " green", " not at all, never"] * 2
+        asked = builder.student(questions[group[0].question_id])
+        for place, rollout in enumerate(group):
+            before = [
+                *(asked if place < 4 else builder.encode([{"role": "user", "content": PromptConfig().instruction}]))
+            ]
+            before += opening
+            ids = list(rollout.completion_ids)
+            with torch.no_grad():
+                logits = model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+            log_p = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+            assert rollout.mean_logprob == pytest.approx(float(log_p.mean()), abs=2e-5)
+    resumed = list(score_choices(loaded, todo, questions, "letter", priors=priors, batch_rows=3, done={"one"}))
+    assert [group for group in groups if group[0].question_id != "one"] == resumed
+
+
+def test_the_prior_takes_away_what_a_common_answer_has_anyway() -> None:
+    question = Question("a", "d", "Which?", answer="emerald green", answer_space=SPACE)
+    group = scored(question, [-1.0, -3.0, -2.0, -3.0, -0.5, -3.0, -4.0, -2.0], [1, 2, 2, 1] * 2)
+    row = choice_row(question, group, "letter", mutual_info=True)
+    assert (row["choices"], row["winner"], row["correct"]) == (4, "red", 0)
+    assert (row["winner_mutual_info"], row["correct_mutual_info"]) == ("green", 1)  # by another name of the member
+    assert row["scores"] == [-1.0, -3.0, -2.0, -3.0] and row["scores_mutual_info"] == [-0.5, 0.0, 2.0, -1.0]
+    assert "winner_mutual_info" not in choice_row(question, group[:4], "letter")
+    block = summarise_choices([row, {**row, "question_id": "b"}], seed=0)["d"]
+    assert (block["accuracy"]["estimate"], block["accuracy_mutual_info"]["estimate"]) == (0, 1)
+    assert block["chance"] == 0.25
+
+
+@pytest.mark.parametrize("choices", [True, False])
+def test_both_rankings_are_reported(tmp_path: Path, choices: bool) -> None:
+    path = write_choices(tmp_path / "choices.jsonl")
+    if not choices:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            record |= {"choices": None, "answer": "green", "answer_space": [list(names) for names in SPACE]}
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options: dict[str, Any] = {"questions": (str(path),), "scoring": "loglikelihood", "mutual_info": True}
+    main(evaluate_config(tmp_path, **options))
+    block = json.loads((tmp_path / "eval" / "summary.json").read_text())["domains"]["tone"]
+    rows = pyarrow.parquet.read_table(tmp_path / "eval" / "results.parquet").to_pylist()
+    for name in ("accuracy", "accuracy_mutual_info"):
+        right = [row[name.replace("accuracy", "correct")] for row in rows if row["domain"] == "tone"]
+        assert block[name]["estimate"] == sum(right) / 4
+    verify(VerifyConfig(folder=tmp_path / "eval", quiet=True))
+
+
+def test_a_gold_answer_outside_its_space_is_refused(tmp_path: Path) -> None:
+    path = write_choices(tmp_path / "choices.jsonl", n=1)
+    record = json.loads(path.read_text()) | {"choices": None, "answer": "mauve", "answer_space": [["red"], ["green"]]}
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=r'"q0" \(line 1\): its answer "mauve" is not in its answer space'):
+        main(evaluate_config(tmp_path, questions=(str(path),), scoring="loglikelihood"))
+
+
 def test_tampered_choices_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(scoring(tmp_path, choice_form="text"))
     path = tmp_path / "eval" / "results.parquet"
