@@ -241,6 +241,7 @@ def adapt_native(record: Record, stem: str) -> Fields:
         answer=answer,
         aliases=tuple(alias for alias in dict.fromkeys(aliases) if alias != answer),
         kind=next((kind for kind in kinds if kind), None),
+        answer_space=record.get("answer_space"),
     )
 
 

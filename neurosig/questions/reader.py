@@ -41,8 +41,8 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Grades:
-    """Which of K completions are right. ``strict``: the vote's candidate equals the gold answer; ``lenient``: see
-    `is_lenient`."""
+    """Which of K completions are right. ``strict``: the raw answer equals the gold answer; ``lenient``: see
+    `neurosig.questions.answers.grading.is_lenient`."""
 
     strict: tuple[bool, ...]
     lenient: tuple[bool, ...]
@@ -88,11 +88,12 @@ class AnswerReader:
             ValueError: The question has no gold answer.
         """
         return Grades(
-            tuple(is_correct(answer, question) for answer in reading.answers),
+            tuple(is_correct(answer, question) for answer in reading.raw_answers),
             tuple(
                 is_lenient(
                     completion.text,
                     question,
+                    self.answer_format,
                     finish_reason=completion.finish_reason,
                     prompt_opens_thought=self.prompt_opens_thought,
                 )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from neurosig.questions.answers.grading import is_correct
+from neurosig.questions.answers.normal import normalise
+from neurosig.questions.answers.spaces import canonical, members
 from neurosig.questions.load import Question
 
 VoteMerge = Literal["containment", "exact"]
@@ -44,14 +46,57 @@ class Vote:
 def merge_answers(answers: Sequence[str | None], question: Question, merge: VoteMerge) -> list[str | None]:
     """The candidate that each answer votes for, in the same order.
 
+    ``exact``: every answer for itself. ``containment``: answers of one meaning are one candidate, named by its most
+    frequent answer, the shortest of equals. A meaning is an answer with those that contain it as whole words, at their
+    end ("west africa" for "africa"), or elsewhere where no other answer does: "sodium chloride" and "sodium nitrate"
+    stay apart beside "sodium". An answer that contains two others belongs to neither, and so do different members of
+    the answer space, whose other names count as they do.
+
     Args:
         answers: Parsed answers, ``None`` without one.
-        question: Its answer space keeps different members apart.
-        merge: ``exact``: every answer for itself; ``containment``: answers that contain another candidate as whole
-            words, or its alias in the answer space, vote for it.
+        question: Its answer space is used; letters never merge.
+        merge: See above.
+
+    Raises:
+        ValueError: ``merge`` is unknown.
     """
-    del question, merge
-    return list(answers)
+    if merge not in get_args(VoteMerge):
+        raise ValueError(f'vote merge "{merge}" is not one of {", ".join(get_args(VoteMerge))}')
+    if merge == "exact" or question.choices:
+        return list(answers)
+    named = [None if answer is None else canonical(answer, question) for answer in answers]
+    counts = Counter(answer for answer in named if answer is not None)
+    apart = {normalise(member[0]) for member in members(question)}
+    core = _cores(sorted(counts), apart)
+    meanings: defaultdict[str, list[str]] = defaultdict(list)
+    for answer in counts:
+        meanings[core[answer]].append(answer)
+    names = {
+        meaning: meaning if meaning in apart else min(forms, key=lambda form: (-counts[form], len(form), form))
+        for meaning, forms in meanings.items()
+    }
+    return [None if answer is None else names[core[answer]] for answer in named]
+
+
+def _cores(candidates: Sequence[str], apart: Collection[str]) -> dict[str, str]:
+    """For each candidate the shortest candidate of its meaning."""
+    inside = {
+        longer: [
+            shorter
+            for shorter in candidates
+            if shorter != longer and longer not in apart and f" {shorter} " in f" {longer} "
+        ]
+        for longer in candidates
+    }
+    core = {}
+    for longer, found in inside.items():
+        least = [short for short in found if not any(other in inside[short] for other in found)]
+        core[longer] = least[0] if len(least) == 1 else longer
+    elsewhere = Counter(short for longer, short in core.items() if short != longer and not longer.endswith(f" {short}"))
+    return {
+        longer: short if longer.endswith(f" {short}") or elsewhere[short] == 1 else longer
+        for longer, short in core.items()
+    }
 
 
 def majority_vote(answers: Sequence[str | None], question_id: str) -> Vote:

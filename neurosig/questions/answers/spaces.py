@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
+from neurosig.questions.answers.normal import normalise
 from neurosig.questions.bundled.build import read_facts
 
 if TYPE_CHECKING:
@@ -44,6 +45,21 @@ def members(question: Question) -> tuple[Member, ...]:
     if space is None:
         return ()
     return _bundled(space) if isinstance(space, str) else space
+
+
+def canonical(answer: str, question: Question) -> str:
+    """The normalised canonical name of the member that ``answer``, normalised, is a name of; else ``answer`` itself."""
+    return _canonical_names(members(question)).get(answer, answer)
+
+
+@cache
+def _canonical_names(space: tuple[Member, ...]) -> dict[str, str]:
+    """Normalised name -> canonical name; a name that several members share stays itself."""
+    names: dict[str, set[str]] = {}
+    for member in space:
+        for name in member:
+            names.setdefault(normalise(name), set()).add(normalise(member[0]))
+    return {name: next(iter(found)) for name, found in names.items() if len(found) == 1}
 
 
 @cache

@@ -1,0 +1,125 @@
+"""From a completion to the text of its answer: thoughts, further questions, LaTeX, Markdown, JSON and XML marks."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+
+MARK_OPEN, MARK_CLOSE = "\u27e6", "\u27e7"
+"""Brackets around what the completion itself marks as its answer: boxed, ``<answer>``, JSON, ``####``."""
+MOST_MARKS = 8
+
+_THOUGHT = re.compile(
+    r"<(?P<a>/?)(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad)>|\[(?P<b>/?)THINK\]"
+    r"|\u25c1(?P<c>/?)think\u25b7|<\|(?:(?P<open>begin)|end)_of_thought\|>",
+    re.IGNORECASE,
+)
+_HARMONY_THOUGHT, _HARMONY_FINAL = "analysis", "assistantfinal"  # channel names, once special tokens are dropped
+_TURN = re.compile(
+    r"(?:^|\n)[ \t#*]*(?P<head>(?:question|q|problem|frage|问题|問題|質問|human|user)[ \t]*\d*[*]*[ \t]*[:\uff1a])",
+    re.IGNORECASE,
+)
+_ECHO = re.compile(r"[^\n]*")
+_TURN_ROLE = re.compile(r"human|user", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+_TAGGED = re.compile(r"<(answer|final_answer|final)>([^<]*)</\1>", re.IGNORECASE)
+_JSON = re.compile(
+    r"""["'](?:final_?answer|answer|choice|answer_?letter)["']\s*:\s*(?:"([^"\n]*)"|'([^'\n]*)'|([^\s,"'{}\]]+))""",
+    re.I,
+)
+_HASHES = re.compile(r"####[ \t]*([^\n]+)")
+_WRAPPED = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb)|operatorname|mbox|emph|boldsymbol|bm|underline)\*?"
+    r"\s*\{([^{}]*)\}"
+)
+_SPACING = re.compile(r"\\(?:left|right|displaystyle|quad|qquad|big|Big|bigl|bigr)\b|\\[!,;: ]|(?<!\\)~")
+_DELIMITER = re.compile(r"\\[()\[\]]|\\\$|(?<!\\)\$")
+_SUPERSCRIPT = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+")
+_SUPERSCRIPTS = str.maketrans(
+    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+"
+)
+_BLANKS, _BLANK_LINES = re.compile(r"[^\S\n]+"), re.compile(r"\n[ \n]*\n")
+_BOLD = re.compile(r"\*\*|__|`+")
+_ITALIC = re.compile(r"(?<![\w*])\*(?=\S)|(?<=\S)\*(?![\w*])")
+
+
+def answer_part(text: str, question: str, *, prompt_opens_thought: bool) -> str | None:
+    """The completion without its thought and without the further turns that a model writes after its answer.
+
+    Returns:
+        ``None`` when the thought is not closed: nothing after it is an answer.
+    """
+    text = text.strip()
+    closed, opened = 0, prompt_opens_thought
+    for tag in _THOUGHT.finditer(text):
+        is_open = "open" in tag.groupdict() and tag["open"] is not None
+        closing = not is_open and (any(tag[name] == "/" for name in "abc") or tag[0].lower().startswith("<|end"))
+        opened = not closing
+        closed = tag.end() if closing else closed
+    if text.startswith(_HARMONY_THOUGHT):
+        thought, opened_final, _ = text.partition(_HARMONY_FINAL)
+        opened, closed = opened or not opened_final, max(closed, len(thought) + len(_HARMONY_FINAL))
+    return None if opened else _first_turn(text[closed:].strip(), question)
+
+
+def _first_turn(text: str, question: str) -> str:
+    """Text up to a further question; an echo of the present one does not end the answer."""
+    start = 0
+    for turn in _TURN.finditer(text):
+        line = _ECHO.match(text, turn.end())
+        echo = line[0].strip(" *") if line else ""
+        if echo and (echo in question or question.startswith(echo) or echo.startswith(question)):
+            start = turn.end() + len(line[0]) if line else start
+        elif text[start : turn.start()].strip():
+            return text[start : turn.start()].strip()
+    return text[start:].strip()
+
+
+def with_marks(text: str) -> str:
+    """The text with every marked answer in `MARK_OPEN` and `MARK_CLOSE` and without LaTeX and Markdown marks."""
+    text = _TAGGED.sub(rf"\n{MARK_OPEN}\2{MARK_CLOSE}\n", _boxes(text))
+    text = _JSON.sub(lambda found: f"\n{MARK_OPEN}{found[1] or found[2] or found[3] or ''}{MARK_CLOSE}\n", text)
+    text = _HASHES.sub(rf"\n{MARK_OPEN}\1{MARK_CLOSE}\n", text)
+    text = _SUPERSCRIPT.sub(lambda found: "^" + found[0].translate(_SUPERSCRIPTS), text)
+    text = unicodedata.normalize("NFKC", text)
+    for _ in range(3):
+        text = _WRAPPED.sub(r"\1", text)
+    text = _DELIMITER.sub("", _SPACING.sub(" ", text))
+    return _BLANK_LINES.sub("\n\n", _BLANKS.sub(" ", text))
+
+
+def without_emphasis(text: str) -> str:
+    """The text without Markdown's bold, italic and code marks; a star between digits stays."""
+    return _ITALIC.sub("", _BOLD.sub("", text))
+
+
+def marked(text: str) -> Iterator[str]:
+    """Contents of the last marks of `with_marks`, the last first."""
+    return (part.partition(MARK_CLOSE)[0] for part in reversed(text.split(MARK_OPEN)[1:][-MOST_MARKS:]))
+
+
+def unmarked(text: str) -> str:
+    """The text of `with_marks` without its brackets."""
+    return text.replace(MARK_OPEN, "").replace(MARK_CLOSE, "")
+
+
+def _boxes(text: str) -> str:
+    """Every closed ``\\boxed{...}`` as a mark; of nested ones the outer."""
+    parts, place = [], 0
+    while found := _BOX.search(text, place):
+        end = _closing_brace(text, found.end())
+        if end is None:
+            break
+        parts += [text[place : found.start()], MARK_OPEN, _BOX.sub("{", text[found.end() : end]), MARK_CLOSE]
+        place = end + 1
+    return "".join([*parts, text[place:]])
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    depth = 1
+    for place in range(start, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if not depth:
+            return place
+    return None
