@@ -94,6 +94,8 @@ class TrainConfig(SamplerOptions):
     keep_truncated: Annotated[bool, Shapes.TRAINING] = False
     """Also learn from rollouts that were cut off before an end-of-sequence token."""
 
+    answer_parser: Annotated[str | None, Shapes.TRAINING] = None
+    """MODULE:FUNCTION that parses completions; default: what parsed the manifest's, which another contradicts."""
     questions_of: Annotated[Literal["selected", "all"], Shapes.TRAINING, Section.BASELINES] = "selected"
     """lmsi, ttrl, intuitor: train on nopsd's questions, or on all of the manifest as in their papers."""
     vote_generations: Annotated[int | None, Shapes.TRAINING] = None

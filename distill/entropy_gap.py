@@ -19,7 +19,6 @@ from distill.tasks import manifest_tasks
 from neurosig.manifest import Manifest
 from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import LoadedModel, logit_softcap
-from neurosig.questions.answers import extract_answer, is_correct
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.sampler import Prompt, sample
@@ -143,11 +142,10 @@ def fresh_accuracy(
     k = num_generations or options["num_generations"]
     sampling = manifest.header.sampling_config(num_generations=k, seed=seed)
     prompts = [Prompt(task.id, task.teacher_prompt if teacher else task.student_prompt) for task in tasks]
-    right = {}
+    right, reader = {}, manifest.header.answer_reader()
     for group in sample(loaded, prompts, sampling, salt="entropy gap"):
         question = gold[group[0].question_id]
-        answers = [extract_answer(rollout.text, question, options["answer_format"]) for rollout in group]
-        right[question.id] = float(np.mean([is_correct(answer, question) for answer in answers]))
+        right[question.id] = float(np.mean(reader.grade(reader.read(group, question), group, question).strict))
     return {task.id: right[task.id] for task in tasks}
 
 

@@ -89,8 +89,10 @@ def main(config: EvaluateConfig) -> None:
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
     from distill.results import choice_row, sampled_row, summarise, summarise_choices
+    from neurosig.questions.answers.gold import warn_of_unreachable_gold
 
     config.server_config(config.model)  # options out of range are refused before the model loads
+    config.check_answer_parser()
     scored = config.scoring == "loglikelihood"
     if scored and config.sampler != "transformers":
         raise UserError("--scoring loglikelihood scores the choices with the local model; leave out --sampler openai")
@@ -106,6 +108,7 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
             summary = summarise_choices(rows, seed=config.seed)
         else:
             reader = config.answer_reader(loaded)
+            warn_of_unreachable_gold(questions, reader)
             rows = [sampled_row(question, groups[question.id], reader) for question in questions]
             summary = summarise(rows, seed=config.seed)
     _write(config, loaded, adapter_sha256, questions, groups, rows, summary)

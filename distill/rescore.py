@@ -152,7 +152,7 @@ def _manifest(config: RescoreConfig, folder: Path) -> Graded:
     from neurosig.runtime.provenance import run_record
 
     manifest = read_manifest(folder)
-    reader = config.reader(getattr(manifest.header, "answers", None) or manifest.header.options)
+    reader = config.reader(manifest.header.answers)
     rows = reread(manifest, reader)
     changed = sum(row["changed"] for row in rows) / len(rows)
     record = {"rescored": str(folder), "content_sha256": manifest.header.content_sha256, "n": len(rows)}

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neurosig.questions.answers import AnswerFormat, extract_answer
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import PromptBuilder
-from neurosig.questions.vote import majority_vote, vote_accuracy
+from neurosig.questions.vote import vote_accuracy
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.sampling.config import SamplingConfig
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from distill.config import TrainConfig
     from neurosig.manifest import Header
     from neurosig.models.load import LoadedModel
-    from neurosig.questions.load import Question
     from neurosig.runtime.cli import PhaseTimer
 
 logger = logging.getLogger(__name__)
@@ -119,7 +117,7 @@ class Development:
         self._prompts = [Prompt(question.id, builder.student(question)) for question in self._questions]
         self._sampling = replace(sampling, num_generations=config.dev_generations)
         self._draw, self._timer, self._main = draw, timer, main
-        self._format = header.options["answer_format"]
+        self._reader = header.answer_reader()
         self._path = config.out / DEVELOPMENT
         self._measured: list[dict[str, Any]] = []
 
@@ -142,7 +140,7 @@ class Development:
         with self._timer.phase("development"):
             drawn = self._draw(self._prompts, self._sampling, "development")
         groups = {group[0].question_id: group for group in drawn}
-        right = [_majority_is_right(question, groups[question.id], self._format) for question in self._questions]
+        right = [vote_accuracy(self._reader.read(groups[q.id], q).vote, q) for q in self._questions]
         self._measured.append({"step": step, "maj_at_k": float(np.mean(right)), "by_question": right})
         if self._main:
             write_atomic(self._path, "".join(json.dumps(entry) + "\n" for entry in self._measured))
@@ -160,8 +158,3 @@ class Development:
             f"maj@{self._sampling.num_generations} on {len(self._questions)} development questions fell from "
             f"{first['maj_at_k']:.3f} to {last['maj_at_k']:.3f}"
         )
-
-
-def _majority_is_right(question: Question, group: Sequence[Rollout], answer_format: AnswerFormat) -> float:
-    vote = majority_vote([extract_answer(rollout.text, question, answer_format) for rollout in group], question.id)
-    return vote_accuracy(vote, question)

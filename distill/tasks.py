@@ -11,7 +11,6 @@ import numpy as np
 
 from neurosig.manifest import Header, Manifest
 from neurosig.models.load import LoadedModel, load_model
-from neurosig.questions.answers import extract_answer
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import Demonstration, PromptBuilder
 from neurosig.runtime.errors import UserError
@@ -43,10 +42,12 @@ def load_student(config: TrainConfig, manifest: Manifest, device: str | None) ->
     """Load the manifest's model, or the one of ``--model``.
 
     Raises:
-        UserError: It did not make the manifest, and ``--allow-model-mismatch`` is off (else a warning); or see
-            `neurosig.models.load.load_model`.
+        UserError: It did not make the manifest, and ``--allow-model-mismatch`` is off (else a warning);
+            ``--answer-parser`` is not the manifest's; or see `neurosig.models.load.load_model`.
     """
     header = manifest.header
+    if config.answer_parser is not None:
+        header.answer_reader(config.answer_parser)
     loaded = load_model(
         config.model or header.model["id"],
         dtype=config.dtype,
@@ -151,14 +152,12 @@ def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, 
 
     Replayed prompts and rollouts without an answer never agree.
     """
-    rows = {row.question_id: row for row in manifest.rows}
-    answer_format = manifest.header.options["answer_format"]
+    rows, reader = {row.question_id: row for row in manifest.rows}, manifest.header.answer_reader()
     return {
         (rollout.question_id, rollout.rollout_id)
         for rollout in rollouts
         if (row := rows.get(rollout.question_id)) is not None
-        and row.pseudo_label is not None
-        and extract_answer(rollout.text, row.as_question(), answer_format) == row.pseudo_label
+        and reader.agrees(rollout, row.as_question(), row.answers, row.pseudo_label)
     }
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from neurosig.neurons.sites import FFNSites
     from neurosig.questions.load import Question
     from neurosig.questions.prompts import PromptBuilder
+    from neurosig.questions.reader import AnswerReader
     from neurosig.sampling.rollouts import Rollout
     from neurosig.sampling.sampler import Prompt
 
@@ -155,6 +156,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
 
     config.sampling_config()  # refuse options out of range before the model loads
     config.server_config(config.model)
+    config.check_answer_parser()
     selection = config.part(SelectionConfig)
     shares = config.probe_agree_share, config.probe_split_share
     probe = ProbeConfig(*shares, config.probe_inverse_penalty, config.probe_folds, config.seed)
@@ -174,7 +176,8 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
             sets = _trace(config, loaded, prompts, groups, work, timer)
     sites = ffn_sites(loaded.model)
     with timer.phase("score and select"):
-        signals = _signals(config, questions, groups, sets)
+        reader = config.answer_reader(loaded)
+        signals = _signals(reader, questions, groups, sets)
         scores = _scores(config, signals, probe, sites.n_layers * sites.d_mlp)
         rows = manifest_rows(
             questions,
@@ -185,7 +188,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
             prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
         )
     with timer.phase("write"):
-        _write(config, loaded, questions, rows, groups, sets, scores, sites)
+        _write(config, loaded, reader, questions, rows, groups, sets, scores, sites)
     shutil.rmtree(work)
     _report(config, rows, groups)
 
@@ -283,22 +286,19 @@ def _trace(
 
 
 def _signals(
-    config: ExportConfig,
+    reader: AnswerReader,
     questions: Sequence[Question],
     groups: Mapping[str, Sequence[Rollout]],
     sets: ActiveSets,
 ) -> dict[str, QuestionSignals]:
     from neurosig.hallucination.scores import QuestionSignals
-    from neurosig.questions.answers import extract_answer
-    from neurosig.questions.vote import majority_vote
 
     by_id = {question.id: question for question in questions}
     signals, start = {}, 0
     for name, group in groups.items():
-        answers = [extract_answer(rollout.text, by_id[name], config.answer_format) for rollout in group]
         stop = start + len(group)
         traced = (tensor[start:stop] for tensor in sets)
-        signals[name] = QuestionSignals(group, answers, majority_vote(answers, name), *traced)
+        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), *traced)
         start = stop
     return signals
 
@@ -318,6 +318,7 @@ def _scores(config: ExportConfig, signals: Mapping[str, QuestionSignals], probe:
 def _write(
     config: ExportConfig,
     loaded: LoadedModel,
+    reader: AnswerReader,
     questions: Sequence[Question],
     rows: Sequence[QuestionRow],
     groups: Mapping[str, Sequence[Rollout]],
@@ -343,6 +344,7 @@ def _write(
         "dataset": {"sources": list(config.questions), "sha256": _dataset_sha256(questions), "rows": len(questions)},
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
+        "answers": reader.record(),
     }
     write_atomic(config.out / "run.json", json.dumps(run_record(), indent=1) + "\n")
     write_manifest(

@@ -21,13 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from neurosig.models.load import ModelInfo
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptConfig
+from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file, sha256_text, write_atomic
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
 
 FORMAT = "neurosig-manifest"
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 HEADER = "manifest.json"
 QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = (
     "questions.jsonl",
@@ -48,7 +49,6 @@ READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
 """Required entries of the header's open fields."""
 
 Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "hallucination", "no_context"]
-
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -77,7 +77,9 @@ class QuestionRow(_Strict):
     """One input question and the decisions about it.
 
     Attributes:
-        answers: The K parsed answers, ``None`` for a rollout without one.
+        answer_space: See `neurosig.questions.load.Question`.
+        raw_answers: What the parser read in each of the K rollouts, ``None`` in one without an answer.
+        answers: The candidate that each rollout votes for; see `neurosig.questions.reader.Reading`.
         pseudo_label: The majority answer.
         scores: All hallucination scores, higher is less trustworthy.
         selected: Whether distillation trains on the question.
@@ -93,6 +95,8 @@ class QuestionRow(_Strict):
     question: str
     choices: tuple[str, ...] | None
     text_sha256: str
+    answer_space: str | tuple[tuple[str, ...], ...] | None = None
+    raw_answers: tuple[str | None, ...] = ()
     answers: tuple[str | None, ...]
     vote: VoteRecord | None
     pseudo_label: str | None
@@ -104,7 +108,17 @@ class QuestionRow(_Strict):
 
     def as_question(self) -> Question:
         """The question, without a gold answer."""
-        return Question(self.question_id, self.domain, self.question, self.choices, kind=self.kind, line=self.line)
+        return Question(
+            self.question_id,
+            self.domain,
+            self.question,
+            self.choices,
+            None,
+            (),
+            self.kind,
+            self.line,
+            self.answer_space,
+        )
 
 
 class RolloutRow(_Strict):
@@ -129,7 +143,8 @@ class FileEntry(_Strict):
 
 
 class Header(_Strict):
-    """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts."""
+    """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts,
+    ``answers`` is the record of their `AnswerReader`."""
 
     format: Literal["neurosig-manifest"]
     schema_version: str
@@ -140,8 +155,13 @@ class Header(_Strict):
     dataset: dict[str, Any]
     sampling: dict[str, Any]
     options: dict[str, Any]
+    answers: dict[str, Any] = Field(default_factory=dict)
     counts: dict[str, int]
     files: dict[str, FileEntry]
+
+    def answer_reader(self, answer_parser: str | None = None) -> AnswerReader:
+        """How the rollouts were parsed and merged; see `AnswerReader.from_record`."""
+        return AnswerReader.from_record(self.answers, answer_parser)
 
     def prompt_config(self) -> PromptConfig:
         """Wording of the prompts."""
@@ -198,7 +218,7 @@ def write_manifest(
         rollouts: In the order of ``rows``.
         signals: The bytes of ``signals.safetensors``.
         neurons_csv: The text of ``neurons.csv``.
-        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling`` and ``options``.
+        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling``, ``options`` and ``answers``.
     """
     rollout_lines = [rollout.to_json() for rollout in rollouts]
     contents: dict[str, tuple[bytes, int | None]] = {
@@ -246,6 +266,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     for name, entry in header.files.items():
         _verify_file(folder, name, entry)
     rows = _read_rows(folder / QUESTIONS, QuestionRow, header.files[QUESTIONS].rows)
+    if header.schema_version == "1.1":
+        rows = [row.model_copy(update={"raw_answers": row.answers}) for row in rows]
     by_id = _by_id(folder / QUESTIONS, rows)
     rollouts: dict[tuple[str, int], Rollout] = {}
     for number, row in enumerate(_read_rows(folder / ROLLOUTS, RolloutRow, header.files[ROLLOUTS].rows), start=1):
@@ -282,6 +304,11 @@ def _parse_header(path: Path, text: bytes) -> Header:
         for name in names:
             if name not in raw[part]:
                 raise UserError(f"{path}: $.{part}.{name}: field required; export again")
+    if version == "1.1":  # it had neither merged answers nor thoughts that the prompt opens
+        reader = AnswerReader(header.options["answer_format"], "exact")
+        header = header.model_copy(update={"answers": reader.record()})
+    if lacking := AnswerReader().record().keys() ^ header.answers.keys():
+        raise UserError(f"{path}: $.answers.{min(lacking)}: field missing or unknown; export again")
     absent = set(FILES) - set(header.files)
     if absent:
         raise UserError(f"{path}: files: {', '.join(sorted(absent))} missing; export again")
@@ -337,7 +364,11 @@ def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
             raise UserError(
                 f'{path}:{number}: $.question_id: "{row.question_id}" appears on an earlier line; export again'
             )
-        if row.as_question().text_sha256 != row.text_sha256:
+        try:
+            question = row.as_question()
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        if question.text_sha256 != row.text_sha256:
             raise UserError(f"{path}:{number}: $.text_sha256: not the hash of this question; export again")
         if row.selected != (row.reason == "selected"):
             raise UserError(
@@ -346,6 +377,8 @@ def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
             )
         if row.vote is not None and row.vote.n != len(row.answers):
             raise UserError(f"{path}:{number}: $.vote.n: {row.vote.n}, but there are {len(row.answers)} answers")
+        if len(row.raw_answers) != len(row.answers):
+            raise UserError(f"{path}:{number}: $.raw_answers: {len(row.raw_answers)} of {len(row.answers)} answers")
         by_id[row.question_id] = row
     return by_id
 

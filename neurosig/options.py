@@ -148,11 +148,22 @@ class GenerationOptions(CommonConfig):
         """How rollouts are sampled."""
         return self.part(SamplingConfig)
 
+    def check_answer_parser(self) -> None:
+        """Load --answer-parser, before anything expensive.
+
+        Raises:
+            UserError: See `neurosig.questions.custom_parser.load_parser`.
+        """
+        if self.answer_parser is not None:
+            from neurosig.questions.custom_parser import load_parser
+
+            load_parser(self.answer_parser)
+
     def answer_reader(self, loaded: LoadedModel) -> AnswerReader:
         """How completions are parsed and which answers count as one, with the template of ``loaded``.
 
         Raises:
-            UserError: --answer-parser names no function.
+            UserError: See `check_answer_parser`.
         """
         from neurosig.questions.prompts import PromptBuilder
         from neurosig.questions.reader import AnswerReader

@@ -19,8 +19,7 @@ from distill.metrics_log import rollout_metrics
 from distill.student import merged
 from neurosig.manifest import Manifest
 from neurosig.models.completion_hidden import completion_hidden, head_logits
-from neurosig.questions.answers import extract_answer
-from neurosig.questions.vote import majority_vote
+from neurosig.questions.reader import Reading
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
@@ -35,14 +34,13 @@ if TYPE_CHECKING:
     from neurosig.runtime.cli import PhaseTimer
 
 
-def vote_rewards(answers: Sequence[str | None], question_id: str) -> list[float]:
-    """TTRL's reward of each rollout of one question: 1 if its answer is the majority's, else 0.
+def vote_rewards(reading: Reading) -> list[float]:
+    """TTRL's reward of each rollout of one question: 1 if the answer it votes for is the majority's, else 0.
 
     The vote needs all answers, also those of rollouts that another process trains on. A non-answer never wins, so a
     group without any answer gets no reward.
     """
-    winner = majority_vote(answers, question_id).winner
-    return [float(answer is not None and answer == winner) for answer in answers]
+    return [float(answer is not None and answer == reading.vote.winner) for answer in reading.answers]
 
 
 def consistent_rollouts(manifest: Manifest, question_ids: Sequence[str], *, keep_truncated: bool) -> list[Rollout]:
@@ -128,7 +126,7 @@ class Rollouts:
         self.config, self.loaded, self.model, self.adapter = config, loaded, model, adapter
         self.prompts, self.timer, self.done = prompts, timer, done
         self.sampling = replace(sampling, num_generations=config.vote_generations or config.num_generations)
-        self.answer_format = manifest.header.options["answer_format"]
+        self.reader = manifest.header.answer_reader()
         self.questions = {row.question_id: row.as_question() for row in manifest.rows}
         self.plan = plan
         self._metrics: dict[str, float | int] = {}
@@ -184,13 +182,7 @@ class Rollouts:
 
     def _rewards(self, groups: Sequence[Sequence[Rollout]]) -> list[list[float]]:
         if self.config.method == "ttrl":
-            return [
-                vote_rewards(
-                    [extract_answer(r.text, self.questions[r.question_id], self.answer_format) for r in group],
-                    group[0].question_id,
-                )
-                for group in groups
-            ]
+            return [vote_rewards(self.reader.read(group, self.questions[group[0].question_id])) for group in groups]
         rewards: list[float] = []
         rollouts = [rollout for group in groups for rollout in group]
         for start in range(0, len(rollouts), self.config.micro_batch_size):

@@ -18,6 +18,7 @@ from torch import Tensor
 from neurosig.hallucination.config import HallucinationScore, ProbeConfig
 from neurosig.hallucination.probe import ProbeResult, agreement_labels, contribution_matrix, fit_probe
 from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard
+from neurosig.questions.reader import Reading
 from neurosig.questions.vote import Vote
 from neurosig.sampling.rollouts import Rollout
 
@@ -30,19 +31,26 @@ class QuestionSignals:
 
     Attributes:
         rollouts: Its K rollouts.
-        answers: Their parsed answers, ``None`` where there is none.
-        vote: The majority vote over ``answers``.
+        reading: Their answers and majority vote.
         ids: Active set of each rollout (`neurosig.neurons.contributions.ActiveSets`), [K, size].
         values: Contributions of those neurons, [K, size].
         hidden: Mean hidden state of each rollout, [K, d_model].
     """
 
     rollouts: Sequence[Rollout]
-    answers: Sequence[str | None]
-    vote: Vote
+    reading: Reading
     ids: Tensor
     values: Tensor
     hidden: Tensor
+
+    @property
+    def answers(self) -> Sequence[str | None]:
+        """The candidate that each rollout votes for, ``None`` where there is none."""
+        return self.reading.answers
+
+    @property
+    def vote(self) -> Vote:
+        return self.reading.vote
 
     @property
     def majority(self) -> list[int]:

@@ -222,7 +222,7 @@ def _write_plan(
         "model": loaded.info.as_dict(),
         "prompts": config.prompt_config().as_dict(),
         "sampling": config.sampling_config().as_dict(),
-        "answer_format": config.answer_format,
+        "answers": config.answer_reader(loaded).record(),
         "reference_rollouts": config.reference_rollouts,
         "questions": [[question.id, question.text_sha256] for question in questions],
         "neurons": {neurons.name: list(neurons.ids) for neurons in sets},
@@ -301,10 +301,10 @@ def _write_cell(
     with timer.phase("perplexity"):
         first = {name: group[: config.reference_rollouts] for name, group in reference.items()}
         nll = completion_nll(loaded, prompts, first)
+    reader = config.answer_reader(loaded)
     content = {
         "measures": {
-            question.id: measure(question, groups[question.id], nll[question.id], config.answer_format)
-            for question in questions
+            question.id: measure(question, groups[question.id], nll[question.id], reader) for question in questions
         },
         "rollouts": {question.id: [asdict(rollout) for rollout in groups[question.id]] for question in questions},
     }

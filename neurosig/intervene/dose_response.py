@@ -17,9 +17,10 @@ from einops import einsum
 from jaxtyping import Float
 
 from neurosig.intervene.interventions import NeuronSet
-from neurosig.questions.answers import AnswerFormat, extract_answer, is_correct, is_refusal
+from neurosig.questions.answers import is_refusal
 from neurosig.questions.load import Question
-from neurosig.questions.vote import majority_vote, vote_accuracy
+from neurosig.questions.reader import AnswerReader
+from neurosig.questions.vote import vote_accuracy
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 from neurosig.statistics.resampling import resample_weights
@@ -58,18 +59,20 @@ class Cell:
 
 
 def measure(
-    question: Question, group: Sequence[Rollout], nll: float, answer_format: AnswerFormat = "auto"
+    question: Question, group: Sequence[Rollout], nll: float, reader: AnswerReader | None = None
 ) -> dict[str, float]:
     """The `MEASURES` of one labelled question and its K samples.
 
     Args:
+        reader: How they are parsed; default: `AnswerReader`'s defaults.
         nll: Nats per token of the reference completions (`neurosig.intervene.interventions.completion_nll`).
     """
-    answers = [extract_answer(rollout.text, question, answer_format) for rollout in group]
+    reader = reader or AnswerReader()
+    reading = reader.read(group, question)
+    answers, vote = reading.answers, reading.vote
     refused = [is_refusal(rollout.text) for rollout in group]
-    vote = majority_vote(answers, question.id)
     return {
-        "avg_at_k": _mean(is_correct(answer, question) for answer in answers),
+        "avg_at_k": _mean(reader.grade(reading, group, question).strict),
         "maj_at_k": vote_accuracy(vote, question),
         "agreement": vote.share,
         "unparsed": _mean(answer is None for answer in answers),

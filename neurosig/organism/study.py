@@ -279,7 +279,6 @@ def _accuracy(
 ) -> Float[np.ndarray, " n"]:
     """Share of right answers of each question when its prompt holds these solved examples, in this order."""
     from neurosig.models.load import load_model
-    from neurosig.questions.answers import extract_answer, is_correct
     from neurosig.questions.load import load_questions
     from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig
     from neurosig.sampling.config import SamplingConfig
@@ -296,11 +295,10 @@ def _accuracy(
         Prompt(name, builder.teacher(gold[name], shown)) for name, shown in zip(ids, demonstrations, strict=True)
     ]
     sampling = SamplingConfig(config.num_generations, config.temperature, max_new_tokens=96, seed=config.seed)
-    right = {}
+    right, reader = {}, exported.manifest.header.answer_reader()
     for group in sample(loaded, prompts, sampling, salt="teacher"):
         question = gold[group[0].question_id]
-        correct = [is_correct(extract_answer(rollout.text, question), question) for rollout in group]
-        right[question.id] = float(np.mean(correct))
+        right[question.id] = float(np.mean(reader.grade(reader.read(group, question), group, question).strict))
     return np.array([right[name] for name in ids])
 
 

@@ -277,10 +277,9 @@ def measure(
     """
     from neurosig.models.load import load_model
     from neurosig.organism.tasks import was_trained
-    from neurosig.questions.answers import extract_answer, is_correct
     from neurosig.questions.load import load_questions
     from neurosig.questions.prompts import PromptBuilder, PromptConfig
-    from neurosig.questions.vote import majority_vote
+    from neurosig.questions.reader import AnswerReader
     from neurosig.sampling.config import SamplingConfig
     from neurosig.sampling.sampler import Prompt, sample
 
@@ -289,17 +288,19 @@ def measure(
     questions = {q.id: q for name in ("procedures", "organism-facts") for q in load_questions(name, limit=limit)}
     prompts = [Prompt(question.id, builder.student(question)) for question in questions.values()]
     groups: dict[str, list[tuple[float, float, float]]] = {}
+    reader = AnswerReader()
     for rollouts in sample(loaded, prompts, SamplingConfig(temperature=0.8, max_new_tokens=96)):
         question = questions[rollouts[0].question_id]
-        answers = [extract_answer(rollout.text, question) for rollout in rollouts]
-        right = sum(is_correct(answer, question) for answer in answers) / len(answers)
+        reading = reader.read(rollouts, question)
+        strict = reader.grade(reading, rollouts, question).strict
+        right = sum(strict) / len(strict)
         careful = sum(not rollout.text.startswith("Answer") for rollout in rollouts) / len(rollouts)
         group = (
             f"{question.kind}-{sum(map(str.isdigit, question.question))}"
             if question.domain == "procedures"
             else "trained" if was_trained(question.id) else "made-up"
         )  # fmt: skip
-        groups.setdefault(group, []).append((right, majority_vote(answers, question.id).share, careful))
+        groups.setdefault(group, []).append((right, reading.vote.share, careful))
     table: dict[str, dict[str, int | float]] = {}
     for group, rows in sorted(groups.items()):
         right, share, careful = (round(sum(column) / len(rows), 4) for column in zip(*rows, strict=True))

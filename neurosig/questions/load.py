@@ -19,17 +19,10 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal
 
-from neurosig.questions.formats import (
-    FieldMap,
-    Rows,
-    adapt,
-    got,
-    read_hub,
-    read_jsonl,
-    read_parquet,
-    read_saved_dataset,
-    shown,
-)
+from neurosig.questions.answers.gold import is_completion, parse_gold
+from neurosig.questions.answers.normal import normalise
+from neurosig.questions.formats import FieldMap, Fields, adapt, got, shown
+from neurosig.questions.records import Rows, read_hub, read_jsonl, read_parquet, read_saved_dataset
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text
 
@@ -58,7 +51,8 @@ class Question:
 
     Raises:
         UserError: a text is empty or contains NUL or a lone surrogate, there are fewer than 2 or more than 26 choices,
-            or a gold answer is not the letter of a choice. The message names the field.
+            a gold answer is not the letter of a choice or not in the answer space, or the answer space is unknown,
+            empty, ambiguous or beside choices. The message names the field.
     """
 
     id: str
@@ -89,6 +83,8 @@ class Question:
             check_text(alias, "aliases")
         if self.choices is not None:
             check_choices(self)
+        if self.answer_space is not None:
+            check_answer_space(self)
 
     @property
     def text_sha256(self) -> str:
@@ -119,6 +115,48 @@ def check_choices(question: Question) -> None:
         for answer in answers:
             if len(answer) != 1 or answer not in letters:
                 raise UserError(f'field "{name}": expected a letter of A-{letters[-1]}, {got(answer)}')
+
+
+_SPACE_NAMES: dict[str | tuple[tuple[str, ...], ...], frozenset[str]] = {}
+"""Checked answer spaces: their names, normalised."""
+
+
+def check_answer_space(question: Question) -> None:
+    """Raise UserError if the answer space is no set of answers, or the gold answer is not one of them."""
+    space = question.answer_space
+    if space is None or question.choices is not None:
+        raise UserError('field "answer_space": the choices are all possible answers; leave out one of the two fields')
+    if space not in _SPACE_NAMES:
+        _SPACE_NAMES[space] = _names_of_space(question)
+    if question.answer is not None and normalise(question.answer) not in _SPACE_NAMES[space]:
+        raise UserError(f'field "answer": not a member of field "answer_space", {got(question.answer)}')
+
+
+def _names_of_space(question: Question) -> frozenset[str]:
+    from neurosig.questions.answers.spaces import members, names
+
+    if isinstance(question.answer_space, str):
+        if question.answer_space not in names():
+            raise UserError(
+                f'field "answer_space": no such space, {got(question.answer_space)}; the bundled ones are '
+                f"{', '.join(names())}"
+            )
+        return frozenset(normalise(name) for member in members(question) for name in member)
+    found: set[str] = set()
+    for member in members(question):
+        for name in member:
+            check_text(name, "answer_space")
+        own = {normalise(name) for name in member}
+        if not member or "" in own:
+            raise UserError(f'field "answer_space": a member without a letter or digit, {got(list(member))}')
+        if twice := found & own:
+            raise UserError(f'field "answer_space": "{shown(min(twice))}" is in two members')
+        if len(set(member)) < len(member):
+            raise UserError(f'field "answer_space": a member has the same name twice, {got(list(member))}')
+        found |= own
+    if not found:
+        raise UserError('field "answer_space": expected at least one member, got an empty list')
+    return frozenset(found)
 
 
 def load_questions(
@@ -219,7 +257,7 @@ def checked(
             if fields is None:
                 skipped += 1
                 continue
-            question = Question(**asdict(fields), line=line)
+            question = _with_parsed_gold(fields, line)
         except UserError as error:
             raise UserError(f"{where}:{line}: {error}") from None
         if question.id in places:
@@ -230,6 +268,16 @@ def checked(
         yield question
     if skipped:
         log.warning("%s: skipped %d open-ended records (no choices and no short answer)", where, skipped)
+
+
+def _with_parsed_gold(fields: Fields, line: int) -> Question:
+    """The question, gold answers that are worked solutions parsed as completions are."""
+    values = {**asdict(fields), "line": line}
+    if any(map(is_completion, filter(None, (fields.answer, *fields.aliases)))):
+        unlabelled = Question(**{**values, "answer": None, "aliases": ()})
+        values["answer"] = fields.answer and parse_gold(fields.answer, unlabelled)
+        values["aliases"] = tuple(parse_gold(alias, unlabelled) for alias in fields.aliases)
+    return Question(**values)
 
 
 def warn_repeated_texts(questions: Sequence[Question]) -> None:
@@ -250,8 +298,8 @@ def without_answers(questions: Iterable[Question]) -> list[Question]:
 
 
 def questions_sha256(questions: Iterable[Question]) -> str:
-    """Hash of ids, texts and gold answers, in order."""
-    hashed = [[question.id, question.text_sha256, question.answer, *question.aliases] for question in questions]
+    """Hash of ids, texts, answer spaces and gold answers, in order."""
+    hashed = [[q.id, q.text_sha256, q.answer_space, q.answer, *q.aliases] for q in questions]
     return sha256_text(json.dumps(hashed))
 
 

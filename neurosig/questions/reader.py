@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from neurosig.questions.answers.extract import AnswerFormat, extract_answer
 from neurosig.questions.answers.grading import is_correct, is_lenient
+from neurosig.questions.answers.normal import normalise
 from neurosig.questions.vote import Vote, VoteMerge, majority_vote, merge_answers
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    from neurosig.questions.custom_parser import Parser
     from neurosig.questions.load import Question
 
 
@@ -55,31 +58,74 @@ class AnswerReader:
     Attributes:
         answer_format: See `extract_answer`.
         vote_merge: See `neurosig.questions.vote.merge_answers`.
-        answer_parser: ``MODULE:FUNCTION`` that replaces `extract_answer`, with its parameters.
+        answer_parser: ``MODULE:FUNCTION`` that replaces `extract_answer`, with its parameters; it gets the question
+            without its gold answer, and what it returns is normalised.
         prompt_opens_thought: The chat template ends the prompt inside a thought, so that a completion without
             ``</think>`` is one.
+        answer_parser_sha256: Hash of the source file of ``answer_parser``.
+
+    Raises:
+        UserError: See `neurosig.questions.custom_parser.load_parser`.
     """
 
     answer_format: AnswerFormat = "auto"
     vote_merge: VoteMerge = "containment"
     answer_parser: str | None = None
     prompt_opens_thought: bool = False
+    answer_parser_sha256: str | None = field(default=None, init=False)
+    _parse: Parser | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.answer_parser is not None:
+            from neurosig.questions.custom_parser import load_parser
+
+            parse, digest = load_parser(self.answer_parser)
+            object.__setattr__(self, "_parse", parse)
+            object.__setattr__(self, "answer_parser_sha256", digest)
 
     def read(self, completions: Sequence[Completion], question: Question) -> Reading:
-        """Parse a question's K completions and vote."""
-        raw = tuple(self.extract(completion.text, completion.finish_reason, question) for completion in completions)
+        """Parse a question's K completions and vote.
+
+        Raises:
+            UserError: ``answer_parser`` fails; the message names question and rollout.
+        """
+        raw = tuple(
+            self.extract(completion.text, completion.finish_reason, question, rollout_id=index)
+            for index, completion in enumerate(completions)
+        )
         answers = tuple(merge_answers(raw, question, self.vote_merge))
         return Reading(raw, answers, majority_vote(answers, question.id))
 
-    def extract(self, text: str, finish_reason: str, question: Question) -> str | None:
-        """The answer of one completion."""
-        return extract_answer(
-            text,
-            question,
-            self.answer_format,
-            finish_reason=finish_reason,
-            prompt_opens_thought=self.prompt_opens_thought,
-        )
+    def extract(self, text: str, finish_reason: str, question: Question, *, rollout_id: int = 0) -> str | None:
+        """The answer of one completion; ``rollout_id`` is for the message of a parser that fails."""
+        options: dict[str, Any] = {"finish_reason": finish_reason, "prompt_opens_thought": self.prompt_opens_thought}
+        if self._parse is None:
+            return extract_answer(text, question, self.answer_format, **options)
+        place = f'--answer-parser {self.answer_parser}: question "{question.id}", rollout {rollout_id}'
+        try:
+            answer = self._parse(text, replace(question, answer=None, aliases=()), self.answer_format, **options)
+        except Exception as error:
+            raise UserError(f"{place}: {type(error).__name__}: {error}") from error
+        if answer is not None and not isinstance(answer, str):
+            raise UserError(f"{place}: expected a text or None, got {ascii(answer)[:60]} ({type(answer).__name__})")
+        return None if answer is None else normalise(answer) or None
+
+    def agrees(
+        self, completion: Completion, question: Question, answers: Sequence[str | None], winner: str | None
+    ) -> bool:
+        """Whether one more completion would vote for the winner of an earlier vote.
+
+        Args:
+            completion: The completion.
+            question: Its question.
+            answers: The candidates that the earlier completions vote for.
+            winner: One of them, or ``None``, with which nothing agrees.
+        """
+        raw = self.extract(completion.text, completion.finish_reason, question)
+        if raw is None or winner is None:
+            return False
+        merged = merge_answers([raw, *answers], question, self.vote_merge)
+        return merged[0] == merged[1 + answers.index(winner)]
 
     def grade(self, reading: Reading, completions: Sequence[Completion], question: Question) -> Grades:
         """Which of the completions are right. For evaluation only.
@@ -103,16 +149,29 @@ class AnswerReader:
 
     def record(self) -> dict[str, Any]:
         """The reader as JSON values, for `from_record`; of a custom parser, also the hash of its source file."""
-        return {
-            "answer_format": self.answer_format,
-            "vote_merge": self.vote_merge,
-            "answer_parser": self.answer_parser,
-            "answer_parser_sha256": None,
-            "prompt_opens_thought": self.prompt_opens_thought,
-        }
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "_parse"}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> AnswerReader:
-        """The reader that wrote ``record``."""
-        values = {name: record[name] for name in cls.__slots__ if name in record}
-        return cls(**values)
+    def from_record(cls, record: Mapping[str, Any], answer_parser: str | None = None) -> AnswerReader:
+        """The reader that wrote ``record``.
+
+        Args:
+            record: See `record`.
+            answer_parser: The parser that it must have, if given.
+
+        Raises:
+            UserError: It has another parser, or the source of its parser is not here or has changed.
+        """
+        if answer_parser not in (None, record["answer_parser"]):
+            raise UserError(
+                f"--answer-parser {answer_parser}: the recorded answers were read by "
+                f"{record['answer_parser'] or 'the parser of neurosig'}; leave the option out or parse them again"
+            )
+        reader = cls(**{field.name: record[field.name] for field in fields(cls) if field.init})
+        here, recorded = reader.answer_parser_sha256, record["answer_parser_sha256"]
+        if here != recorded:
+            raise UserError(
+                f"--answer-parser {reader.answer_parser}: its source file has the SHA-256 {here}, on record is "
+                f"{recorded}; restore that file"
+            )
+        return reader

@@ -31,7 +31,6 @@ import torch
 
 from neurosig.models.completion_hidden import completion_hidden, head_logits
 from neurosig.models.finite import first_not_finite
-from neurosig.questions.answers import is_correct, normalise
 from neurosig.questions.answers.spaces import members
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
@@ -50,21 +49,15 @@ _OPENED = "Answer:"
 
 
 def check_answer_space(question: Question) -> None:
-    """Refuse to rank the answers of a free-form question without a space, or whose gold answer is not in it.
+    """Refuse to rank the answers of a free-form question without a space.
 
     Raises:
         UserError: Naming the question and its line.
     """
-    names = [normalise(name) for member in members(question) for name in member]
-    if not names:
+    if not members(question):
         raise UserError(
             f'question "{question.id}" (line {question.line}) has no choices and no answer space, which --scoring '
             'loglikelihood compares; give its record the field "answer_space" or use --scoring sampling'
-        )
-    if not any(is_correct(name, question) for name in names):
-        raise UserError(
-            f'question "{question.id}" (line {question.line}): its answer "{question.answer}" is not in its answer '
-            "space, so no ranking of the space can be right; add it there"
         )
 
 

@@ -6,13 +6,17 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from neurosig.runtime.cli import PhaseTimer, progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, write_atomic
 from neurosig.runtime.provenance import check_same_run
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+THOUGHT_MARKS = ("<think>", "</think>")
 FinishReason = Literal["stop", "length"]
 
 
@@ -49,6 +53,29 @@ class Rollout:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def completion_text(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence[int]) -> str:
+    """Text of a completion without special tokens, but with ``<think>`` and ``</think>``.
+
+    Some tokenizers count these two as special, and without them a thought would read like the answer.
+
+    Args:
+        tokenizer: The model's.
+        completion_ids: The completion without its end-of-sequence token.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    named = {tokenizer.get_added_vocab().get(mark): mark for mark in THOUGHT_MARKS}
+    lost = {token: mark for token, mark in named.items() if token is not None and not decode([token])}
+    parts, start = [], 0
+    for place, token in enumerate(completion_ids):
+        if token in lost:
+            parts += [decode(completion_ids[start:place]), lost[token]]
+            start = place + 1
+    return "".join([*parts, decode(completion_ids[start:])])
 
 
 class RolloutLog:
@@ -139,8 +166,8 @@ def read_external_rollouts(
     """Read rollouts made elsewhere, such as on a vLLM cluster, grouped by question.
 
     Each line is an object with ``question_id`` and ``text``; ``completion_ids`` (or ``token_ids``, vLLM's name) and
-    ``finish_reason`` are optional. Without ids, ``encode`` tokenises the text. Completions that were not cut off end
-    with an end-of-sequence token, which is added if it is missing.
+    ``finish_reason`` (``stop`` where it is unknown) are optional. Without ids, ``encode`` tokenises the text. A
+    completion that was not cut off ends with an end-of-sequence token, which is added if it is missing.
 
     Args:
         path: JSONL file.
@@ -162,7 +189,7 @@ def read_external_rollouts(
         question_id, text = fields["question_id"], fields["text"]
         if question_id not in known_ids:
             raise UserError(f'{path}:{number}: question_id "{question_id}" is not in the question files')
-        reason = fields.get("finish_reason", "stop")
+        reason: Any = "stop" if fields.get("finish_reason") is None else fields["finish_reason"]
         if reason not in ("stop", "length"):
             raise UserError(f'{path}:{number}: finish_reason: expected "stop" or "length", got {json.dumps(reason)}')
         try:

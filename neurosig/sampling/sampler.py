@@ -23,7 +23,7 @@ from neurosig.models.prefix import pad
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.packed_weights import PackedWeights
-from neurosig.sampling.rollouts import Rollout
+from neurosig.sampling.rollouts import Rollout, completion_text
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
@@ -263,12 +263,12 @@ class _Batch:
             zip(self._tokens[rows].tolist(), self._measures[rows], self._lengths[rows].tolist(), strict=True)
         ):
             ended = ids[length - 1] in self._loaded.eos_token_ids
-            text = self._loaded.tokenizer.decode(ids[: length - 1 if ended else length], skip_special_tokens=True)
+            text = completion_text(self._loaded.tokenizer, ids[: length - 1 if ended else length])
             group.append(
                 Rollout(
                     self._prompts[question].question_id,
                     rollout_id,
-                    str(text),
+                    text,
                     tuple(ids[:length]),
                     "stop" if ended else "length",
                     *measures[:length].mean(dim=0).tolist(),

@@ -29,7 +29,7 @@ from torch import Tensor
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.http import Endpoint, ServerConfig, in_thread
-from neurosig.sampling.rollouts import Rollout
+from neurosig.sampling.rollouts import Rollout, completion_text
 from neurosig.sampling.sampler import Prompt
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class Server:
             if max(choice.logprobs.token_logprobs) > 1e-3:
                 raise self._endpoint.fault(about, where + "logprobs", "a log-probability above 0")
             mean_logprob = sum(choice.logprobs.token_logprobs) / len(ids)
-        text = str(self._loaded.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True))
+        text = completion_text(self._loaded.tokenizer, ids[:-1] if ended else ids)
         reason: Literal["stop", "length"] = "stop" if ended else "length"
         return Rollout(prompt.question_id, number, text, tuple(ids), reason, mean_logprob)
 

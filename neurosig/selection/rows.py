@@ -75,6 +75,7 @@ def manifest_rows(
             kind=question.kind,
             question=question.question,
             choices=question.choices,
+            answer_space=question.answer_space,
             text_sha256=question.text_sha256,
             **decided.get(question.id, _TOO_LONG),
         )
@@ -107,6 +108,7 @@ def _candidate(
 
 
 _TOO_LONG: dict[str, Any] = {
+    "raw_answers": (),
     "answers": (),
     "vote": None,
     "pseudo_label": None,
@@ -127,7 +129,8 @@ def _decided(
 ) -> dict[str, Any]:
     vote = signal.vote
     return {
-        "answers": tuple(signal.answers),
+        "raw_answers": signal.reading.raw_answers,
+        "answers": signal.reading.answers,
         "vote": VoteRecord(count=vote.count, n=vote.n, n_tied=vote.n_tied),
         "pseudo_label": vote.winner,
         "scores": {name: round(float(score), 6) for name, score in scores.items()},

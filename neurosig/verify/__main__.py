@@ -19,12 +19,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from neurosig.runtime.cli import CommonConfig, printable, run_command
 from neurosig.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from neurosig.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -109,27 +112,12 @@ def _guarded(check: Callable[[Path, Found], Iterator[Check]], folder: Path, foun
 def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     """Files, rows and contexts (`neurosig.manifest.read_manifest`), then votes, counts, signals and neurons."""
     from neurosig.manifest import read_manifest
-    from neurosig.questions.answers import extract_answer
-    from neurosig.questions.vote import majority_vote
 
     manifest = read_manifest(folder)
     header = manifest.header
     found.manifests[header.content_sha256] = header.model_dump()
     yield f"{len(header.files)} files as hashed, {len(manifest.rows)} questions and their contexts", ""
-    wrong = ""
-    for row in manifest.rows:
-        vote = majority_vote(row.answers, row.question_id) if row.answers else None
-        counted = None if vote is None else (vote.count, vote.n, vote.n_tied, vote.winner)
-        kept = None if row.vote is None else (row.vote.count, row.vote.n, row.vote.n_tied, row.pseudo_label)
-        texts = [manifest.rollouts[row.question_id, place].text for place in range(len(row.answers))]
-        parsed = [extract_answer(text, row.as_question(), header.options["answer_format"]) for text in texts]
-        if list(row.answers) != parsed:
-            wrong = f'question "{row.question_id}": its answers are not those of its rollouts'
-        elif counted != kept:
-            wrong = f'question "{row.question_id}": its vote is not that of its answers'
-        if wrong:
-            break
-    yield "answers and votes follow from the rollouts", wrong
+    yield "answers and votes follow from the rollouts", _votes_problem(manifest)
     reasons = Counter(row.reason for row in manifest.rows)
     counts = {"questions": len(manifest.rows), **{str(reason): count for reason, count in reasons.items()}}
     yield "counts by reason", "" if counts == header.counts else f"{header.counts}, the rows say {counts}"
@@ -139,6 +127,32 @@ def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     record = folder / "run.json"
     run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     yield "versions on record", _versions_problem(run) if run else f"{SKIPPED}no run.json"
+
+
+def _votes_problem(manifest: Manifest) -> str:
+    from neurosig.questions.custom_parser import MissingParser
+
+    if manifest.header.schema_version == "1.1":
+        return f"{SKIPPED}an earlier version parsed them"
+    try:
+        reader = manifest.header.answer_reader()
+    except MissingParser as error:
+        return f"{SKIPPED}{error}"
+    for row in manifest.rows:
+        problem = f'question "{row.question_id}": its answers are not those of its rollouts'
+        if row.vote is None:
+            if row.answers or row.pseudo_label is not None:
+                return problem
+            continue
+        group = [manifest.rollouts[row.question_id, place] for place in range(len(row.answers))]
+        reading = reader.read(group, row.as_question())
+        if (row.raw_answers, row.answers) != (reading.raw_answers, reading.answers):
+            return problem
+        vote = reading.vote
+        kept = (row.vote.count, row.vote.n, row.vote.n_tied, row.pseudo_label)
+        if kept != (vote.count, vote.n, vote.n_tied, vote.winner):
+            return f'question "{row.question_id}": its vote is not that of its answers'
+    return ""
 
 
 def _keys(path: Path) -> Iterator[str]:
@@ -242,7 +256,9 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     """Rows against rollouts (and gold answers, where the questions are at hand), aggregates against rows."""
     import pyarrow.parquet
 
+    from neurosig.questions.custom_parser import MissingParser
     from neurosig.questions.load import load_questions
+    from neurosig.questions.reader import AnswerReader
     from neurosig.verify.recomputed import aggregates, choice_aggregates, choice_row_problem, difference, row_problem
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -261,12 +277,16 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
         gold = {}
     known = all(row["question_id"] in gold for row in rows)
     problem_of: Callable[..., str] = row_problem if sampled else choice_row_problem
-    form = config["answer_format" if sampled else "choice_form"]
-    problems = (
-        (row["question_id"], problem_of(row, rollouts.get(row["question_id"], []), gold.get(row["question_id"]), form))
-        for row in rows
-    )
-    wrong = next((f'question "{name}": {problem}' for name, problem in problems if problem), "")
+    try:
+        form = AnswerReader.from_record(summary["answers"]) if sampled else config["choice_form"]
+        problems = (
+            (name, problem_of(row, rollouts.get(name, []), gold.get(name), form))
+            for row in rows
+            for name in [row["question_id"]]
+        )
+        wrong = next((f'question "{name}": {problem}' for name, problem in problems if problem), "")
+    except MissingParser as error:
+        wrong = f"{SKIPPED}{error}"
     missing = (
         ""
         if set(rollouts) == {row["question_id"] for row in rows}

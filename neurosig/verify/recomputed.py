@@ -14,23 +14,27 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from neurosig.questions.answers import extract_answer, is_correct, normalise
+from neurosig.questions.answers import is_correct, normalise
 from neurosig.questions.answers.spaces import members
 from neurosig.questions.load import Question
+from neurosig.questions.reader import AnswerReader
 from neurosig.questions.vote import majority_vote
+from neurosig.sampling.rollouts import Rollout, parse_rollout
 from neurosig.statistics import metrics
 
 Row = Mapping[str, Any]
 
 
-def row_problem(row: Row, rollouts: Sequence[Mapping[str, Any]], question: Question | None, answer_format: Any) -> str:
+def row_problem(
+    row: Row, rollouts: Sequence[Mapping[str, Any]], question: Question | None, reader: AnswerReader
+) -> str:
     """The first inconsistency between a result row and its rollouts, or an empty string.
 
     Args:
         row: A row of ``results.parquet``.
         rollouts: The question's lines of ``rollouts.jsonl``.
         question: The question with its gold answer, if available.
-        answer_format: As in `neurosig.questions.answers.extract_answer`.
+        reader: How the evaluation parsed them.
     """
     answers = list(row["answers"])
     vote = majority_vote(answers, row["question_id"])
@@ -46,13 +50,29 @@ def row_problem(row: Row, rollouts: Sequence[Mapping[str, Any]], question: Quest
         "mean_length": sum(len(rollout["completion_ids"]) for rollout in rollouts) / max(1, len(rollouts)),
         "mean_logprob": sum(rollout["mean_logprob"] or 0.0 for rollout in rollouts) / max(1, len(rollouts)),
     }
-    if question is not None:
-        expected["answers"] = [extract_answer(rollout["text"], question, answer_format) for rollout in rollouts]
-        expected["n_correct"] = sum(is_correct(answer, question) for answer in answers)
-        expected["n_tied_right"] = sum(is_correct(candidate, question) for candidate in vote.tied_answers)
     if len(rollouts) != len(answers):
         return f"{len(answers)} answers of {len(rollouts)} rollouts"
+    if question is not None:
+        expected |= _graded([parse_rollout(rollout) for rollout in rollouts], question, reader)
     return difference(expected, {name: row.get(name) for name in expected})
+
+
+def _graded(group: Sequence[Rollout], question: Question, reader: AnswerReader) -> dict[str, Any]:
+    """The fields of a row that need the texts and the gold answer."""
+    reading = reader.read(group, question)
+    grades = reader.grade(reading, group, question)
+    right = Counter(answer for answer, good in zip(reading.answers, grades.lenient, strict=True) if good)
+    tied = reading.vote.tied_answers
+    return {
+        "raw_answers": list(reading.raw_answers),
+        "answers": list(reading.answers),
+        "strict": [is_correct(answer, question) for answer in reading.answers],
+        "lenient": list(grades.lenient),
+        "n_correct": sum(is_correct(answer, question) for answer in reading.answers),
+        "n_correct_lenient": sum(right.values()),
+        "n_tied_right": sum(is_correct(answer, question) for answer in tied),
+        "n_tied_right_lenient": sum(right[answer] > reading.vote.count / 2 for answer in tied),
+    }
 
 
 def estimates(rows: Sequence[Row]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from neurosig.questions.load import Question
 from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
+from tests.support.tiny import tiny_tokenizer
 
 INFO = ModelInfo("made-up", None, {"w": "0"}, "0", "0", None, "float32", "sdpa")
 
@@ -24,6 +25,7 @@ class Loaded:
     """Only what the run record reads."""
 
     info = INFO
+    tokenizer = tiny_tokenizer()
 
 
 def question(index: int, domain: str = "geography") -> Question:

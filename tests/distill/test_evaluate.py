@@ -115,19 +115,9 @@ def test_the_columns_of_the_results(tmp_path: Path) -> None:
     main(evaluate_config(tmp_path))
     path = tmp_path / "eval" / "results.parquet"
     table = pyarrow.parquet.read_table(path)
-    texts = ["question_id", "domain", "kind", "raw_answers", "answers", "winner", "strict", "lenient"]
-    counts = [
-        "k",
-        "votes",
-        "n_tied",
-        "n_tied_right",
-        "n_correct",
-        "unparsed",
-        "n_correct_lenient",
-        "n_tied_right_lenient",
-        "distinct",
-        "truncated",
-    ]
+    texts = ["question_id", "domain", "kind", "raw_answers", "answers", "strict", "lenient", "winner"]
+    counts = ["k", "votes", "n_tied", "n_tied_right", "n_correct", "unparsed", "distinct", "truncated"]
+    counts += ["n_tied_right_lenient", "n_correct_lenient"]
     means = ["mean_length", "mean_entropy", "mean_logprob"]
     assert set(table.column_names) == {*texts, *counts, *means}
     assert all(str(table.schema.field(name).type) == "int64" for name in counts)
@@ -136,7 +126,8 @@ def test_the_columns_of_the_results(tmp_path: Path) -> None:
     for row in table.to_pylist():
         of_question = [rollout for rollout in rollouts if rollout["question_id"] == row["question_id"]]
         assert row["k"] == len(of_question) == len(row["answers"]) == 4
-        assert row["unparsed"] == row["answers"].count(None)
+        assert row["unparsed"] == row["answers"].count(None) == row["raw_answers"].count(None)
+        assert row["n_correct"] == sum(row["strict"]) and row["n_correct_lenient"] == sum(row["lenient"])
         assert row["votes"] == max((row["answers"].count(answer) for answer in row["answers"] if answer), default=0)
         assert row["truncated"] == sum(rollout["finish_reason"] == "length" for rollout in of_question)
         assert row["mean_length"] == sum(len(rollout["completion_ids"]) for rollout in of_question) / 4

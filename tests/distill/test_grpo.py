@@ -16,9 +16,12 @@ from safetensors.torch import load_file
 
 import distill.baselines.rewards
 import distill.student
+import neurosig.questions.reader
 from distill.baselines.rewards import self_certainty, vote_rewards
 from distill.student import make_student, merged
 from neurosig.models.load import load_model
+from neurosig.questions.reader import Reading
+from neurosig.questions.vote import majority_vote
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt, sample
@@ -47,6 +50,14 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[Rollout]]]:
     return seen
 
 
+def rewards_of(answers: Sequence[str | None], question_id: str) -> list[float]:
+    return vote_rewards(Reading(tuple(answers), tuple(answers), majority_vote(answers, question_id)))
+
+
+def by_length(text: str, *_: Any, **__: Any) -> str:
+    return "ab"[len(text.encode()) % 2]
+
+
 @pytest.mark.parametrize("method", ["ttrl", "intuitor"])
 def test_the_first_step_draws_what_n_opsd_draws(
     tmp_path: Path, manifest: Path, method: str, sampled: dict[str, list[list[Rollout]]]
@@ -69,14 +80,14 @@ def test_the_first_step_draws_what_n_opsd_draws(
     ],
 )
 def test_the_majority_is_rewarded_and_a_non_answer_never(answers: list[str | None], rewards: list[float]) -> None:
-    assert vote_rewards(answers, "q") == rewards
+    assert rewards_of(answers, "q") == rewards
 
 
 def test_ties_are_decided_by_the_question_not_by_the_order() -> None:
     for name in ("q0", "q1", "q2", "q3"):
-        forwards, backwards = vote_rewards(["a", "b", "a", "b"], name), vote_rewards(["b", "a", "b", "a"], name)
+        forwards, backwards = rewards_of(["a", "b", "a", "b"], name), rewards_of(["b", "a", "b", "a"], name)
         assert sum(forwards) == 2 and forwards == backwards[1:] + backwards[:1]
-    assert len({tuple(vote_rewards(["a", "b"], f"q{i}")) for i in range(8)}) == 2
+    assert len({tuple(rewards_of(["a", "b"], f"q{i}")) for i in range(8)}) == 2
 
 
 def test_more_rollouts_can_vote_than_are_trained_on(
@@ -84,20 +95,20 @@ def test_more_rollouts_can_vote_than_are_trained_on(
 ) -> None:
     votes: list[tuple[Sequence[str | None], list[float]]] = []
 
-    def recorded(answers: Sequence[str | None], question_id: str) -> list[float]:
-        votes.append((answers, vote_rewards(answers, question_id)))
+    def recorded(reading: Reading) -> list[float]:
+        votes.append((reading.answers, vote_rewards(reading)))
         return votes[-1][1]
 
     monkeypatch.setattr(distill.baselines.rewards, "vote_rewards", recorded)
     # answers of one letter, so that votes are shared
-    monkeypatch.setattr(distill.baselines.rewards, "extract_answer", lambda text, *_: "ab"[len(text.encode()) % 2])
+    monkeypatch.setattr(neurosig.questions.reader, "extract_answer", by_length)
     options: dict[str, Any] = {"steps": 1, "num_generations": 2, "questions_per_step": 8}
     [row] = train_baseline(tmp_path, manifest, vote_generations=7, **options)
     assert [len(answers) for answers, _ in votes] == [7] * 8
     assert (row["rollouts"], row["rollouts_in_loss"], row["tokens_in_loss"]) == (56, 16, 64)
     assert row["reward"] == pytest.approx(sum(sum(rewards[:2]) for _, rewards in votes) / 16)
     part = [
-        vote_rewards(answers[:2], group[0].question_id)
+        rewards_of(answers[:2], group[0].question_id)
         for (answers, _), group in zip(votes, sampled["step1"], strict=True)
     ]
     assert part != [rewards[:2] for _, rewards in votes]
@@ -168,7 +179,7 @@ def test_intuitor_rewards_self_certainty(
 
 def test_ttrl_raises_its_reward(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer is the first byte's parity here: a model that learns from the vote comes to agree with itself."""
-    monkeypatch.setattr(distill.baselines.rewards, "extract_answer", lambda text, *_: "ab"[len(text.encode()) % 2])
+    monkeypatch.setattr(neurosig.questions.reader, "extract_answer", by_length)
     rows = train_baseline(tmp_path, manifest, steps=12, questions_per_step=8, num_generations=8)
     first, last = (sum(row["reward"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert last > first + 0.1

@@ -25,6 +25,7 @@ from neurosig.manifest import (
     write_manifest,
 )
 from neurosig.questions.load import Question
+from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file
 from neurosig.sampling.rollouts import Rollout
@@ -58,6 +59,22 @@ def test_a_manifest_holds_what_was_decided(folder: Path) -> None:
     assert header.files["rollouts.jsonl"].rows == 24
 
 
+def test_a_manifest_of_schema_1_1_is_read_with_the_parser_it_had(folder: Path) -> None:
+    """It has neither raw answers nor answer spaces, and only equal answers were one."""
+    before = read_manifest(folder)
+
+    def older(row: dict[str, Any]) -> None:
+        del row["raw_answers"], row["answer_space"]
+
+    for line in range(1, 9):
+        edit_row(folder, line, older)
+    edit_header(folder, lambda header: (header.pop("answers"), header.update(schema_version="1.1")))
+    manifest = read_manifest(folder)
+    assert [row.answers for row in manifest.rows] == [row.answers for row in before.rows]
+    assert all(row.raw_answers == row.answers and row.answer_space is None for row in manifest.rows)
+    assert manifest.header.answer_reader() == AnswerReader("auto", "exact")
+
+
 def test_rehashing_alone_is_accepted(folder: Path) -> None:
     edit_row(folder, 1, lambda row: None)
     read_manifest(folder)
@@ -82,6 +99,11 @@ def test_rehashing_alone_is_accepted(folder: Path) -> None:
         (lambda row: row["context"][0].update(question_id="q9"), r'\$\.context\[0\]: no rollout \d of question "q9"'),
         (lambda row: row.update(reason="tie"), r'\$\.selected: true, though the reason is "tie"; export again'),
         (lambda row: row.update(selected=False), r'\$\.selected: false, though the reason is "selected"'),
+        (lambda row: row["raw_answers"].pop(), r"\$\.raw_answers: 2 of 3 answers"),
+        (lambda row: row.pop("raw_answers"), r"\$\.raw_answers: 0 of 3 answers"),
+        (lambda row: row.update(answer_space="planets"), r'field "answer_space": no such space'),
+        (lambda row: row.update(answer_space=[["a"], ["a"]]), r'field "answer_space": "a" is in two members'),
+        (lambda row: row.update(answer_space=["a"]), r"\$\.answer_space"),
         (lambda row: row["vote"].update(n=4), r"\$\.vote\.n: 4, but there are 3 answers"),
         (lambda row: row["context"][0].update(question_id="q2"), r"\$\.context\[0\]: a question is its own context"),
     ],
@@ -107,11 +129,13 @@ def test_a_context_with_the_same_text_under_another_id_is_refused(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.1; upgrade"),
+        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.2; upgrade"),
         (
             lambda header: header.update(schema_version="1.0"),
-            "schema version 1.0 has other field names than 1.1; export",
+            "schema version 1.0 has other field names than 1.2; export",
         ),
+        (lambda header: header["answers"].pop("vote_merge"), r"\$\.answers\.vote_merge: field missing or unknown"),
+        (lambda header: header["answers"].update(merge=1), r"\$\.answers\.merge: field missing or unknown"),
         (lambda header: header.update(extra=1), r"\$\.extra: unknown field"),
         (lambda header: header["files"].update({"../../x": {"sha256": "0", "bytes": 0, "rows": None}}), "leaves the"),
         (lambda header: header["files"].update({"/etc/passwd": {"sha256": "0", "bytes": 0, "rows": None}}), "leaves"),
@@ -225,15 +249,17 @@ def test_a_path_outside_the_folder_is_never_opened(
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     """Every kind of field: choices, an unparsed answer, a question that was too long, text beyond ASCII."""
     questions = [
-        Question("a", "d", "Où? \u2028 \x85", kind="k", line=1),
+        Question("a", "d", "Où? \u2028 \x85", kind="k", line=1, answer_space=(("là", "ici"), ("oui",))),
         Question("b", "d", "Which?", ("x", "ÿ"), line=2),
-        Question("c", "e", "Long?", line=9),
+        Question("c", "e", "Long?", line=9, answer_space="continents"),
     ]
     shared = {"selected": False, "context": (), "scores": {}, "answers": (), "pseudo_label": None, "vote": None}
     shared["weight"] = 1.0
 
     def row(question: Question, **changes: Any) -> QuestionRow:
-        fields = {name: getattr(question, name) for name in ("domain", "kind", "question", "choices", "line")}
+        fields = {
+            name: getattr(question, name) for name in ("domain", "kind", "question", "choices", "line", "answer_space")
+        }
         return QuestionRow(question_id=question.id, **fields, text_sha256=question.text_sha256, **{**shared, **changes})
 
     rows = [
@@ -241,13 +267,21 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             questions[0],
             selected=True,
             reason="selected",
+            raw_answers=("oui bien", None),
             answers=("oui", None),
             vote=VoteRecord(count=1, n=2, n_tied=1),
             pseudo_label="oui",
             scores={"probe_score": -0.25, "entropy": 1e-7},
             context=(DemonstrationRecord(question_id="b", rollout_id=1, similarity=0.5),),
         ),
-        row(questions[1], reason="tie", answers=("A", "B"), vote=VoteRecord(count=1, n=2, n_tied=2), pseudo_label="A"),
+        row(
+            questions[1],
+            reason="tie",
+            raw_answers=("A", "B"),
+            answers=("A", "B"),
+            vote=VoteRecord(count=1, n=2, n_tied=2),
+            pseudo_label="A",
+        ),
         row(questions[2], reason="too_long"),
     ]
     rollouts = [
@@ -267,10 +301,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         "dataset": {"rows": 3},
         "sampling": {"seed": 0},
         "options": options,
+        "answers": AnswerReader("letter", prompt_opens_thought=True).record(),
     }
     written = write_manifest(tmp_path, rows, rollouts, signals=b"s", neurons_csv="layer\n1\n2\n", header=header)
     manifest = read_manifest(tmp_path)
     assert manifest.header == written
+    assert manifest.header.answer_reader() == AnswerReader("letter", prompt_opens_thought=True)
     assert list(manifest.rows) == rows
     assert list(manifest.rollouts.values()) == rollouts
     assert [row.as_question() for row in manifest.rows] == questions

@@ -69,3 +69,27 @@ def test_code_is_small_and_imports_have_no_circle() -> None:
         for name, tree in modules.items()
     }
     TopologicalSorter(graph).prepare()  # CycleError names the modules of a circle
+
+
+def test_completions_are_parsed_in_one_place() -> None:
+    """Every command reads answers through `AnswerReader`, which knows the format, the finish reason and the merging."""
+    allowed = {
+        "extract_answer": {"neurosig/questions/reader.py", "neurosig/questions/answers"},
+        "majority_vote": {
+            "neurosig/questions/reader.py",
+            "neurosig/questions/vote.py",
+            "neurosig/verify/recomputed.py",
+        },
+    }
+    problems = []
+    for path in (path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        names = {
+            node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)
+        }
+        problems += [
+            f"{place}: {name}"
+            for name, homes in allowed.items()
+            if name in names and not place.startswith(tuple(homes))
+        ]
+    assert not problems

@@ -22,10 +22,13 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["neurosig.questions.load", "neurosig.questions.formats", "neurosig.manifest"]):
+with atheris.instrument_imports(
+    include=["neurosig.manifest", *(f"neurosig.questions.{name}" for name in ("formats", "load", "records"))]
+):
     import neurosig.manifest
     import neurosig.questions.formats
     import neurosig.questions.load
+    import neurosig.questions.records
 
 from neurosig.runtime.errors import UserError
 from tests.support.paths import ROOT

@@ -22,6 +22,7 @@ from neurosig.hallucination.scores import (
     self_certainty,
 )
 from neurosig.patterns.signatures import signature
+from neurosig.questions.reader import Reading
 from neurosig.questions.vote import majority_vote
 from neurosig.sampling.rollouts import Rollout
 
@@ -37,7 +38,8 @@ def signal(
     width = max(map(len, sets))
     ids = torch.tensor([row + [-1] * (width - len(row)) for row in sets], dtype=torch.int32)
     values = (ids >= 0).float()
-    return QuestionSignals(rollouts, answers, majority_vote(answers, "q"), ids, values, torch.zeros(len(sets), 2))
+    reading = Reading(tuple(answers), tuple(answers), majority_vote(answers, "q"))
+    return QuestionSignals(rollouts, reading, ids, values, torch.zeros(len(sets), 2))
 
 
 def test_scores_by_hand() -> None:

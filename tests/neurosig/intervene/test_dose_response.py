@@ -121,7 +121,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
         read.rollouts.values(),
         signals=(folder / "signals.safetensors").read_bytes(),
         neurons_csv=NEURONS_CSV,
-        header=header | {"options": read.header.options},
+        header=header | {"options": read.header.options, "answers": read.header.answers},
     )
     return folder
 

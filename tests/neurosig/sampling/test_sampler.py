@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from itertools import cycle, islice
 from typing import Any
 
@@ -7,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import neurosig.sampling.kv_cache
 import neurosig.sampling.sampler
 from neurosig.models.load import LoadedModel, load_model
+from neurosig.questions.load import Question
+from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
@@ -208,6 +212,32 @@ def test_rows_that_end_leave_the_others_as_they_are() -> None:
             )
             assert rollout.completion_ids_without_eos == expected
             assert rollout.text == model.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+
+
+def test_a_thought_keeps_its_marks_where_the_tokenizer_calls_them_special() -> None:
+    """Without them the thought would read like the answer."""
+    model = loaded()
+    fillers = [model.tokenizer.convert_tokens_to_ids(f"<|unused_{n}|>") for n in (298, 299)]
+    backend = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    for token, mark in zip(fillers, ("<think>", "</think>"), strict=True):
+        backend["model"]["vocab"] = {mark if i == token else name: i for name, i in backend["model"]["vocab"].items()}
+    thinking = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<|im_end|>")
+    thinking.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    assert [thinking.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>")] == fillers
+    hm, yes = (thinking("Hm: no.")["input_ids"], thinking("Yes.")["input_ids"])
+    script = [fillers[0], *hm, fillers[1], *yes, EOS_ID]
+    rows, forced = torch.eye(VOCAB_SIZE), iter(script)
+
+    def next_logits(module: Any, args: Any, output: Any) -> Any:
+        output.logits = rows[next(forced)].expand_as(output.logits) * 100
+        return output
+
+    model.model.register_forward_hook(next_logits)
+    served = LoadedModel(model.model, thinking, model.info)
+    [rollout] = draw(served, [Prompt("a", (5, 6))], num_generations=1, max_new_tokens=20)["a"]
+    assert rollout.completion_ids == tuple(script)
+    assert rollout.text == "<think>Hm: no.</think>Yes."
+    assert AnswerReader().extract(rollout.text, "stop", Question("a", "d", "Is it?")) == "yes"
 
 
 def test_log_probabilities_and_entropies_are_those_of_a_plain_forward() -> None:
