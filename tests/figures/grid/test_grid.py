@@ -76,7 +76,9 @@ def test_the_command_starts_its_processes_and_names_what_failed(tmp_path: Path) 
     assert "2 cells failed (base, lmsi--a--seed0): see log.txt in each; fix it and run again" in run.stderr
 
 
-def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_grid_runs_resumes_and_collects(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO, logger="figures")
     (folder / "model" / "config.json").rename(folder / "away")
     with pytest.raises(UserError, match=r"4 cells failed \(base, control-T0.5, .*nopsd-random--red--seed0\): see log"):
@@ -122,11 +124,13 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
     rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "again"))
     for name in ("grid.parquet", "layout.json"):
         assert (folder / "again" / name).read_bytes() == (folder / "grid" / name).read_bytes()
-    rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "numbers", answer_format="number"))
-    grids = [(folder / name / "grid.parquet").read_bytes() for name in ("numbers", "grid")]
-    assert grids[0] != grids[1]
-    with pytest.raises(UserError, match="numbers: holds a grid"):
-        rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "numbers"))
+    (folder / "same_answer.py").write_text("def parse(text, question, *args, **options):\n    return 'gold0'\n")
+    monkeypatch.syspath_prepend(folder)
+    rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "same", answer_parser="same_answer:parse"))
+    same = pyarrow.parquet.read_table(folder / "same" / "grid.parquet").to_pylist()
+    assert all((row["votes"], row["n_correct"]) == (3, 3 * (row["question_id"] == "q0")) for row in same)
+    with pytest.raises(UserError, match="same: holds a grid"):
+        rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "same"))
 
     before = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
     with (
