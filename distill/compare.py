@@ -6,6 +6,10 @@
 Much of what self-training gains in Avg@K is mere sharpening, which a lower sampling temperature gives for free. The
 control is therefore the untrained base at the temperature that a development split prefers, and the closing sentence
 gives the gain beyond it.
+
+Training can also teach a model the wording that the parser takes. Every metric is therefore given under the strict and
+the lenient grading (`neurosig.questions.reader.Grades`), a gain is claimed only where both agree, and a second table
+checks the format: the parse rate, and strict minus lenient Avg@K.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 COMPARISON, TABLE = "comparison.json", "table.md"
 METRICS = {"avg_at_k": "Avg@{k}", "maj_at_k": "maj@{k}", "ece": "ECE"}
+FORMAT = {"parse_rate": "parse rate", "strict_minus_lenient": "strict minus lenient Avg@{k}"}
 
 
 @dataclass(kw_only=True)
@@ -71,7 +76,7 @@ def main(config: CompareConfig) -> None:
     rows = [row for scope, domains in groups.items() if domains for row in _compare(runs, scope, domains, config)]
     k = runs["base"]["k"]
     verdict = _verdict(rows, k)
-    text = _table(rows, k, runs, config) + "\n" + verdict
+    text = "\n".join([_table(rows, k), _format_check(rows, k), _explained(rows, k, runs, config), verdict])
     record = {
         "rows": rows,
         "k": k,
@@ -140,7 +145,7 @@ def _compare(
 ) -> Iterator[dict[str, Any]]:
     """Every metric of each run, and its change against base and control, over the questions of ``domains``."""
     from neurosig.statistics.metrics import ece_floor
-    from neurosig.statistics.vote_table import VoteTable
+    from neurosig.statistics.vote_table import GRADINGS, VoteTable, graded
 
     votes = {
         name: VoteTable.from_rows([row for _, row in sorted(run["rows"].items()) if row["domain"] in domains])
@@ -149,7 +154,7 @@ def _compare(
     bootstrap: Any = {"seed": config.seed, "resamples": config.resamples}
     for name, own in votes.items():
         row = {"run": name, "scope": scope, "n": len(own), "temperature": runs[name]["config"]["temperature"]}
-        for metric in METRICS:
+        for metric in (*(graded(name, grading) for grading in GRADINGS for name in METRICS), *FORMAT):
             row[metric] = own.interval(metric, **bootstrap)
             for other in ("base", "control"):
                 if other in runs and name not in ("base", other):
@@ -159,44 +164,79 @@ def _compare(
         yield row
 
 
-def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], config: CompareConfig) -> str:
-    names = {metric: title.format(k=k) for metric, title in METRICS.items()}
+def _table(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
+    """Every run under both gradings, one below the other."""
+    from neurosig.statistics.vote_table import GRADINGS, graded
+
+    head = ["scope", "run", "n", "grading", *(name for title in METRICS.values() for name in (title, "change"))]
     lines = [
-        "| scope | run | n | " + " | ".join(f"{name} | change" for name in names.values()) + " |",
-        "|---|---|---|" + "---|---|" * len(names),
+        [row["scope"], f"{row['run']} (T={row['temperature']:g})", str(row["n"]), grading]
+        + [cell for name in METRICS for cell in _cells(row, graded(name, grading))]
+        for row in rows
+        for grading in GRADINGS
     ]
-    for row in rows:
-        cells = [row["scope"], f"{row['run']} (T={row['temperature']:g})", str(row["n"])]
-        for metric in names:
-            change = row.get(f"{metric}_vs_base")
-            cells += [f"{row[metric].estimate:.3f}", "" if change is None else f"{change:+.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+    return _markdown(head, lines, k)
+
+
+def _format_check(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
+    head = ["scope", "run", *(name for title in FORMAT.values() for name in (title, "change"))]
+    lines = [[row["scope"], row["run"], *(cell for name in FORMAT for cell in _cells(row, name))] for row in rows]
+    return "Format check:\n\n" + _markdown(head, lines, k)
+
+
+def _cells(row: Mapping[str, Any], metric: str) -> list[str]:
+    change = row.get(f"{metric}_vs_base")
+    return [f"{row[metric].estimate:.3f}", "" if change is None else f"{change:+.3f}"]
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]], k: int | str) -> str:
+    titles = [title.format(k=k) for title in head]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(head), *lines))
+
+
+def _explained(rows: Sequence[Mapping[str, Any]], k: int | str, runs: Mapping[str, Any], config: CompareConfig) -> str:
     floors = ", ".join(f"{row['ece_floor']:.3f} {row['scope']}" for row in rows if row["run"] == "base")
-    lines += [
-        "",
+    text = (
         f"Change against base with its 95% paired bootstrap interval over questions ({config.resamples:,} resamples, "
         f"seed {config.seed}); K={k} rollouts per question, sampling seed {runs['base']['config']['seed']}. A "
-        f"perfectly calibrated sampler would show an ECE of about {floors} at this K and n.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
-    """The closing sentence: whether the gain's interval excludes zero, and the gain beyond the control."""
-    row = next(row for row in rows if row["run"] == "trained" and row["scope"] == "in-domain")
-    change = row["avg_at_k_vs_base"]
-    text = (
-        f"In-domain, training changes Avg@{k} by {change:+.3f}: the interval "
-        f"{'excludes' if change.low > 0 or change.high < 0 else 'includes'} zero."
+        f"perfectly calibrated sampler would show an ECE of about {floors} at this K and n. strict: the parsed answer "
+        "is the gold answer; lenient: the answer statement names the gold answer and no other possible answer.\n"
     )
-    if "avg_at_k_vs_control" in row:
-        avg, maj, ece = (row[f"{metric}_vs_control"] for metric in METRICS)
+    changed = [
+        f"{title.format(k=k)} {row['scope']} by {change:+.3f}"
+        for row in rows
+        if row["run"] == "trained"
+        for metric, title in FORMAT.items()
+        if (change := row[f"{metric}_vs_base"]).low > 0 or change.high < 0
+    ]
+    if changed:
         text += (
-            f" Against the untrained base at its best temperature, it changes Avg@{k} by {avg:+.3f} ({_reading(avg)}), "
-            f"maj@{k} by {maj:+.3f} ({_reading(maj)}) and ECE by {ece:+.3f}."
+            f"\nTraining changed the wording of the answers ({'; '.join(changed)}): part of a gain may be learned "
+            "wording.\n"
+        )
+    return text
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
+    """The closing sentence: the change under both gradings, and the change beyond the control."""
+    row = next(row for row in rows if row["run"] == "trained" and row["scope"] == "in-domain")
+    text = f"In-domain, training changes {_claim(row, 'avg_at_k', 'base', k)}."
+    if "avg_at_k_vs_control" in row:
+        avg, maj = (_claim(row, metric, "control", k) for metric in ("avg_at_k", "maj_at_k"))
+        ece, lenient = row["ece_vs_control"], row["ece_lenient_vs_control"]
+        text += (
+            f" Against the untrained base at its best temperature, it changes {avg}, {maj}, and ECE by {ece:+.3f} "
+            f"strictly and {lenient:+.3f} leniently."
         )
     return text + "\n"
+
+
+def _claim(row: Mapping[str, Any], metric: str, other: str, k: int | str) -> str:
+    """The change of a metric under both gradings, and whether it is a gain: only where the two agree."""
+    changes = [row[f"{name}_vs_{other}"] for name in (metric, f"{metric}_lenient")]
+    strict, lenient = map(_reading, changes)
+    meaning = f"{strict} under both gradings" if strict == lenient else f"strictly {strict}, leniently {lenient}"
+    return f"{METRICS[metric].format(k=k)} by {changes[0]:+.3f} strictly and {changes[1]:+.3f} leniently ({meaning})"
 
 
 def _reading(interval: Interval) -> str:

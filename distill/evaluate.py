@@ -7,7 +7,7 @@ Confidence is the majority's share of all K samples; a sample without an answer 
 denominator. ``results.parquet`` has one row per question, ``summary.json`` the aggregates per domain.
 
 Greedy decoding is ``--temperature 0 --num-generations 1``. ``--scoring loglikelihood`` samples nothing: it compares the
-log-probabilities of the choices of multiple-choice questions (`distill.choice_scoring`).
+log-probabilities of the choices, or of the members of an answer space (`neurosig.sampling.choice_scoring`).
 """
 
 from __future__ import annotations
@@ -56,12 +56,17 @@ class EvaluateConfig(RolloutOptions):
     limit: Annotated[tuple[int, ...], Shapes.ROLLOUTS] = ()
     """Use only the first N questions: one number for all sources, or one per source."""
     scoring: Annotated[Literal["sampling", "loglikelihood"], Shapes.ROLLOUTS, Section.SCORING] = "sampling"
-    """sampling: K answers and their vote; loglikelihood: the likeliest choice of a multiple-choice question, with the
-    softmax over the choices as confidence. Sampling options then have no effect."""
+    """sampling: K answers and their vote; loglikelihood: the likeliest choice, or for a free-form question the
+    likeliest member of its answer space by the mean log-probability per token of its first name. The softmax over the
+    choices is the confidence; sampling options then have no effect."""
     choice_form: Annotated[Literal["letter", "text"], Shapes.ROLLOUTS] = "letter"
     """Text that loglikelihood scores. letter: the reply "Answer: A", summed over its tokens (`acc` of
     lm-evaluation-harness on lettered tasks); text: the choice itself, mean per token (`acc_norm` divides by
     characters)."""
+    mutual_info: Annotated[bool, Shapes.ROLLOUTS] = False
+    """Rank the replies that loglikelihood scores also by their log-probability minus that without the question
+    (`acc_mutual_info` of lm-evaluation-harness, PMI-DC), which removes the advantage of common answers. Both accuracies
+    are reported."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
     resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
@@ -98,7 +103,8 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
         groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
     with timer.phase("score"):
         if scored:
-            rows = [choice_row(question, groups[question.id], config.choice_form) for question in questions]
+            row_options: Any = {"form": config.choice_form, "mutual_info": config.mutual_info}
+            rows = [choice_row(question, groups[question.id], **row_options) for question in questions]
             summary = summarise_choices(rows, seed=config.seed)
         else:
             reader = config.answer_reader(loaded)
@@ -109,6 +115,8 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
     for domain, block in summary.items():
         if scored:
             values = f"accuracy {block['accuracy']['estimate']:.3f} (chance {block['chance']:.3f})"
+            if config.mutual_info:
+                values += f", without the prior {block['accuracy_mutual_info']['estimate']:.3f}"
         else:
             k, avg, maj = block["k"], block["avg_at_k"]["estimate"], block["maj_at_k"]["estimate"]
             values = f"Avg@{k} {avg:.3f}, maj@{k} {maj:.3f}"
@@ -140,10 +148,9 @@ def _questions(config: EvaluateConfig) -> list[Question]:
                 f'question "{question.id}" (line {question.line}) has no answer; evaluation needs gold answers'
             )
         if config.scoring == "loglikelihood" and question.choices is None:
-            raise UserError(
-                f'question "{question.id}" (line {question.line}) has no choices, which --scoring loglikelihood '
-                "compares; use --scoring sampling for free-form questions"
-            )
+            from neurosig.sampling.choice_scoring import check_answer_space
+
+            check_answer_space(question)
     return questions
 
 
@@ -164,13 +171,13 @@ def _rollouts(
     timer: PhaseTimer,
 ) -> dict[str, list[Rollout]]:
     """The K answers of each question, or its scored choices."""
-    from distill.choice_scoring import score_choices
     from neurosig.questions.prompts import PromptBuilder
+    from neurosig.sampling.choice_scoring import score_choices
     from neurosig.sampling.rollouts import RolloutLog
     from neurosig.sampling.sampler import Prompt
 
     builder, scored = PromptBuilder(loaded.tokenizer, config.prompt_config()), config.scoring == "loglikelihood"
-    choices = {"scoring": config.scoring, "choice_form": config.choice_form}
+    choices = {name: getattr(config, name) for name in ("scoring", "choice_form", "mutual_info")}
     key = {
         "model": loaded.info.as_dict(),
         "adapter": adapter_sha256,
@@ -187,7 +194,10 @@ def _rollouts(
         drawn = config.draw(loaded, questions, prompts, salt="evaluate", done=done)
         return log.extend(drawn, timer=timer, **shown)
     by_id = {question.id: question for question in questions}
-    replies = score_choices(loaded, prompts, by_id, config.choice_form, batch_rows=config.batch_rows, done=done)
+    priors = {question.id: builder.without_question(question) for question in questions} if config.mutual_info else {}
+    replies = score_choices(
+        loaded, prompts, by_id, config.choice_form, priors=priors, batch_rows=config.batch_rows, done=done
+    )
     return log.extend(replies, **shown)
 
 
@@ -200,31 +210,35 @@ def _write(
     rows: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
 ) -> None:
-    import io
-
-    import pyarrow
-    import pyarrow.parquet
-
-    from neurosig.runtime.files import sha256_text, write_atomic
+    from neurosig.questions.load import questions_sha256
     from neurosig.runtime.provenance import run_record
 
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
-    write_atomic(config.out / RESULTS, buffer.getvalue())
-    lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["question_id"]]]
-    write_atomic(config.out / ROLLOUTS, "".join(lines))
-    hashed = [[q.id, q.text_sha256, q.answer_space, q.answer, *q.aliases] for q in questions]
     record = {
         "domains": summary,
-        "questions_sha256": sha256_text(json.dumps(hashed)),
+        "questions_sha256": questions_sha256(questions),
         "model": loaded.info.as_dict(),
         "adapter_sha256": adapter_sha256,
         "config": config_record(config),
         "answers": config.answer_reader(loaded).record(),
         "run": run_record(),
     }
-    write_atomic(config.out / SUMMARY, json.dumps(record, indent=1) + "\n")
+    write_evaluation(config.out, rows, groups, record)
     (config.out / LOG).unlink()
+
+
+def write_evaluation(
+    out: Path,
+    rows: Sequence[Mapping[str, Any]],
+    groups: Mapping[str, Sequence[Rollout]],
+    record: Mapping[str, Any],
+) -> None:
+    """Write the files of an evaluation into ``out``, ``summary.json`` with ``record`` last."""
+    from neurosig.runtime.files import write_atomic, write_parquet
+
+    write_parquet(out / RESULTS, rows)
+    lines = [rollout.to_json() + "\n" for row in rows for rollout in groups[row["question_id"]]]
+    write_atomic(out / ROLLOUTS, "".join(lines))
+    write_atomic(out / SUMMARY, json.dumps(record, indent=1) + "\n")
 
 
 def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -242,10 +256,13 @@ def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
-    if "question_id" not in rows[0]:
-        raise UserError(f"{folder}: results with the columns of an earlier version; evaluate again with --overwrite")
     if summary["config"]["scoring"] != "sampling":
         raise UserError(f"{folder}: scored by log-likelihood, without votes; evaluate with --scoring sampling")
+    if "question_id" not in rows[0] or "lenient" not in rows[0]:
+        raise UserError(
+            f"{folder}: results with the columns of an earlier version; grade its kept rollouts again with python -m "
+            f"distill.rescore {folder}, or evaluate again with --overwrite"
+        )
     return summary, rows
 
 

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from neurosig.questions.answers import is_correct, normalise
+from neurosig.questions.answers.spaces import members
 from neurosig.questions.reader import AnswerReader
 from neurosig.questions.vote import n_tied_right, n_tied_right_lenient
 from neurosig.statistics import metrics
-from neurosig.statistics.vote_table import VoteTable
+from neurosig.statistics.vote_table import GRADINGS, VoteTable, graded
 
 if TYPE_CHECKING:
     from neurosig.questions.load import Question
+    from neurosig.sampling.choice_scoring import ChoiceForm
     from neurosig.sampling.rollouts import Rollout
 
 Row = Mapping[str, Any]
-ChoiceForm = Literal["letter", "text"]
 
+MUTUAL = "_mutual_info"
 PARTS = 1000
 """Confidences count in thousandths where `neurosig.statistics.metrics` bins them, as it bins votes."""
 
@@ -60,25 +62,34 @@ def sampled_row(question: Question, group: Sequence[Rollout], reader: AnswerRead
     }
 
 
-def choice_row(question: Question, group: Sequence[Rollout], form: ChoiceForm) -> dict[str, Any]:
-    """One question's result: a score for each choice, the best of them, and whether it is right.
+def choice_row(
+    question: Question, group: Sequence[Rollout], form: ChoiceForm, *, mutual_info: bool = False
+) -> dict[str, Any]:
+    """One question's result: a score for each choice or member of the answer space, the best, and whether it is right.
 
-    ``scores`` are in nats: sums over the tokens for ``letter``, means for ``text``.
+    ``scores`` are in nats: sums over the tokens for ``letter``, means for ``text`` and for members. With
+    ``mutual_info`` the second half of the group are the priors (`neurosig.sampling.choice_scoring.score_choices`), and
+    the columns that end in ``_mutual_info`` come from the scores minus the priors.
     """
-    scores = [
-        (rollout.mean_logprob or 0.0) * (len(rollout.completion_ids) if form == "letter" else 1) for rollout in group
-    ]
+    means = np.array([rollout.mean_logprob or 0.0 for rollout in group])
+    lengths = [len(rollout.completion_ids) for rollout in group]
+    scores = means * lengths if form == "letter" and question.choices else means
+    n = len(group) // 2 if mutual_info else len(group)
+    row = {"question_id": question.id, "domain": question.domain, "kind": question.kind, "choices": n}
+    row |= _best_choice(question, scores[:n])
+    if mutual_info:
+        row |= {f"{name}{MUTUAL}": value for name, value in _best_choice(question, scores[:n] - scores[n:]).items()}
+    return row
+
+
+def _best_choice(question: Question, scores: Float[np.ndarray, " choices"]) -> dict[str, Any]:
     best = int(np.argmax(scores))
-    winner = normalise(ascii_uppercase[best])
+    names = (ascii_uppercase[best],) if question.choices else members(question)[best]
     return {
-        "question_id": question.id,
-        "domain": question.domain,
-        "kind": question.kind,
-        "choices": len(group),
-        "scores": scores,
-        "winner": winner,
-        "confidence": float(1 / np.exp(np.array(scores) - scores[best]).sum()),
-        "correct": int(is_correct(winner, question)),
+        "scores": scores.tolist(),
+        "winner": normalise(names[0]),
+        "confidence": float(1 / np.exp(scores - scores[best]).sum()),
+        "correct": int(any(is_correct(normalise(name), question) for name in names)),
     }
 
 
@@ -94,22 +105,25 @@ def summarise_choices(rows: Sequence[Row], *, seed: int) -> dict[str, dict[str, 
 
 def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     table, n = VoteTable.from_rows(rows), len(rows)
-    k, votes, avg, maj = table.k, table.votes, table.avg_at_k, table.maj_at_k
+    k, votes, avg, maj = table.k, table.votes, table["avg_at_k"], table["maj_at_k"]
     names = ("n_correct", "n_tied", "unparsed", "distinct", "truncated", "mean_length")
     column = {name: np.array([row[name] for row in rows]) for name in names}
     return {
         "n": n,
         "k": k,
-        "avg_at_k": _interval(table, "avg_at_k", seed),
-        "maj_at_k": _interval(table, "maj_at_k", seed),
+        **{
+            name: _interval(table, name, seed)
+            for grading in GRADINGS
+            for name in (graded(metric, grading) for metric in ("avg_at_k", "maj_at_k", "ece"))
+        },
         "pass_at_k": float(metrics.pass_at_k(k, column["n_correct"], k).mean()),
-        "ece": _interval(table, "ece", seed),
         "ece_floor": metrics.ece_floor(k, n, seed=seed),
         "smooth_ece": metrics.smooth_ece(votes, k, maj),
         "brier": metrics.brier(votes, k, maj),
         "mean_confidence": float((votes / k).mean()),
         "signed_gap": metrics.signed_gap(votes, k, maj),
         "tie_rate": float((column["n_tied"] > 1).mean()),
+        "parse_rate": float(table["parse_rate"].mean()),
         "unparsed_rate": float(column["unparsed"].sum() / (n * k)),
         "truncated_rate": float(column["truncated"].sum() / (n * k)),
         "distinct_answers": float(column["distinct"].mean()),
@@ -120,21 +134,25 @@ def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
 
 
 def _choice_summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
-    correct = np.array([float(row["correct"]) for row in rows])
-    confidence = np.array([row["confidence"] for row in rows])
-    parts = np.rint(confidence * PARTS).astype(np.int64)
-    table = VoteTable(PARTS, parts, correct, correct)
-    return {
-        "n": len(rows),
-        "accuracy": _interval(table, "maj_at_k", seed),
-        "ece": _interval(table, "ece", seed),
-        "smooth_ece": metrics.smooth_ece(parts, PARTS, correct),
-        "brier": metrics.brier(parts, PARTS, correct),
-        "mean_confidence": float(confidence.mean()),
-        "signed_gap": float((confidence - correct).mean()),
-        "chance": float(np.mean([1 / row["choices"] for row in rows])),
-        "by_kind": _by_kind(rows, accuracy=correct),
-    }
+    suffixes = [suffix for suffix in ("", MUTUAL) if f"correct{suffix}" in rows[0]]
+    block: dict[str, Any] = {"n": len(rows), "chance": float(np.mean([1 / row["choices"] for row in rows]))}
+    accuracies = {}
+    for suffix in suffixes:
+        correct = np.array([float(row[f"correct{suffix}"]) for row in rows])
+        confidence = np.array([row[f"confidence{suffix}"] for row in rows])
+        parts = np.rint(confidence * PARTS).astype(np.int64)
+        table = VoteTable(PARTS, parts, {"maj_at_k": correct})
+        measured = {
+            "accuracy": _interval(table, "maj_at_k", seed),
+            "ece": _interval(table, "ece", seed),
+            "smooth_ece": metrics.smooth_ece(parts, PARTS, correct),
+            "brier": metrics.brier(parts, PARTS, correct),
+            "mean_confidence": float(confidence.mean()),
+            "signed_gap": float((confidence - correct).mean()),
+        }
+        block |= {f"{name}{suffix}": value for name, value in measured.items()}
+        accuracies[f"accuracy{suffix}"] = correct
+    return {**block, "by_kind": _by_kind(rows, **accuracies)}
 
 
 def _by_domain(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -155,9 +173,8 @@ def _by_kind(rows: Sequence[Row], **columns: Float[np.ndarray, " questions"]) ->
 def _interval(table: VoteTable, metric: str, seed: int) -> dict[str, Any]:
     """A metric of `VoteTable` with its interval; a single question has none."""
     if len(table) < 2:
-        estimate = table.ece() if metric == "ece" else float(getattr(table, metric)[0])
-        return {"estimate": estimate, "low": None, "high": None}
-    return asdict(table.interval(metric, seed=seed, resamples=2000 if metric == "ece" else 10_000))
+        return {"estimate": table.estimate(metric), "low": None, "high": None}
+    return asdict(table.interval(metric, seed=seed, resamples=10_000 if metric in table.columns else 2000))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

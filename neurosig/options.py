@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from neurosig.questions.prompts import PromptConfig
@@ -211,6 +211,36 @@ class RolloutOptions(SamplerOptions, GenerationOptions):
         builder = PromptBuilder(loaded.tokenizer, self.prompt_config())
         messages = {question.id: builder.messages(question) for question in questions}
         return server.sample(prompts, sampling, salt=salt, done=done, messages=messages)
+
+
+@dataclass(kw_only=True)
+class RereadOptions(CommonConfig):
+    """Options of the commands that parse kept rollouts again."""
+
+    answer_format: Literal["auto", "letter", "number", "short"] | None = None
+    """How answers are parsed; auto: a letter when the question has choices, else short text. Default: as recorded."""
+    vote_merge: VoteMerge | None = None
+    """Which answers count as one in the vote, containment or exact, as in neurosig.export. Default: as recorded."""
+    answer_parser: str | None = None
+    """MODULE:FUNCTION that parses completions instead, as in neurosig.export. Default: as recorded."""
+
+    def reader(self, recorded: Mapping[str, Any]) -> AnswerReader:
+        """The recorded reader with the options that are given; one recorded without ``vote_merge`` merged nothing.
+
+        Args:
+            recorded: `AnswerReader.record`, or the options of a run from before readers were recorded.
+
+        Raises:
+            UserError: See `AnswerReader.from_record`.
+        """
+        from neurosig.questions.reader import AnswerReader
+
+        names = ("answer_format", "vote_merge", "answer_parser")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        record = {**AnswerReader().record(), "vote_merge": "exact", **recorded}
+        if "answer_parser" in given:  # the recorded one need not be here
+            record |= {"answer_parser": None, "answer_parser_sha256": None}
+        return replace(AnswerReader.from_record(record), **given)
 
 
 QWEN3_4B: dict[str, object] = {

@@ -9,51 +9,63 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.evaluate import read_sampled
 from distill.metrics_log import METRICS as METRICS_FILE
 from figures.grid.config import BASE, CONTROL
-from figures.grid.rows import EVALUATION_SEED, Run, evaluation_rows, grid_results, read_grid, write_grid
+from figures.grid.rows import Run, grid_results, read_grid, run_columns, sampled_grid_rows, write_grid
 from figures.grid.table_text import markdown
 from figures.grid.tables import METRICS, Layout, scope_table
+from figures.grid.texts import format_check, rollout_rows, write_texts
 from neurosig.runtime.files import csv_cell, write_atomic
+from neurosig.statistics.vote_table import graded
 
 RESULTS = "results.csv"
 AGGREGATES = (
-    *("brier", "smooth_ece", "ece_floor", "pass_at_k", "mean_confidence", "signed_gap", "unparsed_rate", "tie_rate"),
-    *("truncated_rate", "distinct_answers", "mean_length", "mean_entropy"),
+    *("brier", "smooth_ece", "ece_floor", "pass_at_k", "mean_confidence", "signed_gap", "parse_rate", "unparsed_rate"),
+    *("tie_rate", "truncated_rate", "distinct_answers", "mean_length", "mean_entropy"),
 )
 
 
 def collect(out: Path, targets: Sequence[str]) -> str:
     """Collect the finished cells of the grid in ``out``.
 
-    Writes ``grid.parquet`` (`figures.grid.rows`) and ``results.csv``, the aggregates of each cell, target and
-    evaluation seed with the budget of its training. The untrained model at the temperature with the best mean Avg@K on
-    the development questions is named ``control``.
+    Writes ``grid.parquet`` (`figures.grid.rows`), the texts behind it (`figures.grid.texts`) and ``results.csv``, the
+    aggregates of each cell, target and evaluation seed with the budget of its training. The untrained model at the
+    temperature with the best mean Avg@K on the development questions is named ``control``.
 
     Args:
         out: Folder of the grid.
         targets: Domains in the order of the tables.
 
     Returns:
-        The tables as Markdown; empty until the base is evaluated on every target.
+        The tables and the format check as Markdown; empty until the base is evaluated on every target.
     """
     chosen = control_temperature(sorted((out / "cells").iterdir()))
-    rows, results = [], []
+    rows, texts, results = [], [], []
     for cell in sorted(path for path in (out / "cells").iterdir() if path.is_dir()):
         run = _run(cell.name, chosen)
         if run is None:
             continue
         for target in targets:
             for folder in evaluations(cell / "eval", target):
-                rows += [row | {"target": target} for row in evaluation_rows(run, folder)]
+                summary, sampled = read_sampled(folder)
+                known = {**run_columns(run, summary), "target": target}
+                rows += [{**row, **known} for row in sampled]
+                texts += rollout_rows(folder, known)
                 results.append({**_key(run, target), **_aggregates(folder), **_training(cell / "train" / "train.json")})
     write_atomic(out / RESULTS, _csv(results))
     if not rows:
         return ""
-    write_grid(out, rows, Layout(tuple(targets)))
+    write_grid(out, sampled_grid_rows(rows), Layout(tuple(targets)))
     if {row["target"] for row in rows if row["method"] == BASE} != set(targets):
         return ""
-    tables = grid_results(read_grid(out))
+    write_texts(out, texts, [out / "cells" / BASE / "eval" / target for target in targets])
+    return f"{tables_text(out)}\nFormat check\n\n{format_check(rows)}"
+
+
+def tables_text(folder: Path) -> str:
+    """The tables of a collected grid as Markdown."""
+    tables = grid_results(read_grid(folder))
     return "\n".join(f"{table.metric.title}\n\n{markdown(scope_table(table))}" for table in tables.values())
 
 
@@ -94,7 +106,7 @@ def _summary(folder: Path) -> Mapping[str, Any]:
 def _aggregates(folder: Path) -> dict[str, Any]:
     summary = _summary(folder)
     row: dict[str, Any] = {"n": summary["n"], "k": summary["k"]}
-    for name in METRICS:
+    for name in (*METRICS, *(graded(name, "lenient") for name in METRICS)):
         value = summary[name]
         row |= {name: value["estimate"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
     row |= {name: summary[name] for name in AGGREGATES}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from figures.grid import texts
 from figures.grid.cells import SHARED_EXPORT
 from figures.grid.collect import RESULTS
 from figures.grid.config import PLAN, SETTINGS
@@ -37,7 +38,7 @@ class EvidenceConfig(CommonConfig):
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
     out: Path = COMMITTED
-    """Folder of grid.parquet, layout.json, results.csv, signals.csv and the stated tests, evidence_plan.toml."""
+    """Folder of grid.parquet, layout.json, results.csv, the kept texts, signals.csv and the stated tests."""
 
 
 def main(config: EvidenceConfig) -> None:
@@ -50,8 +51,8 @@ def main(config: EvidenceConfig) -> None:
         if not (config.grid / name).is_file():
             raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
     config.out.mkdir(parents=True, exist_ok=True)
-    for name in (FILES[0], LAYOUT, RESULTS, PLAN.name):
-        if (config.grid / name).is_file():  # a grid started before it kept the stated tests has no copy of them
+    for name in (FILES[0], LAYOUT, RESULTS, PLAN.name, *texts.FILES):
+        if (config.grid / name).is_file():  # an older grid has no copy of the stated tests, or no texts
             write_atomic(config.out / name, (config.grid / name).read_bytes())
     sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()
     frames = [signals(config.grid / SHARED_EXPORT.format(source=source), source) for source in sources]

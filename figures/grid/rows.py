@@ -139,10 +139,20 @@ def evaluation_rows(run: Run, folder: Path) -> list[dict[str, Any]]:
     from distill.evaluate import read_sampled
 
     summary, rows = read_sampled(folder)
-    known = {"method": run.method, "source": run.source, "seed": run.seed, EVALUATION_SEED: summary["config"]["seed"]}
-    return [
-        known | {"target": row["domain"]} | {name: row[name] for name in ("question_id", *WHOLE[1:])} for row in rows
-    ]
+    known = run_columns(run, summary)
+    return sampled_grid_rows([{**row, **known, "target": row["domain"]} for row in rows])
+
+
+def run_columns(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that name a run and its evaluation, but for the target."""
+    seeds = {"seed": run.seed, EVALUATION_SEED: summary["config"]["seed"]}
+    return {"method": run.method, "source": run.source, **seeds}
+
+
+def sampled_grid_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The columns of `write_grid` of rows of `distill.results.sampled_row` with those of `run_columns` and
+    ``target``."""
+    return [{name: row[name] for name in (*TEXT, *WHOLE, EVALUATION_SEED)} for row in rows]
 
 
 def read_grid(folder: Path) -> Grid:

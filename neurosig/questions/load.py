@@ -9,6 +9,7 @@ A question has its gold answer for evaluation only; ``without_answers`` removes 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import unicodedata
@@ -294,6 +295,12 @@ def warn_repeated_texts(questions: Sequence[Question]) -> None:
 def without_answers(questions: Iterable[Question]) -> list[Question]:
     """The same questions in the same order, without ``answer`` and ``aliases``."""
     return [replace(question, answer=None, aliases=()) for question in questions]
+
+
+def questions_sha256(questions: Iterable[Question]) -> str:
+    """Hash of ids, texts, answer spaces and gold answers, in order."""
+    hashed = [[q.id, q.text_sha256, q.answer_space, q.answer, *q.aliases] for q in questions]
+    return sha256_text(json.dumps(hashed))
 
 
 def split_of(question_id: str) -> Split:

@@ -84,6 +84,11 @@ class PromptBuilder:
         """Prompt ids of the bare question."""
         return self.teacher(question, ())
 
+    def without_question(self, question: Question) -> tuple[int, ...]:
+        """Prompt ids of the chat whose user turn is only the instruction: what a reply's prior is conditioned on."""
+        instruction = self.config.choice_instruction if question.choices else self.config.instruction
+        return self.encode([*self.messages(question)[:-1], {"role": "user", "content": instruction}])
+
     def teacher(self, question: Question, context: Sequence[Demonstration]) -> tuple[int, ...]:
         """Prompt ids of the question after its demonstrations, in the order given."""
         return self.encode(self.messages(question, context))

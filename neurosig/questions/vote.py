@@ -6,12 +6,13 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from neurosig.questions.answers.grading import is_correct
 from neurosig.questions.answers.normal import normalise
 from neurosig.questions.answers.spaces import canonical, members
 from neurosig.questions.load import Question
+from neurosig.runtime.shapes import check_choice
 
 VoteMerge = Literal["containment", "exact"]
 
@@ -60,8 +61,7 @@ def merge_answers(answers: Sequence[str | None], question: Question, merge: Vote
     Raises:
         ValueError: ``merge`` is unknown.
     """
-    if merge not in get_args(VoteMerge):
-        raise ValueError(f'vote merge "{merge}" is not one of {", ".join(get_args(VoteMerge))}')
+    check_choice("merge", merge, VoteMerge)
     if merge == "exact" or question.choices:
         return list(answers)
     named = [None if answer is None else canonical(answer, question) for answer in answers]

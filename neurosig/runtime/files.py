@@ -8,8 +8,9 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from neurosig.runtime.errors import UserError
 
@@ -31,6 +32,18 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_parquet(path: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> None:
+    """`write_atomic` for rows as Parquet; ``options`` are those of `pyarrow.parquet.write_table`."""
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), buffer, **options)
+    write_atomic(path, buffer.getvalue())
 
 
 def append_line(path: str | Path, line: str) -> None:

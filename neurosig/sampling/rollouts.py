@@ -150,6 +150,25 @@ def parse_rollout(fields: Mapping[str, Any]) -> Rollout:
     return Rollout(**{**fields, "completion_ids": tuple(fields["completion_ids"])})
 
 
+def read_rollouts(path: str | Path) -> dict[str, list[Rollout]]:
+    """The rollouts of a ``rollouts.jsonl`` by question, both in the order of the file.
+
+    Raises:
+        UserError: The file is missing, or a line is no rollout.
+    """
+    path = Path(path)
+    groups: dict[str, list[Rollout]] = {}
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the rollouts were not kept")
+    for number, fields in _json_lines(path):
+        try:
+            rollout = parse_rollout(fields)
+        except (LookupError, TypeError) as error:
+            raise UserError(f"{path}:{number}: no rollout ({error})") from error
+        groups.setdefault(rollout.question_id, []).append(rollout)
+    return groups
+
+
 def read_external_rollouts(
     path: str | Path,
     encode: Callable[[str], Sequence[int]],

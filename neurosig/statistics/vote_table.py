@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from neurosig.statistics.arrays import takes_arrays
 from neurosig.statistics.metrics import Interval, bootstrap_interval, ece, maj_at_k, paired_mean_interval
+
+Grading = Literal["strict", "lenient"]
+"""How completions are graded (`neurosig.questions.reader.Grades`)."""
+GRADINGS: tuple[Grading, ...] = get_args(Grading)
+
+
+def graded(metric: str, grading: Grading) -> str:
+    """Name of a metric under a grading: ``ece``, ``ece_lenient``."""
+    return metric if grading == "strict" else f"{metric}_{grading}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +29,43 @@ class VoteTable:
     Attributes:
         k: Samples per question.
         votes: Samples that gave the winning answer.
-        avg_at_k: Share of the samples that are right.
-        maj_at_k: Expected correctness of the majority vote.
+        columns: Metric -> its value for each question; a metric's mean is its estimate. ``from_rows`` has
+            ``avg_at_k``, the share of the samples that are right, ``maj_at_k``, the expected correctness of the
+            majority vote, both also graded leniently (`graded`), ``parse_rate``, the share of the samples that have an
+            answer, and ``strict_minus_lenient``, the difference of the two ``avg_at_k``.
     """
 
     k: int
     votes: Int[np.ndarray, " questions"]
-    avg_at_k: Float[np.ndarray, " questions"]
-    maj_at_k: Float[np.ndarray, " questions"]
+    columns: Mapping[str, Float[np.ndarray, " questions"]]
 
     def __len__(self) -> int:
         return len(self.votes)
 
+    def __getitem__(self, metric: str) -> Float[np.ndarray, " questions"]:
+        return self.columns[metric]
+
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> VoteTable:
         """The columns of the rows of ``results.parquet``, all with the same K."""
-        names = ("n_correct", "votes", "n_tied", "n_tied_right")
-        n_correct, votes, n_tied, right = (np.array([row[name] for row in rows]) for name in names)
-        return cls(rows[0]["k"], votes, n_correct / rows[0]["k"], maj_at_k(right, n_tied))
+        k = int(rows[0]["k"])
+        names = (
+            "votes",
+            "n_tied",
+            "unparsed",
+            *(graded(n, g) for n in ("n_correct", "n_tied_right") for g in GRADINGS),
+        )
+        count = {name: np.array([row[name] for row in rows]) for name in names}
+        columns = {}
+        for grading in GRADINGS:
+            columns[graded("avg_at_k", grading)] = count[graded("n_correct", grading)] / k
+            columns[graded("maj_at_k", grading)] = maj_at_k(count[graded("n_tied_right", grading)], count["n_tied"])
+        columns["parse_rate"] = 1 - count["unparsed"] / k
+        columns["strict_minus_lenient"] = columns["avg_at_k"] - columns["avg_at_k_lenient"]
+        return cls(k, count["votes"], columns)
 
     def interval(self, metric: str, *, minus: VoteTable | None = None, seed: int, resamples: int) -> Interval:
-        """95% bootstrap interval of ``avg_at_k``, ``maj_at_k`` or ``ece``.
+        """95% bootstrap interval of a metric: the name of a column, ``ece`` or ``ece_lenient``.
 
         Args:
             metric: Which.
@@ -51,18 +76,27 @@ class VoteTable:
         Raises:
             UserError: Fewer than two questions.
         """
-        if metric != "ece":
-            own = getattr(self, metric)
-            other = np.zeros(len(own)) if minus is None else getattr(minus, metric)
+        if metric in self.columns:
+            own = self[metric]
+            other = np.zeros(len(own)) if minus is None else minus[metric]
             return paired_mean_interval(own, other, seed=seed, resamples=resamples)
 
         def statistic(index: Int[np.ndarray, " questions"]) -> float:
-            return self.ece(index) if minus is None else self.ece(index) - minus.ece(index)
+            own = self.ece(index, metric)
+            return own if minus is None else own - minus.ece(index, metric)
 
         return bootstrap_interval(statistic, len(self), seed=seed, resamples=resamples)
 
+    def estimate(self, metric: str) -> float:
+        """The metric over all questions."""
+        return float(self[metric].mean()) if metric in self.columns else self.ece(metric=metric)
+
     @takes_arrays
-    def ece(self, index: Int[np.ndarray, " questions"] | None = None) -> float:
-        """Expected calibration error over these questions, repeats included; over all by default."""
+    def ece(self, index: Int[np.ndarray, " questions"] | None = None, metric: str = "ece") -> float:
+        """Expected calibration error over these questions, repeats included; over all by default.
+
+        ``metric`` is ``ece``, or its name under another grading.
+        """
         chosen = slice(None) if index is None else index
-        return ece(self.votes[chosen], self.k, self.maj_at_k[chosen])
+        accuracy = self[metric.replace("ece", "maj_at_k")]
+        return ece(self.votes[chosen], self.k, accuracy[chosen])

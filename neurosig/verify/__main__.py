@@ -332,7 +332,7 @@ def check_comparison(folder: Path, found: Found) -> Iterator[Check]:
             yield what, f"{SKIPPED}its evaluation is not here"
             continue
         computed = estimates([one for one in rows if one["domain"] in record["domains"][row["scope"]]])
-        stated = {name: {"estimate": computed[name]} for name in ("avg_at_k", "maj_at_k", "ece")}
+        stated = {name: {"estimate": value} for name, value in computed.items() if name != "n"}
         yield what, difference({"n": computed["n"], **stated}, row)
 
 
@@ -361,7 +361,7 @@ def check_grid(folder: Path, found: Found) -> Iterator[Check]:
         evaluations = (found.evaluations.get((cell / "eval" / target).resolve()) for cell in cells)
         problems = []
         for rows in filter(None, evaluations):
-            computed = {metric: float(f"{value:.6g}") for metric, value in estimates(rows).items()}
+            computed = {metric: float(f"{value:.6g}") for metric, value in estimates(rows).items() if metric in line}
             problems.append(difference(computed, {metric: float(line[metric]) for metric in computed}))
         problem = "" if "" in problems else (problems or [f"{SKIPPED}its evaluation is not here"])[-1]
         yield f"{name} on {target} as its cell says", problem

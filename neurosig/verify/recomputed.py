@@ -15,6 +15,7 @@ import numpy as np
 from scipy import special
 
 from neurosig.questions.answers import is_correct, normalise
+from neurosig.questions.answers.spaces import members
 from neurosig.questions.load import Question
 from neurosig.questions.reader import AnswerReader
 from neurosig.questions.vote import majority_vote
@@ -75,16 +76,16 @@ def _graded(group: Sequence[Rollout], question: Question, reader: AnswerReader) 
 
 
 def estimates(rows: Sequence[Row]) -> dict[str, float]:
-    """n, Avg@K, maj@K and ECE of an evaluation's rows."""
+    """n, parse rate, and Avg@K, maj@K and ECE under both gradings, of an evaluation's rows."""
     k = int(rows[0]["k"])
-    votes, n_tied, right = (np.array([int(row[name]) for row in rows]) for name in ("votes", "n_tied", "n_tied_right"))
-    majority = metrics.maj_at_k(right, n_tied)
-    return {
-        "n": float(len(rows)),
-        "avg_at_k": sum(int(row["n_correct"]) for row in rows) / (len(rows) * k),
-        "maj_at_k": float(majority.mean()),
-        "ece": metrics.ece(votes, k, majority),
-    }
+    votes, n_tied = (np.array([int(row[name]) for row in rows]) for name in ("votes", "n_tied"))
+    found = {"n": float(len(rows)), "parse_rate": 1 - sum(int(row["unparsed"]) for row in rows) / (len(rows) * k)}
+    for suffix in ("", "_lenient"):
+        majority = metrics.maj_at_k(np.array([int(row[f"n_tied_right{suffix}"]) for row in rows]), n_tied)
+        found[f"avg_at_k{suffix}"] = sum(int(row[f"n_correct{suffix}"]) for row in rows) / (len(rows) * k)
+        found[f"maj_at_k{suffix}"] = float(majority.mean())
+        found[f"ece{suffix}"] = metrics.ece(votes, k, majority)
+    return found
 
 
 def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
@@ -119,9 +120,9 @@ def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
                 lambda index: metrics.ece(votes[index], k, majority[index]), n, seed=seed, resamples=2000
             )
         )
-    else:
-        single = estimates(ordered)
-        block |= {name: {"estimate": single[name]} for name in ("avg_at_k", "maj_at_k", "ece")}
+    for name, value in estimates(ordered).items():
+        if name != "n":
+            block.setdefault(name, value if name == "parse_rate" else {"estimate": value})
     kinds = dict.fromkeys(row["kind"] for row in ordered if row["kind"] is not None)
     block["by_kind"] = {
         kind: {
@@ -139,22 +140,30 @@ def choice_row_problem(
     row: Row, rollouts: Sequence[Mapping[str, Any]], question: Question | None, choice_form: str
 ) -> str:
     """`row_problem` of an evaluation that scored the choices, each a line of ``rollouts.jsonl``, by log-likelihood."""
-    sums = choice_form == "letter"
-    scores = [rollout["mean_logprob"] * (len(rollout["completion_ids"]) if sums else 1) for rollout in rollouts]
-    if not scores:
-        return "no scored choices"
-    best = scores.index(max(scores))
-    expected: dict[str, Any] = {
-        "choices": len(scores),
-        "winner": normalise(ascii_uppercase[best]),
-        "confidence": float(special.softmax(scores)[best]),
-    }
-    if question is not None:
-        expected["choices"] = len(question.choices or ())
-        expected["correct"] = int(is_correct(expected["winner"], question))
-    pairs = {str(place): value for place, value in enumerate(scores)}
-    found = {str(place): value for place, value in enumerate(row["scores"])}
-    return difference({**expected, "scores": pairs}, {**{name: row.get(name) for name in expected}, "scores": found})
+    n = int(row["choices"])
+    suffixes = {"": 0, "_mutual_info": n} if "scores_mutual_info" in row else {"": 0}
+    if len(rollouts) != n * len(suffixes) or not n:
+        return f"{n} choices of {len(rollouts)} rollouts"
+    spaced = question is not None and question.choices is None
+    sums = choice_form == "letter" and not spaced
+    logps = [rollout["mean_logprob"] * (len(rollout["completion_ids"]) if sums else 1) for rollout in rollouts]
+    for suffix, prior in suffixes.items():
+        scores = [logps[place] - (logps[prior + place] if prior else 0.0) for place in range(n)]
+        if question is None and not np.allclose(scores, row[f"scores{suffix}"]):
+            continue  # members of an answer space have means, and only the question says that it has one
+        best = scores.index(max(scores))
+        expected: dict[str, Any] = {f"confidence{suffix}": float(special.softmax(scores)[best])}
+        if question is not None:
+            names = members(question)[best] if spaced else (ascii_uppercase[best],)
+            expected[f"winner{suffix}"] = normalise(names[0])
+            expected[f"correct{suffix}"] = int(any(is_correct(normalise(name), question) for name in names))
+            expected["choices"] = len(members(question) if spaced else question.choices or ())
+        problem = difference(expected, {name: row.get(name) for name in expected})
+        found = {str(place): value for place, value in enumerate(row[f"scores{suffix}"])}
+        problem = problem or difference({str(place): value for place, value in enumerate(scores)}, found, "scores")
+        if problem:
+            return problem
+    return ""
 
 
 def choice_aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from neurosig.questions.answers.markup import answer_part, with_marks
 from neurosig.questions.answers.numbers import number_answer
 from neurosig.questions.answers.short_text import is_refusal, short_answer
 from neurosig.questions.answers.spaces import members
+from neurosig.runtime.shapes import check_choice
 
 if TYPE_CHECKING:
     from neurosig.questions.load import Question
@@ -63,8 +64,7 @@ def resolved(answer_format: AnswerFormat, question: Question) -> Literal["letter
     Raises:
         ValueError: The answer format is unknown.
     """
+    check_choice("answer_format", answer_format, AnswerFormat)
     if answer_format == "auto":
         return "letter" if question.choices else "short"
-    if answer_format not in ("letter", "number", "short"):
-        raise ValueError(f'answer format "{answer_format}" is not one of auto, letter, number, short')
     return answer_format

@@ -19,8 +19,11 @@ import pytest
 from figures.grid.__main__ import main
 from figures.grid.collect import control_temperature
 from figures.grid.config import PRESETS, GridConfig
-from figures.grid.evidence import EvidenceConfig
+from figures.grid.evidence import COMMITTED, EvidenceConfig
 from figures.grid.evidence import main as keep
+from figures.grid.rescore import RescoreGridConfig
+from figures.grid.rescore import main as rescore
+from figures.grid.texts import format_check
 from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.cli import command_words
 from neurosig.runtime.errors import UserError
@@ -76,7 +79,7 @@ def test_the_command_starts_its_processes_and_names_what_failed(tmp_path: Path) 
 
 
 def test_a_grid_runs_resumes_and_collects(
-    folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, logger="figures")
     (folder / "model" / "config.json").rename(folder / "away")
@@ -115,8 +118,22 @@ def test_a_grid_runs_resumes_and_collects(
     signals = pandas.read_csv(folder / "kept" / "signals.csv")
     assert len(signals) == 8 and set(signals.source) == {"red"} and not signals.right.any()
     assert {"vote_share", "probe_score"} <= set(signals)
-    for name in ("grid.parquet", "layout.json", "results.csv", "evidence_plan.toml"):
+    kept = ("grid.parquet", "layout.json", "results.csv", "rollouts.parquet", "questions.jsonl", "reader.json")
+    for name in (*kept, "evidence_plan.toml"):
         assert (folder / "kept" / name).read_bytes() == (folder / "grid" / name).read_bytes()
+
+    texts = pyarrow.parquet.read_table(folder / "kept" / "rollouts.parquet").to_pylist()
+    assert len(texts) == len(answers) * 3 and {text["finish_reason"] for text in texts} <= {"stop", "length"}
+    rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "again"))
+    for name in ("grid.parquet", "layout.json"):
+        assert (folder / "again" / name).read_bytes() == (folder / "grid" / name).read_bytes()
+    (folder / "same_answer.py").write_text("def parse(text, question, *args, **options):\n    return 'gold0'\n")
+    monkeypatch.syspath_prepend(folder)
+    rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "same", answer_parser="same_answer:parse"))
+    same = pyarrow.parquet.read_table(folder / "same" / "grid.parquet").to_pylist()
+    assert all((row["votes"], row["n_correct"]) == (3, 3 * (row["question_id"] == "q0")) for row in same)
+    with pytest.raises(UserError, match="same: holds a grid"):
+        rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "same"))
 
     before = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
     with (
@@ -149,6 +166,28 @@ def test_a_grid_runs_resumes_and_collects(
         main(grid(folder, evaluate={**TINY, "seed": 3}))
     with pytest.raises(UserError, match="its cells were made with other train options"):
         main(grid(folder, train={"steps": 2}))
+
+
+def test_a_grid_without_texts_says_so(tmp_path: Path) -> None:
+    """The committed grid was run before texts were kept."""
+    with pytest.raises(UserError, match=r"no rollouts\.parquet; this grid was collected before texts were kept"):
+        rescore(RescoreGridConfig(grid=COMMITTED, out=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_format_check_pairs_questions() -> None:
+    """Of 4 samples, the base answers 1 in a form that is read, though 3 name the gold answer."""
+    known = {"source": "", "seed": 0, "target": "red", "k": 4, "n_correct": 1, "n_correct_lenient": 3, "unparsed": 3}
+    rows = [{**known, "method": "base", "question_id": f"q{index}"} for index in range(5)]
+    for seed in (0, 1):
+        learned = {"method": "lmsi", "source": "red", "seed": seed, "n_correct": 3, "unparsed": seed}
+        rows += [{**row, **learned} for row in rows[:5]]
+    text = format_check(rows)
+    assert "| base |  | 0.250 |  | -0.500 |  |" in text
+    assert "| LMSI | in | 0.875 | +0.625 [+0.625, +0.625] | 0.000 | +0.500 [+0.500, +0.500] |" in text
+    assert "Training changed the wording of the answers: LMSI (in)" in text
+    same = [{**row, "n_correct": 1, "unparsed": 3} for row in rows]
+    assert "changed the wording" not in format_check(same)
 
 
 def test_the_control_is_the_temperature_that_the_development_questions_prefer(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import distill.choice_scoring
-from distill.choice_scoring import completions, score_choices
+import neurosig.sampling.choice_scoring
 from distill.evaluate import main
 from distill.results import choice_row, summarise_choices
 from figures.grid.rows import Run, evaluation_rows
@@ -23,6 +22,7 @@ from neurosig.models.load import LoadedModel, ModelInfo
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.runtime.errors import UserError
+from neurosig.sampling.choice_scoring import completions, score_choices
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt
 from neurosig.verify.__main__ import VerifyConfig
@@ -103,8 +103,10 @@ def test_what_is_scored_goes_on_where_the_prompt_ends() -> None:
 def test_an_evaluation_by_log_likelihood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files, which verify and a resumed run reproduce; whatever the sampling options say."""
     calls: list[Any] = []
-    means = distill.choice_scoring._mean_logprobs
-    monkeypatch.setattr(distill.choice_scoring, "_mean_logprobs", lambda *args: calls.append(args) or means(*args))
+    means = neurosig.sampling.choice_scoring._mean_logprobs
+    monkeypatch.setattr(
+        neurosig.sampling.choice_scoring, "_mean_logprobs", lambda *args: calls.append(args) or means(*args)
+    )
     main(scoring(tmp_path, batch_rows=8))
     batches = len(calls)
     read = {name: (tmp_path / "eval" / name).read_bytes() for name in ("results.parquet", "rollouts.jsonl")}
@@ -128,7 +130,7 @@ def test_an_evaluation_by_log_likelihood(tmp_path: Path, monkeypatch: pytest.Mon
             yield group
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill.choice_scoring, "score_choices", interrupted)
+        patch.setattr(neurosig.sampling.choice_scoring, "score_choices", interrupted)
         main(scoring(tmp_path, "broken", batch_rows=8, temperature=0.3))
     for changes in ({"choice_form": "text"}, {"scoring": "sampling"}):
         with pytest.raises(UserError, match=r"differ from the interrupted run: .*choice_form"):
@@ -138,6 +140,67 @@ def test_an_evaluation_by_log_likelihood(tmp_path: Path, monkeypatch: pytest.Mon
     main(scoring(tmp_path, "broken", batch_rows=8, resume=True))
     assert 1 < len(calls) < batches
     assert {name: (tmp_path / "broken" / name).read_bytes() for name in read} == read
+
+
+SPACE = (("red",), ("navy blue", "navy"), ("green", "emerald green"), ("not at all, never",))
+
+
+def test_members_of_an_answer_space_are_scored_by_their_first_name() -> None:
+    """After the prompt and after the prompt without its question, both opened with ``Answer:``, token by token."""
+    model, tokenizer = tiny_model("qwen3"), tiny_tokenizer()
+    builder = PromptBuilder(tokenizer, PromptConfig())
+    questions = {name: Question(name, "d", f"Which is {name}?", answer_space=SPACE) for name in ("one", "the other")}
+    todo = [Prompt(name, builder.student(question)) for name, question in questions.items()]
+    priors = {name: builder.without_question(question) for name, question in questions.items()}
+    loaded = LoadedModel(model, tokenizer, INFO)
+    groups = list(score_choices(loaded, todo, questions, "letter", priors=priors, batch_rows=3))
+    opening = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    for group in groups:
+        assert [rollout.text for rollout in group] == [" red", " navy blue", " green", " not at all, never"] * 2
+        asked = builder.student(questions[group[0].question_id])
+        for place, rollout in enumerate(group):
+            before = [
+                *(asked if place < 4 else builder.encode([{"role": "user", "content": PromptConfig().instruction}]))
+            ]
+            before += opening
+            ids = list(rollout.completion_ids)
+            with torch.no_grad():
+                logits = model(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+            log_p = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+            assert rollout.mean_logprob == pytest.approx(float(log_p.mean()), abs=2e-5)
+    resumed = list(score_choices(loaded, todo, questions, "letter", priors=priors, batch_rows=3, done={"one"}))
+    assert [group for group in groups if group[0].question_id != "one"] == resumed
+
+
+def test_the_prior_takes_away_what_a_common_answer_has_anyway() -> None:
+    question = Question("a", "d", "Which?", answer="emerald green", answer_space=SPACE)
+    group = scored(question, [-1.0, -3.0, -2.0, -3.0, -0.5, -3.0, -4.0, -2.0], [1, 2, 2, 1] * 2)
+    row = choice_row(question, group, "letter", mutual_info=True)
+    assert (row["choices"], row["winner"], row["correct"]) == (4, "red", 0)
+    assert (row["winner_mutual_info"], row["correct_mutual_info"]) == ("green", 1)  # by another name of the member
+    assert row["scores"] == [-1.0, -3.0, -2.0, -3.0] and row["scores_mutual_info"] == [-0.5, 0.0, 2.0, -1.0]
+    assert "winner_mutual_info" not in choice_row(question, group[:4], "letter")
+    block = summarise_choices([row, {**row, "question_id": "b"}], seed=0)["d"]
+    assert (block["accuracy"]["estimate"], block["accuracy_mutual_info"]["estimate"]) == (0, 1)
+    assert block["chance"] == 0.25
+
+
+@pytest.mark.parametrize("choices", [True, False])
+def test_both_rankings_are_reported(tmp_path: Path, choices: bool) -> None:
+    path = write_choices(tmp_path / "choices.jsonl")
+    if not choices:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            record |= {"choices": None, "answer": "green", "answer_space": [list(names) for names in SPACE]}
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options: dict[str, Any] = {"questions": (str(path),), "scoring": "loglikelihood", "mutual_info": True}
+    main(evaluate_config(tmp_path, **options))
+    block = json.loads((tmp_path / "eval" / "summary.json").read_text())["domains"]["tone"]
+    rows = pyarrow.parquet.read_table(tmp_path / "eval" / "results.parquet").to_pylist()
+    for name in ("accuracy", "accuracy_mutual_info"):
+        right = [row[name.replace("accuracy", "correct")] for row in rows if row["domain"] == "tone"]
+        assert block[name]["estimate"] == sum(right) / 4
+    verify(VerifyConfig(folder=tmp_path / "eval", quiet=True))
 
 
 def test_tampered_choices_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +232,9 @@ def test_what_cannot_be_scored_is_named_before_the_model_loads(tmp_path: Path) -
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith('error: question "q9" (line 9) has no choices, which --scoring loglikelihood')
+    assert done.stderr.startswith(
+        'error: question "q9" (line 9) has no choices and no answer space, which --scoring loglikelihood'
+    )
     assert not (tmp_path / "run").exists()
     config.sampler, config.base_url = "openai", "http://localhost:1/v1"
     with pytest.raises(UserError, match="leave out --sampler openai"):
