@@ -10,7 +10,6 @@ are a reconstruction, and the manifest records every one of them.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -142,7 +141,7 @@ def main(config: ExportConfig) -> None:
     """Run the export described by ``config``."""
     from neurosig.manifest import FILES, HEADER
 
-    run_in_folder(config, _export, finished=HEADER, owned=(HEADER, *FILES, "run.json", WORK), temporary=WORK)
+    run_in_folder(config, _export, finished=HEADER, owned=(HEADER, *FILES, WORK), temporary=WORK)
 
 
 def _export(config: ExportConfig, timer: PhaseTimer) -> None:
@@ -150,6 +149,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
     from neurosig.questions.prompts import PromptBuilder
+    from neurosig.runtime.files import read_once
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
 
@@ -166,9 +166,10 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     work = config.out / WORK
     work.mkdir(exist_ok=True)
     if config.reuse is not None:
-        groups, sets = reused(config.reuse, config, loaded, questions, _dataset_sha256(questions))
+        with read_once(config.rollouts) as rollouts_sha256:
+            groups, sets = reused(config.reuse, config, loaded, questions, _dataset_sha256(questions), rollouts_sha256)
     else:
-        with timer.phase("sample"):
+        with timer.phase("sample"), read_once(config.rollouts) as rollouts_sha256:
             groups = _rollouts(config, loaded, questions, prompts, work, timer)
         with timer.phase("trace"):
             sets = _trace(config, loaded, prompts, groups, work, timer)
@@ -185,7 +186,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
             prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
         )
     with timer.phase("write"):
-        _write(config, loaded, questions, rows, groups, sets, scores, sites)
+        _write(config, loaded, questions, rows, groups, sets, scores, sites, rollouts_sha256)
     shutil.rmtree(work)
     _report(config, rows, groups)
 
@@ -324,18 +325,18 @@ def _write(
     sets: ActiveSets,
     scores: Scores,
     sites: FFNSites,
+    rollouts_sha256: str | None,
 ) -> None:
     import neurosig
     from neurosig.manifest import write_manifest
     from neurosig.neurons.signals_file import signals_file
-    from neurosig.runtime.files import sha256_file, write_atomic
-    from neurosig.runtime.provenance import run_record
+    from neurosig.runtime.recorded import write_record
     from neurosig.selection.rows import neurons_csv
 
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
-    external = None if config.rollouts is None else {"rollouts_sha256": sha256_file(config.rollouts)}
+    external = None if rollouts_sha256 is None else {"rollouts_sha256": rollouts_sha256}
     header = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
         "model": info,
@@ -344,7 +345,7 @@ def _write(
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
     }
-    write_atomic(config.out / "run.json", json.dumps(run_record(), indent=1) + "\n")
+    write_record(config.out)
     write_manifest(
         config.out,
         rows,

@@ -341,5 +341,6 @@ class _Saver(TrainerCallback):
         metrics |= self.batches.metrics(step)
         self.log.add(metrics)
         if self.main and self.config.saves_after(step):
-            folder = self.config.out / "checkpoints"
-            save_checkpoint(folder, step, self.parameters, self.optimizer, self.key, keep=self.config.keep_checkpoints)
+            folder, saving = self.config.out / "checkpoints", {"keep": self.config.keep_checkpoints}
+            saving["every"] = self.config.save_steps
+            save_checkpoint(folder, step, self.parameters, self.optimizer, self.key, **saving)

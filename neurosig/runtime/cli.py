@@ -37,7 +37,7 @@ import time
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -75,6 +75,10 @@ class CommonConfig:
     """Show warnings and errors only."""
     debug: Annotated[bool, Shapes.MESSAGES] = False
     """Show tracebacks and the messages of libraries."""
+
+    def without_effect(self) -> Collection[str]:
+        """Options that do nothing under the values of the others."""
+        return ()
 
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)

@@ -1,0 +1,180 @@
+"""The options of a run on record, with a hash of every input: which of them differ from those of another run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from neurosig.runtime.cli import CommonConfig, config_record
+from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import sha256_file, sha256_text, write_atomic
+from neurosig.runtime.provenance import differences, explain, run_record
+from neurosig.runtime.shapes import Shapes, option_names
+
+logger = logging.getLogger(__name__)
+
+RUN = "run.json"
+"""File of every output folder: `run_record` and the options that shape the results."""
+NOT_INPUTS = ("out", "adapter_dir", "config", "preset")
+WRITTEN_LAST = "manifest.json"
+"""Its hash stands for its whole folder."""
+MODEL_MARKERS = ("config.json", "adapter_config.json")
+
+
+def input_paths(config: CommonConfig) -> Iterator[tuple[str, Path]]:
+    """Name of an option and every existing path in its value, of the options that may hold a path.
+
+    These are options of type path or text; of ``NAME=QUESTIONS`` the second part counts.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in fields(config):
+        hint, value = hints[field.name], getattr(config, field.name)
+        if field.name in NOT_INPUTS or not {str, Path} & {hint, *typing.get_args(hint)}:
+            continue
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            for text in (str(one), str(one).partition("=")[2]) if one is not None else ():
+                if text and len(text) < 4096 and "\0" not in text and _exists(Path(text)):
+                    yield field.name, Path(text)
+                    break
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except OSError:  # a sentence is no file name
+        return False
+
+
+def check_inputs_outside(config: CommonConfig, out: Path) -> None:
+    """Refuse to overwrite a folder that holds an input.
+
+    Raises:
+        UserError: Naming the option and its path.
+    """
+    for name, path in input_paths(config):
+        if path.expanduser().resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"--{name.replace('_', '-')} {path}: lies inside --out {out}, which --overwrite replaces; give another "
+                "--out or move the input"
+            )
+
+
+def fingerprint(path: Path, *, without: Path | None = None) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files.
+
+    Args:
+        path: A manifest counts by its header, a model's folder by the files directly in it, another by all files.
+        without: An output folder, which may be inside ``path``.
+    """
+    path = path.expanduser()
+    if path.is_file():
+        return _hash(path)
+    if (path / WRITTEN_LAST).is_file():
+        return _hash(path / WRITTEN_LAST)
+    is_model = any((path / name).is_file() for name in MODEL_MARKERS)
+    files = (file for file in path.glob("*" if is_model else "**/*") if file.is_file() and file.suffix != ".md")
+    left_out = None if without is None else without.resolve()
+    parts = [
+        f"{file.relative_to(path)}\0{_hash(file)}\n"
+        for file in sorted(files)
+        if left_out is None or not file.resolve().is_relative_to(left_out)
+    ]
+    return sha256_text("".join(parts))
+
+
+def _hash(path: Path) -> str:
+    state = path.stat()
+    return _hash_once(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash_once(path: Path, size: int, changed: int) -> str:
+    return sha256_file(path)
+
+
+def options_record(config: CommonConfig) -> dict[str, Any]:
+    """The options of a run as JSON values, without those that have no effect or no effect on the results.
+
+    The value of an option that names existing paths is their list, each with ``path`` and ``sha256``.
+    """
+    left_out = {*option_names(type(config), Shapes.PLACE), *config.without_effect()}
+    record = {name: value for name, value in config_record(config).items() if name not in left_out}
+    inputs: dict[str, dict[str, str]] = {}
+    for name, path in input_paths(config):
+        if name in record:
+            out = getattr(config, "out", None)
+            inputs.setdefault(name, {})[str(path)] = fingerprint(path, without=out)
+    for name, hashes in inputs.items():
+        value = record[name]
+        listed = [_with_hash(text, hashes) for text in (value if isinstance(value, list) else [value])]
+        record[name] = listed if isinstance(value, list) else listed[0]
+    return record
+
+
+def _with_hash(text: Any, hashes: Mapping[str, str]) -> Any:
+    name, equals, place = str(text).partition("=")
+    if str(Path(str(text))) in hashes:
+        return {"path": str(text), "sha256": hashes[str(Path(str(text)))]}
+    if equals and place and str(Path(place)) in hashes:
+        return {"name": name, "path": place, "sha256": hashes[str(Path(place))]}
+    return text
+
+
+def write_record(out: Path, options: Mapping[str, Any] | None = None) -> None:
+    """Write ``run.json`` into ``out``: what made it, and with which options; by default those on record there."""
+    record = {**run_record(), "options": _recorded(out) if options is None else options}
+    write_atomic(out / RUN, json.dumps(record, indent=1) + "\n")
+
+
+def is_longer(config: CommonConfig, finished: str) -> bool:
+    """Whether ``config`` continues the run in its folder, with more of an option marked `Shapes.EXTENDS`.
+
+    Raises:
+        UserError: Another option differs, or there is no record of the options; every one is named with both values.
+    """
+    out: Path = config.out  # type: ignore[attr-defined]
+    complete = (out / finished).exists()
+    found = _recorded(out)
+    if found is None:
+        if complete:
+            raise UserError(f"{out}: finished, but {RUN} does not name its options; use --overwrite or another --out")
+        return False
+    extends = option_names(type(config), Shapes.EXTENDS)
+    if complete and extends:  # an extension that did not finish left the earlier result in place
+        of_result = json.loads((out / finished).read_text(encoding="utf-8"))["config"]
+        found |= {name: of_result[name] for name in extends}
+    wanted = options_record(config)
+    resources = option_names(type(config), Shapes.RESOURCES)
+    changed = differences(found, wanted)
+    longer = {name for name in extends if name in changed and found[name] < wanted[name]}
+    forbidden = {name: pair for name, pair in changed.items() if name.partition(".")[0] not in {*resources, *longer}}
+    if forbidden:
+        fewer = [f"{name} can only grow" for name in extends if name in forbidden]
+        raise UserError(
+            f"{out}: cannot resume, these differ from the {'finished' if complete else 'interrupted'} run: "
+            f"{explain(forbidden)}; " + "".join(f"{text}, " for text in fewer) + "use the same options or --overwrite"
+        )
+    if allowed := {name: pair for name, pair in changed.items() if name not in longer}:
+        logger.warning("%s: %s; memory and speed only, but bits of the results may differ", out, explain(allowed))
+    return bool(longer)
+
+
+def _recorded(out: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((out / RUN).read_bytes())["options"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def differing_options(
+    config_class: type, base: Mapping[str, Any], other: Mapping[str, Any], *, marks: Sequence[Shapes]
+) -> dict[str, tuple[Any, Any]]:
+    """Options with any of ``marks`` that differ between two recorded configurations; those not on record are null."""
+    names = option_names(config_class, *marks)
+    return differences(*({name: record.get(name) for name in names} for record in (base, other)))
