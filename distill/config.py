@@ -239,7 +239,7 @@ def _check_method(config: TrainConfig) -> None:
         )
 
 
-def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:
+def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig, dtype: str) -> dict[str, Any]:
     """Everything that must be unchanged for a resumed run to equal an uninterrupted one."""
     import torch
 
@@ -249,6 +249,7 @@ def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig
         **record,
         **sampling.as_dict(),
         "manifest": manifest.header.content_sha256,
+        "dtype": dtype,
         "torch": torch.__version__,
         "threads": None if torch.accelerator.is_available() else torch.get_num_threads(),
     }

@@ -94,7 +94,7 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     forward = TrainingForward(model, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    folder, key = config.out / "checkpoints", resume_key(config, manifest, sampling)
+    folder, key = config.out / "checkpoints", resume_key(config, manifest, sampling, loaded.info.dtype)
     saving: Any = {"keep": config.keep_checkpoints, "every": config.save_steps}
     state: Any = {"averages": teacher.average, "ranks": ranks}
     done = load_newest(folder, parameters, optimizer, key, **state)

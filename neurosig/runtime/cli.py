@@ -76,6 +76,15 @@ class CommonConfig:
     debug: Annotated[bool, Shapes.MESSAGES] = False
     """Show tracebacks and the messages of libraries."""
 
+    def is_explicit(self, name: str) -> bool:
+        """Whether the command line or --config gives this option; in Python, whether it differs from its default."""
+        given: Collection[str] | None = getattr(self, "explicit", None)
+        if given is not None:
+            return name in given
+        return bool(
+            getattr(self, name) != next(field.default for field in dataclasses.fields(self) if field.name == name)
+        )
+
     def without_effect(self) -> Collection[str]:
         """Options that do nothing under the values of the others."""
         return ()

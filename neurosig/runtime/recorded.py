@@ -147,20 +147,21 @@ def is_longer(config: CommonConfig, finished: str) -> bool:
         return False
     extends = option_names(type(config), Shapes.EXTENDS)
     if complete and extends:  # an extension that did not finish left the earlier result in place
-        of_result = json.loads((out / finished).read_text(encoding="utf-8"))["config"]
-        found |= {name: of_result[name] for name in extends}
+        of_result = json.loads((out / finished).read_text(encoding="utf-8")).get("config", {})
+        found |= {name: of_result[name] for name in extends if name in of_result}
     wanted = options_record(config)
-    resources = option_names(type(config), Shapes.RESOURCES)
+    unfinished = () if complete else (Shapes.TRACES, Shapes.SELECTION)  # such work is made again, or has its own key
+    resources, free = (option_names(type(config), *marks) for marks in ((Shapes.RESOURCES,), unfinished))
     changed = differences(found, wanted)
     longer = {name for name in extends if name in changed and found[name] < wanted[name]}
-    forbidden = {name: pair for name, pair in changed.items() if name.partition(".")[0] not in {*resources, *longer}}
+    forbidden = {name: pair for name, pair in changed.items() if name not in {*resources, *free, *longer}}
     if forbidden:
         fewer = [f"{name} can only grow" for name in extends if name in forbidden]
         raise UserError(
             f"{out}: cannot resume, these differ from the {'finished' if complete else 'interrupted'} run: "
             f"{explain(forbidden)}; " + "".join(f"{text}, " for text in fewer) + "use the same options or --overwrite"
         )
-    if allowed := {name: pair for name, pair in changed.items() if name not in longer}:
+    if allowed := {name: pair for name, pair in changed.items() if name in resources}:
         logger.warning("%s: %s; memory and speed only, but bits of the results may differ", out, explain(allowed))
     return bool(longer)
 
