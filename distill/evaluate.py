@@ -16,16 +16,18 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from neurosig.models.trained import as_trained, count_trained_on, trained_folders, trained_template
 from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
+from neurosig.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
@@ -48,7 +50,7 @@ class EvaluateConfig(RolloutOptions):
     model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
     """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
     adapter: Annotated[Path | None, Shapes.MODEL] = None
-    """LoRA adapter folder written by distill.train."""
+    """LoRA adapter folder written by distill.train, evaluated with the prompts and answer format of its training."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME; several are allowed."""
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "test"
@@ -65,9 +67,14 @@ class EvaluateConfig(RolloutOptions):
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
     resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
-    """Continue an interrupted evaluation; leave a finished one unchanged."""
+    """Continue an interrupted evaluation; leave a finished one with the same options unchanged."""
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier evaluation in --out."""
+
+    def without_effect(self) -> Sequence[str]:
+        if self.scoring == "sampling":
+            return ("choice_form",)
+        return [field.name for field in fields(SamplingConfig) if field.name != "seed"]
 
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
@@ -78,7 +85,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 
 def main(config: EvaluateConfig) -> None:
-    """Run the evaluation described by ``config``."""
+    """Run the evaluation described by ``config``, with the prompts and answer format of the adapter's training."""
+    config = as_trained(config, trained_folders(config.model, config.adapter))
     run_in_folder(config, _evaluate, finished=SUMMARY, owned=(RESULTS, SUMMARY, ROLLOUTS, LOG), temporary=LOG)
 
 
@@ -101,6 +109,10 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
         else:
             rows = [sampled_row(question, groups[question.id], config.answer_format) for question in questions]
             summary = summarise(rows, seed=config.seed)
+    for domain, known in count_trained_on(trained_folders(config.model, config.adapter), questions).items():
+        summary[domain]["trained_on"] = known
+        if known:
+            logger.warning("%s: %d of %d questions were trained on", domain, known, summary[domain]["n"])
     _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, block in summary.items():
         if scored:
@@ -149,6 +161,9 @@ def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
     from neurosig.models.load import load_model
 
     loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
+    template = trained_template(trained_folders(config.model, config.adapter), loaded.info.chat_template_sha256)
+    if template is not None:
+        loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=template)
     return loaded, None if config.adapter is None else merge_adapter(loaded, config.adapter)
 
 

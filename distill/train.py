@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config import BASELINES, PRESETS, TrainConfig, check_options, resume_key
 from distill.metrics_log import METRICS, MetricsLog
-from distill.output import RECORD, write_final
+from distill.output import write_final
+from neurosig.models.trained import RECORD
 from neurosig.runtime.cli import PhaseTimer, run_command
 from neurosig.runtime.errors import UserError
 
