@@ -16,10 +16,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import Shapes
 
 if TYPE_CHECKING:
     from neurosig.statistics.metrics import Interval
@@ -42,8 +43,11 @@ class CompareConfig(CommonConfig):
     """Evaluation of the untrained model at the sampling temperature chosen on a development split."""
     train: Path | None = None
     """Training run whose manifest gives the in-domain domains; default: the first domain."""
-    out: Path
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of table.md and comparison.json."""
+    allow_difference: tuple[str, ...] = ()
+    """Options, other than temperature, seed and adapter, in which the evaluations may differ, such as instruction; the
+    table names both values."""
     resamples: int = 10_000
     """Bootstrap resamples."""
     seed: int = 0
@@ -60,6 +64,7 @@ def main(config: CompareConfig) -> None:
     folders = {"base": config.base, "control": config.control, "trained": config.trained}
     runs = {name: _read(folder) for name, folder in folders.items() if folder is not None}
     _check_same_questions(config, folders, runs)
+    allowed = _check_alike(config, folders, runs)
     source = _source_domains(config, runs["base"])
     groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
     for scope, domains in groups.items():
@@ -69,14 +74,16 @@ def main(config: CompareConfig) -> None:
                 f'{config.base}: "{ids[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
             )
     rows = [row for scope, domains in groups.items() if domains for row in _compare(runs, scope, domains, config)]
-    k = runs["base"]["k"]
+    k = "/".join(dict.fromkeys(str(run["k"]) for run in runs.values()))
     verdict = _verdict(rows, k)
-    text = _table(rows, k, runs, config) + "\n" + verdict
+    text = _table(rows, k, runs, config) + _notes(runs, groups, allowed) + "\n" + verdict
     record = {
         "rows": rows,
-        "k": k,
+        "k": runs["base"]["k"],
         "domains": groups,
         "folders": {name: str(folders[name]) for name in runs},
+        "sha256": {name: run["sha256"] for name, run in runs.items()},
+        "allowed_differences": allowed,
         "verdict": verdict,
         "run": run_record(),
     }
@@ -98,18 +105,49 @@ def _check_same_questions(config: CompareConfig, folders: Mapping[str, Path | No
                 f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
                 "not; evaluate both on the same --questions"
             )
-        if run["k"] != base["k"]:
+
+
+def _check_alike(config: CompareConfig, folders: Mapping[str, Path | None], runs: Mapping[str, Any]) -> dict[str, str]:
+    """Run -> how it differs from the base, where that is allowed."""
+    from distill.evaluate import EvaluateConfig
+    from neurosig.runtime.recorded import check_alike, unlike
+
+    base, texts = runs["base"], {}
+    allowed = [name.replace("-", "_") for name in config.allow_difference]
+    if unknown := sorted({*allowed} - {*EvaluateConfig.__dataclass_fields__, "weights", "tokenizer"}):
+        raise UserError(f"--allow-difference {unknown[0]}: evaluations have no such option")
+    for name, run in runs.items():
+        pairs = unlike(EvaluateConfig, base["summary"], run["summary"])
+        texts[name] = check_alike(pairs, allowed, str(folders[name]), ("for base", f"for {name}"))
+        if run["k"] != base["k"] and "num_generations" not in allowed:
             raise UserError(
                 f"{folders[name]}: K={run['k']} samples per question, {config.base} has {base['k']}; ECEs of different "
                 "K do not compare, evaluate both with the same --num-generations"
             )
+    return {name: text for name, text in texts.items() if text}
+
+
+def _notes(runs: Mapping[str, Any], groups: Mapping[str, Sequence[str]], allowed: Mapping[str, str]) -> str:
+    """What the numbers above rest on: differences, and questions that a model was trained on."""
+    from neurosig.models.trained import trained_on_text
+
+    lines = [f"Allowed differences from base: {text}." for text in allowed.values()]
+    lines += [
+        text
+        for name, run in runs.items()
+        for scope, domains in groups.items()
+        if (text := trained_on_text(f"{name}, {scope}", [run["summary"]["domains"][one] for one in domains]))
+    ]
+    return "".join(f"\n{line}\n" for line in lines)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     from distill.evaluate import read_sampled
 
-    summary, rows = read_sampled(folder)
+    summary, rows, sha256 = read_sampled(folder)
     return {
+        "summary": summary,
+        "sha256": sha256,
         "k": rows[0]["k"],
         "rows": {row["question_id"]: row for row in rows},
         "domains": list(summary["domains"]),
@@ -159,7 +197,7 @@ def _compare(
         yield row
 
 
-def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], config: CompareConfig) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], k: str, runs: Mapping[str, Any], config: CompareConfig) -> str:
     names = {metric: title.format(k=k) for metric, title in METRICS.items()}
     lines = [
         "| scope | run | n | " + " | ".join(f"{name} | change" for name in names.values()) + " |",
@@ -182,7 +220,7 @@ def _table(rows: Sequence[Mapping[str, Any]], k: int, runs: Mapping[str, Any], c
     return "\n".join(lines)
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]], k: int) -> str:
+def _verdict(rows: Sequence[Mapping[str, Any]], k: str) -> str:
     """The closing sentence: whether the gain's interval excludes zero, and the gain beyond the control."""
     row = next(row for row in rows if row["run"] == "trained" and row["scope"] == "in-domain")
     change = row["avg_at_k_vs_base"]

@@ -12,6 +12,7 @@ log-probabilities of the choices of multiple-choice questions (`distill.choice_s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -20,7 +21,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from neurosig.models.trained import as_trained, count_trained_on, trained_folders, trained_template
+from neurosig.models.trained import as_trained, count_trained_on, trained_folders, trained_from, trained_template
 from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
@@ -229,6 +230,7 @@ def _write(
         "domains": summary,
         "questions_sha256": sha256_text(json.dumps(hashed)),
         "model": loaded.info.as_dict(),
+        "trained_from": trained_from(config.model),
         "adapter_sha256": adapter_sha256,
         "config": config_record(config),
         "run": run_record(),
@@ -237,26 +239,28 @@ def _write(
     (config.out / LOG).unlink()
 
 
-def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Summary and rows of a finished evaluation that has votes.
+def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
+    """Summary and rows of a finished evaluation that has votes, and the hashes of both files.
 
     Raises:
         UserError: There is none, it cannot be read, or it scored choices by log-likelihood.
     """
+    import pyarrow
     import pyarrow.parquet
 
     if not (folder / SUMMARY).is_file():
         raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
+        data = {name: (folder / name).read_bytes() for name in (SUMMARY, RESULTS)}
+        summary = json.loads(data[SUMMARY])
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data[RESULTS])).to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
     if "question_id" not in rows[0]:
         raise UserError(f"{folder}: results with the columns of an earlier version; evaluate again with --overwrite")
     if summary["config"]["scoring"] != "sampling":
         raise UserError(f"{folder}: scored by log-likelihood, without votes; evaluate with --scoring sampling")
-    return summary, rows
+    return summary, rows, {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
 
 
 if __name__ == "__main__":

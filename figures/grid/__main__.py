@@ -47,7 +47,7 @@ def main(config: GridConfig) -> None:
         failed = []
         for cells in (untrained_cells(config, targets, dev), trained_cells(config, sources, targets)):
             failed += run_cells(cells, config.out / "cells", context, jobs=config.jobs, quiet=config.quiet)
-        print(collect(config.out, list(targets)))
+        print(collect(config.out, list(targets), config.allow_difference))
     if failed:
         raise UserError(f"{len(failed)} cells failed ({', '.join(failed)}): see {LOG} in each; fix it and run again")
 

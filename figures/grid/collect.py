@@ -14,7 +14,9 @@ from figures.grid.config import BASE, CONTROL
 from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from figures.grid.table_text import markdown
 from figures.grid.tables import METRICS, Layout, scope_table
+from neurosig.models.trained import trained_on_text
 from neurosig.runtime.files import csv_cell, write_atomic
+from neurosig.runtime.recorded import check_alike, unlike
 
 RESULTS = "results.csv"
 AGGREGATES = (
@@ -23,7 +25,7 @@ AGGREGATES = (
 )
 
 
-def collect(out: Path, targets: Sequence[str]) -> str:
+def collect(out: Path, targets: Sequence[str], allow_difference: Sequence[str] = ()) -> str:
     """Collect the finished cells of the grid in ``out``.
 
     Writes ``grid.parquet`` (`figures.grid.rows`) and ``results.csv``, the aggregates of each cell and target with the
@@ -33,17 +35,23 @@ def collect(out: Path, targets: Sequence[str]) -> str:
     Args:
         out: Folder of the grid.
         targets: Domains in the order of the tables.
+        allow_difference: What the evaluations of a target may differ in, besides temperature, seed and adapter.
 
     Returns:
-        The tables as Markdown; empty until the base is evaluated on every target.
+        The tables as Markdown, with allowed differences and questions that a cell was trained on; empty until the base
+        is evaluated on every target.
+
+    Raises:
+        UserError: An evaluation differs from the base's in anything else.
     """
     chosen = control_temperature(sorted((out / "cells").iterdir()))
-    rows, results = [], []
+    rows, results, notes = [], [], []
     for cell in sorted(path for path in (out / "cells").iterdir() if path.is_dir()):
         run = _run(cell.name, chosen)
         for target in targets if run is not None else ():
             folder = cell / "eval" / target
             if run is not None and (folder / "summary.json").is_file():
+                notes += _notes(out / "cells" / BASE / "eval" / target, folder, allow_difference)
                 rows += [row | {"target": target} for row in evaluation_rows(run, folder)]
                 results.append({**_key(run, target), **_aggregates(folder), **_training(cell / "train" / "train.json")})
     write_atomic(out / RESULTS, _csv(results))
@@ -53,7 +61,22 @@ def collect(out: Path, targets: Sequence[str]) -> str:
     if {row["target"] for row in rows if row["method"] == BASE} != set(targets):
         return ""
     tables = grid_results(read_grid(out))
-    return "\n".join(f"{table.metric.title}\n\n{markdown(scope_table(table))}" for table in tables.values())
+    under = "".join(f"\n{note}\n" for note in notes)
+    return "\n".join(f"{table.metric.title}\n\n{markdown(scope_table(table))}{under}" for table in tables.values())
+
+
+def _notes(base: Path, folder: Path, allowed: Sequence[str]) -> list[str]:
+    """Allowed differences of an evaluation from the base's, and how many of its questions were trained on."""
+    from distill.evaluate import EvaluateConfig
+
+    if not (base / "summary.json").is_file():
+        return []
+    first, summary = (json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in (base, folder))
+    name = f"{folder.parents[1].name} on {folder.name}"
+    names = [option.replace("-", "_") for option in allowed]
+    differences = check_alike(unlike(EvaluateConfig, first, summary), names, str(folder), ("for base", f"for {name}"))
+    notes = (differences and f"Allowed differences: {differences}.", trained_on_text(name, summary["domains"].values()))
+    return [note for note in notes if note]
 
 
 def control_temperature(cells: Sequence[Path]) -> str | None:
@@ -90,7 +113,7 @@ def _aggregates(folder: Path) -> dict[str, Any]:
     for name in METRICS:
         value = summary[name]
         row |= {name: value["estimate"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
-    row |= {name: summary[name] for name in AGGREGATES}
+    row |= {name: summary[name] for name in AGGREGATES} | {"trained_on": summary.get("trained_on", 0)}
     row["temperature"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["config"]["temperature"]
     return row
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import Fixed
 
 from neurosig.runtime.cli import CommonConfig
-from neurosig.runtime.shapes import AtLeast
+from neurosig.runtime.shapes import AtLeast, Shapes
 
 Options = Mapping[str, Any]
 SETTINGS = "grid.json"
@@ -73,12 +73,14 @@ class GridConfig(CommonConfig):
     """Further training seeds of the methods in --more-seeds-for."""
     more_seeds_for: tuple[str, ...] = ("nopsd", "nopsd-random", "lmsi")
     """Methods that are also trained with --more-seeds."""
-    jobs: Annotated[int, AtLeast(1)] = 1
+    jobs: Annotated[int, Shapes.RESOURCES, AtLeast(1)] = 1
     """Cells that run at the same time and share the CPU's threads; keep one value per grid: last bits depend on it."""
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)
     """Candidates of the temperature control."""
     dev: tuple[str, ...] = ()
     """Labelled development questions that choose among them, given like --sources; default: of the bundled targets."""
+    allow_difference: tuple[str, ...] = ()
+    """Options, other than temperature, seed and adapter, in which the evaluations of a target may differ."""
     export: Fixed[dict[str, Any]] = field(default_factory=dict)
     train: Fixed[dict[str, Any]] = field(default_factory=dict)
     evaluate: Fixed[dict[str, Any]] = field(default_factory=dict)

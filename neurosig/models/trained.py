@@ -99,6 +99,22 @@ def trained_template(folders: Sequence[Path], chat_template_sha256: str | None) 
     return str(folders[0] / TEMPLATE)
 
 
+def trained_from(model: str) -> Mapping[str, str] | None:
+    """Weights from which distill.train made the model in this folder; ``None`` for any other model."""
+    record = training_record(Path(model).expanduser())
+    return None if record is None else dict(record["model"]["weights"])
+
+
+def trained_on_text(what: str, blocks: Iterable[Mapping[str, Any]]) -> str:
+    """A line under a table: how many questions a model was trained on, of domains' blocks in summary.json; or empty."""
+    blocks = list(blocks)
+    known = [block.get("trained_on", 0) for block in blocks]
+    if None in known:
+        return f"trained_on: unknown ({what}; its adapter has no {TRAINED_ON})"
+    n = sum(known)
+    return f"trained_on: {n} ({what}; of {sum(block['n'] for block in blocks)} questions)" if n else ""
+
+
 def write_trained_on(folder: Path, text_hashes: Iterable[str]) -> None:
     """Write the hashes of the questions that training used (`neurosig.questions.load.Question.text_sha256`)."""
     (folder / TRAINED_ON).write_text("".join(f"{digest}\n" for digest in sorted({*text_hashes})), encoding="utf-8")

@@ -24,6 +24,10 @@ RUN = "run.json"
 NOT_INPUTS = ("out", "adapter_dir", "config", "preset")
 WRITTEN_LAST = "manifest.json"
 """Its hash stands for its whole folder."""
+FREE = ("temperature", "seed", "adapter")
+"""What evaluations that are compared may differ in."""
+BY_CONTENT = ("model", "dtype", "questions", "split", "limit", "template")
+"""Options that are compared by what they named, not by how."""
 MODEL_MARKERS = ("config.json", "adapter_config.json")
 
 
@@ -173,9 +177,51 @@ def _recorded(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def differing_options(
-    config_class: type, base: Mapping[str, Any], other: Mapping[str, Any], *, marks: Sequence[Shapes]
-) -> dict[str, tuple[Any, Any]]:
-    """Options with any of ``marks`` that differ between two recorded configurations; those not on record are null."""
-    names = option_names(config_class, *marks)
-    return differences(*({name: record.get(name) for name in names} for record in (base, other)))
+def unlike(config_class: type, base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of everything but `FREE` in which two evaluations of the same questions differ.
+
+    Args:
+        config_class: Options of the evaluating command; those that shape model, rollouts or answers count.
+        base: ``summary.json`` of one evaluation.
+        other: Of the other.
+    """
+    names = option_names(config_class, Shapes.MODEL, Shapes.ROLLOUTS, Shapes.SELECTION)
+    adapted = base["adapter_sha256"] != other["adapter_sha256"]  # a server gives every adapter a name of its own
+    left_out = {*FREE, *BY_CONTENT, *(("served_model",) if adapted else ())}
+    if base["config"]["scoring"] == "sampling":
+        left_out |= {"choice_form"}
+    records = []
+    for summary in (base, other):
+        model = summary["model"]
+        weights = summary.get("trained_from") or model["weights"]
+        records.append({name: summary["config"].get(name) for name in names if name not in left_out})
+        records[-1] |= {
+            "weights": {"path": model["id"], "sha256": sha256_text(json.dumps(sorted(weights.values())))},
+            "dtype": model["dtype"],
+            "tokenizer": model["tokenizer_sha256"],
+            "template": model["chat_template_sha256"],
+            "questions": summary["questions_sha256"],
+        }
+    return differences(*records)
+
+
+def check_alike(
+    pairs: Mapping[str, tuple[Any, Any]], allowed: Sequence[str], where: str, labels: tuple[str, str]
+) -> str:
+    """The differences of `unlike` that are allowed, in words.
+
+    Args:
+        pairs: See `unlike`.
+        allowed: Names that may differ.
+        where: The other evaluation, for the message.
+        labels: Names of the two evaluations.
+
+    Raises:
+        UserError: One is not allowed; every such is named with both values.
+    """
+    if wrong := {name: pair for name, pair in pairs.items() if name not in allowed}:
+        raise UserError(
+            f"{where}: cannot be compared, these differ: {explain(wrong, *labels)}; evaluate both alike, or give "
+            f"--allow-difference {' '.join(wrong)}"
+        )
+    return explain(pairs, *labels)
