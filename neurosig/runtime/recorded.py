@@ -177,6 +177,22 @@ def _recorded(out: Path) -> dict[str, Any] | None:
         return None
 
 
+def check_inputs_unchanged(out: Path) -> None:
+    """Refuse a finished folder whose inputs have changed since.
+
+    Raises:
+        UserError: Naming each option, with both hashes of its file or folder.
+    """
+    pairs = {}
+    for name, value in (_recorded(out) or {}).items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Mapping) and "sha256" in one and _exists(Path(one["path"])):
+                now = {**one, "sha256": fingerprint(Path(one["path"]), without=out)}
+                pairs |= {name: (one, now)} if one != now else {}
+    if pairs:
+        raise UserError(f"{out}: made from inputs that have changed since: {explain(pairs)}; give another --out")
+
+
 def unlike(config_class: type, base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Both values of everything but `FREE` in which two evaluations of the same questions differ.
 

@@ -126,7 +126,9 @@ def test_a_grid_runs_resumes_and_collects(folder: Path, caplog: pytest.LogCaptur
     assert {path.relative_to(cells).parts[0] for path in after.keys() - before.keys()} == {"nopsd--red--seed1"}
     assert {row["seed"] for row in rows(folder) if row["method"] == "nopsd"} == {"0", "1"}
 
-    with pytest.raises(UserError, match="its cells were made with other train options"):
+    with pytest.raises(
+        UserError, match=r"its cells were made with other train options: train.keep.* train.steps .1 before, 2 now.;"
+    ):
         main(grid(folder, train={"steps": 2}))
 
 
