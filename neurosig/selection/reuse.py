@@ -12,6 +12,7 @@ from neurosig.questions.load import Question
 from neurosig.runtime.cli import CommonConfig, config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.provenance import differences, explain
+from neurosig.runtime.recorded import BY_CONTENT
 from neurosig.runtime.shapes import Shapes, option_names
 from neurosig.sampling.rollouts import Rollout
 
@@ -52,7 +53,7 @@ def reused(
         "rollouts": rollouts_sha256,
     }
     for name in option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES):
-        if name not in there:
+        if name not in there and name not in BY_CONTENT:
             there[name], here[name] = header.options.get(name), options[name]
     if changed := differences(there, here):
         by_id = {question.id: question for question in questions}
