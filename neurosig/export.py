@@ -330,7 +330,6 @@ def _write(
     import neurosig
     from neurosig.manifest import write_manifest
     from neurosig.neurons.signals_file import signals_file
-    from neurosig.runtime.recorded import write_record
     from neurosig.selection.rows import neurons_csv
 
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
@@ -345,7 +344,6 @@ def _write(
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
     }
-    write_record(config.out)
     write_manifest(
         config.out,
         rows,

@@ -14,7 +14,14 @@ from typing import Any, TextIO, TypeVar
 
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.recorded import RUN, check_inputs_outside, is_longer, options_record, write_record
+from neurosig.runtime.recorded import (
+    BEGUN,
+    begin_record,
+    check_inputs_outside,
+    finish_record,
+    is_longer,
+    options_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +87,14 @@ def command_folder(config: Any, *, finished: str, owned: Sequence[str]) -> Itera
         longer = began and is_longer(config, finished)
         complete = complete and not longer
         if not complete:
-            write_record(out, options_record(config))
+            begin_record(out, options_record(config))
         try:
             yield complete
+            if not complete:
+                finish_record(out)
         finally:
-            if {path.name for path in out.iterdir()} <= {LOCK, RUN}:
-                (out / RUN).unlink(missing_ok=True)
+            if {path.name for path in out.iterdir()} <= {LOCK, BEGUN}:
+                (out / BEGUN).unlink(missing_ok=True)
 
 
 def run_in_folder(

@@ -19,8 +19,8 @@ from neurosig.runtime.shapes import Shapes, option_names
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
-"""File of every output folder: `run_record` and the options that shape the results."""
+RUN, BEGUN = "run.json", ".work.json"
+"""Files of every output folder: `run_record` and the options that shape the results; these alone until it finishes."""
 NOT_INPUTS = ("out", "adapter_dir", "config", "preset")
 WRITTEN_LAST = "manifest.json"
 """Its hash stands for its whole folder."""
@@ -130,10 +130,16 @@ def _with_hash(text: Any, hashes: Mapping[str, str]) -> Any:
     return text
 
 
-def write_record(out: Path, options: Mapping[str, Any] | None = None) -> None:
-    """Write ``run.json`` into ``out``: what made it, and with which options; by default those on record there."""
-    record = {**run_record(), "options": _recorded(out) if options is None else options}
+def begin_record(out: Path, options: Mapping[str, Any]) -> None:
+    """Keep the options of a run that is not finished."""
+    write_atomic(out / BEGUN, json.dumps({"options": options}, indent=1) + "\n")
+
+
+def finish_record(out: Path) -> None:
+    """Write ``run.json`` of a finished run: what made it, and with which options."""
+    record = {**run_record(), "options": _recorded(out)}
     write_atomic(out / RUN, json.dumps(record, indent=1) + "\n")
+    (out / BEGUN).unlink()
 
 
 def is_longer(config: CommonConfig, finished: str) -> bool:
@@ -171,8 +177,9 @@ def is_longer(config: CommonConfig, finished: str) -> bool:
 
 
 def _recorded(out: Path) -> dict[str, Any] | None:
+    path = out / (BEGUN if (out / BEGUN).exists() else RUN)
     try:
-        return dict(json.loads((out / RUN).read_bytes())["options"])
+        return dict(json.loads(path.read_bytes())["options"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -370,9 +370,9 @@ def test_rollouts_that_changed_since_are_not_reused(copied: Path, capsys: pytest
     text("moved.jsonl", '"text": "', '"text": "x')(copied)
     changed = sha256_file(copied / "moved.jsonl")
     for options, now in (({"--rollouts": "{w}/moved.jsonl"}, changed[:12]), ({}, "none")):
-        assert call(copied, "export", {**again, "--out": "{w}/other", **options}) == 2
+        assert call(copied, "export", {**again, "--out": f"{{w}}/{now}", **options}) == 2
         assert f"rollouts ({digest[:12]} there, {now} here)" in capsys.readouterr().err
-    assert not (copied / "other").exists()
+        assert not (copied / now / "manifest.json").exists()
 
 
 def test_a_template_that_changed_since_is_not_reused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
