@@ -157,7 +157,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _source_domains(config: CompareConfig, base: Mapping[str, Any]) -> list[str]:
-    from distill.output import RECORD
+    from neurosig.models.trained import RECORD
 
     if config.train is None:
         return [base["domains"][0]]

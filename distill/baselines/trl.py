@@ -341,6 +341,6 @@ class _Saver(TrainerCallback):
         metrics |= self.batches.metrics(step)
         self.log.add(metrics)
         if self.main and self.config.saves_after(step):
-            folder, saving = self.config.out / "checkpoints", {"keep": self.config.keep_checkpoints}
-            saving["every"] = self.config.save_steps
+            folder = self.config.out / "checkpoints"
+            saving: Any = {"keep": self.config.keep_checkpoints, "every": self.config.save_steps}
             save_checkpoint(folder, step, self.parameters, self.optimizer, self.key, **saving)

@@ -190,7 +190,7 @@ def check_inputs_unchanged(out: Path) -> None:
     Raises:
         UserError: Naming each option, with both hashes of its file or folder.
     """
-    pairs = {}
+    pairs: dict[str, tuple[Any, Any]] = {}
     for name, value in (_recorded(out) or {}).items():
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, Mapping) and "sha256" in one and _exists(Path(one["path"])):
