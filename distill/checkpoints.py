@@ -38,9 +38,10 @@ def save_checkpoint(
     *,
     averages: Mapping[str, Tensor] = NO_AVERAGES,
     keep: int,
+    every: int = 1,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write the state after ``step`` steps and drop all but the ``keep`` newest checkpoints.
+    """Write the state after ``step`` steps and drop all but the ``keep`` newest of every ``every``-th step.
 
     Args:
         folder: The run's ``checkpoints`` folder.
@@ -49,7 +50,8 @@ def save_checkpoint(
         optimizer: Its per-parameter tensors are stored under the parameter's name.
         key: Everything that must be unchanged when the run is resumed.
         averages: `distill.teacher.Teacher.average`.
-        keep: Number of checkpoints kept.
+        keep: Number of checkpoints kept, apart from that of a last step between two saves: a longer run has none there.
+        every: Steps between saves.
         ranks: The processes, all of which must call this.
 
     Raises:
@@ -61,10 +63,12 @@ def save_checkpoint(
         AVERAGES: ranks.whole_tensors(averages.items()),
         OPTIMIZER: ranks.whole_tensors(moments.items()),
     }
-    ranks.on_main(lambda: _write(folder, step, files, key, keep))
+    ranks.on_main(lambda: _write(folder, step, files, key, keep, every))
 
 
-def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key: Mapping[str, Any], keep: int) -> None:
+def _write(
+    folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key: Mapping[str, Any], keep: int, every: int
+) -> None:
     folder.mkdir(exist_ok=True)
     _remove_half_written(folder)
     kept, target = _existing(folder), folder / f"step-{step:06d}"
@@ -76,7 +80,8 @@ def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key:
             save_file({label: tensor.cpu().contiguous() for label, tensor in tensors.items()}, aside / name)
         hashes = {name: sha256_file(aside / name) for name in files}
         write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
-    for old in _existing(folder)[:-keep]:
+    saved = [path for path in _existing(folder) if _step(path) % every == 0]
+    for old in {*_existing(folder)} - {target, *saved[-keep:]}:
         shutil.rmtree(old)
 
 
@@ -126,9 +131,9 @@ def _newest_intact(folder: Path, key: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def load_before(folder: Path, limit: int, parameters: Mapping[str, Tensor]) -> int | None:
+def load_before(folder: Path, limit: int, parameters: Mapping[str, Tensor], *, every: int = 1) -> int | None:
     """Restore the newest weights up to step ``limit``, else the oldest; their step, ``None`` without a checkpoint."""
-    kept = _existing(folder)
+    kept = [path for path in _existing(folder) if _step(path) % every == 0] or _existing(folder)
     if not kept:
         return None
     chosen = ([path for path in kept if _step(path) <= limit] or kept[:1])[-1]

@@ -20,10 +20,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import Shapes
 
 if TYPE_CHECKING:
     from neurosig.statistics.metrics import Interval
@@ -47,8 +48,11 @@ class CompareConfig(CommonConfig):
     """Evaluation of the untrained model at the sampling temperature chosen on a development split."""
     train: Path | None = None
     """Training run whose manifest gives the in-domain domains; default: the first domain."""
-    out: Path
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of table.md and comparison.json."""
+    allow_difference: tuple[str, ...] = ()
+    """Options, other than temperature, seed and adapter, in which the evaluations may differ, such as instruction; the
+    table names both values."""
     resamples: int = 10_000
     """Bootstrap resamples."""
     seed: int = 0
@@ -65,6 +69,7 @@ def main(config: CompareConfig) -> None:
     folders = {"base": config.base, "control": config.control, "trained": config.trained}
     runs = {name: _read(folder) for name, folder in folders.items() if folder is not None}
     _check_same_questions(config, folders, runs)
+    allowed = _check_alike(config, folders, runs)
     source = _source_domains(config, runs["base"])
     groups = {"in-domain": source, "cross-domain": [d for d in runs["base"]["domains"] if d not in source]}
     for scope, domains in groups.items():
@@ -74,14 +79,17 @@ def main(config: CompareConfig) -> None:
                 f'{config.base}: "{ids[0]}" is its only {scope} question; an interval needs at least 2, evaluate more'
             )
     rows = [row for scope, domains in groups.items() if domains for row in _compare(runs, scope, domains, config)]
-    k = runs["base"]["k"]
+    k = "/".join(dict.fromkeys(str(run["k"]) for run in runs.values()))
     verdict = _verdict(rows, k)
-    text = "\n".join([_table(rows, k), _format_check(rows, k), _explained(rows, k, runs, config), verdict])
+    explained = _explained(rows, k, runs, config) + _notes(runs, groups, allowed)
+    text = "\n".join([_table(rows, k), _format_check(rows, k), explained, verdict])
     record = {
         "rows": rows,
-        "k": k,
+        "k": runs["base"]["k"],
         "domains": groups,
         "folders": {name: str(folders[name]) for name in runs},
+        "sha256": {name: run["sha256"] for name, run in runs.items()},
+        "allowed_differences": allowed,
         "verdict": verdict,
         "run": run_record(),
     }
@@ -103,18 +111,49 @@ def _check_same_questions(config: CompareConfig, folders: Mapping[str, Path | No
                 f"{folders[name]}: the ids are those of {config.base}, but texts or gold answers of its questions are "
                 "not; evaluate both on the same --questions"
             )
-        if run["k"] != base["k"]:
+
+
+def _check_alike(config: CompareConfig, folders: Mapping[str, Path | None], runs: Mapping[str, Any]) -> dict[str, str]:
+    """Run -> how it differs from the base, where that is allowed."""
+    from distill.evaluate import EvaluateConfig
+    from neurosig.runtime.recorded import check_alike, unlike
+
+    base, texts = runs["base"], {}
+    allowed = [name.replace("-", "_") for name in config.allow_difference]
+    if unknown := sorted({*allowed} - {*EvaluateConfig.__dataclass_fields__, "weights", "tokenizer"}):
+        raise UserError(f"--allow-difference {unknown[0]}: evaluations have no such option")
+    for name, run in runs.items():
+        pairs = unlike(EvaluateConfig, base["summary"], run["summary"])
+        texts[name] = check_alike(pairs, allowed, str(folders[name]), ("for base", f"for {name}"))
+        if run["k"] != base["k"] and "num_generations" not in allowed:
             raise UserError(
                 f"{folders[name]}: K={run['k']} samples per question, {config.base} has {base['k']}; ECEs of different "
                 "K do not compare, evaluate both with the same --num-generations"
             )
+    return {name: text for name, text in texts.items() if text}
+
+
+def _notes(runs: Mapping[str, Any], groups: Mapping[str, Sequence[str]], allowed: Mapping[str, str]) -> str:
+    """What the numbers above rest on: differences, and questions that a model was trained on."""
+    from neurosig.models.trained import trained_on_text
+
+    lines = [f"Allowed differences from base: {text}." for text in allowed.values()]
+    lines += [
+        text
+        for name, run in runs.items()
+        for scope, domains in groups.items()
+        if (text := trained_on_text(f"{name}, {scope}", [run["summary"]["domains"][one] for one in domains]))
+    ]
+    return "".join(f"\n{line}\n" for line in lines)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     from distill.evaluate import read_sampled
 
-    summary, rows = read_sampled(folder)
+    summary, rows, sha256 = read_sampled(folder)
     return {
+        "summary": summary,
+        "sha256": sha256,
         "k": rows[0]["k"],
         "rows": {row["question_id"]: row for row in rows},
         "domains": list(summary["domains"]),
@@ -124,7 +163,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _source_domains(config: CompareConfig, base: Mapping[str, Any]) -> list[str]:
-    from distill.output import RECORD
+    from neurosig.models.trained import RECORD
 
     if config.train is None:
         return [base["domains"][0]]
@@ -164,7 +203,7 @@ def _compare(
         yield row
 
 
-def _table(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
+def _table(rows: Sequence[Mapping[str, Any]], k: str) -> str:
     """Every run under both gradings, one below the other."""
     from neurosig.statistics.vote_table import GRADINGS, graded
 
@@ -178,7 +217,7 @@ def _table(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
     return _markdown(head, lines, k)
 
 
-def _format_check(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
+def _format_check(rows: Sequence[Mapping[str, Any]], k: str) -> str:
     head = ["scope", "run", *(name for title in FORMAT.values() for name in (title, "change"))]
     lines = [[row["scope"], row["run"], *(cell for name in FORMAT for cell in _cells(row, name))] for row in rows]
     return "Format check:\n\n" + _markdown(head, lines, k)
@@ -189,12 +228,12 @@ def _cells(row: Mapping[str, Any], metric: str) -> list[str]:
     return [f"{row[metric].estimate:.3f}", "" if change is None else f"{change:+.3f}"]
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]], k: int | str) -> str:
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]], k: str) -> str:
     titles = [title.format(k=k) for title in head]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(head), *lines))
 
 
-def _explained(rows: Sequence[Mapping[str, Any]], k: int | str, runs: Mapping[str, Any], config: CompareConfig) -> str:
+def _explained(rows: Sequence[Mapping[str, Any]], k: str, runs: Mapping[str, Any], config: CompareConfig) -> str:
     floors = ", ".join(f"{row['ece_floor']:.3f} {row['scope']}" for row in rows if row["run"] == "base")
     text = (
         f"Change against base with its 95% paired bootstrap interval over questions ({config.resamples:,} resamples, "
@@ -217,7 +256,7 @@ def _explained(rows: Sequence[Mapping[str, Any]], k: int | str, runs: Mapping[st
     return text
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
+def _verdict(rows: Sequence[Mapping[str, Any]], k: str) -> str:
     """The closing sentence: the change under both gradings, and the change beyond the control."""
     row = next(row for row in rows if row["run"] == "trained" and row["scope"] == "in-domain")
     text = f"In-domain, training changes {_claim(row, 'avg_at_k', 'base', k)}."
@@ -231,7 +270,7 @@ def _verdict(rows: Sequence[Mapping[str, Any]], k: int | str) -> str:
     return text + "\n"
 
 
-def _claim(row: Mapping[str, Any], metric: str, other: str, k: int | str) -> str:
+def _claim(row: Mapping[str, Any], metric: str, other: str, k: str) -> str:
     """The change of a metric under both gradings, and whether it is a gain: only where the two agree."""
     changes = [row[f"{name}_vs_{other}"] for name in (metric, f"{metric}_lenient")]
     strict, lenient = map(_reading, changes)

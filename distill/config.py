@@ -31,26 +31,27 @@ class TrainConfig(SamplerOptions):
         "nopsd"
     )
     """nopsd: Neuron-OPSD; the others are baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
-    manifest: Annotated[Path, Shapes.PLACE]
+    manifest: Annotated[Path, Shapes.TRAINING]
     """Folder written by neurosig.export."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of metrics.jsonl, checkpoints/ and the final adapter/ (or model/)."""
-    model: Annotated[str | None, Shapes.PLACE] = None
+    model: Annotated[str | None, Shapes.MODEL] = None
     """Load the model from here instead of the id in the manifest; the weights must match."""
     allow_model_mismatch: Annotated[bool, Shapes.TRAINING] = False
     """Train although the weights are not those that made the manifest; the run record says so."""
     resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
-    """Continue from the newest checkpoint; leave a finished run unchanged."""
+    """Continue from the newest checkpoint, also a finished run if --steps has grown; memory and speed options may
+    change."""
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier run in --out."""
 
-    steps: Annotated[int, Shapes.TRAINING, Section.TRAINING, AtLeast(1)] = 20
-    """Optimizer steps."""
+    steps: Annotated[int, Shapes.TRAINING | Shapes.EXTENDS, Section.TRAINING, AtLeast(1)] = 20
+    """Optimizer steps; --resume with more of them continues a finished run."""
     questions_per_step: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 8
     """Questions per step."""
     num_generations: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 2
     """Rollouts per question and step."""
-    micro_batch_size: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 16
+    micro_batch_size: Annotated[int, Shapes.RESOURCES, AtLeast(1)] = 16
     """Rollouts per forward and backward pass; memory and speed only."""
     learning_rate: Annotated[float, Shapes.TRAINING, Above0] = 5e-4
     """Peak learning rate of AdamW."""
@@ -105,7 +106,7 @@ class TrainConfig(SamplerOptions):
     """Sampling temperature; default: the manifest's."""
     max_new_tokens: Annotated[int | None, Shapes.TRAINING] = None
     """Most completion tokens per rollout; default: the manifest's."""
-    batch_rows: Annotated[int, Shapes.TRAINING] = 256
+    batch_rows: Annotated[int, Shapes.RESOURCES] = 256
     """Rollouts per decoded batch; memory and speed only."""
     seed: Annotated[int, Shapes.TRAINING] = 0
     """Seed of the question order, the rollouts and the adapter."""
@@ -146,13 +147,13 @@ class TrainConfig(SamplerOptions):
     """Also send the metrics to these trackers; tensorboard writes to --out."""
     dtype: Annotated[str, Shapes.TRAINING, Section.RESOURCES] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
-    device: Annotated[str | None, Shapes.TRAINING] = None
+    device: Annotated[str | None, Shapes.RESOURCES] = None
     """torch device; default: the first accelerator, else the CPU."""
-    attn_implementation: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Shapes.TRAINING] = "sdpa"
+    attn_implementation: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Shapes.RESOURCES] = "sdpa"
     """Attention kernels; flash_attention_2 needs the package flash-attn and an accelerator."""
-    gradient_checkpointing: Annotated[bool, Shapes.TRAINING] = False
+    gradient_checkpointing: Annotated[bool, Shapes.RESOURCES] = False
     """Recompute the student's activations in the backward pass to save memory."""
-    compile: Annotated[bool, Shapes.TRAINING | Shapes.DISTILLATION] = False
+    compile: Annotated[bool, Shapes.RESOURCES | Shapes.DISTILLATION] = False
     """Compile the student's layers for training with torch.compile."""
 
     def __post_init__(self) -> None:
@@ -242,16 +243,17 @@ def _check_method(config: TrainConfig) -> None:
         )
 
 
-def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig) -> dict[str, Any]:
+def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig, dtype: str) -> dict[str, Any]:
     """Everything that must be unchanged for a resumed run to equal an uninterrupted one."""
     import torch
 
-    free = option_names(TrainConfig, Shapes.PLACE)
+    free = option_names(TrainConfig, Shapes.PLACE, Shapes.MODEL, Shapes.RESOURCES, Shapes.EXTENDS)
     record = {name: value for name, value in config_record(config).items() if name not in free}
     return {
         **record,
         **sampling.as_dict(),
         "manifest": manifest.header.content_sha256,
+        "dtype": dtype,
         "torch": torch.__version__,
         "threads": None if torch.accelerator.is_available() else torch.get_num_threads(),
     }

@@ -12,20 +12,23 @@ log-probabilities of the choices, or of the members of an answer space (`neurosi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from neurosig.models.trained import as_trained, count_trained_on, trained_folders, trained_from, trained_template
 from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
+from neurosig.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
@@ -48,7 +51,7 @@ class EvaluateConfig(RolloutOptions):
     model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
     """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
     adapter: Annotated[Path | None, Shapes.MODEL] = None
-    """LoRA adapter folder written by distill.train."""
+    """LoRA adapter folder written by distill.train, evaluated with the prompts and answer format of its training."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME; several are allowed."""
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "test"
@@ -70,9 +73,14 @@ class EvaluateConfig(RolloutOptions):
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
     resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
-    """Continue an interrupted evaluation; leave a finished one unchanged."""
+    """Continue an interrupted evaluation; leave a finished one with the same options unchanged."""
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier evaluation in --out."""
+
+    def without_effect(self) -> Sequence[str]:
+        if self.scoring == "sampling":
+            return ("choice_form",)
+        return [field.name for field in fields(SamplingConfig) if field.name != "seed"]
 
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
@@ -83,7 +91,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 
 def main(config: EvaluateConfig) -> None:
-    """Run the evaluation described by ``config``."""
+    """Run the evaluation described by ``config``, with the prompts and answer format of the adapter's training."""
+    config = as_trained(config, trained_folders(config.model, config.adapter))
     run_in_folder(config, _evaluate, finished=SUMMARY, owned=(RESULTS, SUMMARY, ROLLOUTS, LOG), temporary=LOG)
 
 
@@ -111,6 +120,10 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
             warn_of_unreachable_gold(questions, reader)
             rows = [sampled_row(question, groups[question.id], reader) for question in questions]
             summary = summarise(rows, seed=config.seed)
+    for domain, known in count_trained_on(trained_folders(config.model, config.adapter), questions).items():
+        summary[domain]["trained_on"] = known
+        if known:
+            logger.warning("%s: %d of %d questions were trained on", domain, known, summary[domain]["n"])
     _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, block in summary.items():
         if scored:
@@ -160,6 +173,9 @@ def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
     from neurosig.models.load import load_model
 
     loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
+    template = trained_template(trained_folders(config.model, config.adapter), loaded.info.chat_template_sha256)
+    if template is not None:
+        loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=template)
     return loaded, None if config.adapter is None else merge_adapter(loaded, config.adapter)
 
 
@@ -217,6 +233,7 @@ def _write(
         "domains": summary,
         "questions_sha256": questions_sha256(questions),
         "model": loaded.info.as_dict(),
+        "trained_from": trained_from(config.model),
         "adapter_sha256": adapter_sha256,
         "config": config_record(config),
         "answers": config.answer_reader(loaded).record(),
@@ -241,19 +258,21 @@ def write_evaluation(
     write_atomic(out / SUMMARY, json.dumps(record, indent=1) + "\n")
 
 
-def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Summary and rows of a finished evaluation that has votes.
+def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
+    """Summary and rows of a finished evaluation that has votes, and the hashes of both files.
 
     Raises:
         UserError: There is none, it cannot be read, or it scored choices by log-likelihood.
     """
+    import pyarrow
     import pyarrow.parquet
 
     if not (folder / SUMMARY).is_file():
         raise UserError(f"{folder}: no finished evaluation ({SUMMARY} is missing); run distill.evaluate --out {folder}")
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        rows = pyarrow.parquet.read_table(folder / RESULTS).to_pylist()
+        data = {name: (folder / name).read_bytes() for name in (SUMMARY, RESULTS)}
+        summary = json.loads(data[SUMMARY])
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data[RESULTS])).to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise UserError(f"{folder}: cannot be read ({error}); evaluate again with --overwrite") from error
     if summary["config"]["scoring"] != "sampling":
@@ -263,7 +282,7 @@ def read_sampled(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             f"{folder}: results with the columns of an earlier version; grade its kept rollouts again with python -m "
             f"distill.rescore {folder}, or evaluate again with --overwrite"
         )
-    return summary, rows
+    return summary, rows, {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
 
 
 if __name__ == "__main__":

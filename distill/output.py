@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neurosig.models.trained import PROMPT_OPTIONS, RECORD, write_trained_on
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import atomic_folder, disk_space, sha256_file, write_atomic
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
-
-RECORD = "train.json"
 
 _CARD = Path(__file__).with_name("model_card.md.jinja")
 _SHOWN = ("reward", "divergence", "teacher_entropy", "student_entropy", "entropy_gap", "mean_length", "eos_rate")
@@ -85,9 +84,13 @@ def write_final(
                 lora.revision = info.revision
                 adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
             loaded.tokenizer.save_pretrained(aside)
+        rows = manifest.rows if config.questions_of == "all" else manifest.selected
+        used = {row.question_id for row in rows} | {item.question_id for row in rows for item in row.context}
+        write_trained_on(aside, [row.text_sha256 for row in manifest.rows if row.question_id in used])
         record: dict[str, Any] = {
             "config": config_record(config),
             "manifest_sha256": manifest.header.content_sha256,
+            "prompt": {name: manifest.header.options[name] for name in PROMPT_OPTIONS},
             "domains": sorted({row.domain for row in manifest.rows}),
             "questions_selected": len(manifest.selected),
             "questions_seen": len({name for names in asked[: len(kept)] for name in names}),

@@ -127,7 +127,7 @@ class Development:
         self._sampling = replace(sampling, num_generations=config.dev_generations)
         self._draw, self._timer, self._main = draw, timer, main
         self._reader = header.answer_reader()
-        self._path = config.out / DEVELOPMENT
+        self._path, self._every = config.out / DEVELOPMENT, config.save_steps
         self._measured: list[dict[str, Any]] = []
 
     def reopen(self, done: int) -> None:
@@ -140,7 +140,8 @@ class Development:
             self.measure(0)
             return
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        self._measured = [entry for entry in map(json.loads, lines) if entry["step"] <= done]
+        found = [entry for entry in map(json.loads, lines) if entry["step"] <= done]
+        self._measured = [entry for entry in found if entry["step"] % self._every == 0]  # a longer run has no others
         if not self._measured:
             raise UserError(f"{self._path}: no measurement before step {done}; use --overwrite")
 

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config import BASELINES, PRESETS, TrainConfig, check_options, resume_key
 from distill.metrics_log import METRICS, MetricsLog
-from distill.output import RECORD, write_final
+from distill.output import write_final
+from neurosig.models.trained import RECORD
 from neurosig.runtime.cli import PhaseTimer, run_command
 from neurosig.runtime.errors import UserError
 
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 def main(config: TrainConfig) -> None:
     """Run the training described by ``config``."""
     from distill.distributed import launched
-    from neurosig.runtime.folder import output_folder
+    from neurosig.runtime.folder import command_folder
 
     ranks = launched(config)
     with ranks.together():
@@ -48,9 +49,7 @@ def main(config: TrainConfig) -> None:
     owned = [METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served"]
     owned += ["tensorboard", "wandb"]
     with contextlib.ExitStack() as stack:
-        folder = output_folder(
-            config.out, finished=RECORD, owned=owned, resume=config.resume, overwrite=config.overwrite
-        )
+        folder = command_folder(config, finished=RECORD, owned=owned)
         if ranks.on_main(lambda: stack.enter_context(folder)):
             logger.info("%s: already complete", config.out)
         else:
@@ -96,7 +95,8 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     forward = TrainingForward(model, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
-    folder, key = config.out / "checkpoints", resume_key(config, manifest, sampling)
+    folder, key = config.out / "checkpoints", resume_key(config, manifest, sampling, loaded.info.dtype)
+    saving: Any = {"keep": config.keep_checkpoints, "every": config.save_steps}
     state: Any = {"averages": teacher.average, "ranks": ranks}
     done = load_newest(folder, parameters, optimizer, key, **state)
     sampler = StudentSampler(config, loaded, model, adapter, ranks, done)
@@ -125,11 +125,11 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             stop = stop_reason(config, step, log.history, development)
             if stop is not None:  # decided before saving, so that a resumed run decides again
                 with ranks.together():
-                    stopped = _go_back(step, *stop, folder, parameters)
+                    stopped = _go_back(step, *stop, folder, parameters, config.save_steps)
                 break
             if config.saves_after(step):
                 with timer.phase("save"):
-                    save_checkpoint(folder, step, parameters, optimizer, key, keep=config.keep_checkpoints, **state)
+                    save_checkpoint(folder, step, parameters, optimizer, key, **saving, **state)
     sampler.close()
     asked = [
         [name for name, task in tasks_of_step(config, tasks, step).items() if not task.replay]
@@ -138,7 +138,9 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     write_final(config, manifest, loaded, model, adapter, log.history, asked, stopped, ranks)
 
 
-def _go_back(step: int, reason: str, good: int, folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+def _go_back(
+    step: int, reason: str, good: int, folder: Path, parameters: Mapping[str, Tensor], every: int
+) -> dict[str, Any]:
     """Put the weights of the last checkpoint up to step ``good`` in place; what the run's record says of it.
 
     Raises:
@@ -146,7 +148,7 @@ def _go_back(step: int, reason: str, good: int, folder: Path, parameters: Mappin
     """
     from distill.checkpoints import load_before
 
-    kept = load_before(folder, good, parameters)
+    kept = load_before(folder, good, parameters, every=every)
     if kept is None:
         raise UserError(
             f"step {step}: training collapsed ({reason}) before the first checkpoint; lower --learning-rate or "

@@ -10,7 +10,6 @@ are a reconstruction, and the manifest records every one of them.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -174,7 +173,7 @@ def main(config: ExportConfig) -> None:
     """Run the export described by ``config``."""
     from neurosig.manifest import FILES, HEADER
 
-    run_in_folder(config, _export, finished=HEADER, owned=(HEADER, *FILES, "run.json", WORK), temporary=WORK)
+    run_in_folder(config, _export, finished=HEADER, owned=(HEADER, *FILES, WORK), temporary=WORK)
 
 
 def _export(config: ExportConfig, timer: PhaseTimer) -> None:
@@ -183,6 +182,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
     from neurosig.questions.prompts import PromptBuilder
+    from neurosig.runtime.files import read_once
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
 
@@ -197,9 +197,10 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
     work = config.out / WORK
     work.mkdir(exist_ok=True)
     if config.reuse is not None:
-        groups, sets = reused(config.reuse, config, loaded, questions, _dataset_sha256(questions))
+        with read_once(config.rollouts) as rollouts_sha256:
+            groups, sets = reused(config.reuse, config, loaded, questions, _dataset_sha256(questions), rollouts_sha256)
     else:
-        with timer.phase("sample"):
+        with timer.phase("sample"), read_once(config.rollouts) as rollouts_sha256:
             groups = _rollouts(config, loaded, questions, prompts, work, timer)
         with timer.phase("trace"):
             sets = _trace(config, loaded, prompts, groups, work, timer)
@@ -218,7 +219,7 @@ def _export(config: ExportConfig, timer: PhaseTimer) -> None:
             prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
         )
     with timer.phase("write"):
-        _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note)
+        _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256)
     shutil.rmtree(work)
     _report(config, rows, groups)
 
@@ -365,18 +366,17 @@ def _write(
     scores: Scores,
     sites: FFNSites,
     note: str,
+    rollouts_sha256: str | None,
 ) -> None:
     import neurosig
     from neurosig.manifest import write_manifest
     from neurosig.neurons.signals_file import signals_file
-    from neurosig.runtime.files import sha256_file, write_atomic
-    from neurosig.runtime.provenance import run_record
     from neurosig.selection.rows import neurons_csv
 
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
-    external = None if config.rollouts is None else {"rollouts_sha256": sha256_file(config.rollouts)}
+    external = None if rollouts_sha256 is None else {"rollouts_sha256": rollouts_sha256}
     header: dict[str, object] = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
         "model": info,
@@ -389,7 +389,6 @@ def _write(
     if note:
         logger.warning("%s", note)
         header["notes"] = [note]
-    write_atomic(config.out / "run.json", json.dumps(run_record(), indent=1) + "\n")
     write_manifest(
         config.out,
         rows,

@@ -279,14 +279,14 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not (folder / HEADER).is_file():
         raise UserError(f"manifest {folder}: incomplete export (no {HEADER}); rerun neurosig.export with --resume")
     header = _parse_header(folder / HEADER, (folder / HEADER).read_bytes())
-    for name, entry in header.files.items():
-        _verify_file(folder, name, entry)
-    rows = _read_rows(folder / QUESTIONS, QuestionRow, header.files[QUESTIONS].rows)
+    contents = {name: _verified(folder, name, entry) for name, entry in header.files.items()}
+    rows = _read_rows(folder / QUESTIONS, contents[QUESTIONS], QuestionRow, header.files[QUESTIONS].rows)
     if header.schema_version == "1.1":
         rows = [row.model_copy(update={"raw_answers": row.answers}) for row in rows]
     by_id = _by_id(folder / QUESTIONS, rows)
     rollouts: dict[tuple[str, int], Rollout] = {}
-    for number, row in enumerate(_read_rows(folder / ROLLOUTS, RolloutRow, header.files[ROLLOUTS].rows), start=1):
+    rollout_rows = _read_rows(folder / ROLLOUTS, contents[ROLLOUTS], RolloutRow, header.files[ROLLOUTS].rows)
+    for number, row in enumerate(rollout_rows, start=1):
         place, key = f"{folder / ROLLOUTS}:{number}", (row.question_id, row.rollout_id)
         if row.question_id not in by_id:
             raise UserError(f'{place}: $.question_id: no question "{row.question_id}"')
@@ -335,22 +335,25 @@ def _content_sha256(header: Mapping[str, Any]) -> str:
     return sha256_text(json.dumps({k: v for k, v in header.items() if k != "content_sha256"}, sort_keys=True))
 
 
-def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
+def _verified(folder: Path, name: str, entry: FileEntry) -> bytes:
+    """The hashed bytes of a file with rows; of another, whose hash is checked too, none."""
     path = folder / name
     if "\0" in name or Path(name).name != name or path.resolve().parent != folder.resolve():
         raise UserError(f'{folder / HEADER}: files["{name}"]: path leaves the manifest folder')
     if not path.is_file():
         raise UserError(f"{path}: missing, though {HEADER} lists it; export again")
-    if sha256_file(path) != entry.sha256:
+    data = path.read_bytes() if name in (QUESTIONS, ROLLOUTS) else b""
+    if (hashlib.sha256(data).hexdigest() if data else sha256_file(path)) != entry.sha256:
         raise UserError(f"{path}: sha256 differs from {HEADER}; it was changed after export, export again")
+    return data
 
 
 RowT = TypeVar("RowT", QuestionRow, RolloutRow)
 
 
-def _read_rows(path: Path, kind: type[RowT], expected: int | None) -> list[RowT]:
+def _read_rows(path: Path, data: bytes, kind: type[RowT], expected: int | None) -> list[RowT]:
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(data.splitlines(), start=1):
         try:
             rows.append(kind.model_validate_json(line))
         except ValidationError as error:

@@ -88,7 +88,7 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     reference = copy.deepcopy(model).requires_grad_(False) if config.full and config.method != "lmsi" else None
-    key = resume_key(config, manifest, sampling)
+    key = resume_key(config, manifest, sampling, loaded.info.dtype)
     done = load_newest(config.out / "checkpoints", parameters, optimizer, key)
     batches: Consistent | Rollouts
     if config.method == "lmsi":
@@ -351,4 +351,5 @@ class _Saver(TrainerCallback):
         self.log.add(metrics)
         if self.main and self.config.saves_after(step):
             folder = self.config.out / "checkpoints"
-            save_checkpoint(folder, step, self.parameters, self.optimizer, self.key, keep=self.config.keep_checkpoints)
+            saving: Any = {"keep": self.config.keep_checkpoints, "every": self.config.save_steps}
+            save_checkpoint(folder, step, self.parameters, self.optimizer, self.key, **saving)

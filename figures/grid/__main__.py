@@ -16,17 +16,22 @@ splits, and context that is random within the question's kind (method ``nopsd-ki
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from figures.grid.cells import trained_cells, untrained_cells
+from figures.grid.cells import Cell, trained_cells, untrained_cells
 from figures.grid.config import METHODS, PLAN, PRESETS, SETTINGS, GridConfig
 from figures.grid.processes import LOG, forkserver, run_cells
 from neurosig.runtime.cli import config_record, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.runtime.folder import output_folder
+from neurosig.runtime.provenance import differences, explain
+from neurosig.runtime.recorded import check_inputs_unchanged
+
+logger = logging.getLogger(__name__)
 
 
 def main(config: GridConfig) -> None:
@@ -42,14 +47,23 @@ def main(config: GridConfig) -> None:
     dev = _by_domain(config.dev, "--dev")
     _check(config)
     with output_folder(config.out, finished=RESULTS, owned=(), resume=True, overwrite=False):
-        _keep_settings(config)
+        _keep_settings(config, {"sources": sources, "targets": targets, "dev": dev})
         context = forkserver()
         failed = []
-        for cells in (untrained_cells(config, targets, dev), trained_cells(config, sources, targets)):
+        stages = (untrained_cells(config, targets, dev), trained_cells(config, sources, targets))
+        _check_finished([cell for cells in stages for cell in cells])
+        for cells in stages:
             failed += run_cells(cells, config.out / "cells", context, jobs=config.jobs, quiet=config.quiet)
-        print(collect(config.out, list(targets)))
+        print(collect(config.out, list(targets), config.allow_difference))
     if failed:
         raise UserError(f"{len(failed)} cells failed ({', '.join(failed)}): see {LOG} in each; fix it and run again")
+
+
+def _check_finished(cells: Sequence[Cell]) -> None:
+    """Refuse to go on with cells whose questions, model or manifest have changed since."""
+    for command in {command.out: command for cell in cells for command in cell.commands}.values():
+        if (command.out / command.done).is_file():
+            check_inputs_unchanged(command.out)
 
 
 def _by_domain(values: Sequence[str], flag: str) -> dict[str, str]:
@@ -75,22 +89,31 @@ def _check(config: GridConfig) -> None:
         raise UserError("[evaluate] seed: give the sampling seeds of the evaluations as --evaluation-seeds")
 
 
-def _keep_settings(config: GridConfig) -> None:
-    """Record the options that every cell depends on and the stated tests; refuse a folder made with other options."""
+def _keep_settings(config: GridConfig, questions: Mapping[str, Mapping[str, str]]) -> None:
+    """Record the options that every cell depends on and the stated tests; refuse a folder made with other options.
+
+    ``questions`` are those of each domain, by option: domains may be added, but not changed.
+    """
     shared = ("model", "export", "train", "evaluate", "methods_train")
-    record = {name: value for name, value in config_record(config).items() if name in shared}
+    options = config_record(config)
+    record = {name: options[name] for name in shared}
     path = config.out / SETTINGS
-    if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in shared if earlier.get(name) != record[name]]
-        if changed:
-            raise UserError(
-                f"{config.out}: its cells were made with other {', '.join(changed)} options (see {SETTINGS}); give the "
-                "same ones or another --out"
-            )
-    else:
+    if not path.is_file():
         write_atomic(config.out / PLAN.name, PLAN.read_bytes())
-    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else record
+    for name, domains in questions.items():
+        record[name] = {**earlier.get(name, {}), **domains}
+        earlier[name] = {**domains, **earlier.get(name, {})}
+    if earlier.get("jobs", config.jobs) != config.jobs:
+        logger.warning("--jobs %d before, %d now; bits of the results may differ", earlier["jobs"], config.jobs)
+    earlier = {name: earlier.get(name) for name in record}
+    if changed := differences(earlier, record):
+        names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in changed))
+        raise UserError(
+            f"{config.out}: its cells were made with other {names} options: {explain(changed)}; give the same ones or "
+            "another --out"
+        )
+    write_atomic(path, json.dumps({**record, "jobs": config.jobs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

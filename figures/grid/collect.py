@@ -16,7 +16,9 @@ from figures.grid.rows import Run, grid_results, read_grid, run_columns, sampled
 from figures.grid.table_text import markdown
 from figures.grid.tables import METRICS, Layout, scope_table
 from figures.grid.texts import format_check, rollout_rows, write_texts
+from neurosig.models.trained import trained_on_text
 from neurosig.runtime.files import csv_cell, write_atomic
+from neurosig.runtime.recorded import check_alike, unlike
 from neurosig.statistics.vote_table import graded
 
 RESULTS = "results.csv"
@@ -26,7 +28,7 @@ AGGREGATES = (
 )
 
 
-def collect(out: Path, targets: Sequence[str]) -> str:
+def collect(out: Path, targets: Sequence[str], allow_difference: Sequence[str] = ()) -> str:
     """Collect the finished cells of the grid in ``out``.
 
     Writes ``grid.parquet`` (`figures.grid.rows`), the texts behind it (`figures.grid.texts`) and ``results.csv``, the
@@ -36,19 +38,25 @@ def collect(out: Path, targets: Sequence[str]) -> str:
     Args:
         out: Folder of the grid.
         targets: Domains in the order of the tables.
+        allow_difference: What the evaluations of a target may differ in, besides temperature, seed and adapter.
 
     Returns:
-        The tables and the format check as Markdown; empty until the base is evaluated on every target.
+        The tables and the format check as Markdown, with allowed differences and questions that a cell was trained on;
+        empty until the base is evaluated on every target.
+
+    Raises:
+        UserError: An evaluation differs from the base's in anything else.
     """
     chosen = control_temperature(sorted((out / "cells").iterdir()))
-    rows, texts, results = [], [], []
+    rows, texts, results, notes = [], [], [], []
     for cell in sorted(path for path in (out / "cells").iterdir() if path.is_dir()):
         run = _run(cell.name, chosen)
         if run is None:
             continue
         for target in targets:
             for folder in evaluations(cell / "eval", target):
-                summary, sampled = read_sampled(folder)
+                notes += _notes(out / "cells" / BASE / "eval" / target, folder, allow_difference)
+                summary, sampled, _ = read_sampled(folder)
                 known = {**run_columns(run, summary), "target": target}
                 rows += [{**row, **known} for row in sampled]
                 texts += rollout_rows(folder, known)
@@ -60,13 +68,28 @@ def collect(out: Path, targets: Sequence[str]) -> str:
     if {row["target"] for row in rows if row["method"] == BASE} != set(targets):
         return ""
     write_texts(out, texts, [out / "cells" / BASE / "eval" / target for target in targets])
-    return f"{tables_text(out)}\nFormat check\n\n{format_check(rows)}"
+    under = "".join(f"\n{note}\n" for note in notes)
+    return f"{tables_text(out)}{under}\nFormat check\n\n{format_check(rows)}"
 
 
 def tables_text(folder: Path) -> str:
     """The tables of a collected grid as Markdown."""
     tables = grid_results(read_grid(folder))
     return "\n".join(f"{table.metric.title}\n\n{markdown(scope_table(table))}" for table in tables.values())
+
+
+def _notes(base: Path, folder: Path, allowed: Sequence[str]) -> list[str]:
+    """Allowed differences of an evaluation from the base's, and how many of its questions were trained on."""
+    from distill.evaluate import EvaluateConfig
+
+    if not (base / "summary.json").is_file():
+        return []
+    first, summary = (json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in (base, folder))
+    name = f"{folder.parents[1].name} on {folder.name}"
+    names = [option.replace("-", "_") for option in allowed]
+    differences = check_alike(unlike(EvaluateConfig, first, summary), names, str(folder), ("for base", f"for {name}"))
+    notes = (differences and f"Allowed differences: {differences}.", trained_on_text(name, summary["domains"].values()))
+    return [note for note in notes if note]
 
 
 def control_temperature(cells: Sequence[Path]) -> str | None:
@@ -109,7 +132,7 @@ def _aggregates(folder: Path) -> dict[str, Any]:
     for name in (*METRICS, *(graded(name, "lenient") for name in METRICS)):
         value = summary[name]
         row |= {name: value["estimate"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
-    row |= {name: summary[name] for name in AGGREGATES}
+    row |= {name: summary[name] for name in AGGREGATES} | {"trained_on": summary.get("trained_on", 0)}
     config = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["config"]
     return row | {"temperature": config["temperature"], EVALUATION_SEED: config["seed"]}
 

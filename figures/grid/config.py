@@ -11,7 +11,7 @@ from tyro.conf import Fixed
 
 from figures.sources import DATA
 from neurosig.runtime.cli import CommonConfig
-from neurosig.runtime.shapes import AtLeast
+from neurosig.runtime.shapes import AtLeast, Shapes
 
 Options = Mapping[str, Any]
 SETTINGS = "grid.json"
@@ -79,12 +79,14 @@ class GridConfig(CommonConfig):
     evaluation_seeds: tuple[int, ...] = (0,)
     """Sampling seeds of the evaluations. Every model is evaluated once per seed and the tables average over them, so
     that no claim rests on one draw of the rollouts; a seed added later repeats no evaluation."""
-    jobs: Annotated[int, AtLeast(1)] = 1
+    jobs: Annotated[int, Shapes.RESOURCES, AtLeast(1)] = 1
     """Cells that run at the same time and share the CPU's threads; keep one value per grid: last bits depend on it."""
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)
     """Candidates of the temperature control."""
     dev: tuple[str, ...] = ()
     """Labelled development questions that choose among them, given like --sources; default: of the bundled targets."""
+    allow_difference: tuple[str, ...] = ()
+    """Options, other than temperature, seed and adapter, in which the evaluations of a target may differ."""
     export: Fixed[dict[str, Any]] = field(default_factory=dict)
     train: Fixed[dict[str, Any]] = field(default_factory=dict)
     evaluate: Fixed[dict[str, Any]] = field(default_factory=dict)

@@ -138,7 +138,7 @@ def evaluation_rows(run: Run, folder: Path) -> list[dict[str, Any]]:
     """
     from distill.evaluate import read_sampled
 
-    summary, rows = read_sampled(folder)
+    summary, rows, _ = read_sampled(folder)
     known = run_columns(run, summary)
     return sampled_grid_rows([{**row, **known, "target": row["domain"]} for row in rows])
 

@@ -25,6 +25,7 @@ from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_comman
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
+from neurosig.runtime.shapes import Shapes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +58,7 @@ class InterveneConfig(GenerationOptions):
     """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors their contributions."""
     questions: tuple[str, ...]
     """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME."""
-    out: Path
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
     model: str | None = None
     """Hub id, folder, GGUF file or embedded name; default: the manifest's model."""
@@ -79,9 +80,9 @@ class InterveneConfig(GenerationOptions):
     """Rollouts of the unscaled model per question whose perplexity is measured, at least 1."""
     strongest: bool = True
     """Also scale the same number of the layers' largest contributors."""
-    resume: Annotated[bool, Section.OUTPUT] = False
+    resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
     """Continue an interrupted run; leave a finished one unchanged."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier run in --out."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from neurosig.models.load import LoadedModel
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import sha256_file
+from neurosig.runtime.files import read_once
 
 
 def merge_adapter(loaded: LoadedModel, folder: Path) -> str:
@@ -25,10 +25,11 @@ def merge_adapter(loaded: LoadedModel, folder: Path) -> str:
     from safetensors import SafetensorError
 
     try:
-        PeftModel.from_pretrained(loaded.model, folder).merge_and_unload()
+        with read_once(weights) as digest:
+            PeftModel.from_pretrained(loaded.model, folder).merge_and_unload()
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(
             f"--adapter {folder}: not an adapter of {loaded.info.id} ({str(error).strip().splitlines()[0]}); give the "
             "folder of its training run"
         ) from error
-    return sha256_file(weights)
+    return str(digest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +85,7 @@ def trace_to_shards(
     shards = []
     for start in range(0, len(rollouts), CHUNK):
         part = rollouts[start : start + CHUNK]
-        key = sha256_text(repr((weights, tracer.config, part)))
+        key = sha256_text(repr((weights, replace(tracer.config, batch_tokens=1), part)))
         shard = folder / f"signals-{start:08d}.safetensors"
         kept = _has_key(shard, key)
         if not kept:

@@ -18,13 +18,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from neurosig.runtime.cli import CommonConfig, PhaseTimer, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import Shapes
 
 if TYPE_CHECKING:
     from neurosig.exported import Exported
@@ -48,7 +49,7 @@ Row = dict[str, Any]
 class StudyConfig(CommonConfig):
     """Measure neuron signals against what the organism was taught."""
 
-    out: Path
+    out: Annotated[Path, Shapes.PLACE]
     """Folder of the two manifests and study.csv."""
     model: str = "organism"
     """The packaged model, or a folder written by neurosig.organism.train."""
@@ -60,21 +61,19 @@ class StudyConfig(CommonConfig):
     """Sampling temperature."""
     seed: int = 0
     """Seed of rollouts, probe, clusters, random contexts and bootstrap."""
-    resume: bool = False
+    resume: Annotated[bool, Shapes.PLACE] = False
     """Continue an interrupted study; leave a finished one alone."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier study in --out."""
 
 
 def main(config: StudyConfig) -> None:
     """Run the study described by ``config``."""
     from neurosig.runtime.files import write_atomic
-    from neurosig.runtime.folder import output_folder
+    from neurosig.runtime.folder import command_folder
 
     owned = (RESULT, "procedures", "facts")
-    with output_folder(
-        config.out, finished=RESULT, owned=owned, resume=config.resume, overwrite=config.overwrite
-    ) as complete:
+    with command_folder(config, finished=RESULT, owned=owned) as complete:
         if complete:
             logger.info("%s: already complete", config.out)
             return

@@ -56,15 +56,21 @@ def parse_config(
         description = config_class.__doc__ or ""
         print(help_page(options, prog=prog, description=description, example=example, presets=presets))
         raise SystemExit(0)
-    return _parse(config_class, defaults, options, prog, argv)
+    return _parse(config_class, defaults, options, prog, argv, from_file)
 
 
 def _parse(
-    config_class: type[ConfigT], defaults: Mapping[str, Any], options: Sequence[Option], prog: str, argv: Sequence[str]
+    config_class: type[ConfigT],
+    defaults: Mapping[str, Any],
+    options: Sequence[Option],
+    prog: str,
+    argv: Sequence[str],
+    explicit: Iterable[str],
 ) -> ConfigT:
     """Parse the command line with tyro; its boxes on stderr become one-line errors."""
     given = _given(argv)
     known = {flag: option for option in options for flag in option.flags}
+    names = {flag: option.flag.strip("-").replace("-", "_") for flag, option in known.items()}
     for flag in given:
         if flag not in known:
             raise UserError(f"{flag}: no such option{_suggest(flag, known)}")
@@ -79,7 +85,9 @@ def _parse(
         object.__setattr__(default, name, tyro.MISSING if value is MISSING else value)
     with contextlib.redirect_stderr(io.StringIO()) as boxes:
         try:
-            return tyro.cli(config_class, prog=prog, args=argv, default=default)
+            config = tyro.cli(config_class, prog=prog, args=argv, default=default)
+            config.explicit = frozenset({*explicit, *(names[flag] for flag in given)})
+            return config
         except SystemExit as stop:
             fault = stop
     text = " ".join(re.sub(r"[\u2500-\u257f]", " ", boxes.getvalue()).split())

@@ -37,7 +37,7 @@ import time
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -78,6 +78,19 @@ class CommonConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
+
+    def is_explicit(self, name: str) -> bool:
+        """Whether the command line or --config gives this option; in Python, whether it differs from its default."""
+        given: Collection[str] | None = getattr(self, "explicit", None)
+        if given is not None:
+            return name in given
+        return bool(
+            getattr(self, name) != next(field.default for field in dataclasses.fields(self) if field.name == name)
+        )
+
+    def without_effect(self) -> Collection[str]:
+        """Options that do nothing under the values of the others."""
+        return ()
 
 
 ConfigT = TypeVar("ConfigT", bound=CommonConfig)

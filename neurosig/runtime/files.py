@@ -131,6 +131,21 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def read_once(path: Path | None) -> Iterator[str | None]:
+    """Hex SHA-256 of a file that the block reads, so that the hash is of what was read; ``None`` for no file.
+
+    Raises:
+        UserError: The file changed while the block read it.
+    """
+    before = None if path is None or not path.is_file() else path.stat()
+    yield None if before is None else sha256_file(str(path))
+    if before is not None and path is not None:
+        after = path.stat()
+        if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+            raise UserError(f"{path}: changed while it was read; run again")
+
+
 def sha256_text(text: str) -> str:
     """Hex SHA-256 of a text's UTF-8 bytes."""
     return hashlib.sha256(text.encode()).hexdigest()

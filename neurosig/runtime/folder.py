@@ -14,6 +14,14 @@ from typing import Any, TextIO, TypeVar
 
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.recorded import (
+    BEGUN,
+    begin_record,
+    check_inputs_outside,
+    finish_record,
+    is_longer,
+    options_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +62,41 @@ def output_folder(out: Path, *, finished: str, owned: Sequence[str], resume: boo
                 out.rmdir()
 
 
+@contextlib.contextmanager
+def command_folder(config: Any, *, finished: str, owned: Sequence[str]) -> Iterator[bool]:
+    """`output_folder` of a command's ``--out``, which records the options and compares them with an earlier run's.
+
+    Yields whether an earlier run with these options completed the folder.
+
+    Args:
+        config: The command's options, with ``out``, ``resume`` and ``overwrite``.
+        finished: See `output_folder`.
+        owned: See `output_folder`.
+
+    Raises:
+        UserError: See `output_folder`; or ``overwrite`` would delete an input, or ``resume`` continue a run with other
+            options, each of which is named with both values.
+    """
+    out: Path = config.out
+    if config.overwrite:
+        check_inputs_outside(config, out)
+    with output_folder(
+        out, finished=finished, owned=owned, resume=config.resume, overwrite=config.overwrite
+    ) as complete:
+        began = any(True for pattern in owned for _ in out.glob(pattern))
+        longer = began and is_longer(config, finished)
+        complete = complete and not longer
+        if not complete:
+            begin_record(out, options_record(config))
+        try:
+            yield complete
+            if not complete:
+                finish_record(out)
+        finally:
+            if {path.name for path in out.iterdir()} <= {LOCK, BEGUN}:
+                (out / BEGUN).unlink(missing_ok=True)
+
+
 def run_in_folder(
     config: ConfigT,
     work: Callable[[ConfigT, PhaseTimer], None],
@@ -62,7 +105,7 @@ def run_in_folder(
     owned: Sequence[str],
     temporary: str | None = None,
 ) -> None:
-    """Run a command in its ``--out``, timed by phase; nothing but a message if an earlier run completed it.
+    """Run a command in its ``--out``, timed by phase; nothing but a message if the same run completed it earlier.
 
     Args:
         config: The command's options, with ``out``, ``resume`` and ``overwrite``.
@@ -72,12 +115,10 @@ def run_in_folder(
         temporary: File or folder that a run killed after its last write leaves behind.
 
     Raises:
-        UserError: See `output_folder`.
+        UserError: See `command_folder`.
     """
     out = config.out
-    with output_folder(
-        out, finished=finished, owned=owned, resume=config.resume, overwrite=config.overwrite
-    ) as complete:
+    with command_folder(config, finished=finished, owned=owned) as complete:
         if not complete:
             with PhaseTimer() as timer:
                 work(config, timer)

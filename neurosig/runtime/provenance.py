@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 
 import neurosig
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import sha256_text
 
 LIBRARIES = (
     "torch",
@@ -30,6 +33,8 @@ LIBRARIES = (
     "pyarrow",
     "pydantic",
 )
+MOST_SHOWN = 80
+"""Characters of a value in a message."""
 
 
 def run_record() -> dict[str, Any]:
@@ -60,6 +65,43 @@ def run_record() -> dict[str, Any]:
     }
 
 
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Both values of every entry that differs, of nested mappings under ``name.entry``; an absent one is null.
+
+    Mappings with ``sha256`` are the same when their hashes are, wherever their files are.
+    """
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for name in sorted({*found, *wanted}):
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and "sha256" not in {*old, *new}:
+            pairs |= {f"{name}.{inner}": pair for inner, pair in differences(old, new).items()}
+        elif _content(old) != _content(new):
+            pairs[name] = old, new
+    return pairs
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Mapping) and "sha256" in value:
+        return {key: inner for key, inner in value.items() if key != "path"}
+    return [_content(one) for one in value] if isinstance(value, list) else value
+
+
+def explain(pairs: Mapping[str, tuple[Any, Any]], before: str = "before", now: str = "now") -> str:
+    """`differences` in words: ``temperature (0.8 before, 0.5 now), ...``."""
+    return ", ".join(f"{name} ({_shown(old)} {before}, {_shown(new)} {now})" for name, (old, new) in pairs.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping) and "sha256" in value:
+        return f"{value.get('path', '')} with SHA-256 {value['sha256'][:12]}".strip()
+    if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        return " ".join(map(_shown, value))
+    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text[:12]
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... (SHA-256 {sha256_text(text)[:12]})"
+
+
 def check_same_run(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to resume a run that other options started.
 
@@ -69,12 +111,11 @@ def check_same_run(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, 
         wanted: Options of this run, as JSON values.
 
     Raises:
-        UserError: Naming every key that differs.
+        UserError: Naming every key that differs, with both values.
     """
-    names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-    if names:
+    if pairs := differences(found, wanted):
         raise UserError(
-            f"{folder}: cannot resume, these differ from the interrupted run: {', '.join(names)}; use the same options "
+            f"{folder}: cannot resume, these differ from the interrupted run: {explain(pairs)}; use the same options "
             "or --overwrite"
         )
 

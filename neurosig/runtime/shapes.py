@@ -30,7 +30,9 @@ class Shapes(enum.Flag):
     DISTILLATION = enum.auto()
     """Only the methods nopsd and u-opsd; the baselines refuse the option."""
     RESOURCES = enum.auto()
-    """Memory and speed only."""
+    """Memory and speed only: may change when a run is resumed, though the last bits of its results then may too."""
+    EXTENDS = enum.auto()
+    """How far a run goes: may grow when it is resumed, for the same results as a run of that length."""
     PLACE = enum.auto()
     """No result: folders, checkpoints to keep, how requests are sent."""
     MESSAGES = enum.auto()

@@ -11,12 +11,19 @@ from neurosig.neurons.contributions import ActiveSets
 from neurosig.questions.load import Question
 from neurosig.runtime.cli import CommonConfig, config_record
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.provenance import differences, explain
+from neurosig.runtime.recorded import BY_CONTENT
 from neurosig.runtime.shapes import Shapes, option_names
 from neurosig.sampling.rollouts import Rollout
 
 
 def reused(
-    folder: Path, config: CommonConfig, loaded: LoadedModel, questions: Sequence[Question], dataset_sha256: str
+    folder: Path,
+    config: CommonConfig,
+    loaded: LoadedModel,
+    questions: Sequence[Question],
+    dataset_sha256: str,
+    rollouts_sha256: str | None,
 ) -> tuple[dict[str, list[Rollout]], ActiveSets]:
     """Rollouts by question and their active sets, equal to those of sampling and tracing again.
 
@@ -26,20 +33,30 @@ def reused(
         loaded: Its model.
         questions: Its questions.
         dataset_sha256: Their hash.
+        rollouts_sha256: Hash of the file of ``--rollouts``, which may have moved since.
 
     Raises:
-        UserError: Model, questions or an option that shapes rollouts or traces differ; the message names them.
+        UserError: Model, questions or an option that shapes rollouts or traces differ; the message names them with both
+            values.
     """
     exported = Exported(folder)
     header = exported.manifest.header
-    earlier = {**header.model, "tokenizer": header.tokenizer["sha256"], "dataset": header.dataset["sha256"]}
-    here = {**loaded.info.as_dict(), "tokenizer": loaded.info.tokenizer_sha256, "dataset": dataset_sha256}
-    changed = [name for name in ("weights", "dtype", "tokenizer", "dataset") if earlier.get(name) != here[name]]
-    options = config_record(config)
+    info, options = loaded.info.as_dict(), config_record(config)
+    there = {
+        **{"weights": header.model["weights"], "dtype": header.model["dtype"], "dataset": header.dataset["sha256"]},
+        **{"tokenizer": header.tokenizer["sha256"], "chat_template": header.tokenizer["chat_template_sha256"]},
+        "rollouts": header.sampling.get("rollouts_sha256"),
+    }
+    here = {
+        **{"weights": info["weights"], "dtype": info["dtype"], "dataset": dataset_sha256},
+        **{"tokenizer": info["tokenizer_sha256"], "chat_template": info["chat_template_sha256"]},
+        "rollouts": rollouts_sha256,
+    }
     of_the_file = () if options["rollouts"] is None else ("num_generations",)
-    shaping = option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES)
-    changed += [n for n in shaping if n not in of_the_file and header.options.get(n) != options[n]]
-    if changed:
+    for name in option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES):
+        if name not in there and name not in BY_CONTENT and name not in of_the_file:
+            there[name], here[name] = header.options.get(name), options[name]
+    if changed := differences(there, here):
         by_id = {question.id: question for question in questions}
         other = [
             f'"{row.question_id}" on line {by_id[row.question_id].line}'
@@ -49,7 +66,7 @@ def reused(
         texts = f" ({len(other)} questions have another text, the first is {other[0]})" if other else ""
         raise UserError(
             f"--reuse {folder}: its rollouts and traces are not those of this export, these differ: "
-            f"{', '.join(changed)}{texts}; give the same options or leave --reuse out"
+            f"{explain(changed, 'there', 'here')}{texts}; give the same options or leave --reuse out"
         )
     signals = exported.signals
     return dict(exported.rollouts), ActiveSets(signals.neuron_ids, signals.contributions, signals.hidden_states)

@@ -3,9 +3,9 @@
     python -m neurosig.verify runs/demo
 
 Finds every manifest, training run, evaluation, comparison and grid in the folder. Files must match their recorded
-hashes, votes and aggregates must follow from their rows, and an evaluation's adapter and a training run's manifest must
-be the ones in the folder. Prints one line per check, "skip" where its files are not in the folder; exit code 2 if one
-fails.
+hashes, votes and aggregates must follow from their rows, and a training run's manifest, an evaluation's adapter and a
+comparison's evaluations must be the ones in the folder. Prints one line per check, "skip" where its files are not in
+the folder; exit code 2 if one fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,8 @@ class Found:
     """Hash of a weights file -> the training record it belongs to."""
     evaluations: dict[Path, list[Mapping[str, Any]]] = field(default_factory=dict)
     """Folder -> rows."""
+    hashes: dict[Path, Mapping[str, str]] = field(default_factory=dict)
+    """Folder -> hashes of an evaluation's summary.json and results.parquet."""
 
 
 def main(config: VerifyConfig) -> None:
@@ -228,16 +230,22 @@ def check_training(folder: Path, found: Found) -> Iterator[Check]:
     if header is None:
         there = Path(record["config"]["manifest"]) / "manifest.json"
         header = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else None
-        if header is not None and header["content_sha256"] != record["manifest_sha256"]:
-            yield "trained on the manifest in the folder", f"{there} has another content_sha256"
+        if header is None or header["content_sha256"] != record["manifest_sha256"]:
+            others = [header["content_sha256"]] if header is not None else list(found.manifests)
+            yield "trained on the manifest in the folder", another("manifest", record["manifest_sha256"], others)
             header = None
-        elif header is None:
-            yield "trained on the manifest in the folder", f"{SKIPPED}its manifest is not here"
     if header is not None:
         mismatch = header["model"]["weights"] != record["model"]["weights"]
         allowed = record["config"].get("allow_model_mismatch")
         yield "trained on the manifest and the model that made it", "another model" if mismatch and not allowed else ""
     yield "versions on record", _versions_problem(record["run"])
+
+
+def another(what: str, wanted: str, others: Collection[str]) -> str:
+    """That what a record names by its hash is not there, while others are; skipped if there is none at all."""
+    if not others:
+        return f"{SKIPPED}its {what} is not here"
+    return f"its {what} has SHA-256 {wanted[:12]}, here are {', '.join(digest[:12] for digest in others)}"
 
 
 def _metrics_problem(lines: list[dict[str, Any]], record: Mapping[str, Any]) -> str:
@@ -262,6 +270,7 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     from neurosig.questions.custom_parser import MissingParser
     from neurosig.questions.load import load_questions
     from neurosig.questions.reader import AnswerReader
+    from neurosig.runtime.files import sha256_file
     from neurosig.verify.recomputed import aggregates, choice_aggregates, choice_row_problem, difference, row_problem
 
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -270,6 +279,9 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     sampled = config["scoring"] == "sampling"
     if sampled:
         found.evaluations[folder.resolve()] = rows
+        found.hashes[folder.resolve()] = {
+            name: sha256_file(folder / name) for name in ("summary.json", "results.parquet")
+        }
     rollouts: dict[str, list[dict[str, Any]]] = {}
     for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines():
         rollout = json.loads(line)
@@ -305,18 +317,32 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     if digest is not None:
         run = found.runs.get(digest)
         same = run is not None and run["model"]["weights"] == summary["model"]["weights"]
-        yield "made by the adapter in the folder", "" if same else _adapter_problem(digest, config, run)
+        problem = "" if same else _adapter_problem(digest, config, run, list(found.runs))
+        yield "made by the adapter in the folder", problem
+        yield from _prompt_check(summary, run or {})
     yield "versions on record", _versions_problem(summary["run"])
 
 
-def _adapter_problem(digest: str, config: Mapping[str, Any], run: object) -> str:
+def _prompt_check(summary: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[Check]:
+    """Whether the questions were asked, and answers read, as in training."""
+    from neurosig.runtime.provenance import differences, explain
+
+    trained = {name: value for name, value in run.get("prompt", {}).items() if name != "template"}
+    if trained:
+        asked = {name: summary["config"].get(name) for name in trained}
+        hashes = ({"template": record["model"]["chat_template_sha256"]} for record in (run, summary))
+        pairs = differences(trained, asked) | differences(*hashes)
+        yield "asked as the adapter was trained", explain(pairs, "in training", "here")
+
+
+def _adapter_problem(digest: str, config: Mapping[str, Any], run: object, others: Collection[str]) -> str:
     from neurosig.runtime.files import sha256_file
 
     weights = Path(str(config["adapter"])) / "adapter_model.safetensors"
     if run is not None:
         return "its base model is not the one that was trained"
     if not weights.is_file():
-        return f"{SKIPPED}its adapter is not here"
+        return another("adapter", digest, others)
     return "" if sha256_file(weights) == digest else f"{weights} has another hash"
 
 
@@ -325,6 +351,8 @@ def check_comparison(folder: Path, found: Found) -> Iterator[Check]:
     from neurosig.verify.recomputed import difference, estimates
 
     record = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    for run, hashes in record.get("sha256", {}).items():
+        yield f"{run}: the evaluation that was compared", _compared_problem(Path(record["folders"][run]), hashes, found)
     for row in record["rows"]:
         rows = _evaluation(Path(record["folders"][row["run"]]), found)
         what = f"{row['run']}, {row['scope']}: Avg@K, maj@K and ECE follow from the rows"
@@ -336,11 +364,28 @@ def check_comparison(folder: Path, found: Found) -> Iterator[Check]:
         yield what, difference({"n": computed["n"], **stated}, row)
 
 
+def _compared_problem(recorded: Path, hashes: Mapping[str, str], found: Found) -> str:
+    if hashes in found.hashes.values():
+        return ""
+    place = _place(recorded, found)
+    if place is None:
+        return another(
+            "evaluation", hashes["results.parquet"], [kept["results.parquet"] for kept in found.hashes.values()]
+        )
+    changed = [name for name, digest in hashes.items() if found.hashes[place][name] != digest]
+    return f"{', '.join(changed)} changed after the comparison, or of another evaluation"
+
+
 def _evaluation(recorded: Path, found: Found) -> list[Mapping[str, Any]] | None:
     """Rows of the evaluation at its recorded place or, where results were moved, of the only one with its name."""
+    place = _place(recorded, found)
+    return None if place is None else found.evaluations[place]
+
+
+def _place(recorded: Path, found: Found) -> Path | None:
     if recorded.resolve() in found.evaluations:
-        return found.evaluations[recorded.resolve()]
-    named = [rows for folder, rows in found.evaluations.items() if folder.name == recorded.name]
+        return recorded.resolve()
+    named = [folder for folder in found.evaluations if folder.name == recorded.name]
     return named[0] if len(named) == 1 else None
 
 

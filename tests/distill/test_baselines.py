@@ -47,8 +47,9 @@ def test_every_method_leaves_what_n_opsd_leaves(
     rows = train_baseline(tmp_path, manifest, method=method, **changes)
     assert [row["step"] for row in rows] == [1, 2]
     files = {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert {str(path) for path in files if len(path.parts) == 1} == {"metrics.jsonl", "train.json"}
-    assert {path.parts[0] for path in files} == {"metrics.jsonl", "train.json", "checkpoints", model}
+    records = {"metrics.jsonl", "run.json", "train.json"}
+    assert {str(path) for path in files if len(path.parts) == 1} == records
+    assert {path.parts[0] for path in files} == {*records, "checkpoints", model}
     assert not {path.suffix for path in files} & {".bin", ".pt", ".pth", ".pkl"}
     assert {path.name for path in files if path.parts[0] == model} >= {"README.md", "train.json"}
     record = json.loads((tmp_path / "run" / "train.json").read_text())

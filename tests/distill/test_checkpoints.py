@@ -204,7 +204,8 @@ def test_other_options_are_named_and_nothing_is_touched(tmp_path: Path) -> None:
     run = fresh(seed=1)
     other = {**KEY, "learning_rate": 0.2, "new": True}
     del other["sampling"]
-    with pytest.raises(UserError, match=r"cannot resume, these differ .*: learning_rate, new, sampling; use the same"):
+    named = r"learning_rate \(0.1 before, 0.2 now\), new \(none before, true now\), sampling .*; use the same"
+    with pytest.raises(UserError, match=rf"cannot resume, these differ .*: {named}"):
         load_newest(tmp_path, *run, other)
     assert_same(run, fresh(seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
@@ -306,5 +307,5 @@ def test_a_corrupt_checkpoint_is_set_aside_and_the_one_before_used(tmp_path: Pat
 def test_resuming_with_other_options_names_them(tmp_path: Path, manifest: Path) -> None:
     train(tmp_path, manifest, steps=2)
     (tmp_path / "run" / "train.json").unlink()
-    with pytest.raises(UserError, match="learning_rate, seed"):
+    with pytest.raises(UserError, match=r"learning_rate \(0.01 before, 1.0 now\), seed \(0 before, 3 now\)"):
         main(train_config(tmp_path, manifest, steps=2, resume=True, learning_rate=1.0, seed=3))

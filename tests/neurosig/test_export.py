@@ -108,10 +108,12 @@ def test_killed_while_sampling(tmp_path: Path, model: Path, torn: bool, monkeypa
         read_manifest(tmp_path / "broken")
     with pytest.raises(UserError, match="holds an earlier run"):
         export(export_config(tmp_path, model, questions, "broken", batch_rows=6))
-    with pytest.raises(UserError, match="differ from the interrupted run: seed, temperature; use"):
+    with pytest.raises(UserError, match=r"run: seed \(0 before, 4 now\), temperature \(1.0 before, 0.5 now\); use"):
         export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True, temperature=0.5, seed=4))
     others = write_questions(tmp_path / "others.jsonl", n=7)
-    with pytest.raises(UserError, match="differ from the interrupted run: questions; use"):
+    with pytest.raises(
+        UserError, match=r"differ from the interrupted run: questions \(\S+ with .*, \S+ with .* now\); use"
+    ):
         export(export_config(tmp_path, model, others, "broken", batch_rows=6, resume=True))
     with decoded_windows() as decoded:
         export(export_config(tmp_path, model, questions, "broken", batch_rows=6, resume=True))
@@ -382,5 +384,7 @@ def test_another_selection_on_the_same_rollouts_equals_an_export_of_its_own(tmp_
     alone = make_manifest(tmp_path, "alone", **options)
     reused = make_manifest(tmp_path, "reused", reuse=first, **options)
     assert file_bytes(reused) == file_bytes(alone) != file_bytes(first)
-    with pytest.raises(UserError, match=r"--reuse \S+: .* these differ: temperature, set_size; give the same options"):
+    with pytest.raises(
+        UserError, match=r"--reuse \S+: .* these differ: set_size .*, temperature .1.0 there, 0.5 here.; give"
+    ):
         make_manifest(tmp_path, "other", reuse=first, temperature=0.5, set_size=8)

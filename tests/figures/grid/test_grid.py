@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from figures.grid.__main__ import main
-from figures.grid.collect import control_temperature
+from figures.grid.collect import collect, control_temperature
 from figures.grid.config import PRESETS, GridConfig
 from figures.grid.evidence import COMMITTED, EvidenceConfig
 from figures.grid.evidence import main as keep
@@ -88,7 +89,10 @@ def test_a_grid_runs_resumes_and_collects(
     assert "base: distill.evaluate: error: model" in caplog.text and "no config.json" in caplog.text
     (folder / "away").rename(folder / "model" / "config.json")
 
+    capsys.readouterr()
     main(grid(folder))
+    tables = capsys.readouterr().out
+    assert "trained_on: 8 (nopsd--red--seed0 on red; of 8 questions)" in tables
     found = {(row["method"], row["source"], row["target"]) for row in rows(folder)}
     trained = {(method, "red", target) for method in ("nopsd", "nopsd-random") for target in ("red", "blue")}
     assert found == trained | {(method, "", target) for method in ("base", "control") for target in ("red", "blue")}
@@ -141,7 +145,9 @@ def test_a_grid_runs_resumes_and_collects(
         pytest.raises(UserError, match=f"in use by pid {os.getpid()} "),
     ):
         main(grid(folder))
+    caplog.clear()
     main(grid(folder, more_seeds=(1,), more_seeds_for=("nopsd",), jobs=2))
+    assert "--jobs 1 before, 2 now; bits of the results may differ" in caplog.text
     after = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
     assert {path.relative_to(cells).parts[0] for path in after.keys() - before.keys()} == {"nopsd--red--seed1"}
@@ -164,7 +170,23 @@ def test_a_grid_runs_resumes_and_collects(
 
     with pytest.raises(UserError, match="give the sampling seeds of the evaluations as --evaluation-seeds"):
         main(grid(folder, evaluate={**TINY, "seed": 3}))
-    with pytest.raises(UserError, match="its cells were made with other train options"):
+
+    shutil.copy(folder / "blue.jsonl", folder / "kept.jsonl")
+    moved = (f"red={folder / 'red'}.jsonl", f"blue={folder / 'kept'}.jsonl")
+    with pytest.raises(
+        UserError, match=r"other targets options: targets.blue .\S*blue.jsonl before, \S*kept.jsonl now"
+    ):
+        main(grid(folder, targets=moved))
+    write_questions(folder / "blue.jsonl", domain="blue", question="Is it?")
+    with pytest.raises(
+        UserError, match=r"eval/blue: made from inputs that have changed since: questions .\S*blue.jsonl"
+    ):
+        main(grid(folder))
+    shutil.move(folder / "kept.jsonl", folder / "blue.jsonl")
+
+    with pytest.raises(
+        UserError, match=r"its cells were made with other train options: train.keep.* train.steps .1 before, 2 now.;"
+    ):
         main(grid(folder, train={"steps": 2}))
 
 
@@ -229,3 +251,19 @@ def test_tables_of_a_config_file_reach_the_commands(tmp_path: Path) -> None:
     assert command_words({"lora_r": 8, "full": True, "tail": False, "questions": ["a", "b"]}) == [
         *("--lora-r", "8", "--full", "--no-tail", "--questions", "a", "b")
     ]  # fmt: skip
+
+
+def test_cells_that_are_unlike_the_base_are_not_put_into_one_table(folder: Path, tmp_path: Path) -> None:
+    """As when training had a wording that the base was not asked with."""
+    cells = tmp_path / "cells"
+    for cell in ("base", "nopsd--red--seed0"):
+        shutil.copytree(folder / "grid" / "cells" / "base" / "eval" / "red", cells / cell / "eval" / "red")
+    path = cells / "nopsd--red--seed0" / "eval" / "red" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["config"] |= {"instruction": "Guess.", "temperature": 0.1, "adapter": "x"}
+    path.write_text(json.dumps(summary))
+    with pytest.raises(
+        UserError, match=r"these differ: instruction \(.* for base, Guess. for nopsd--red--seed0 on red\)"
+    ):
+        collect(tmp_path, ["red"])
+    assert "Allowed differences: instruction (" in collect(tmp_path, ["red"], ["instruction"])

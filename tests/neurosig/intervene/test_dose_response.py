@@ -202,7 +202,7 @@ def test_an_interrupted_run_resumes_cell_by_cell(
     with pytest.raises(KeyboardInterrupt):
         main(config(manifest, tmp_path / "broken"))
     assert len(list((tmp_path / "broken" / "cells").iterdir())) == 4
-    with pytest.raises(UserError, match="differ from the interrupted run: factors, sampling"):
+    with pytest.raises(UserError, match=r"run: factors \(.*\), temperature \(0.8 before, 1.0 now\)"):
         main(config(manifest, tmp_path / "broken", resume=True, factors=(0.0,), temperature=1.0))
     with pytest.raises(UserError, match="holds an earlier run"):
         main(config(manifest, tmp_path / "broken"))

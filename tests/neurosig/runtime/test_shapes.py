@@ -55,9 +55,12 @@ def test_marks_decide_reuse_resume_and_records() -> None:
     assert {"questions", "template", "temperature", "seed", "served_model", "set_size"} <= shaping
     assert shaping.isdisjoint({"model", "dtype", "answer_format", "keep_fraction", "context_policy", *unrecorded})
     assert {*option_names(TrainConfig, Shapes.PLACE)} == {
-        *("preset", "config", "manifest", "out", "model", "resume", "overwrite", "save_steps", "keep_checkpoints"),
+        *("preset", "config", "out", "resume", "overwrite", "save_steps", "keep_checkpoints"),
         *("license", "push_to_hub", "report_to", "adapter_dir"),
         *server,
+    }
+    assert {*option_names(TrainConfig, Shapes.RESOURCES)} == {
+        *("micro_batch_size", "batch_rows", "device", "attn_implementation", "gradient_checkpointing", "compile"),
     }
     assert {"teacher", "divergence", "replay", "sampler", "base_url"} < {
         *option_names(TrainConfig, Shapes.DISTILLATION)

@@ -123,6 +123,33 @@ def another_adapter(folder: Path) -> None:
     fields("eval/nopsd/summary.json", lambda record: record["config"].update(adapter=str(weights.parent)))(folder)
 
 
+def lone(folder: Path, name: str, change: dict[str, Any]) -> None:
+    """As where the recorded place is gone, so that only what is in the folder can be the other half of a pair."""
+    fields(name, lambda record: record["config"].update(change))(folder)
+
+
+def manifest_of_other_questions(folder: Path) -> None:
+    edit_header(folder / "manifest", lambda header: header["options"].update(seed=9))
+    for name in ("nopsd/train.json", "nopsd/adapter/train.json"):
+        lone(folder, name, {"manifest": "gone"})
+
+
+def adapter_of_another_run(folder: Path) -> None:
+    another_adapter(folder)
+    lone(folder, "eval/nopsd/summary.json", {"adapter": "gone"})
+
+
+def evaluated_again(folder: Path) -> None:
+    """An evaluation with the same rows, made anew: only its hashes tell."""
+    fields("eval/base/summary.json", lambda record: record["run"].update(python="3.99"))(folder)
+
+
+def compared_another(folder: Path) -> None:
+    other = {"summary.json": "0" * 64, "results.parquet": "0" * 64}
+    fields("report/comparison.json", lambda record: record["sha256"].update(base=other))(folder)
+    fields("report/comparison.json", lambda record: record["folders"].update(base="gone"))(folder)
+
+
 def neurons(line: str) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         (folder / "manifest" / "neurons.csv").write_text(f"layer,index,weight,active_share\n1,2,0.5,0.1\n{line}\n")
@@ -196,6 +223,20 @@ SAID = {"text": "Answer: x", "finish_reason": "stop"}
         (
             another_manifest,
             "nopsd: trained on the manifest in the folder",
+        ),
+        (
+            manifest_of_other_questions,
+            "nopsd: trained on the manifest in the folder: its manifest has SHA-256",
+        ),
+        (adapter_of_another_run, "eval/nopsd: made by the adapter in the folder: its adapter has SHA-256"),
+        (
+            fields("eval/nopsd/summary.json", lambda record: record["config"].update(instruction="Guess.")),
+            "eval/nopsd: asked as the adapter was trained: instruction (Answer in one short sentence. in training, Gue",
+        ),
+        (evaluated_again, "report: base: the evaluation that was compared: summary.json changed after the comparison"),
+        (
+            compared_another,
+            "report: base: the evaluation that was compared: its evaluation has SHA-256 000000000000, here are",
         ),
         (
             fields("eval/base/summary.json", lambda record: record["domains"]["colour"]["ece"].update(low=0.0123)),
