@@ -189,6 +189,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         "adapter",
         "checkpoints",
         "metrics.jsonl",
+        "run.json",
         "train.json",
     ]
 
