@@ -87,10 +87,11 @@ def write_final(
         rows = manifest.rows if config.questions_of == "all" else manifest.selected
         used = {row.question_id for row in rows} | {item.question_id for row in rows for item in row.context}
         write_trained_on(aside, [row.text_sha256 for row in manifest.rows if row.question_id in used])
+        options = manifest.header.options
         record: dict[str, Any] = {
             "config": config_record(config),
             "manifest_sha256": manifest.header.content_sha256,
-            "prompt": {name: manifest.header.options[name] for name in PROMPT_OPTIONS},
+            "prompt": {name: options[name] for name in PROMPT_OPTIONS if name in options},
             "domains": sorted({row.domain for row in manifest.rows}),
             "questions_selected": len(manifest.selected),
             "questions_seen": len({name for names in asked[: len(kept)] for name in names}),

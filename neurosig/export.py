@@ -15,20 +15,16 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-from neurosig.hallucination.config import FOLD_SEEDS, INVERSE_PENALTY, HallucinationScore, ProbeConfig
-from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
-from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
-from neurosig.patterns import Signature
+from neurosig.export_config import PRESETS, ExportConfig
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
-from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes, option_names
-from neurosig.selection.config import ContextPolicy, QuestionFilter, QuestionWeight, SelectionConfig
+from neurosig.selection.config import SelectionConfig
 
 if TYPE_CHECKING:
     from neurosig.hallucination.scores import QuestionSignals, Scores
@@ -42,131 +38,11 @@ if TYPE_CHECKING:
     from neurosig.sampling.rollouts import Rollout
     from neurosig.sampling.sampler import Prompt
 
+__all__ = ["PRESETS", "ExportConfig", "main"]
+
 logger = logging.getLogger(__name__)
 
 WORK = ".work"
-TRACE, PROBE, SELECTION = TraceConfig(), ProbeConfig(), SelectionConfig()  # the options' defaults
-
-
-@dataclass(kw_only=True)
-class ExportConfig(RolloutOptions):
-    """Write a selection manifest from unlabelled questions.
-
-    Samples K rollouts per question, traces the neurons behind them, selects the questions whose majority answer these
-    neurons trust, and gives each a few-shot context of questions that reason alike.
-    """
-
-    model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
-    """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
-    questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
-    """Bundled set (world-facts, geography, language, chemistry, procedures, organism-facts; optionally :train, :dev,
-    :test), file, folder or hf:ORG/NAME; several are allowed."""
-    out: Annotated[Path, Shapes.PLACE]
-    """Folder of the manifest."""
-    rollouts: Annotated[Path | None, Shapes.ROLLOUTS] = None
-    """JSONL of rollouts that replace sampling: question_id, text, optional completion_ids and finish_reason. K is the
-    number that the file holds of every question; lines of other questions are left out."""
-    reuse: Annotated[Path | None, Shapes.PLACE] = None
-    """Finished export with the same questions, sampling and tracing; only scoring and selection are done again."""
-    split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "train"
-    """Split of the bundled sets that name none."""
-    limit: Annotated[int | None, Shapes.ROLLOUTS] = None
-    """Use only the first N questions."""
-    resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
-    """Continue an interrupted export; leave a complete one unchanged."""
-    overwrite: Annotated[bool, Shapes.PLACE] = False
-    """Replace an earlier export in --out."""
-
-    neuron_value: Annotated[NeuronValue, Shapes.TRACES, Section.NEURONS] = TRACE.value
-    """A neuron's value: act(gate)*up, or act(gate) alone."""
-    contribution: Annotated[Contribution, Shapes.TRACES] = TRACE.score
-    """A neuron's score at a token: cett, its output's norm as a share of the FFN output's; magnitude, that norm alone;
-    unembed, what it adds to the next token's logit."""
-    active_set: Annotated[ActiveSet, Shapes.TRACES] = TRACE.active
-    """Which neurons are kept: layer_mean, the largest mean scores of each layer; global, those of all layers;
-    per_token, the union of each token's largest; entries, those of each layer's largest (token, neuron) scores."""
-    set_size: Annotated[int, Shapes.TRACES] = TRACE.set_size
-    """Neurons per active set; per_token: neurons per token; entries: entries per layer."""
-    positive_only: Annotated[bool, Shapes.TRACES] = TRACE.positive_only
-    """Leave out neurons whose mean score is not above 0; for the signed unembed."""
-    hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION, Section.SCORE] = "probe_score"
-    """Score that --question-filter ranks by; the manifest holds all of them. vote_share to random are baselines without
-    neurons."""
-    probe_agree_share: Annotated[float, Shapes.SELECTION] = PROBE.agree_share
-    """The probe learns a question as known when the winner has at least this share of the K answers, 0 to 1; 1 asks for
-    unanimity, which a weak model rarely reaches."""
-    probe_split_share: Annotated[float, Shapes.SELECTION] = PROBE.split_share
-    """The probe learns a question as guessed when the winner has less than this share, 0 to --probe-agree-share."""
-    probe_inverse_penalty: Annotated[float, Shapes.SELECTION] = INVERSE_PENALTY
-    """C of the L1 probe, above 0; a smaller one keeps fewer neurons."""
-    probe_folds: Annotated[int, Shapes.SELECTION] = PROBE.folds
-    """Cross-fitting folds of the probe, at least 2."""
-    probe_groups: Annotated[str, Shapes.SELECTION] = PROBE.groups
-    """What the probe's folds keep together. question: a question is scored by a probe that saw others of its kind;
-    kind, domain or another column of the questions: by a probe that saw none with the same value, so that a score
-    cannot come from what tells the kinds apart. Fewer values than --probe-folds give one fold each."""
-    probe_fold_seeds: Annotated[int, Shapes.SELECTION] = FOLD_SEEDS
-    """Times that the probe's folds are drawn, at least 1; the scores are the mean, and neurosig.report shows how far
-    the drawings differ."""
-
-    question_filter: Annotated[QuestionFilter, Shapes.SELECTION, Section.SELECTION] = SELECTION.question_filter
-    """Questions to train on. neuron: --min-vote-share, then the --keep-fraction with the lowest scores; vote_only and
-    neuron_only: one of these two conditions; threshold: --min-vote-share and --max-score; all: every question."""
-    min_vote_share: Annotated[float, Shapes.SELECTION] = SELECTION.min_vote_share
-    """Least share of the K answers that the winner needs, 0 to 1."""
-    keep_fraction: Annotated[float, Shapes.SELECTION] = SELECTION.keep_fraction
-    """Share of the questions to select by score, above 0 and at most 1."""
-    max_score: Annotated[float, Shapes.SELECTION] = SELECTION.max_score
-    """Largest score that --question-filter threshold selects."""
-    signature: Annotated[Signature, Shapes.SELECTION] = SELECTION.signature
-    """What similarity compares: representative, the active set of the most trusted majority rollout; union,
-    intersection and frequency, neurons in any, all or half of these rollouts; hidden_state, the embedding baseline."""
-    context_policy: Annotated[ContextPolicy, Shapes.SELECTION] = SELECTION.context_policy
-    """How the teacher's demonstrations are chosen: nearest, the most similar questions, the best last; nearest_first,
-    the best first; random; random_within_kind, the control for topic; majority_solution, the question's own
-    shortest majority rollout (U-OPSD); none."""
-    num_demonstrations: Annotated[int, Shapes.SELECTION] = SELECTION.num_demonstrations
-    """Demonstrations per context, at least 1."""
-    max_context_tokens: Annotated[int, Shapes.SELECTION] = SELECTION.max_context_tokens
-    """Tokens per context; the least similar demonstrations are dropped to stay within them."""
-    same_label_excluded: Annotated[bool, Shapes.SELECTION] = SELECTION.same_label_excluded
-    """Exclude demonstrations with the question's own pseudo-label, so that none gives the answer away."""
-    question_weight: Annotated[QuestionWeight, Shapes.SELECTION] = SELECTION.question_weight
-    """A question's weight in the loss: 1, or the winner's share of the K answers."""
-
-    batch_tokens: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = TRACE.batch_tokens
-    """Tokens per traced batch, padding included; memory and speed only."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.trace_config()
-        self.probe_config()
-        self.part(SelectionConfig)
-
-    def trace_config(self) -> TraceConfig:
-        """How rollouts are traced."""
-        measured = self.neuron_value, self.contribution, self.active_set
-        return TraceConfig(*measured, self.set_size, self.positive_only, self.batch_tokens)
-
-    def probe_config(self) -> ProbeConfig:
-        """How the probe is fitted."""
-        shares = self.probe_agree_share, self.probe_split_share
-        return ProbeConfig(
-            *shares,
-            self.probe_inverse_penalty,
-            folds=self.probe_folds,
-            groups=self.probe_groups,
-            fold_seeds=self.probe_fold_seeds,
-            seed=self.seed,
-        )
-
-
-PRESETS: Mapping[str, Mapping[str, object]] = {
-    "cpu": {"model": "smollm2-135m"},
-    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
-    "neufs": {"neuron_value": "act", "contribution": "unembed", "active_set": "entries", "set_size": 2000},
-    "organism": {**ORGANISM, "questions": ("procedures",), "limit": 160, "set_size": 250, "keep_fraction": 0.9},
-}
 
 
 def main(config: ExportConfig) -> None:

@@ -7,16 +7,15 @@ complete. It has no gold answer. Same inputs and seed give the same bytes.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from neurosig.models.load import ModelInfo
 from neurosig.questions.load import Question
@@ -24,6 +23,7 @@ from neurosig.questions.prompts import PromptConfig
 from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file, sha256_text, write_atomic
+from neurosig.runtime.strict import RowT, Strict, first_problem, read_rows
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
 
@@ -53,11 +53,7 @@ Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "ha
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class VoteRecord(_Strict):
+class VoteRecord(Strict):
     """A majority vote: votes of the winner, number of rollouts, and number of candidates with that many votes."""
 
     count: Count
@@ -65,7 +61,7 @@ class VoteRecord(_Strict):
     n_tied: Count
 
 
-class DemonstrationRecord(_Strict):
+class DemonstrationRecord(Strict):
     """One demonstration of the teacher's context: a rollout of another question, and how similar that question is."""
 
     question_id: str
@@ -73,7 +69,7 @@ class DemonstrationRecord(_Strict):
     similarity: float
 
 
-class QuestionRow(_Strict):
+class QuestionRow(Strict):
     """One input question and the decisions about it.
 
     Attributes:
@@ -121,7 +117,7 @@ class QuestionRow(_Strict):
         )
 
 
-class RolloutRow(_Strict):
+class RolloutRow(Strict):
     """A line of ``rollouts.jsonl``; the fields of `Rollout`."""
 
     question_id: str
@@ -134,7 +130,7 @@ class RolloutRow(_Strict):
     mean_self_certainty: float | None
 
 
-class FileEntry(_Strict):
+class FileEntry(Strict):
     """Hash, bytes and rows (``None`` for a file without rows) of one file of the manifest."""
 
     sha256: str
@@ -142,7 +138,10 @@ class FileEntry(_Strict):
     rows: Count | None
 
 
-class Header(_Strict):
+NESTED: Mapping[str, type[Strict]] = {"vote": VoteRecord, "context": DemonstrationRecord, "files": FileEntry}
+
+
+class Header(Strict):
     """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts,
     ``answers`` is the record of their `AnswerReader`; ``notes`` say what an option could not decide, such as a cut
     through equal scores."""
@@ -159,7 +158,7 @@ class Header(_Strict):
     answers: dict[str, Any] = Field(default_factory=dict)
     counts: dict[str, int]
     files: dict[str, FileEntry]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
 
     def answer_reader(self, answer_parser: str | None = None) -> AnswerReader:
         """How the rollouts were parsed and merged; see `AnswerReader.from_record`."""
@@ -313,7 +312,7 @@ def _parse_header(path: Path, text: bytes) -> Header:
     try:
         header = Header.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error, Header)}") from error
+        raise UserError(f"{path}: {first_problem(error, Header, NESTED)}") from error
     if header.content_sha256 != _content_sha256(raw):
         raise UserError(f"{path}: content_sha256 differs from the header's content; export again")
     for part, names in READ_BY_TRAINING.items():
@@ -348,31 +347,11 @@ def _verified(folder: Path, name: str, entry: FileEntry) -> bytes:
     return data
 
 
-RowT = TypeVar("RowT", QuestionRow, RolloutRow)
-
-
 def _read_rows(path: Path, data: bytes, kind: type[RowT], expected: int | None) -> list[RowT]:
-    rows = []
-    for number, line in enumerate(data.splitlines(), start=1):
-        try:
-            rows.append(kind.model_validate_json(line))
-        except ValidationError as error:
-            raise UserError(f"{path}:{number}: {_first_problem(error, kind)}") from error
+    rows = read_rows(path, data, kind, NESTED)
     if len(rows) != expected:
         raise UserError(f"{path}: {len(rows)} rows, {HEADER} says {expected}; export again")
     return rows
-
-
-def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    problem = error.errors()[0]
-    where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        nested: dict[str, type[BaseModel]] = {"vote": VoteRecord, "context": DemonstrationRecord, "files": FileEntry}
-        owner = nested.get(str(problem["loc"][0]), model) if len(problem["loc"]) > 1 else model
-        close = difflib.get_close_matches(str(problem["loc"][-1]), owner.model_fields, n=1)
-        return f"{where}: unknown field" + (f' (did you mean "{close[0]}"?)' if close else "")
-    got = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:60]!r}"
-    return f"{where}: {problem['msg'].lower()}{got}"
 
 
 def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:

@@ -1,4 +1,4 @@
-"""What the folder of a trained adapter or model says of its training: prompts, answer format and questions."""
+"""What the folder of a trained adapter or model says of its training: prompts, parsing and questions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=Any)
 
 RECORD, TRAINED_ON, TEMPLATE = "train.json", "trained_on.txt", "chat_template.jinja"
-PROMPT_OPTIONS = (*(field.name for field in fields(PromptConfig)), "template", "answer_format")
+PROMPT_OPTIONS = (
+    *(field.name for field in fields(PromptConfig)),
+    *("template", "answer_format", "vote_merge", "answer_parser"),
+)
 """Options of a manifest that its training, and an evaluation of the result, share."""
 
 

@@ -118,6 +118,13 @@ def test_a_grid_runs_resumes_and_collects(
         first = json.loads(steps.read_text().splitlines()[0]) if row["source"] else {"entropy_gap": math.nan}
         assert float(row["first_entropy_gap"] or "nan") == pytest.approx(first["entropy_gap"], rel=1e-5, nan_ok=True)
 
+    check_kept(folder, len(answers), monkeypatch)
+    check_seeds(folder, caplog, capsys)
+    check_other_options_are_refused(folder)
+
+
+def check_kept(folder: Path, n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is committed of a grid, and its tables from the texts alone."""
     keep(EvidenceConfig(grid=folder / "grid", out=folder / "kept"))
     signals = pandas.read_csv(folder / "kept" / "signals.csv")
     assert len(signals) == 8 and set(signals.source) == {"red"} and not signals.right.any()
@@ -127,7 +134,7 @@ def test_a_grid_runs_resumes_and_collects(
         assert (folder / "kept" / name).read_bytes() == (folder / "grid" / name).read_bytes()
 
     texts = pyarrow.parquet.read_table(folder / "kept" / "rollouts.parquet").to_pylist()
-    assert len(texts) == len(answers) * 3 and {text["finish_reason"] for text in texts} <= {"stop", "length"}
+    assert len(texts) == n_rows * 3 and {text["finish_reason"] for text in texts} <= {"stop", "length"}
     rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "again"))
     for name in ("grid.parquet", "layout.json"):
         assert (folder / "again" / name).read_bytes() == (folder / "grid" / name).read_bytes()
@@ -139,6 +146,10 @@ def test_a_grid_runs_resumes_and_collects(
     with pytest.raises(UserError, match="same: holds a grid"):
         rescore(RescoreGridConfig(grid=folder / "kept", out=folder / "same"))
 
+
+def check_seeds(folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seeds are added to a grid without repeating anything."""
+    cells = folder / "grid" / "cells"
     before = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
     with (
         output_folder(folder / "grid", finished="results.csv", owned=(), resume=True, overwrite=False),
@@ -168,6 +179,8 @@ def test_a_grid_runs_resumes_and_collects(
     verify(VerifyConfig(folder=folder / "grid", quiet=True))
     assert "ok    .: base on red--seed1 as its cell says" in capsys.readouterr().out
 
+
+def check_other_options_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="give the sampling seeds of the evaluations as --evaluation-seeds"):
         main(grid(folder, evaluate={**TINY, "seed": 3}))
 
