@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
+from neurosig.questions.answers.asked import (
+    CLOSE,
+    FILLER,
+    FUNCTION,
+    OPEN,
+    QUOTED,
+    WORD,
+    Asked,
+    asked,
+    content_words,
+    has,
+    plain_word,
+)
 from neurosig.questions.answers.normal import normalise
 
 MAX_ANSWER_WORDS = 6
 
 _ADVERB = (
-    r"(?:indeed|actually|typically|often|usually|simply|officially|currently|generally|commonly|also|probably|likely|just|now"
-    r"|predominantly|primarily|mostly|mainly)"
+    r"(?:indeed|actually|typically|often|usually|simply|officially|currently|generally|commonly|also|probably|likely"
+    r"|just|now|predominantly|primarily|mostly|mainly)"
 )
 _CLAUSE_END = re.compile(
     r"[,;:]|(?<!\w)\(|\s[-–—]\s|\b(?:and|or)\b(?!\s+[A-Z])"
@@ -28,245 +42,305 @@ _OTHER_PREDICATE = re.compile(
     r"\b(?:called|ist|sind|war|wurde|heißt|lautet|est|sont|était|s'appelle|es|son|fue|è|sono|é|são|är|er)\b",
     re.IGNORECASE,
 )
-# the next two lookbehinds start a match at a run's first character only: otherwise a long run takes quadratic time
-WORD = re.compile(r"(?<![\w$%+'\u2019.\-])[\w$%+'\u2019.\-]*\w[\w$%+'\u2019]*(?:\([\w+\-]{1,8}\)\w*)*")
-_OPEN, _CLOSE = '"*\u201c\u00ab\u2018\u300c', '"*\u201d\u00bb\u2019\u300d'
-QUOTED = re.compile(rf"(?<![{_OPEN}])[{_OPEN}]+([^{_OPEN}{_CLOSE}]+?)[.,]?[{_CLOSE}]+")
 _QUOTED_NEXT = re.compile(
-    rf"^\s*(?:(?:{_ADVERB}|the|word)\s+)*[{_OPEN}']+([^{_OPEN}{_CLOSE}]+?)[.,]?[{_CLOSE}']+(?!\w)", re.IGNORECASE
-)
-_ASKED = re.compile(
-    r"\bname\s+of\s+(?:the|this|an?)\s+(\w+)|^(?:what|which)\s+(?:is|are|was|were)\s+the\s+(?:\w+\s+){0,2}?(\w+)\s+(?:of|for|in)\b"
-    r"|^(?:what|which)\s+(?:\w+\s+)??(\w+)\s+(?:has|is|was|did|do|does|are|have|can)\b|\bwhich\s+(\w+)\s*\?",
+    rf"^\s*(?:(?:{_ADVERB}|the|word|(?:a|an|the)\s+(?:\w+\s+){{0,2}}?(?:noun|verb|word|adjective|adverb|phrase|term))\s+)*"
+    rf"[{OPEN}']+([^{OPEN}{CLOSE}]+?)[.,]?[{CLOSE}']+(?!\w)",
     re.IGNORECASE,
 )
 _LINK = re.compile(
-    rf"^(?:\s*(?:(?:is|was|are|of|as|being|called|named|known\s+as|(?:denoted|represented)\s+(?:as|by)|written\s+as|(?:located|situated)\s+[io]n"
-    r"|the|"
-    rf"{_ADVERB})\b|[:=]))+\s*",
+    rf"^(?:\s*(?:(?:is|was|are|of|for|as|being|called|named(?!\s+(?:for|after|in)\b)|known\s+as|(?:denoted|represented)\s+(?:as|by)|written\s+as"
+    rf"|(?:located|situated)\s+[io]n|the|{_ADVERB})\b|[:=]|,(?=\s*[A-Z][^,.]{{0,40}},)))+\s*",
     re.IGNORECASE,
 )
+_LINKED_BY_OF = frozenset({"symbol", "formula", "number", "continent", "country", "state", "city", "title", "name"})
+"""Nouns that "of" may link to their name: "the continent of Africa", but not "an element of the noble gases"."""
 _INDEFINITE = re.compile(rf"^\W*(?:{_ADVERB}\s+)*(?:a|an|one|part|not)\b", re.IGNORECASE)
+_ORIGIN = re.compile(rf"^\W*(?:{_ADVERB}\s+)*(?:from|in|of)\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(
-    r"^\W*(?:i|i'm|i\u2019m|i'd|we|you|this|that|these|please|feel|while|although|if|when|in|to|from|at|on"
-    r"|she|he|they|it|there|here)\b",
+    r"^\W*(?:i|i'm|i\u2019m|i'd|we|you|this|that|these|please|feel|although|if|when|in|to|from|at|on|by|for|as"
+    r"|she|he|they|it|there|here|which|what|who|how|why|where|whether|given|just|let)\b",
     re.IGNORECASE,
 )
 """Words that begin a remark or an aside, and no answer."""
+_ASIDE = re.compile(r"^\W*(?:just|given|like|let|please|by|as)\b", re.IGNORECASE)
 _CONTRACTED = re.compile(r"\b(it|that|this|he|she|there|what)['\u2019]s\b", re.IGNORECASE)
-_LABEL = re.compile(r"^\W*(?:A|sentence|response|reply|output|noun|verb)\s*:\s*", re.IGNORECASE)
-_WH = re.compile(r"\b(?:which|what)\b", re.IGNORECASE)
+_LABEL = re.compile(
+    r"^\W*(?:(?:A|sentence|response|reply|output|noun|verb|\w+(?=: (?:the|it|in|a)\b))\s*:|while\b)\s*", re.I
+)
+_ADDRESSED = re.compile(r"\byou(?:['\u2019]re| are) (?:referring to|asking (?:about|for)|looking for)\b", re.IGNORECASE)
+_BEFORE_NOUN = (
+    r"(?<![\w'])([A-Z][\w-]*(?:\s[A-Z][\w-]*)*)(?:\s+(?:or|and)\s+[A-Z][\w-]*)?"
+    r"[\"*\u201d]*\s+(?:descent|origin|{noun})\b"
+)
+_QUALIFIED = re.compile(r"\s(?:from|with|in|at|on)\s")
 _NAME = re.compile(r"(?<![\w'])[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*")
-_FORMULA = re.compile(r"(?=.*[A-Z])(?=.*[\d()])[A-Z(\[][A-Za-z0-9()\[\]+\-·]*")
 _NAMING = re.compile(
-    r"\b(?:named|called|(?:known|denoted|referred\s+to|abbreviated)\s+(?:as|by))\s+(?:as\s+)?(?!after|in\b|by\b|for\b|with\b)",
+    r"\b(?:named|called|(?:known|denoted|referred\s+to|abbreviated|represented|written|expressed|given)\s+(?:as|by))\s+"
+    r"(?:as\s+)?(?!after|in\b|by\b|for\b|with\b)",
     re.IGNORECASE,
 )
-_SHAPES = {
-    "symbol": re.compile(r"[A-Z][A-Za-z0-9]{0,5}"),
-    "formula": re.compile(r"(?=.*\d|.*[A-Z].*[A-Z])[A-Z(\[][A-Za-z0-9()\[\]+\-·]*"),
+_NAMED = frozenset({"", "name", "compound", "element", "symbol", "formula", "term", "word"})
+"""Nouns whose things are said to be "known as" their answer."""
+_SYMBOL, _FORMULA = r"[A-Z][A-Za-z0-9]{0,5}", r"(?=[^\s,;]*(?:\d|[A-Z][^\s,;]*[A-Z]))[A-Z(\[][A-Za-z0-9()\[\]+\-·^]*"
+SHAPES = {"symbol": re.compile(_SYMBOL), "formula": re.compile(_FORMULA)}
+"""Forms of what some nouns ask for; these are also found in brackets, or as the only such word."""
+_SHAPE_NEXT = {
+    noun: re.compile(rf"^\s*(?:{_ADVERB}\s+|chemical\s+|the\s+)*[{OPEN}(]*({shape})(?![\w-])")
+    for noun, shape in (("symbol", _SYMBOL), ("formula", _FORMULA))
 }
-"""Forms of what some nouns ask for; it is also found in brackets, or as the only such word."""
 _BRACKETED = re.compile(r"(?<!\w)\(([^\s()]{1,12}(?:\([^\s()]{1,8}\)[^\s()]{0,8})*)\)")
+_ROMAN = re.compile(r"[IVX]+")
+LONGEST_SYMBOL = 10
+NEAR = 30
+"""Characters after the predicate in which a quoted word answers."""
+_COMPOSED = re.compile(r"\b(?:(?:largely|mainly|primarily)\s+)?(?:composed|consists?|made|contains?|combination)\b")
 _JOINERS = frozenset({"of", "and", "the", "de", "la", "del", "du", "des", "da", "di", "von", "van"})
-_FUNCTION = frozenset(
-    """
-    a an the of in on at to from by for with as its it this that there their one two
-    is are was were be been being has have had do does did can could will would may which what who
-    der die das den dem des ein eine von im le les un une el los il lo
-    """.split()  # noqa: SIM905 (a list of sixty strings reads worse)
-)
-FILLER = _FUNCTION | frozenset(
-    """
-    located situated found considered known called named referred represented denoted abbreviated spelled written
-    defined given used wrote discovered invented painted composed founded built made geschrieben erfunden entdeckt
-    gemalt gebaut écrit peint
-    actually indeed typically often usually officially currently simply generally commonly also likely probably
-    predominantly primarily mostly mainly
-    continent continental country nation state city town place capital language word term name person people
-    official chemical element symbol formula compound number atomic past tense plural singular form opposite verb noun
-    """.split()  # noqa: SIM905
-)
-"""Words that fill sentences and are no answer by themselves."""
+_ARTICLES = frozenset({"el", "la", "los", "las", "le", "les", "il", "lo"})
 
 
-def new_words(sentence: str, question: str, *, explicit: bool, known_space: bool) -> str:
+def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> str:
     """The run of words that answers, or "" without one.
 
     Args:
         sentence: One sentence, or what a completion announces as its answer.
         question: The question's text; its words are no answer, but for a quoted one or one after "is".
         explicit: The completion announces ``sentence`` as its answer.
-        known_space: The possible answers are known and the sentence has none of them; then it must be clear that it
-            answers.
+        names: The possible answers are known, and the sentence has none of them: then only a name answers.
     """
-    sentence = _after_colon(_LABEL.sub("", _CONTRACTED.sub(r"\1 is", sentence)))
-    known = {_plain(word) for word in WORD.findall(question)}
-    noun = asked_noun(question)
+    form = asked(question)
+    sentence = _after_colon(_LABEL.sub("", _ADDRESSED.sub("", _CONTRACTED.sub(r"\1 is", sentence))), form)
+    if form.noun == "formula" and (equation := re.fullmatch(r"(.*?)\s=\s+([^\s]+).*", sentence, re.DOTALL)):
+        left, right = equation[1].strip(), equation[2].rstrip(".,;")
+        return left if SHAPES[form.noun].fullmatch(left) else right if SHAPES[form.noun].match(right) else ""
     predicate = _PREDICATE.search(sentence) or _OTHER_PREDICATE.search(sentence)
     if predicate is None:
-        return _after_noun(sentence, noun, known) or _without_predicate(sentence, known, noun, explicit=explicit)
-    subject, rest = sentence[: predicate.start()], sentence[predicate.end() :]
-    if not (explicit or _is_about(sentence, subject, question, noun, known, least=2 if known_space else 1)):
-        return ""
-    if quoted := _QUOTED_NEXT.match(rest):
+        run = _appositive(sentence, form) or _after_noun(sentence, form)
+        run = run or _without_predicate(sentence, form, explicit=explicit, names=names)
+    else:
+        subject, rest = sentence[: predicate.start()], sentence[predicate.end() :]
+        is_about = explicit or form.is_asked_by(sentence, subject)
+        run = _with_predicate(sentence, subject, rest, form, names=names) if is_about else _appositive(subject, form)
+    return run if normalise(run) not in FUNCTION or form.noun in SHAPES else ""
+
+
+def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, names: bool) -> str:
+    if (quoted := _QUOTED_NEXT.match(rest)) and len(quoted[1].split()) <= 3 and not has(quoted[1], form.noun):
         return quoted[1]
-    is_reversed = noun and re.match(
-        rf"\s*(?:{_ADVERB}\s+)*(?:the|a|an)\s+(?:\w+\s+){{0,2}}{re.escape(noun)}\s+(?:of|for)\b", rest
-    )
-    return (
-        (_in_subject(subject, rest, known, noun, any_form=True) if is_reversed else "")
-        or _after_noun(sentence, noun, known)
-        or _in_predicate(
-            subject, rest, known, noun, about_word=QUOTED.search(question) is not None, brief=not known_space
+    if form.noun in SHAPES and (shape := _SHAPE_NEXT[form.noun].match(rest)) and form.is_new(shape[1]):
+        return shape[1]
+    copula = re.search(r"\b(?:is|are|was|were)$", sentence[: len(sentence) - len(rest)], re.IGNORECASE)
+    reversed_of = (
+        copula
+        and form.noun
+        and re.match(
+            rf"\s*(?:{_ADVERB}\s+)*(?:(?:the|a|an|correct)\s+)*(?:\w+\s+){{0,2}}?{re.escape(form.noun)}\s+(?:of|for)\b(.*)",
+            rest,
+            re.DOTALL | re.IGNORECASE,
         )
-        or _in_subject(subject, rest, known, noun)
-        or _after_naming(sentence, known, noun)
-        or (_by_shape(sentence, known, noun) if noun in _SHAPES else "")
+    )
+    if reversed_of and form.is_of and not has(subject, form.noun):
+        return _reversed(subject, reversed_of[1], form)
+    after = _after_noun(sentence, form)
+    if after and after in subject and not has(rest[:NEAR], form.noun):  # the compound HClO4 is HClO
+        after = _in_predicate(subject, rest, form, names=names) or after
+    return (
+        _appositive(subject, form)
+        or after
+        or _in_predicate(subject, rest, form, names=names)
+        or _before_noun(rest, form)
+        or _in_subject(subject, rest, form)
+        or _after_naming(sentence, form)
+        or (_by_shape(sentence, form) or _after_noun(sentence, form, known=True) if form.noun in SHAPES else "")
     )
 
 
-def asked_noun(question: str) -> str:
-    """What is asked for: "capital" of "What is the capital of X?", "country" of "... of which country?", or ""."""
-    found = _ASKED.search(question)
-    return normalise(next(filter(None, found.groups()), "")) if found else ""
-
-
-def _is_about(sentence: str, subject: str, question: str, noun: str, known: set[str], *, least: int) -> bool:
-    """Whether a sentence speaks of what was asked: it has the asked noun, words of the question, its beginning, or a
-    pronoun for its subject."""
-    content = {word.rstrip("s") for word in known - (FILLER if least > 1 else _FUNCTION)}
-    shared = {_plain(word).rstrip("s") for word in WORD.findall(sentence)} & content
-    opening = normalise(_WH.split(question)[0])
-    begins = len(opening.split()) > 1 and f"{normalise(sentence)} ".startswith(f"{opening} ")
-    return _has(sentence, noun) or len(shared) >= least or begins or not _content(subject)
-
-
-def _after_colon(sentence: str) -> str:
+def _after_colon(sentence: str, form: Asked) -> str:
     head, colon, tail = sentence.rpartition(": ")
+    shape = SHAPES.get(form.noun)
+    if shape is not None and (shape.fullmatch(head) or not shape.match(tail)):
+        return sentence if not shape.fullmatch(head) else head
     is_answer = colon and head.strip() and 0 < len(tail.split()) <= MAX_ANSWER_WORDS and not _PREDICATE.search(tail)
     return tail if is_answer else sentence
 
 
-def _has(text: str, noun: str) -> bool:
-    return bool(noun) and re.search(rf"\b{re.escape(noun)}\b", text, re.IGNORECASE) is not None
+def _reversed(subject: str, of: str, form: Asked) -> str:
+    """The subject of "Y is the capital of X", if it is X that was asked about."""
+    if content_words(of) and not form.in_words(of):
+        symbol = of.strip(' ."*') if form.noun == "symbol" else ""
+        return symbol if re.fullmatch("[A-Z][a-z]?", symbol) else ""
+    if quoted := QUOTED.search(subject):
+        return quoted[1]
+    runs = _first_runs(subject, form, any_form=True)
+    own = subject.strip(" .,")
+    return runs[0] if runs else own if 0 < len(content_words(own)) <= 3 and not _NO_ANSWER.match(own) else ""
 
 
-def _content(text: str) -> bool:
-    """Whether a text has more than filling words, such as "It"."""
-    return any(normalise(word) not in FILLER for word in WORD.findall(text))
-
-
-def _plain(word: str) -> str:
-    """A word normalised, without a possessive 's."""
-    return normalise(re.sub("['\u2019]s$", "", word))
-
-
-def _new_quoted(text: str, known: set[str]) -> list[str]:
-    return [quoted for quoted in QUOTED.findall(text) if (plain := normalise(quoted)) and plain not in known]
-
-
-def _in_predicate(subject: str, rest: str, known: set[str], noun: str, *, about_word: bool, brief: bool) -> str:
-    """The answer after "is": quoted, new, or, if the subject is what was asked for, whatever follows."""
-    words = rest.strip(" .!").split()
-    if _INDEFINITE.match(rest):
-        is_brief = brief and not about_word and len(words) <= 3 and noun not in _SHAPES
-        return rest if is_brief and not _asks(rest, known) and not _has(rest, noun) else ""
-    quoted = _new_quoted(rest, known)
-    if quoted and not _PREDICATE.search(rest[: rest.find(quoted[0])]):
-        return quoted[0]
-    if about_word and len(words) > 3:  # a question on a word: its answer is quoted, or stands alone
-        return ""
-    runs = _first_runs(rest, known, noun)
-    runs = [run for run in runs if not run.isdigit()] or runs  # "by Alexander Fleming in 1928"
-    if runs:
-        return runs[-1]
-    first = next(filter(_content, _CLAUSE_END.split(rest)), "").strip(" .!")
-    is_asked = (
-        _has(subject, noun) and not _has(first, noun) and noun not in FILLER - {"capital", "symbol", "formula", "name"}
-    )
-    is_fitting = 0 < len(first.split()) <= MAX_ANSWER_WORDS - 2 and not _NO_ANSWER.match(first)
-    return first if is_asked and is_fitting and not _first_runs(subject, known, noun) else ""
-
-
-def _in_subject(subject: str, rest: str, known: set[str], noun: str, *, any_form: bool = False) -> str:
-    """The answer before "is the capital of ...", or before ", the capital of ..., is"."""
+def _appositive(subject: str, form: Asked) -> str:
+    """X of "X, the capital of ..."."""
     clauses = [clause.strip() for clause in _CLAUSE_END.split(subject) if clause.strip()]
-    if (
-        any(_has(clause, noun) for clause in clauses[1:])
-        and len(clauses[0].split()) <= 3
-        and not _asks(clauses[0], known)
-    ):
-        return clauses[0]
-    if _INDEFINITE.match(rest) and not _has(rest, noun):
+    is_named = any(has(clause, form.noun) for clause in clauses[1:]) and not has(clauses[0], form.noun)
+    is_new = is_named and len(clauses[0].split()) <= 3 and not form.in_words(clauses[0])
+    return clauses[0] if is_new and not _NO_ANSWER.match(clauses[0]) else ""
+
+
+def _in_predicate(subject: str, rest: str, form: Asked, *, names: bool) -> str:
+    """The answer after "is": new words, or, if the subject is what was asked for, whatever follows."""
+    first = next(filter(content_words, _CLAUSE_END.split(rest)), "").strip(" .!")
+    if _INDEFINITE.match(rest):
+        brief = _QUALIFIED.split(first, maxsplit=1)[0] if names else rest.strip(" .!")
+        is_brief = len(brief.split()) <= 3 and not form.is_on_word and form.noun not in SHAPES
+        runs = [run for run in _new_runs(brief, form) if run[0].isupper() >= names]
+        return (
+            runs[0]
+            if is_brief and runs and not form.content & {*content_words(brief)} and not has(brief, form.noun)
+            else ""
+        )
+    if _COMPOSED.match(rest.strip()):
         return ""
-    if _has(subject, noun) and not _has(rest, noun) and any(_plain(word) not in known for word in WORD.findall(rest)):
+    if form.is_on_word:
+        quoted = [text for text in QUOTED.findall(first[:NEAR]) if form.is_new(text) and len(text.split()) <= 3]
+        if quoted or len(first.split()) > 2:
+            return quoted[0] if quoted and not _ORIGIN.match(rest) else ""
+    is_alias = _NAMING.match(rest.lstrip()) and not has(subject, form.noun) and form.noun not in _NAMED
+    if names and (is_alias or (_ORIGIN.match(rest) and form.noun == "nationality")):
         return ""
-    runs = _new_quoted(subject, known) or _first_runs(subject, known, "" if any_form else noun)
+    runs = [run for run in _first_runs(rest, form) if run[0].isupper() >= names]
+    if runs:
+        return _last_of(runs, rest)
+    is_asked = has(subject, form.noun) and not has(first, form.noun)
+    is_fitting = 0 < len(first.split()) <= MAX_ANSWER_WORDS - 2 and not _NO_ANSWER.match(first)
+    is_fitting &= form.noun not in FILLER or form.noun in {"capital", "plural", "opposite", "tense", *SHAPES}
+    return first if is_asked and is_fitting and not _first_runs(subject, form) else ""
+
+
+def _last_of(runs: list[str], text: str) -> str:
+    """The first run, or the one that it leads to: "the Mediterranean nation of Mauritius"."""
+    chosen, *later = [run for run in runs if not run.isdigit()] or runs
+    for run in later:
+        gap = text[text.find(chosen) + len(chosen) : text.find(run)].split()
+        if not gap or (gap[-1] != "of" and gap[-2:] != ["of", "the"]):
+            break
+        chosen = run
+    return chosen
+
+
+def _in_subject(subject: str, rest: str, form: Asked) -> str:
+    """The answer before "is an element with the symbol X"."""
+    if form.noun in SHAPES:
+        own = subject.strip(" .,")
+        shape = SHAPES["formula"] if form.noun == "formula" else re.compile("[A-Z][a-z]?")
+        return own if shape.fullmatch(own) and form.is_new(own) else ""
+    names_noun = has(rest, form.noun)
+    says_more = any(plain_word(word) not in form.known for word in WORD.findall(rest))
+    if not names_noun and (_INDEFINITE.match(rest) or (has(subject, form.noun) and says_more)):
+        return ""
+    quoted = [text for text in QUOTED.findall(subject) if form.is_new(text)]
+    if form.is_on_word and not quoted and sum(plain_word(word) not in FUNCTION for word in WORD.findall(subject)) > 1:
+        return ""
+    runs = [run for run in quoted or _first_runs(subject, form) if not run.isdigit()]
     return runs[0] if runs and not _NO_ANSWER.match(subject) else ""
 
 
-def _by_shape(sentence: str, known: set[str], noun: str) -> str:
+def _by_shape(sentence: str, form: Asked) -> str:
     """The only word in brackets, or in the sentence, of the form that the noun asks for."""
-    found = [text for text in _BRACKETED.findall(sentence) if _SHAPES[noun].fullmatch(text)]
-    if not found and noun == "formula":
-        found = [word for word in WORD.findall(sentence) if _FORMULA.fullmatch(word)]
-    new = dict.fromkeys(text for text in found if normalise(text) not in known)
+    if _COMPOSED.search(sentence):
+        return ""
+    shape = SHAPES[form.noun]
+    found = [text for text in _BRACKETED.findall(sentence) if shape.fullmatch(text) and not _ROMAN.fullmatch(text)]
+    if not found and form.noun == "formula":
+        found = [word for word in WORD.findall(sentence) if shape.fullmatch(word) and any(map(str.isdigit, word))]
+    new = dict.fromkeys(text for text in found if form.is_new(text))
     return next(iter(new)) if len(new) == 1 else ""
 
 
-def _after_noun(sentence: str, noun: str, known: set[str]) -> str:
-    """The new words right after the asked noun: "symbol of Rb", "formula is H2O", "an element named copper"."""
-    if not noun:
-        return ""
-    for found in re.finditer(rf"\b{re.escape(noun)}\b", sentence, re.IGNORECASE):
+def _after_noun(sentence: str, form: Asked, *, known: bool = False) -> str:
+    """The new words right after the asked noun: "symbol of Rb", "formula is H2O", "an element named copper"; with
+    ``known`` a word of the question where a symbol or formula should be ("with the symbol gallium")."""
+    for found in re.finditer(rf"\b{re.escape(form.noun)}\b", sentence, re.IGNORECASE) if form.noun else ():
         linked = _LINK.match(sentence[found.end() :])
-        rest = sentence[found.end() + (linked.end() if linked else 0) :].lstrip()
+        link = linked[0] if linked else ""
+        if form.noun not in _LINKED_BY_OF and link.split()[:1] in (["of"], ["for"]):
+            continue
+        rest = sentence[found.end() + len(link) :].lstrip()
+        if form.noun in SHAPES:
+            shape = _SHAPE_NEXT[form.noun].match(rest) or re.match(r"^([a-z]{1,3})(?![\w-])", rest)
+            alone = re.match(r"^[\"*]*([^\s,;]+?)[.\"*]*$", _CLAUSE_END.split(rest, maxsplit=1)[0].strip())
+            word = shape or (alone if link or (alone and any(map(str.isdigit, alone[1]))) else None)
+            if word and form.is_new(word[1]) and (shape or normalise(word[1]) not in FILLER):
+                return word[1]
+            if known and alone and not link:
+                return alone[1]
+            continue
         clause = _CLAUSE_END.split(rest, maxsplit=1)[0]
-        quoted, word = QUOTED.match(rest), WORD.match(clause.lstrip(_OPEN + "'"))
-        if word is None or normalise(word[0]) in known | FILLER | {""}:
+        quoted, word = QUOTED.match(rest), WORD.match(clause.lstrip(OPEN + "'"))
+        if word is None or plain_word(word[0]) in form.known | FILLER | {""}:
             continue
-        if linked is None and not quoted and not (word[0][:1].isupper() or word[0][:1].isdigit()):
+        if (form.is_on_word and not quoted) or not (link or quoted or word[0][:1].isupper() or word[0][:1].isdigit()):
             continue
-        if noun in _SHAPES:
-            return word[0]
-        run = quoted[1] if quoted else next(iter(_new_runs(clause, known)), "")
+        run = quoted[1] if quoted else next(iter(_new_runs(clause, form)), "")
         if run:
             return run
     return ""
 
 
-def _after_naming(sentence: str, known: set[str], noun: str) -> str:
+def _before_noun(rest: str, form: Asked) -> str:
+    """The name right before the asked noun: "the Australasia continent", "of Ashanti descent"."""
+    if not form.noun or form.is_on_word or (form.is_of and form.noun != "nationality"):
+        return ""
+    found = re.search(_BEFORE_NOUN.format(noun=re.escape(form.noun)), rest)
+    return found[1] if found and form.noun not in SHAPES and not form.in_words(found[1]) else ""
+
+
+def _after_naming(sentence: str, form: Asked) -> str:
     """The new words after "named", "called" or "known as"."""
-    for found in _NAMING.finditer(sentence):
-        clause = _CLAUSE_END.split(sentence[found.end() :], maxsplit=1)[0]
-        runs = _new_runs(clause, known)
-        if runs and not _asks(clause, known) and (noun not in _SHAPES or _SHAPES[noun].fullmatch(runs[0])):
+    for found in _NAMING.finditer(sentence) if form.noun in _NAMED else ():
+        rest = sentence[found.end() :]
+        if form.noun in SHAPES and found[0].lower().startswith(("named", "called")):
+            continue
+        if form.noun in SHAPES:
+            shape = _SHAPE_NEXT[form.noun].match(rest)
+            runs = [shape[1]] if shape and form.is_new(shape[1]) else []
+        else:
+            clause = _CLAUSE_END.split(rest, maxsplit=1)[0]
+            runs = [] if form.in_words(clause) else _new_runs(clause, form)
+        if runs:
             return runs[0]
     return ""
 
 
-def _without_predicate(sentence: str, known: set[str], noun: str, *, explicit: bool) -> str:
+def _without_predicate(sentence: str, form: Asked, *, explicit: bool, names: bool) -> str:
     """The answer in a text without a verb of being: the text itself, its first clause, or the words after the
     question's ("plants absorb carbon dioxide")."""
     clauses = list(filter(str.strip, _CLAUSE_END.split(sentence)))
     first = clauses[0].strip(" .!") if clauses else ""
     if quoted := _QUOTED_NEXT.match(sentence):
         return quoted[1]
-    if not _asks(first, known) and not _NO_ANSWER.match(first):
-        is_whole = explicit or first == sentence.strip(" .!")
-        is_fitting = explicit or noun not in _SHAPES or _SHAPES[noun].fullmatch(first)
-        if len(first.split()) <= (MAX_ANSWER_WORDS if is_whole else 4) and is_fitting:
+    is_whole = explicit or first == sentence.strip(" .!")
+    if form.is_on_word and is_whole:
+        return first if len(first.split()) <= 3 else ""
+    if (has(first, form.noun) or not content_words(first)) and not explicit and form.noun not in SHAPES:
+        return _before_noun(sentence, form)
+    if first[:1].isupper() and not explicit and not form.in_words(first):
+        first = _QUALIFIED.split(first, maxsplit=1)[0]
+    if names and not explicit and _INDEFINITE.match(sentence):
+        return ""
+    if not form.in_words(first) and not _NO_ANSWER.match(first):
+        words = len(first.split())
+        is_fitting = explicit or form.noun not in SHAPES or (words == 1 and len(first) <= LONGEST_SYMBOL)
+        is_fitting &= not re.match(r"\s*(?:i|we|you)\b", sentence[len(clauses[0]) + 1 :], re.IGNORECASE)
+        if words <= (MAX_ANSWER_WORDS if is_whole else 4) and is_fitting:
             return first
-    if noun in _SHAPES:
-        return _by_shape(sentence, known, noun)
+    if form.noun in SHAPES:
+        return _by_shape(sentence, form)
+    if _ASIDE.match(sentence):
+        return ""
     for clause in clauses:
-        words = WORD.findall(clause)
-        linked = [place for place, word in enumerate(words) if _plain(word) in known - FILLER]
-        if len(linked) > 1 and (runs := [run for part in _around(words, linked) for run in _new_runs(part, known)]):
+        words_of = WORD.findall(clause)
+        linked = [place for place, word in enumerate(words_of) if plain_word(word) in form.known - FILLER]
+        if len(linked) > 1 and (runs := [run for part in _around(words_of, linked) for run in _new_runs(part, form)]):
             return runs[0]
-    names = [name for name in _NAME.findall(sentence[1:]) if not {_plain(word) for word in WORD.findall(name)} <= known]
-    return names[0] if len(names) == 1 and _asks(sentence, known) else ""
+    found = [name for name in _NAME.findall(sentence[1:]) if not {*map(plain_word, WORD.findall(name))} <= form.known]
+    return found[0] if len(found) == 1 and form.in_words(sentence) and not form.is_on_word else ""
 
 
 def _around(words: list[str], linked: list[int]) -> tuple[str, str]:
@@ -274,25 +348,22 @@ def _around(words: list[str], linked: list[int]) -> tuple[str, str]:
     return " ".join(words[linked[-1] + 1 :]), " ".join(words[: linked[0]])
 
 
-def _asks(text: str, known: set[str]) -> bool:
-    """Whether a short text has words of the question, so that it is a sentence and not the bare answer."""
-    return any(_plain(word) in known - FILLER for word in WORD.findall(text))
-
-
-def _first_runs(part: str, known: set[str], noun: str) -> list[str]:
+def _first_runs(part: str, form: Asked, *, any_form: bool = False) -> list[str]:
     """The new runs of the first clause that has more than filling words."""
-    clause = next(filter(_content, _CLAUSE_END.split(part)), "")
-    return [run for run in _new_runs(clause, known) if noun not in _SHAPES or _SHAPES[noun].fullmatch(run)]
+    clause = next(filter(content_words, _CLAUSE_END.split(part)), "")
+    shape = None if any_form else SHAPES.get(form.noun)
+    return [run for run in _new_runs(clause, form) if shape is None or shape.fullmatch(run)]
 
 
-def _new_runs(clause: str, known: set[str]) -> list[str]:
+def _new_runs(clause: str, form: Asked) -> list[str]:
     """Runs of words that are not in the question; a capitalised neighbour joins its run (South America)."""
     runs: list[list[str]] = [[]]
     new: list[bool] = [False]
-    for word in WORD.findall(clause):
-        plain, capital = _plain(word), word[:1].isupper() or word[:1].isdigit()
-        is_new = bool(plain) and plain not in known and (plain not in FILLER or (capital and bool(runs[-1])))
-        if is_new or (capital and plain not in FILLER):
+    for word, after in pairwise([*WORD.findall(clause), ""]):
+        plain, capital = plain_word(word), word[:1].isupper() or word[:1].isdigit()
+        leads = plain in _ARTICLES and capital and after[:1].isupper()  # El Quintero
+        is_new = bool(plain) and plain not in form.known and (plain not in FILLER or (capital and bool(runs[-1])))
+        if is_new or leads or (capital and plain not in FILLER):
             runs[-1].append(word)
             new[-1] |= is_new
         elif plain in _JOINERS and runs[-1] and runs[-1][0][:1].isupper():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from neurosig.questions.answers.new_words import QUOTED
+from neurosig.questions.answers.asked import QUOTED
 from neurosig.questions.answers.normal import normalise
 
 MAX_ANSWER_CHARS = 24

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
+from neurosig.questions.answers.asked import asked, has
 from neurosig.questions.answers.markup import marked, unmarked, without_emphasis
-from neurosig.questions.answers.new_words import MAX_ANSWER_WORDS, asked_noun, new_words
+from neurosig.questions.answers.new_words import MAX_ANSWER_WORDS, new_words
 from neurosig.questions.answers.no_spaces import is_unspaced, unspaced_answer
 from neurosig.questions.answers.normal import contained, normalise
 from neurosig.questions.answers.numbers import number_in
@@ -19,7 +20,7 @@ from neurosig.questions.answers.sentences import answer_tails, sentences
 
 _REFUSAL = re.compile(
     r"\b(?:i'?m sorry|i am sorry|i (?:do not|don'?t) (?:actually |really )?know|i(?:'m| am) not (?:sure|certain|able)"
-    r"|i can(?:not|'t)|as an ai|unable to|not enough information)\b",
+    r"|i can(?:not|'t)|as an ai|unable to|dunno|not enough information)\b",
     re.IGNORECASE,
 )
 _POLITE = re.compile(
@@ -28,7 +29,8 @@ _POLITE = re.compile(
     r"|you(?:'re| are) (?:correct|right)|correct|exactly|(?:that's|what) an? \w+ question"
     r"|thank(?:s| you)(?: \w+){0,4}|hello|hi(?: there)?|okay|ok|alright|well|yes|yep|yeah|no problem|indeed|hmm+|ah|oh"
     r"|happy to help|i(?:'d| would) be happy to(?: \w+){0,4}|let me (?:think|see|check)(?: \w+){0,3}"
-    r"|here(?:'s| is)(?: \w+){0,4}|understood|natürlich|gerne|klar|bien sûr|claro|certo|当然|好的|はい)"
+    r"|here(?:'s| is)(?: \w+){0,4}|understood|uh[- ]huh|yay|a good start"
+    r"|natürlich|gerne|klar|bien sûr|claro|certo|当然|好的|はい)"
     r"\s*(?:[!,.:;！、，。]|[-–—]\s|$)\s*",
     re.IGNORECASE,
 )
@@ -52,16 +54,27 @@ _YEAR = re.compile(r"(?<!\d)[12]\d{3}(?!\d)")
 _COUNT_QUESTION = re.compile(r"\bhow many\b|\bhow much is\b|\bwie viele\b|\bcombien\b|\bcuánt[oa]s\b", re.IGNORECASE)
 _CONCESSION = re.compile(
     r"\b(?:(?:many|most|some|people|you|one)\b[^.\"]{0,60}?\b(?:think|thought|believ\w*|assum\w*|say|said|mistak\w*)|not|although)\b"
-    r"[^.\"]{0,120}?\sbut\s",
+    r"[^.\"]{0,120}?\sbut\s|^(?:while|although|though)\b[^,.\"]{0,80},\s",
     re.IGNORECASE,
 )
 _NAME = re.compile(r"(?<![\w'])[A-Z][\w'’.-]*(?:\s+(?:(?:and|of|the)\s+)*[A-Z][\w'’.-]*)*")
 _CLAUSE_BREAK = re.compile(r"[,;:]|(?<!\w)\(|\b(?:but|which|who|though|because|since|where|while)\b")
-_DENIED = re.compile(r"\b(?:not|nor|neither|never|than|unlike|isn t)(?: \w+){0,2} $")
+_DENIED = re.compile(
+    r"\b(?:(?:not|nor|neither|never|than|unlike|isn t|near|next to|adjacent to|close to|off|confused with)(?: \w+){0,2}"
+    r"|(?:border\w*|neighbou?r\w*|between|alongside)(?: \w+){0,9}) $"
+)
+_OTHER_PEOPLE = re.compile(r"\b(?:latin|native|south|north|central|east|west|african|caribbean|afro|anglo) $")
+_PEOPLE = frozenset({"american", "african", "asian", "european"})
+_HYPHENED = re.compile(r"(?<=[A-Za-z])-\d+\b|\b\d+(?:st|nd|rd|th)\b")
+_BRACKETS = re.compile(r"\([^()]*\)")
+_COMPOUND = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)+")
+_A_NAME = re.compile(r"^\s*(?:\w+ly\s+)?an?\s+[A-Z][\w-]*\s*[,.!]")
+LONGEST_BARE = 5
+"""Words of a text that names a thing without saying anything of it."""
+_SUBJECT_END = re.compile(r"\b(?:is|are|was|were|has|lies|belongs)\b")
 _KOREAN_END = re.compile(r"(?<=[\uac00-\ud7a3])(?:입니다|이에요|예요|이다)\.?$")
 LONGEST_STATEMENT, MOST_CLAUSES = 1000, 20
 """Characters and clauses in which an answer is looked for."""
-_COMPLETE = ".!?\"'”’)]}。！？"
 
 
 def is_refusal(text: str) -> bool:
@@ -89,8 +102,9 @@ def short_answer(text: str, question: str, space: Sequence[Sequence[str]], *, co
         if answer is None and not _is_numeric(space):
             answer = _statement_answer(statement, question, explicit=explicit, space=space)
         if answer is not None:
-            is_cut = not complete and text[-1:] not in _COMPLETE and f" {normalise(text)}".endswith(f" {answer}")
-            return None if is_cut else answer
+            last = normalise(text.split()[-1])
+            is_cut = text[-1:].isalnum() and (f" {normalise(text)}".endswith(f" {answer}") or answer in last)
+            return None if is_cut and not complete else answer
     return None
 
 
@@ -110,7 +124,8 @@ def statements(text: str) -> Iterator[tuple[str, bool]]:
     if is_refusal(plain):
         return
     for sentence in map(_without_courtesy, sentences(plain)):
-        is_statement = any(char.isalnum() for char in sentence) and not sentence.endswith(("?", "？"))
+        is_statement = any(map(str.isalpha, sentence)) or (sentence.strip(" .").isdigit() and sentence == plain.strip())
+        is_statement = is_statement and not sentence.rstrip("\"'”*) ").endswith(("?", "？"))
         if is_statement and not _ABOUT_TASK.search(sentence):
             yield sentence[:LONGEST_STATEMENT], False
 
@@ -123,20 +138,26 @@ def found_members(statement: str, question: str, space: Sequence[Sequence[str]])
     """
     if _is_abbreviated(space):
         return []
-    plain, asked = f" {normalise(statement)} ", f" {normalise(question)} "
+    names = {name for name, _ in _named(tuple(map(tuple, space)))}
+    for compound in _COMPOUND.findall(statement):  # Tatar-Kazakhstan is no Kazakhstan
+        if normalise(compound) not in names:
+            statement = statement.replace(compound, compound.replace("-", "_"))
+    plain, known = f" {normalise(statement)} ", f" {normalise(question)} "
     for phrase in filter(None, map(normalise, _NAME.findall(question))):  # South Africa is no Africa
         mask = f" {'_' * len(phrase)} "
-        plain, asked = plain.replace(f" {phrase} ", mask), asked.replace(f" {phrase} ", mask)
+        plain, known = plain.replace(f" {phrase} ", mask), known.replace(f" {phrase} ", mask)
     spans = [
         (start, start + len(name), canonical)
         for name, canonical in _named(tuple(map(tuple, space)))
-        if f" {name} " in plain and f" {name} " not in asked
+        if f" {name} " in plain and f" {name} " not in known
         for start in contained(name, plain)
     ]
     found: list[str] = []
     reached = 0
     for start, end, member in sorted(spans, key=lambda span: (span[0], -span[1])):
-        if end > reached and not _DENIED.search(plain[max(0, start - 24) : start]):
+        before = plain[max(0, start - 80) : start]
+        is_other = plain[start:end] in _PEOPLE and _OTHER_PEOPLE.search(before)
+        if end > reached and not _DENIED.search(before) and not is_other:
             found.append(member)
         reached = max(reached, end)
     return list(dict.fromkeys(found))
@@ -148,10 +169,31 @@ def members_in(statement: str, question: str, space: Sequence[Sequence[str]]) ->
         number = _asked_number(statement, question, {member[0] for member in space})
         return [] if number is None else [number]
     found = found_members(statement, question, space)
+    plain = f" {normalise(statement)} "
+    if len(found) > 1 and len(nouns := [name for name in found if f" {name} " in plain]) == 1:
+        found = nouns  # a European nation located in Africa
+    subject = _SUBJECT_END.split(statement, maxsplit=1)
+    if found and len(subject) == 1 and not has(statement, asked(question).noun) and not space[0][0][0].isupper():
+        return [] if len(statement.split()) > LONGEST_BARE else found
+    is_other = (
+        len(subject) > 1
+        and _A_NAME.match(subject[1])
+        and not found_members(_CLAUSE_BREAK.split(subject[1])[0], question, space)
+    )
+    if is_other:  # a Kurd, specifically one of the Armenian diaspora
+        return []
+    if found and len(subject) > 1 and not asked(question).is_asked_by(statement, _without_members(subject[0], space)):
+        return []
     if len(found) > 1:
         clauses = (found_members(clause, question, space) for clause in _CLAUSE_BREAK.split(statement)[:MOST_CLAUSES])
         found = next(filter(None, clauses), found)
     return found
+
+
+def _without_members(subject: str, space: Sequence[Sequence[str]]) -> str:
+    """A subject that is itself a possible answer ("Iron is the element Fe") says nothing of what was asked."""
+    names = {name for name, _ in _named(tuple(map(tuple, space)))}
+    return "" if normalise(subject) in names else subject
 
 
 @cache
@@ -170,10 +212,11 @@ def _is_numeric(space: Sequence[Sequence[str]]) -> bool:
 
 def _asked_number(statement: str, question: str, members: set[str]) -> str | None:
     """The number right after the asked noun ("an atomic number of 79"), else one of the members."""
-    noun, plain = asked_noun(question), without_emphasis(statement)
-    after = re.search(rf"\b{re.escape(noun)}\b[^\d.;,]{{0,30}}?(?=[\d\"])", plain, re.IGNORECASE) if noun else None
+    noun, plain = asked(question).noun, _HYPHENED.sub(" ", without_emphasis(statement))
+    after = re.search(rf"\b{re.escape(noun)}\b(?=[^\d.;,]{{0,30}}?[\d\"])", plain, re.IGNORECASE) if noun else None
     if after:
-        return number_in(plain[after.end() :], first=True)
+        rest = re.sub(r"^(?:\W|\b(?:of|is|as|the|at|for)\b)+(?=\d)", "", plain[after.end() :])
+        return number_in(_BRACKETS.sub(" ", rest), first=True) or number_in(rest, first=True)
     value = number_in(plain, asides=False)
     return value if value in members else None
 
@@ -194,10 +237,14 @@ def _statement_answer(statement: str, question: str, *, explicit: bool, space: S
     if is_unspaced(statement):
         return unspaced_answer(statement, question)
     statement = statement[found.end() :] if (found := _CONCESSION.search(statement)) else statement
-    are_names = bool(space) and not _is_abbreviated(space)
-    run = new_words(_KOREAN_END.sub("", statement.strip()), question, explicit=explicit, known_space=are_names)
-    are_names &= all(member[0][:1].isupper() for member in space)
+    names = bool(space) and not _is_abbreviated(space) and all(member[0][:1].isupper() for member in space)
+    run = new_words(_KOREAN_END.sub("", statement.strip()), question, explicit=explicit, names=names)
     answer = normalise(run)
-    if (are_names and not explicit and not any(char.isupper() for char in run)) or not answer:
+    is_phrase = bool(space) and not names and not _is_abbreviated(space) and len(answer.split()) > 1
+    if (
+        (is_phrase and not explicit)
+        or (names and not explicit and not any(char.isupper() for char in run))
+        or not answer
+    ):
         return None
     return answer if len(answer.split()) <= MAX_ANSWER_WORDS else None
