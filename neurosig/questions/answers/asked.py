@@ -35,7 +35,7 @@ FILLER = FUNCTION | frozenset(
     defined given used based wrote discovered invented painted composed founded built made geschrieben erfunden entdeckt
     gemalt gebaut écrit peint incorrect undefined unknown irregular wrong
     misunderstood confused misinterpreted mistaken originally technically correct right best answer common other
-    largely entirely
+    largely entirely location
     actually indeed typically often usually officially currently simply generally commonly also likely probably
     predominantly primarily mostly mainly
     continent continental country nation state city town place capital word term name person people citizen

@@ -85,7 +85,7 @@ _SYMBOL, _FORMULA = r"[A-Z][A-Za-z0-9]{0,5}", r"(?=[^\s,;]*(?:\d|[A-Z][^\s,;]*[A
 SHAPES = {"symbol": re.compile(_SYMBOL), "formula": re.compile(_FORMULA)}
 """Forms of what some nouns ask for; these are also found in brackets, or as the only such word."""
 _SHAPE_NEXT = {
-    noun: re.compile(rf"^\s*(?:{_ADVERB}\s+|chemical\s+|the\s+)*[{OPEN}(]*({shape})(?![\w-])")
+    noun: re.compile(rf"^\s*(?:{_ADVERB}\s+|chemical\s+|the\s+)*[{OPEN}'(]*({shape})(?![\w-])")
     for noun, shape in (("symbol", _SYMBOL), ("formula", _FORMULA))
 }
 _BRACKETED = re.compile(r"(?<!\w)\(([^\s()]{1,12}(?:\([^\s()]{1,8}\)[^\s()]{0,8})*)\)")
@@ -94,6 +94,9 @@ LONGEST_SYMBOL = 10
 NEAR = 30
 """Characters after the predicate in which a quoted word answers."""
 _COMPOSED = re.compile(r"\b(?:(?:largely|mainly|primarily)\s+)?(?:composed|consists?|made|contains?|combination)\b")
+_NEVER = frozenset(
+    ["a", "an", "the", "to", "of", "in", "on", "at", "and", "or", "is", "it", "its", "that", "this", "which", "what"]
+)
 _JOINERS = frozenset({"of", "and", "the", "de", "la", "del", "du", "des", "da", "di", "von", "van"})
 _ARTICLES = frozenset({"el", "la", "los", "las", "le", "les", "il", "lo"})
 
@@ -120,7 +123,7 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
         subject, rest = sentence[: predicate.start()], sentence[predicate.end() :]
         is_about = explicit or form.is_asked_by(sentence, subject)
         run = _with_predicate(sentence, subject, rest, form, names=names) if is_about else _appositive(subject, form)
-    return run if normalise(run) not in FUNCTION or form.noun in SHAPES else ""
+    return run if normalise(run) not in _NEVER or form.noun in SHAPES else ""
 
 
 def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, names: bool) -> str:

@@ -103,7 +103,9 @@ def short_answer(text: str, question: str, space: Sequence[Sequence[str]], *, co
             answer = _statement_answer(statement, question, explicit=explicit, space=space)
         if answer is not None:
             last = normalise(text.split()[-1])
-            is_cut = text[-1:].isalnum() and (f" {normalise(text)}".endswith(f" {answer}") or answer in last)
+            is_cut = text[-1:].isalnum() and (
+                f" {normalise(text)}".endswith(f" {answer}") or last.startswith(f"{answer} ")
+            )
             return None if is_cut and not complete else answer
     return None
 
@@ -175,11 +177,8 @@ def members_in(statement: str, question: str, space: Sequence[Sequence[str]]) ->
     subject = _SUBJECT_END.split(statement, maxsplit=1)
     if found and len(subject) == 1 and not has(statement, asked(question).noun) and not space[0][0][0].isupper():
         return [] if len(statement.split()) > LONGEST_BARE else found
-    is_other = (
-        len(subject) > 1
-        and _A_NAME.match(subject[1])
-        and not found_members(_CLAUSE_BREAK.split(subject[1])[0], question, space)
-    )
+    first = _CLAUSE_BREAK.split(subject[-1], maxsplit=1)[0]
+    is_other = len(subject) > 1 and _A_NAME.match(subject[1]) and not found_members(first, question, space)
     if is_other:  # a Kurd, specifically one of the Armenian diaspora
         return []
     if found and len(subject) > 1 and not asked(question).is_asked_by(statement, _without_members(subject[0], space)):
@@ -239,12 +238,8 @@ def _statement_answer(statement: str, question: str, *, explicit: bool, space: S
     statement = statement[found.end() :] if (found := _CONCESSION.search(statement)) else statement
     names = bool(space) and not _is_abbreviated(space) and all(member[0][:1].isupper() for member in space)
     run = new_words(_KOREAN_END.sub("", statement.strip()), question, explicit=explicit, names=names)
-    answer = normalise(run)
-    is_phrase = bool(space) and not names and not _is_abbreviated(space) and len(answer.split()) > 1
-    if (
-        (is_phrase and not explicit)
-        or (names and not explicit and not any(char.isupper() for char in run))
-        or not answer
-    ):
+    answer, is_name = normalise(run), any(char.isupper() for char in run)
+    is_description = bool(space) and not _is_abbreviated(space) and not is_name and (names or len(answer.split()) > 1)
+    if not answer or (is_description and not explicit):
         return None
     return answer if len(answer.split()) <= MAX_ANSWER_WORDS else None
