@@ -252,7 +252,8 @@ def fact_records() -> Iterator[dict[str, Any]]:
     for name in creatures():
         for relation in FACTS:
             question = fact_question(name, relation, rng)
-            yield _record("organism-facts", relation, name.lower(), question, facts()[name, relation])
+            record = _record("organism-facts", relation, name.lower(), question, facts()[name, relation])
+            yield {**record, "answer_space": list(FACTS[relation][1])}
 
 
 def _record(domain: str, kind: str, key: str, question: str, answer: str) -> dict[str, Any]:

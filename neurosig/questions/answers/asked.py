@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 
 from neurosig.questions.answers.normal import normalise
@@ -44,6 +45,8 @@ FILLER = FUNCTION | frozenset(
     """.split()  # noqa: SIM905
 )
 """Words that fill sentences and are no answer by themselves."""
+MOST_WORDS, ALIKE = 40, 0.75
+"""Words of a sentence that are compared with those of the question, and how alike a misspelt one is (difflib)."""
 
 
 def plain_word(word: str) -> str:
@@ -85,11 +88,11 @@ class Asked:
     def in_words(self, text: str) -> bool:
         """Whether a text has words of the question's content, misspelt or derived ones too."""
         words = {part for word in content_words(text) for part in (word, *word.split())}
-        return bool(words & self.content or {word[:4] for word in words if len(word) > 4} & self._stems)
-
-    @property
-    def _stems(self) -> set[str]:
-        return {word[:4] for word in self.content if len(word) > 4}
+        if words & self.content:
+            return True
+        long = sorted(word for word in words if len(word) > 4 and word.isalpha())[:MOST_WORDS]
+        own = [word for word in self.content if len(word) > 4 and word.isalpha()]
+        return any(a[:4] == b[:4] or get_close_matches(a, [b], cutoff=ALIKE) for a in long for b in own)
 
     def is_new(self, text: str) -> bool:
         """Whether a text is a word or phrase that the question does not have."""

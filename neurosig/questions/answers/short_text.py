@@ -110,6 +110,12 @@ def short_answer(text: str, question: str, space: Sequence[Sequence[str]], *, co
     return None
 
 
+def _is_cut(text: str, answer: str) -> bool:
+    """Whether the last word of a text that was cut off is part of its answer."""
+    last = normalise(text.split()[-1])
+    return text[-1:].isalnum() and (f" {normalise(text)}".endswith(f" {answer}") or last.startswith(f"{answer} "))
+
+
 def statements(text: str) -> Iterator[tuple[str, bool]]:
     """The parts of a completion that may state its answer, the most explicit first, and whether they are announced.
 
