@@ -112,7 +112,8 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
     """
     form = asked(question)
     sentence = _after_colon(_LABEL.sub("", _ADDRESSED.sub("", _CONTRACTED.sub(r"\1 is", sentence))), form)
-    if form.noun == "formula" and (equation := re.fullmatch(r"(.*?)\s=\s+([^\s]+).*", sentence, re.DOTALL)):
+    equation = re.fullmatch(r"(.*?)\s=\s+([^\s]+).*", sentence, re.DOTALL) if form.noun == "formula" else None
+    if equation and not _PREDICATE.search(equation[1]):
         left, right = equation[1].strip(), equation[2].rstrip(".,;")
         return left if SHAPES[form.noun].fullmatch(left) else right if SHAPES[form.noun].match(right) else ""
     predicate = _PREDICATE.search(sentence) or _OTHER_PREDICATE.search(sentence)
@@ -127,7 +128,9 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
 
 
 def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, names: bool) -> str:
-    if (quoted := _QUOTED_NEXT.match(rest)) and len(quoted[1].split()) <= 3 and not has(quoted[1], form.noun):
+    quoted = _QUOTED_NEXT.match(rest)
+    is_answer = quoted and len(quoted[1].split()) <= 3 and not has(quoted[1], form.noun)
+    if quoted and is_answer and (form.is_on_word or not form.in_words(quoted[1])):
         return quoted[1]
     if form.noun in SHAPES and (shape := _SHAPE_NEXT[form.noun].match(rest)) and form.is_new(shape[1]):
         return shape[1]
@@ -151,7 +154,7 @@ def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, name
         or after
         or _in_predicate(subject, rest, form, names=names)
         or _before_noun(rest, form)
-        or _in_subject(subject, rest, form)
+        or ("" if names and not has(rest, form.noun) else _in_subject(subject, rest, form))
         or _after_naming(sentence, form)
         or (_by_shape(sentence, form) or _after_noun(sentence, form, known=True) if form.noun in SHAPES else "")
     )
@@ -259,10 +262,12 @@ def _by_shape(sentence: str, form: Asked) -> str:
 def _after_noun(sentence: str, form: Asked, *, known: bool = False) -> str:
     """The new words right after the asked noun: "symbol of Rb", "formula is H2O", "an element named copper"; with
     ``known`` a word of the question where a symbol or formula should be ("with the symbol gallium")."""
-    for found in re.finditer(rf"\b{re.escape(form.noun)}\b", sentence, re.IGNORECASE) if form.noun else ():
+    noun = r"nationality|citizens?(?= of\b)" if form.noun == "nationality" else re.escape(form.noun)
+    for found in re.finditer(rf"\b(?:{noun})\b", sentence, re.IGNORECASE) if form.noun else ():
         linked = _LINK.match(sentence[found.end() :])
         link = linked[0] if linked else ""
-        if form.noun not in _LINKED_BY_OF and link.split()[:1] in (["of"], ["for"]):
+        by_of = form.noun in _LINKED_BY_OF or found[0].lower().startswith("citizen")
+        if not by_of and link.split()[:1] in (["of"], ["for"]):
             continue
         rest = sentence[found.end() + len(link) :].lstrip()
         if form.noun in SHAPES:

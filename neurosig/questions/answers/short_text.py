@@ -245,6 +245,10 @@ def _statement_answer(statement: str, question: str, *, explicit: bool, space: S
     names = bool(space) and not _is_abbreviated(space) and all(member[0][:1].isupper() for member in space)
     run = new_words(_KOREAN_END.sub("", statement.strip()), question, explicit=explicit, names=names)
     answer, is_name = normalise(run), any(char.isupper() for char in run)
+    if space and not names and not _is_abbreviated(space) and not explicit:
+        is_aside = len(_SUBJECT_END.split(statement)) == 1 and not has(statement, asked(question).noun)
+        if (is_aside and len(statement.split()) > LONGEST_BARE) or len(answer) < 3:
+            return None
     is_description = bool(space) and not _is_abbreviated(space) and not is_name and (names or len(answer.split()) > 1)
     if not answer or (is_description and not explicit):
         return None
