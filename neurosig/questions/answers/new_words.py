@@ -43,7 +43,7 @@ _OTHER_PREDICATE = re.compile(
     re.IGNORECASE,
 )
 _QUOTED_NEXT = re.compile(
-    rf"^\s*(?:(?:{_ADVERB}|the|word|(?:a|an|the)\s+(?:\w+\s+){{0,2}}?(?:noun|verb|word|adjective|adverb|phrase|term))\s+)*"
+    rf"^\s*(?:(?:{_ADVERB}|the|word|(?:a|an|the)\s+(?:\w+\s+){{0,2}}?(?:noun|verb|word|adjective|adverb|phrase|term|infinitive|form))\s+)*"
     rf"[{OPEN}']+([^{OPEN}{CLOSE}]+?)[.,]?[{CLOSE}']+(?!\w)",
     re.IGNORECASE,
 )
@@ -129,7 +129,7 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
 
 def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, names: bool) -> str:
     quoted = _QUOTED_NEXT.match(rest)
-    is_answer = quoted and len(quoted[1].split()) <= 3 and not has(quoted[1], form.noun)
+    is_answer = quoted and len(quoted[1].split()) <= MAX_ANSWER_WORDS and not has(quoted[1], form.noun)
     if quoted and is_answer and (form.is_on_word or not form.in_words(quoted[1])):
         return quoted[1]
     if form.noun in SHAPES and (shape := _SHAPE_NEXT[form.noun].match(rest)) and form.is_new(shape[1]):
@@ -172,6 +172,9 @@ def _after_colon(sentence: str, form: Asked) -> str:
 def _reversed(subject: str, of: str, form: Asked) -> str:
     """The subject of "Y is the capital of X", if it is X that was asked about."""
     if content_words(of) and not form.in_words(of):
+        other = QUOTED.search(of)
+        if form.noun == "opposite" and other and form.in_words(subject):  # "before" is the opposite of "after"
+            return other[1]
         symbol = of.strip(' ."*') if form.noun == "symbol" else ""
         return symbol if re.fullmatch("[A-Z][a-z]?", symbol) else ""
     if quoted := QUOTED.search(subject):
@@ -213,6 +216,8 @@ def _in_predicate(subject: str, rest: str, form: Asked, *, names: bool) -> str:
     runs = [run for run in _first_runs(rest, form) if run[0].isupper() >= names]
     if runs:
         return _last_of(runs, rest)
+    if form.is_on_word and not content_words(subject) and len(first.split()) == 1:
+        return first
     is_asked = has(subject, form.noun) and not has(first, form.noun)
     is_fitting = 0 < len(first.split()) <= MAX_ANSWER_WORDS - 2 and not _NO_ANSWER.match(first)
     is_fitting &= form.noun not in FILLER or form.noun in {"capital", "plural", "opposite", "tense", *SHAPES}
@@ -276,7 +281,7 @@ def _after_noun(sentence: str, form: Asked, *, known: bool = False) -> str:
             word = shape or (alone if link or (alone and any(map(str.isdigit, alone[1]))) else None)
             if word and form.is_new(word[1]) and (shape or normalise(word[1]) not in FILLER):
                 return word[1]
-            if known and alone and not link:
+            if known and alone:
                 return alone[1]
             continue
         clause = _CLAUSE_END.split(rest, maxsplit=1)[0]
@@ -335,6 +340,9 @@ def _without_predicate(sentence: str, form: Asked, *, explicit: bool, names: boo
     if not form.in_words(first) and not _NO_ANSWER.match(first):
         words = len(first.split())
         is_fitting = explicit or form.noun not in SHAPES or (words == 1 and len(first) <= LONGEST_SYMBOL)
+        is_fitting &= (
+            explicit or not names or all(word[:1].isupper() for word in WORD.findall(first) if word not in FILLER)
+        )
         is_fitting &= not re.match(r"\s*(?:i|we|you)\b", sentence[len(clauses[0]) + 1 :], re.IGNORECASE)
         if words <= (MAX_ANSWER_WORDS if is_whole else 4) and is_fitting:
             return first
@@ -347,7 +355,8 @@ def _without_predicate(sentence: str, form: Asked, *, explicit: bool, names: boo
         linked = [place for place, word in enumerate(words_of) if plain_word(word) in form.known - FILLER]
         if len(linked) > 1 and (runs := [run for part in _around(words_of, linked) for run in _new_runs(part, form)]):
             return runs[0]
-    found = [name for name in _NAME.findall(sentence[1:]) if not {*map(plain_word, WORD.findall(name))} <= form.known]
+    names_of = [match[0] for match in _NAME.finditer(sentence) if match.start() > 0]
+    found = [name for name in names_of if not {*map(plain_word, WORD.findall(name))} <= form.known]
     return found[0] if len(found) == 1 and form.in_words(sentence) and not form.is_on_word else ""
 
 

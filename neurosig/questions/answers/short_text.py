@@ -68,11 +68,13 @@ _PEOPLE = frozenset({"american", "african", "asian", "european"})
 _HYPHENED = re.compile(r"(?<=[A-Za-z])-\d+\b|\b\d+(?:st|nd|rd|th)\b")
 _BRACKETS = re.compile(r"\([^()]*\)")
 _COMPOUND = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)+")
+_IS_NUMBER = re.compile(r"\bis\s+(?:(?:about|approximately|roughly)\s+)?\d+\W*$")
 _A_NAME = re.compile(r"^\s*(?:\w+ly\s+)?an?\s+[A-Z][\w-]*\s*[,.!]")
 LONGEST_BARE = 5
 """Words of a text that names a thing without saying anything of it."""
 _SUBJECT_END = re.compile(r"\b(?:is|are|was|were|has|lies|belongs)\b")
 _KOREAN_END = re.compile(r"(?<=[\uac00-\ud7a3])(?:입니다|이에요|예요|이다)\.?$")
+_FINISHED = ";.!?\"'”’)]}。！？"
 LONGEST_STATEMENT, MOST_CLAUSES = 1000, 20
 """Characters and clauses in which an answer is looked for."""
 
@@ -102,18 +104,16 @@ def short_answer(text: str, question: str, space: Sequence[Sequence[str]], *, co
         if answer is None and not _is_numeric(space):
             answer = _statement_answer(statement, question, explicit=explicit, space=space)
         if answer is not None:
-            last = normalise(text.split()[-1])
-            is_cut = text[-1:].isalnum() and (
-                f" {normalise(text)}".endswith(f" {answer}") or last.startswith(f"{answer} ")
-            )
-            return None if is_cut and not complete else answer
+            return answer if complete or not _is_cut(text, answer) else None
     return None
 
 
 def _is_cut(text: str, answer: str) -> bool:
     """Whether the last word of a text that was cut off is part of its answer."""
-    last = normalise(text.split()[-1])
-    return text[-1:].isalnum() and (f" {normalise(text)}".endswith(f" {answer}") or last.startswith(f"{answer} "))
+    last, plain = normalise(text.split()[-1]), f" {normalise(text)} "
+    if plain.count(f" {answer} ") > 1 or text[-1:] in _FINISHED:
+        return False
+    return plain.endswith(f" {answer} ") or last.startswith(answer)
 
 
 def statements(text: str) -> Iterator[tuple[str, bool]]:
@@ -178,14 +178,13 @@ def members_in(statement: str, question: str, space: Sequence[Sequence[str]]) ->
         return [] if number is None else [number]
     found = found_members(statement, question, space)
     plain = f" {normalise(statement)} "
-    if len(found) > 1 and len(nouns := [name for name in found if f" {name} " in plain]) == 1:
-        found = nouns  # a European nation located in Africa
+    adjectives = [name for name in found if f" {name} " not in plain and f" {name}n " in plain.replace("pean ", "pen ")]
+    if len(found) - len(adjectives) == 1:
+        found = [name for name in found if name not in adjectives]  # a European nation located in Africa
     subject = _SUBJECT_END.split(statement, maxsplit=1)
     if found and len(subject) == 1 and not has(statement, asked(question).noun) and not space[0][0][0].isupper():
         return [] if len(statement.split()) > LONGEST_BARE else found
-    first = _CLAUSE_BREAK.split(subject[-1], maxsplit=1)[0]
-    is_other = len(subject) > 1 and _A_NAME.match(subject[1]) and not found_members(first, question, space)
-    if is_other:  # a Kurd, specifically one of the Armenian diaspora
+    if found and len(subject) > 1 and _names_another(subject, question, space):
         return []
     if found and len(subject) > 1 and not asked(question).is_asked_by(statement, _without_members(subject[0], space)):
         return []
@@ -193,6 +192,14 @@ def members_in(statement: str, question: str, space: Sequence[Sequence[str]]) ->
         clauses = (found_members(clause, question, space) for clause in _CLAUSE_BREAK.split(statement)[:MOST_CLAUSES])
         found = next(filter(None, clauses), found)
     return found
+
+
+def _names_another(parts: Sequence[str], question: str, space: Sequence[Sequence[str]]) -> bool:
+    """Whether what follows "is" is a name outside the space: "is a Kurd, specifically one of the Armenian diaspora"."""
+    subject, rest = parts
+    first = _CLAUSE_BREAK.split(rest, maxsplit=1)[0]
+    is_name = _A_NAME.match(rest) or (has(subject, asked(question).noun) and _NAME.search(first))
+    return bool(is_name) and not found_members(first, question, space)
 
 
 def _without_members(subject: str, space: Sequence[Sequence[str]]) -> str:
@@ -222,8 +229,9 @@ def _asked_number(statement: str, question: str, members: set[str]) -> str | Non
     if after:
         rest = re.sub(r"^(?:\W|\b(?:of|is|as|the|at|for)\b)+(?=\d)", "", plain[after.end() :])
         return number_in(_BRACKETS.sub(" ", rest), first=True) or number_in(rest, first=True)
-    value = number_in(plain, asides=False)
-    return value if value in members else None
+    value = number_in(plain, asides=len(plain.split()) <= LONGEST_BARE)
+    is_stated = _IS_NUMBER.search(plain) is not None
+    return value if value in members or is_stated else None
 
 
 def _without_courtesy(sentence: str) -> str:
