@@ -63,7 +63,6 @@ _NO_ANSWER = re.compile(
 )
 """Words that begin a remark or an aside, and no answer."""
 _ASIDE = re.compile(r"^\W*(?:just|given|like|let|please|by|as)\b", re.IGNORECASE)
-_CONTRACTED = re.compile(r"\b(it|that|this|he|she|there|what)['\u2019]s\b", re.IGNORECASE)
 _LABEL = re.compile(
     r"^\W*(?:(?:A|sentence|response|reply|output|noun|verb|\w+(?=: (?:the|it|in|a)\b))\s*:|while\b)\s*", re.I
 )
@@ -111,7 +110,7 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
         names: The possible answers are known, and the sentence has none of them: then only a name answers.
     """
     form = asked(question)
-    sentence = _after_colon(_LABEL.sub("", _ADDRESSED.sub("", _CONTRACTED.sub(r"\1 is", sentence))), form)
+    sentence = _after_colon(_LABEL.sub("", _ADDRESSED.sub("", sentence)), form)
     equation = re.fullmatch(r"(.*?)\s=\s+([^\s]+).*", sentence, re.DOTALL) if form.noun == "formula" else None
     if equation and not _PREDICATE.search(equation[1]):
         left, right = equation[1].strip(), equation[2].rstrip(".,;")

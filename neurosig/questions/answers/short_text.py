@@ -34,6 +34,7 @@ _POLITE = re.compile(
     r"\s*(?:[!,.:;！、，。]|[-–—]\s|$)\s*",
     re.IGNORECASE,
 )
+_CONTRACTED = re.compile(r"\b(it|that|this|he|she|there|what)['\u2019]s\b", re.IGNORECASE)
 _HEDGE = re.compile(r"^\W*i (?:think|believe|guess|would say)(?: that)? (?=(?:it|that|the)\b)", re.IGNORECASE)
 _ABOUT_TASK = re.compile(
     r"\b(?:the user|(?:this|the) question|i(?:'?m| am) (?:glad|happy|thrilled|here|a helpful)|let me|let's"
@@ -122,7 +123,7 @@ def statements(text: str) -> Iterator[tuple[str, bool]]:
     Announced are marked answers and what follows "Answer:" or "the answer is", the last first; without any, these are
     its sentences in order, without courtesies, questions and remarks on the task.
     """
-    plain = unmarked(text)
+    plain = _CONTRACTED.sub(r"\1 is", unmarked(text))
     announced = [part for part in (*marked(text), *answer_tails(plain.replace("**", "")))]
     announced = [part for part in announced if sentences(part) and not part.lower().startswith("not ")]
     if announced:
@@ -255,7 +256,7 @@ def _statement_answer(statement: str, question: str, *, explicit: bool, space: S
     answer, is_name = normalise(run), any(char.isupper() for char in run)
     if space and not names and not _is_abbreviated(space) and not explicit:
         is_aside = len(_SUBJECT_END.split(statement)) == 1 and not has(statement, asked(question).noun)
-        if (is_aside and len(statement.split()) > LONGEST_BARE) or len(answer) < 3:
+        if (is_aside and len(statement.split()) > LONGEST_BARE) or len(answer) < 2:
             return None
     is_description = bool(space) and not _is_abbreviated(space) and not is_name and (names or len(answer.split()) > 1)
     if not answer or (is_description and not explicit):
