@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 
 from neurosig.questions.answers.normal import normalise
 
@@ -49,6 +49,7 @@ MOST_WORDS, ALIKE = 40, 0.75
 """Words of a sentence that are compared with those of the question, and how alike a misspelt one is (difflib)."""
 
 
+@lru_cache(maxsize=4096)
 def plain_word(word: str) -> str:
     """A word normalised, without a possessive 's."""
     return normalise(re.sub("['\u2019]s$", "", word))
