@@ -26,7 +26,8 @@ FUNCTION = frozenset(
     """
     a an the of in on at to from by for with as its it this that there their one two either both than
     is are was were be been being has have had do does did can could will would may might which what who
-    after before despite near during under without including along between through less more very much most
+    after before despite near during under without including along
+    between through less more very much most around about circa
     der die das den dem des ein eine von im le les un une el los il lo
     """.split()  # noqa: SIM905 (a list of eighty strings reads worse)
 )
@@ -34,7 +35,9 @@ FILLER = FUNCTION | frozenset(
     """
     located situated found considered known called named referred represented denoted abbreviated spelled written
     defined given used based wrote discovered invented painted composed founded built made geschrieben erfunden entdeckt
-    gemalt gebaut écrit peint incorrect undefined unknown irregular wrong
+    gemalt gebaut écrit peint gives give makes make produces produce yields speaks speak eats eat uses use plays
+    played play
+    incorrect undefined unknown irregular wrong
     misunderstood confused misinterpreted mistaken originally technically correct right best answer common other
     largely entirely location
     actually indeed typically often usually officially currently simply generally commonly also likely probably
@@ -113,7 +116,7 @@ class Asked:
         noun = re.escape(self.noun)
         begins = re.match(rf"\W*(?:the|this)?\s*(?:\w+\s+)?{noun}\b(?!\s+of\b)", subject, re.IGNORECASE)
         names_noun = has(sentence, self.noun)
-        if own <= {self.noun} or (self.noun and begins):
+        if not self.noun or own <= {self.noun} or begins:
             return True
         if not self.content:
             return names_noun or any(self.known & {*normalise(text).split()} for text in QUOTED.findall(sentence))

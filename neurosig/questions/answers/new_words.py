@@ -62,6 +62,7 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 """Words that begin a remark or an aside, and no answer."""
+_AMOUNT = re.compile(r"(?<![\w.])-?\d[\d.,]*(?<![.,])(?:\s+(?!(?:and|or|in|at|of|to|on)\b)[A-Za-z]+){0,2}")
 _ASIDE = re.compile(r"^\W*(?:just|given|like|let|please|by|as)\b", re.IGNORECASE)
 _LABEL = re.compile(
     r"^\W*(?:(?:A|sentence|response|reply|output|noun|verb|\w+(?=: (?:the|it|in|a)\b))\s*:|while\b)\s*", re.I
@@ -194,6 +195,9 @@ def _appositive(subject: str, form: Asked) -> str:
 def _in_predicate(subject: str, rest: str, form: Asked, *, names: bool) -> str:
     """The answer after "is": new words, or, if the subject is what was asked for, whatever follows."""
     first = next(filter(content_words, _CLAUSE_END.split(rest)), "").strip(" .!")
+    repeats = content_words(first)[:1]
+    if repeats and repeats[0] in form.content and not form.is_on_word and not form.content & {*content_words(subject)}:
+        return ""  # Jupiter is the largest planet in the solar system
     if _INDEFINITE.match(rest):
         brief = _QUALIFIED.split(first, maxsplit=1)[0] if names else rest.strip(" .!")
         is_brief = len(brief.split()) <= 3 and not form.is_on_word and form.noun not in SHAPES
@@ -349,11 +353,16 @@ def _without_predicate(sentence: str, form: Asked, *, explicit: bool, names: boo
         return _by_shape(sentence, form)
     if _ASIDE.match(sentence):
         return ""
+    asked_stems = {word[:4] for word in form.known - FUNCTION}
+    n_asked = len({stem for word in WORD.findall(sentence) if (stem := plain_word(word)[:4]) in asked_stems})
     for clause in clauses:
         words_of = WORD.findall(clause)
-        linked = [place for place, word in enumerate(words_of) if plain_word(word) in form.known - FILLER]
-        if len(linked) > 1 and (runs := [run for part in _around(words_of, linked) for run in _new_runs(part, form)]):
+        linked = [place for place, word in enumerate(words_of) if plain_word(word)[:4] in asked_stems]
+        runs = [run for part in _around(words_of, linked) for run in _new_runs(part, form)] if linked else []
+        if runs and n_asked > 1:
             return runs[0]
+    if (amount := _AMOUNT.search(sentence)) and form.in_words(sentence) and not form.is_on_word and not names:
+        return amount[0]
     names_of = [match[0] for match in _NAME.finditer(sentence) if match.start() > 0]
     found = [name for name in names_of if not {*map(plain_word, WORD.findall(name))} <= form.known]
     return found[0] if len(found) == 1 and form.in_words(sentence) and not form.is_on_word else ""
