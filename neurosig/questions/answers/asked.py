@@ -20,6 +20,11 @@ _NOUN = re.compile(
     r"|^(?:what|which)\s+(?:\w+\s+)??(\w+)\s+(?:has|is|was|did|do|does|are|have|can)\b|\bwhich\s+(\w+)\s*\?",
     re.IGNORECASE,
 )
+ADVERB = (
+    r"(?:indeed|actually|typically|often|usually|simply|officially|currently|generally|commonly|also|probably|likely"
+    r"|just|now|predominantly|primarily|mostly|mainly)"
+)
+"""Words between "is" and an answer."""
 _WH = re.compile(r"\b(?:which|what)\b", re.IGNORECASE)
 _OTHER_NOUN = {"plural": "singular", "singular": "plural", "opposite": "synonym"}
 FUNCTION = frozenset(

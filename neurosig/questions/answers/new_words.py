@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from neurosig.questions.answers.asked import (
+    ADVERB,
     CLOSE,
     FILLER,
     FUNCTION,
@@ -24,13 +25,10 @@ from neurosig.questions.answers.asked import (
     plain_word,
 )
 from neurosig.questions.answers.normal import normalise
+from neurosig.questions.answers.shapes import COMPOSED, LONGEST_SYMBOL, SHAPE_NEXT, SHAPES, by_shape
 
 MAX_ANSWER_WORDS = 6
 
-_ADVERB = (
-    r"(?:indeed|actually|typically|often|usually|simply|officially|currently|generally|commonly|also|probably|likely"
-    r"|just|now|predominantly|primarily|mostly|mainly)"
-)
 _CLAUSE_END = re.compile(
     r"[,;:]|(?<!\w)\(|\s[-–—]\s|\b(?:and|or)\b(?!\s+[A-Z])"
     r"|\b(?:but|which|who|that|not|though|because|since|as|when|where|while|also)\b"
@@ -43,19 +41,19 @@ _OTHER_PREDICATE = re.compile(
     re.IGNORECASE,
 )
 _QUOTED_NEXT = re.compile(
-    rf"^\s*(?:(?:{_ADVERB}|the|word|(?:a|an|the)\s+(?:\w+\s+){{0,2}}?(?:noun|verb|word|adjective|adverb|phrase|term|infinitive|form))\s+)*"
+    rf"^\s*(?:(?:{ADVERB}|the|word|(?:a|an|the)\s+(?:\w+\s+){{0,2}}?(?:noun|verb|word|adjective|adverb|phrase|term|infinitive|form))\s+)*"
     rf"[{OPEN}']+([^{OPEN}{CLOSE}]+?)[.,]?[{CLOSE}']+(?!\w)",
     re.IGNORECASE,
 )
 _LINK = re.compile(
     rf"^(?:\s*(?:(?:is|was|are|of|for|as|being|called|named(?!\s+(?:for|after|in)\b)|known\s+as|(?:denoted|represented)\s+(?:as|by)|written\s+as"
-    rf"|(?:located|situated)\s+[io]n|the|{_ADVERB})\b|[:=]|,(?=\s*[A-Z][^,.]{{0,40}},)))+\s*",
+    rf"|(?:located|situated)\s+[io]n|the|{ADVERB})\b|[:=]|,(?=\s*[A-Z][^,.]{{0,40}},)))+\s*",
     re.IGNORECASE,
 )
 _LINKED_BY_OF = frozenset({"symbol", "formula", "number", "continent", "country", "state", "city", "title", "name"})
 """Nouns that "of" may link to their name: "the continent of Africa", but not "an element of the noble gases"."""
-_INDEFINITE = re.compile(rf"^\W*(?:{_ADVERB}\s+)*(?:a|an|one|part|not)\b", re.IGNORECASE)
-_ORIGIN = re.compile(rf"^\W*(?:{_ADVERB}\s+)*(?:from|in|of)\b", re.IGNORECASE)
+_INDEFINITE = re.compile(rf"^\W*(?:{ADVERB}\s+)*(?:a|an|one|part|not)\b", re.IGNORECASE)
+_ORIGIN = re.compile(rf"^\W*(?:{ADVERB}\s+)*(?:from|in|of)\b", re.IGNORECASE)
 _NO_ANSWER = re.compile(
     r"^\W*(?:i|i'm|i\u2019m|i'd|we|you|this|that|these|please|feel|although|if|when|in|to|from|at|on|by|for|as"
     r"|she|he|they|it|there|here|which|what|who|how|why|where|whether|given|just|let)\b",
@@ -81,19 +79,8 @@ _NAMING = re.compile(
 )
 _NAMED = frozenset({"", "name", "compound", "element", "symbol", "formula", "term", "word"})
 """Nouns whose things are said to be "known as" their answer."""
-_SYMBOL, _FORMULA = r"[A-Z][A-Za-z0-9]{0,5}", r"(?=[^\s,;]*(?:\d|[A-Z][^\s,;]*[A-Z]))[A-Z(\[][A-Za-z0-9()\[\]+\-·^]*"
-SHAPES = {"symbol": re.compile(_SYMBOL), "formula": re.compile(_FORMULA)}
-"""Forms of what some nouns ask for; these are also found in brackets, or as the only such word."""
-_SHAPE_NEXT = {
-    noun: re.compile(rf"^\s*(?:{_ADVERB}\s+|chemical\s+|the\s+)*[{OPEN}'(]*({shape})(?![\w-])")
-    for noun, shape in (("symbol", _SYMBOL), ("formula", _FORMULA))
-}
-_BRACKETED = re.compile(r"(?<!\w)\(([^\s()]{1,12}(?:\([^\s()]{1,8}\)[^\s()]{0,8})*)\)")
-_ROMAN = re.compile(r"[IVX]+")
-LONGEST_SYMBOL = 10
 NEAR = 30
 """Characters after the predicate in which a quoted word answers."""
-_COMPOSED = re.compile(r"\b(?:(?:largely|mainly|primarily)\s+)?(?:composed|consists?|made|contains?|combination)\b")
 _NEVER = frozenset(
     ["a", "an", "the", "to", "of", "in", "on", "at", "and", "or", "is", "it", "its", "that", "this", "which", "what"]
 )
@@ -132,14 +119,14 @@ def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, name
     is_answer = quoted and len(quoted[1].split()) <= MAX_ANSWER_WORDS and not has(quoted[1], form.noun)
     if quoted and is_answer and (form.is_on_word or not form.in_words(quoted[1])):
         return quoted[1]
-    if form.noun in SHAPES and (shape := _SHAPE_NEXT[form.noun].match(rest)) and form.is_new(shape[1]):
+    if form.noun in SHAPES and (shape := SHAPE_NEXT[form.noun].match(rest)) and form.is_new(shape[1]):
         return shape[1]
     copula = re.search(r"\b(?:is|are|was|were)$", sentence[: len(sentence) - len(rest)], re.IGNORECASE)
     reversed_of = (
         copula
         and form.noun
         and re.match(
-            rf"\s*(?:{_ADVERB}\s+)*(?:(?:the|a|an|correct)\s+)*(?:\w+\s+){{0,2}}?{re.escape(form.noun)}\s+(?:of|for)\b(.*)",
+            rf"\s*(?:{ADVERB}\s+)*(?:(?:the|a|an|correct)\s+)*(?:\w+\s+){{0,2}}?{re.escape(form.noun)}\s+(?:of|for)\b(.*)",
             rest,
             re.DOTALL | re.IGNORECASE,
         )
@@ -156,7 +143,7 @@ def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, name
         or _before_noun(rest, form)
         or ("" if names and not has(rest, form.noun) else _in_subject(subject, rest, form))
         or _after_naming(sentence, form)
-        or (_by_shape(sentence, form) or _after_noun(sentence, form, known=True) if form.noun in SHAPES else "")
+        or (by_shape(sentence, form) or _after_noun(sentence, form, known=True) if form.noun in SHAPES else "")
     )
 
 
@@ -207,7 +194,7 @@ def _in_predicate(subject: str, rest: str, form: Asked, *, names: bool) -> str:
             if is_brief and runs and not form.content & {*content_words(brief)} and not has(brief, form.noun)
             else ""
         )
-    if _COMPOSED.match(rest.strip()):
+    if COMPOSED.match(rest.strip()):
         return ""
     if form.is_on_word:
         quoted = [text for text in QUOTED.findall(first[:NEAR]) if form.is_new(text) and len(text.split()) <= 3]
@@ -255,18 +242,6 @@ def _in_subject(subject: str, rest: str, form: Asked) -> str:
     return runs[0] if runs and not _NO_ANSWER.match(subject) else ""
 
 
-def _by_shape(sentence: str, form: Asked) -> str:
-    """The only word in brackets, or in the sentence, of the form that the noun asks for."""
-    if _COMPOSED.search(sentence):
-        return ""
-    shape = SHAPES[form.noun]
-    found = [text for text in _BRACKETED.findall(sentence) if shape.fullmatch(text) and not _ROMAN.fullmatch(text)]
-    if not found and form.noun == "formula":
-        found = [word for word in WORD.findall(sentence) if shape.fullmatch(word) and any(map(str.isdigit, word))]
-    new = dict.fromkeys(text for text in found if form.is_new(text))
-    return next(iter(new)) if len(new) == 1 else ""
-
-
 def _after_noun(sentence: str, form: Asked, *, known: bool = False) -> str:
     """The new words right after the asked noun: "symbol of Rb", "formula is H2O", "an element named copper"; with
     ``known`` a word of the question where a symbol or formula should be ("with the symbol gallium")."""
@@ -279,7 +254,7 @@ def _after_noun(sentence: str, form: Asked, *, known: bool = False) -> str:
             continue
         rest = sentence[found.end() + len(link) :].lstrip()
         if form.noun in SHAPES:
-            shape = _SHAPE_NEXT[form.noun].match(rest) or re.match(r"^([a-z]{1,3})(?![\w-])", rest)
+            shape = SHAPE_NEXT[form.noun].match(rest) or re.match(r"^([a-z]{1,3})(?![\w-])", rest)
             alone = re.match(r"^[\"*]*([^\s,;]+?)[.\"*]*$", _CLAUSE_END.split(rest, maxsplit=1)[0].strip())
             word = shape or (alone if link or (alone and any(map(str.isdigit, alone[1]))) else None)
             if word and form.is_new(word[1]) and (shape or normalise(word[1]) not in FILLER):
@@ -314,7 +289,7 @@ def _after_naming(sentence: str, form: Asked) -> str:
         if form.noun in SHAPES and found[0].lower().startswith(("named", "called")):
             continue
         if form.noun in SHAPES:
-            shape = _SHAPE_NEXT[form.noun].match(rest)
+            shape = SHAPE_NEXT[form.noun].match(rest)
             runs = [shape[1]] if shape and form.is_new(shape[1]) else []
         else:
             clause = _CLAUSE_END.split(rest, maxsplit=1)[0]
@@ -350,7 +325,7 @@ def _without_predicate(sentence: str, form: Asked, *, explicit: bool, names: boo
         if words <= (MAX_ANSWER_WORDS if is_whole else 4) and is_fitting:
             return first
     if form.noun in SHAPES:
-        return _by_shape(sentence, form)
+        return by_shape(sentence, form)
     if _ASIDE.match(sentence):
         return ""
     asked_stems = {word[:4] for word in form.known - FUNCTION}
