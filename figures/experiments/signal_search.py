@@ -47,8 +47,7 @@ logger = logging.getLogger(__name__)
 NAME = "signal_search"
 NEEDS = None
 RESAMPLES = 5000
-PENALTY, MIN_ACTIVE_SHARE = 0.1, 0.02
-HIDDEN_PENALTY = 0.01
+PENALTY, MIN_ACTIVE_SHARE, HIDDEN_PENALTY = 0.1, 0.02, 0.01
 
 Labels = Literal["agreement", "contrast", "shuffled", "gold"]
 
@@ -387,14 +386,11 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, column: str) -> None:
         y = [position + 0.2 * (2 * offset - 1) for position in range(len(names))]
         marks = [colours[role] for role in rows["role"]]
         axis.hlines(y, rows[f"{column}_low"], rows[f"{column}_high"], colors=marks, linewidth=1.2)
-        marker, faces = ("o", marks) if offset == 0 else ("s", "white")
-        axis.scatter(rows[column], y, color=faces, edgecolors=marks, marker=marker, s=16, zorder=3)
-        face = "black" if offset == 0 else "white"
-        label = f"{domain} (n={rows['n'].iloc[0]})"
-        axis.scatter([], [], color=face, edgecolors="black", marker=marker, label=label)
+        marker, face = ("o", "black") if offset == 0 else ("s", "white")
+        axis.scatter(rows[column], y, color=face if offset else marks, edgecolors=marks, marker=marker, s=16, zorder=3)
+        axis.scatter([], [], color=face, edgecolors="black", marker=marker, label=f"{domain} (n={rows['n'].iloc[0]})")
     if column != "auroc":
-        proven = table[table["role"].eq("tried") & adds(table, column)]
-        for row in proven.itertuples():
+        for row in table[table["role"].eq("tried") & adds(table, column)].itertuples():
             axis.annotate("*", (getattr(row, f"{column}_high"), names.index(str(row.variant))), va="center")
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)

@@ -12,7 +12,15 @@ from typing import Any
 from distill.evaluate import read_sampled
 from distill.metrics_log import METRICS as METRICS_FILE
 from figures.grid.config import BASE, CONTROL
-from figures.grid.rows import Run, grid_results, read_grid, run_columns, sampled_grid_rows, write_grid
+from figures.grid.rows import (
+    EVALUATION_SEED,
+    Run,
+    grid_results,
+    read_grid,
+    run_columns,
+    sampled_grid_rows,
+    write_grid,
+)
 from figures.grid.table_text import markdown
 from figures.grid.tables import METRICS, Layout, scope_table
 from figures.grid.texts import format_check, rollout_rows, write_texts

@@ -7,10 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file
@@ -63,16 +63,23 @@ def _find(module: str) -> ModuleSpec | None:
     return PathFinder.find_spec(module, list(parent.submodule_search_locations))
 
 
+class _SourceLoader(SourceFileLoader):
+    """Loads a module from its source as it is now, not from bytecode of an earlier one."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 @cache
 def _module(name: str, origin: str, sha256: str) -> ModuleType:
-    """The module made from its source as it is now, not from bytecode of an earlier one."""
-    spec, here, before = importlib.util.spec_from_file_location(name, origin), os.getcwd(), sys.modules.get(name)
+    loader, here, before = _SourceLoader(name, origin), os.getcwd(), sys.modules.get(name)
+    spec = importlib.util.spec_from_file_location(name, origin, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # its dataclasses look themselves up there
     sys.path.insert(0, here)
     try:
-        exec(compile(Path(origin).read_bytes(), origin, "exec"), module.__dict__)
+        loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise UserError(f"--answer-parser: {origin} fails: {type(error).__name__}: {error}") from error

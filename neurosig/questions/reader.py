@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from neurosig.questions.answers.extract import AnswerFormat, extract_answer
 from neurosig.questions.answers.grading import is_correct, is_lenient
 from neurosig.questions.answers.normal import normalise
+from neurosig.questions.custom_parser import Parser, load_parser
 from neurosig.questions.vote import Vote, VoteMerge, majority_vote, merge_answers
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 
 if TYPE_CHECKING:
-    from neurosig.questions.custom_parser import Parser
     from neurosig.questions.load import Question
 
 
@@ -76,9 +77,8 @@ class AnswerReader:
     _parse: Parser | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_config(self)
         if self.answer_parser is not None:
-            from neurosig.questions.custom_parser import load_parser
-
             parse, digest = load_parser(self.answer_parser)
             object.__setattr__(self, "_parse", parse)
             object.__setattr__(self, "answer_parser_sha256", digest)

@@ -19,21 +19,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tyro.conf import Positional
 
 from neurosig.runtime.cli import CommonConfig, printable, run_command
 from neurosig.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from neurosig.manifest import Manifest
+from neurosig.verify import SKIPPED
 
 logger = logging.getLogger(__name__)
 
 Check = tuple[str, str]
 """Name of a check and its problem: empty if there is none, "skipped: ..." if it could not be made."""
-SKIPPED = "skipped: "
 LEFT_OUT = {".work", "checkpoints", "adapter", "model", ".final"}
 
 
@@ -114,12 +111,13 @@ def _guarded(check: Callable[[Path, Found], Iterator[Check]], folder: Path, foun
 def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     """Files, rows and contexts (`neurosig.manifest.read_manifest`), then votes, counts, signals and neurons."""
     from neurosig.manifest import read_manifest
+    from neurosig.verify.recomputed import votes_problem
 
     manifest = read_manifest(folder)
     header = manifest.header
     found.manifests[header.content_sha256] = header.model_dump()
     yield f"{len(header.files)} files as hashed, {len(manifest.rows)} questions and their contexts", ""
-    yield "answers and votes follow from the rollouts", _votes_problem(manifest)
+    yield "answers and votes follow from the rollouts", votes_problem(manifest)
     reasons = Counter(row.reason for row in manifest.rows)
     counts = {"questions": len(manifest.rows), **{str(reason): count for reason, count in reasons.items()}}
     yield "counts by reason", "" if counts == header.counts else f"{header.counts}, the rows say {counts}"
@@ -129,32 +127,6 @@ def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     record = folder / "run.json"
     run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     yield "versions on record", _versions_problem(run) if run else f"{SKIPPED}no run.json"
-
-
-def _votes_problem(manifest: Manifest) -> str:
-    from neurosig.questions.custom_parser import MissingParser
-
-    if manifest.header.schema_version == "1.1":
-        return f"{SKIPPED}an earlier version parsed them"
-    try:
-        reader = manifest.header.answer_reader()
-    except MissingParser as error:
-        return f"{SKIPPED}{error}"
-    for row in manifest.rows:
-        problem = f'question "{row.question_id}": its answers are not those of its rollouts'
-        if row.vote is None:
-            if row.answers or row.pseudo_label is not None:
-                return problem
-            continue
-        group = [manifest.rollouts[row.question_id, place] for place in range(len(row.answers))]
-        reading = reader.read(group, row.as_question())
-        if (row.raw_answers, row.answers) != (reading.raw_answers, reading.answers):
-            return problem
-        vote = reading.vote
-        kept = (row.vote.count, row.vote.n, row.vote.n_tied, row.pseudo_label)
-        if kept != (vote.count, vote.n, vote.n_tied, vote.winner):
-            return f'question "{row.question_id}": its vote is not that of its answers'
-    return ""
 
 
 def _keys(path: Path) -> Iterator[str]:

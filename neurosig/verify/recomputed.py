@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, computed again from its rows, for `neurosig.verify`.
+"""The votes of a manifest and the numbers of an evaluation, computed again from their rows, for `neurosig.verify`.
 
 Written independently of `distill.evaluate`, on the same metrics: an error in either shows as a difference.
 """
@@ -14,15 +14,43 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from neurosig.manifest import Manifest
 from neurosig.questions.answers import is_correct, normalise
 from neurosig.questions.answers.spaces import members
+from neurosig.questions.custom_parser import MissingParser
 from neurosig.questions.load import Question
 from neurosig.questions.reader import AnswerReader
 from neurosig.questions.vote import majority_vote
 from neurosig.sampling.rollouts import Rollout, parse_rollout
 from neurosig.statistics import metrics
+from neurosig.verify import SKIPPED
 
 Row = Mapping[str, Any]
+
+
+def votes_problem(manifest: Manifest) -> str:
+    """The first question whose answers or vote do not follow from its rollouts, or an empty string."""
+    if manifest.header.schema_version == "1.1":
+        return f"{SKIPPED}an earlier version parsed them"
+    try:
+        reader = manifest.header.answer_reader()
+    except MissingParser as error:
+        return f"{SKIPPED}{error}"
+    for row in manifest.rows:
+        problem = f'question "{row.question_id}": its answers are not those of its rollouts'
+        if row.vote is None:
+            if row.answers or row.pseudo_label is not None:
+                return problem
+            continue
+        group = [manifest.rollouts[row.question_id, place] for place in range(len(row.answers))]
+        reading = reader.read(group, row.as_question())
+        if (row.raw_answers, row.answers) != (reading.raw_answers, reading.answers):
+            return problem
+        vote = reading.vote
+        kept = (row.vote.count, row.vote.n, row.vote.n_tied, row.pseudo_label)
+        if kept != (vote.count, vote.n, vote.n_tied, vote.winner):
+            return f'question "{row.question_id}": its vote is not that of its answers'
+    return ""
 
 
 def row_problem(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -247,7 +248,10 @@ def test_thinking_mode_reaches_every_prompt(tmp_path: Path) -> None:
 
 def test_nothing_selected_is_reported_and_not_trained_on(tmp_path: Path) -> None:
     folder = make_manifest(tmp_path, question_filter="vote_only", min_vote_share=1.0)
-    with pytest.raises(UserError, match=r"0 of 8 questions selected \(\d tie"):
+    reasons = [row.reason for row in read_manifest(folder).rows]
+    stated = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
+    assert "tie" in reasons
+    with pytest.raises(UserError, match=re.escape(f"0 of 8 questions selected ({stated})")):
         train(TrainConfig(manifest=folder, out=tmp_path / "run", quiet=True))
     assert not (tmp_path / "run").exists()
 

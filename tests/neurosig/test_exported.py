@@ -52,7 +52,7 @@ def test_a_question_that_was_too_long_has_no_rollouts(folder: Path) -> None:
     (folder / "rollouts.jsonl").write_text("".join(line + "\n" for line in lines[3:]))
     header["files"]["rollouts.jsonl"]["rows"] -= 3
     (folder / HEADER).write_text(json.dumps(header))
-    empty = {"answers": [], "vote": None, "pseudo_label": None, "scores": {}, "context": []}
+    empty = {"raw_answers": [], "answers": [], "vote": None, "pseudo_label": None, "scores": {}, "context": []}
     for line in range(1, 9):
         edit_row(folder, line, lambda row: row.update(context=[]))
     edit_row(folder, 1, lambda row: row.update(**empty, selected=False, reason="too_long"))

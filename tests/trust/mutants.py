@@ -35,8 +35,9 @@ class Mutant:
 
 
 LOSSES, STEP, HIDDEN = "distill/losses.py", "distill/step.py", "neurosig/models/completion_hidden.py"
-ANSWERS, VOTE, METRICS, STATISTICS, RESAMPLING = (
-    "neurosig/questions/answers.py",
+NUMBERS, GRADING, VOTE, METRICS, STATISTICS, RESAMPLING = (
+    "neurosig/questions/answers/numbers.py",
+    "neurosig/questions/answers/grading.py",
     "neurosig/questions/vote.py",
     "neurosig/statistics/metrics.py",
     "neurosig/statistics/significance.py",
@@ -88,8 +89,8 @@ MUTANTS = (
     Mutant("non-answers leave the denominator", VOTE, "return Vote(winner, most, tied, len(answers))", "return Vote(winner, most, tied, sum(counts.values()))", "neurosig/questions/test_answers.py", "never_wins"),
     Mutant("ties by the alphabet", VOTE, 'winner = min(tied, key=lambda candidate: hashlib.sha256(f"{question_id}\\x00{candidate}".encode()).digest())', "winner = tied[0]", "neurosig/questions/test_answers.py", "ties"),
     Mutant("ties by the order of the answers", VOTE, "tied = tuple(sorted(candidate for candidate, count in counts.items() if count == most))", "tied = tuple(candidate for candidate, count in counts.items() if count == most)", "neurosig/questions/test_answers.py", "ties"),
-    Mutant("first number for the last", ANSWERS, "numbers[-1 if marked is None else 0]", "numbers[0]", "neurosig/questions/test_answers.py", "numbers"),
-    Mutant("aliases never count", ANSWERS, "for gold in (question.answer, *question.aliases)", "for gold in (question.answer,)", "neurosig/questions/test_answers.py", "gold_or_an_alias"),
+    Mutant("first number for the last", NUMBERS, "_value(chosen[0 if first or is_equation else -1])", "_value(chosen[0])", "neurosig/questions/test_answers.py", "numbers"),
+    Mutant("aliases never count", GRADING, "for gold in (question.answer, *question.aliases)", "for gold in (question.answer,)", "neurosig/questions/test_answers.py", "gold_or_an_alias"),
     # accuracy and calibration
     Mutant("ties count as right", METRICS, "return n_tied_right / np.maximum(n_tied, 1)", "return (n_tied_right > 0).astype(float)", "neurosig/statistics/test_metrics.py", "maj_at_k"),
     Mutant("pass@k for one sample fewer", METRICS, "1.0 - math.comb(n - right, k) / math.comb(n, k)", "1.0 - math.comb(n - right, k) / math.comb(n + 1, k)", "neurosig/statistics/test_metrics.py", "pass_at_k"),

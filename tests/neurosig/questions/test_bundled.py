@@ -175,7 +175,7 @@ def test_bundled_lines_are_plain_records() -> None:
     for name in NAMES:
         for line in BUNDLED[name].read_text(encoding="utf-8").splitlines():
             assert list(json.loads(line)) == [
-                "id", "domain", "kind", "question", "choices", "answer", "aliases",
+                "id", "domain", "kind", "question", "choices", "answer", "aliases", "answer_space",
             ]  # fmt: skip
 
 

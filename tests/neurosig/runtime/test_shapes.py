@@ -16,7 +16,6 @@ import torch
 import distill
 import figures
 import neurosig
-from distill.choice_scoring import completions
 from distill.config import TrainConfig
 from distill.evaluate import EvaluateConfig
 from distill.losses import Divergence
@@ -31,6 +30,7 @@ from neurosig.patterns.signatures import signature
 from neurosig.patterns.similarity import nearest_sets
 from neurosig.questions.load import Question
 from neurosig.runtime.shapes import Above0, AtLeast, Shapes, check_config, option_names
+from neurosig.sampling.choice_scoring import completions
 from neurosig.selection.rows import manifest_rows
 from neurosig.views import explorer
 from tests.support.tiny import tiny_model

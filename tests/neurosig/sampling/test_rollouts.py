@@ -38,7 +38,8 @@ def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
 
 def test_a_log_of_another_run_is_never_continued(tmp_path: Path) -> None:
     RolloutLog(tmp_path / "log", KEY)
-    with pytest.raises(UserError, match="cannot resume, these differ from the interrupted run: extra, seed; use"):
+    expected = r"differ from the interrupted run: extra \(none before, 2 now\), seed \(0 before, 1 now\); use the same"
+    with pytest.raises(UserError, match=f"cannot resume, these {expected}"):
         RolloutLog(tmp_path / "log", {**KEY, "seed": 1, "extra": 2})
 
 

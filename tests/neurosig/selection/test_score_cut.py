@@ -16,6 +16,7 @@ from neurosig.hallucination.locate import HallucinationProbe
 from neurosig.hallucination.probe import contribution_matrix, fit_probe
 from neurosig.hallucination.scores import QuestionSignals, hallucination_scores
 from neurosig.manifest import Manifest, read_manifest
+from neurosig.questions.reader import Reading
 from neurosig.questions.vote import Vote, majority_vote
 from neurosig.report.__main__ import ReportConfig
 from neurosig.report.__main__ import main as report
@@ -154,12 +155,14 @@ def test_contributions_that_say_nothing_are_named(values: Any, active: int, reas
 def test_a_question_without_active_neurons_spoils_no_score() -> None:
     """Every score of every question is finite, or the score is absent."""
 
+    def reading(name: str, k: int) -> Reading:
+        answers = ("x",) * k
+        return Reading(answers, answers, majority_vote(answers, name))
+
     def signals(name: str, ids: list[list[int]]) -> QuestionSignals:
         group = [Rollout(name, index, "x", (5, 6), "stop") for index in range(2)]
         tensor = torch.tensor(ids, dtype=torch.int32)
-        return QuestionSignals(
-            group, ["x", "x"], majority_vote(["x", "x"], name), tensor, tensor.float(), torch.ones(2, 3)
-        )
+        return QuestionSignals(group, reading(name, 2), tensor, tensor.float(), torch.ones(2, 3))
 
     asked = {"a": signals("a", [[1, 2], [2, 3]]), "b": signals("b", [[-1, -1], [-1, -1]])}
     scores = hallucination_scores(asked, n_neurons=10, probe=ProbeConfig())
@@ -167,9 +170,7 @@ def test_a_question_without_active_neurons_spoils_no_score() -> None:
     assert all(np.isfinite(values).all() for values in scores.by_name.values())
     ragged = {
         **asked,
-        "c": QuestionSignals(
-            [asked["a"].rollouts[0]], ["x"], majority_vote(["x"], "c"), *(torch.ones(1, 2).int(),) * 3
-        ),
+        "c": QuestionSignals([asked["a"].rollouts[0]], reading("c", 1), *(torch.ones(1, 2).int(),) * 3),
     }
     with pytest.raises(ValueError, match='question "c" has 1 rollouts, the first has 2'):
         hallucination_scores(ragged, n_neurons=10, probe=ProbeConfig())
