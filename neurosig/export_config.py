@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from neurosig.hallucination.config import FOLD_SEEDS, INVERSE_PENALTY, HallucinationScore, ProbeConfig
+from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig
 from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
 from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.patterns import Signature
@@ -75,7 +75,7 @@ class ExportConfig(RolloutOptions):
     """What the probe's folds keep together. question: a question is scored by a probe that saw others of its kind;
     kind, domain or another column of the questions: by a probe that saw none with the same value, so that a score
     cannot come from what tells the kinds apart. Fewer values than --probe-folds give one fold each."""
-    probe_fold_seeds: Annotated[int, Shapes.SELECTION] = FOLD_SEEDS
+    probe_fold_seeds: Annotated[int, Shapes.SELECTION] = PROBE.fold_seeds
     """Times that the probe's folds are drawn, at least 1; the scores are the mean, and neurosig.report shows how far
     the drawings differ."""
 

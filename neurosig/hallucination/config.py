@@ -14,7 +14,7 @@ HallucinationScore = Literal[NeuronScore, OutputScore]
 INVERSE_PENALTY = 0.1
 """C of the probe."""
 FOLD_SEEDS = 3
-"""Times that an export draws the probe's folds; each costs one cross-fit, a third of a second for 1,900 rollouts."""
+"""Times that the probe's folds are drawn; each costs one cross-fit, a third of a second for 1,900 rollouts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class ProbeConfig:
     inverse_penalty: float | None = INVERSE_PENALTY
     folds: int = 5
     groups: str = "question"
-    fold_seeds: int = 1
+    fold_seeds: int = FOLD_SEEDS
     seed: int = 0
     min_active_share: float = 0.02
     path_steps: int = 8

@@ -65,7 +65,7 @@ def call(world: Path, name: str, options: Mapping[str, str], *, quiet: bool = Tr
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, questions, a manifest, rollouts made elsewhere, and one finished run of each command."""
     folder = tmp_path_factory.mktemp("world")
-    make_manifest(folder, num_generations=2, instruction="Say it.", answer_format="number")
+    make_manifest(folder, num_generations=2, instruction="Say it.", answer_format="short")
     fields = ("question_id", "text", "completion_ids", "finish_reason")
     lines = [json.loads(line) for line in (folder / "manifest" / "rollouts.jsonl").read_text().splitlines()]
     rollouts = [json.dumps({name: line[name] for name in fields}) + "\n" for line in lines]
@@ -243,7 +243,7 @@ def evaluated(world: Path, out: str, **options: str) -> dict[str, Any]:
         ({"num_generations": "3"}, "num_generations (2 for base, 3 for trained)"),
         ({"max_new_tokens": "5"}, "max_new_tokens (4 for base, 5 for trained)"),
         ({"top_p": "0.9", "top_k": "7"}, "top_k (0 for base, 7 for trained), top_p (1.0 for base, 0.9 for trained)"),
-        ({"answer_format": "short"}, "answer_format (number for base, short for trained)"),
+        ({"answer_format": "number"}, "answer_format (short for base, number for trained)"),
         ({"model": "{w}/other"}, "weights ("),
     ],
 )
@@ -251,7 +251,7 @@ def test_unlike_evaluations_are_not_compared(
     copied: Path, capsys: pytest.CaptureFixture[str], options: dict[str, str], named: str
 ) -> None:
     save_tiny(copied / "other", seed=5)
-    like = {"instruction": "Say it.".replace(" ", "_"), "answer_format": "number"}
+    like = {"instruction": "Say it.".replace(" ", "_"), "answer_format": "short"}
     shutil.rmtree(copied / "base")
     evaluated(copied, "base", **like)
     evaluated(copied, "trained", **{**like, **options})
@@ -274,7 +274,7 @@ def test_temperature_seed_and_adapter_may_differ(copied: Path) -> None:
     pair = {"--base": "{w}/base", "--trained": "{w}/evaluate", "--out": "{w}/report"}
     assert call(copied, "compare", pair) == 2  # trained with another instruction
     shutil.rmtree(copied / "base")
-    write = {"--instruction": "Say_it.", "--answer-format": "number"}
+    write = {"--instruction": "Say_it.", "--answer-format": "short"}
     text("train/adapter/train.json", "Say it.", "Say_it.")(copied)
     assert call(copied, "evaluate", {"--out": "{w}/base", **write}) == 0
     assert call(copied, "evaluate", {"--out": "{w}/cold", **write, "--temperature": "0.3", "--seed": "7"}) == 0
