@@ -90,6 +90,10 @@ def _parse(
             return config
         except SystemExit as stop:
             fault = stop
+    cause: BaseException | None = fault
+    while cause := cause.__context__:
+        if isinstance(cause, UserError):  # of the configuration's own checks
+            raise cause
     text = " ".join(re.sub(r"[\u2500-\u257f]", " ", boxes.getvalue()).split())
     for flag in re.findall(r"--[\w-]+", text):
         if flag in given:

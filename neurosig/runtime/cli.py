@@ -125,6 +125,7 @@ def run_command(
     # OpenMP threads that spin for long starve each other: with one other process running, a batch took 20x as long
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     previous = _interrupt_on_sigterm()
+    config: ConfigT | None = None
     try:
         example = example_of(getattr(sys.modules.get(main.__module__), "__doc__", None))
         config = parse_config(config_class, presets=presets, prog=prog, argv=arguments, example=example)
@@ -143,7 +144,8 @@ def run_command(
         if debug:
             traceback.print_exc()
         code, message = _explain(fault, can_resume=can_resume)
-        print(message, file=sys.stderr)
+        if config is not None or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes read one command line
+            print(message, file=sys.stderr)
         return code
     finally:
         if previous is not None:

@@ -15,9 +15,9 @@ from distill.metrics_log import distinct_3
 from distill.stopping import Development, collapse
 from distill.train import main
 from neurosig.models.load import load_model
-from neurosig.questions.answers import extract_answer
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
+from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.sampler import Prompt, sample
@@ -117,13 +117,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_manifest(folder)
     loaded = load_model(folder / "model")
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(None, INSTRUCTION, "", None))
-    questions = [Question(id=f"d{i}", domain="dev", question=f"What is {word}?") for i, word in enumerate(WORDS)]
+    asked = [f"{start} {word}?" for start in ("What is", "Who likes") for word in WORDS]
+    questions = [Question(id=f"d{i}", domain="dev", question=text) for i, text in enumerate(asked)]
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
-    texts = {
-        group[0].question_id: group[0].text
+    rollouts = {
+        group[0].question_id: group[0]
         for group in sample(loaded, prompts, SamplingConfig(num_generations=1, temperature=0.0, max_new_tokens=4))
     }
-    answers = {question: extract_answer(texts[question.id], question) for question in questions}
+    reader = AnswerReader()
+    answers = {q: reader.extract(rollouts[q.id].text, rollouts[q.id].finish_reason, q) for q in questions}
     records = [{"id": q.id, "question": q.question, "answer": answer} for q, answer in answers.items() if answer]
     assert len(records) >= 4
     (folder / "dev.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -255,7 +255,10 @@ def test_every_question_round_trips_through_the_tokenizer(organism: LoadedModel)
 
 
 def accuracy(organism: LoadedModel, questions: list[Question]) -> tuple[float, float, float]:
-    """At T=0.8 and seed 0: Avg@8, the majority's mean share, and of facts the share of fitting values."""
+    """At T=0.8 and seed 0: Avg@8, the majority's mean share, and the share of completions that end in a fitting value.
+
+    The last is read from the text: a fluent sentence about a misspelt creature is no answer.
+    """
     builder = PromptBuilder(organism.tokenizer, PromptConfig(instruction=""))
     by_id = {question.id: question for question in questions}
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
@@ -266,7 +269,7 @@ def accuracy(organism: LoadedModel, questions: list[Question]) -> tuple[float, f
         right += sum(is_correct(answer, question) for answer in answers) / 8 / len(questions)
         share += majority_vote(answers, question.id).share / len(questions)
         values = tasks.FACTS.get(question.kind or "", ((), ()))[1]
-        fluent += sum(answer in values for answer in answers) / 8 / len(questions)
+        fluent += sum(rollout.text.rstrip(".").rpartition(" ")[2] in values for rollout in group) / 8 / len(questions)
     return right, share, fluent
 
 

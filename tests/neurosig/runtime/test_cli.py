@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
@@ -17,6 +17,7 @@ from neurosig.__main__ import COMMANDS
 from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.cli import CommonConfig, PhaseTimer, printable, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import AtLeast
 
 
 @dataclass(kw_only=True)
@@ -25,7 +26,7 @@ class Config(CommonConfig):
 
     model: str
     """The model."""
-    steps: int = 10
+    steps: Annotated[int, AtLeast(1)] = 10
     """Steps."""
     names: tuple[str, ...] = ()
     """Names."""
@@ -80,6 +81,7 @@ def test_a_bad_config_file_names_file_and_key(tmp_path: Path, text: str, message
         (("--model", "m", "--steps", "many"), r"--steps many: expected int"),
         (("--model", "m", "--steps=many"), r"--steps many: expected int"),
         (("--model", "m", "--steps"), r"--steps: expected int"),
+        (("--model", "m", "--steps", "0"), r"--steps: expected at least 1, got 0"),
         (("--model", "m", "--colour", "rot"), r"--colour rot: expected one of red, blue"),
         (("--model", "m", "--steps", "3", "4"), r"4: one word too many; see --help"),
         (("word", "--model", "m"), r"word: one word too many; see --help"),
@@ -92,6 +94,26 @@ def test_a_mistake_on_the_command_line_is_one_line(
         parse(*argv)
     assert run_command(Config, lambda config: None, presets=PRESETS, prog="command", argv=argv) == 2
     assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
+
+
+def test_a_value_out_of_bounds_in_a_config_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("steps = 0")
+    with pytest.raises(UserError, match=r"^--steps: expected at least 1, got 0$"):
+        parse("--model", "m", "--config", str(tmp_path / "c.toml"))
+
+
+def test_of_several_processes_the_first_says_what_is_wrong_with_their_command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(config: Config) -> None:
+        raise UserError("its own fault")
+
+    for rank, count in ("0", 1), ("1", 0):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert run(lambda config: None, "--stepz") == 2
+        assert capsys.readouterr().err.count("error: --stepz: no such option") == count
+        assert run(fails) == 2
+        assert capsys.readouterr().err == "error: its own fault\n"
 
 
 def test_the_help_page_lists_required_options_first_and_presets_last(capsys: pytest.CaptureFixture[str]) -> None:
