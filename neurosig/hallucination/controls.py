@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import design
-from neurosig.hallucination.probe import chosen_penalty, cross_fit, regularisation_path, too_few
+from neurosig.hallucination.probe import chosen_penalty, cross_fit_by_seed, regularisation_path, too_few
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.arrays import takes_arrays
 
@@ -71,7 +71,7 @@ def random_neuron_auroc(
     for _ in range(draws):
         matrix = prepared.matrix[:, np.sort(rng.choice(pool, n_neurons, replace=False))]
         penalty = chosen_penalty(regularisation_path(matrix, labels, groups, best), best)
-        scores = cross_fit(matrix, labels, groups, replace(config, inverse_penalty=penalty))
+        scores = cross_fit_by_seed(matrix, labels, groups, replace(config, inverse_penalty=penalty)).mean(axis=0)
         aurocs.append(roc_auc_score(labels[rows], scores[rows]))
     low, high = np.quantile(aurocs, [0.025, 0.975])
     return RandomNeurons(float(np.mean(aurocs)), float(low), float(high), np.array(aurocs), n_neurons, config.seed)

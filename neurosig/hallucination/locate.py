@@ -24,7 +24,7 @@ from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.lasso import Design, design, fit_l1
 from neurosig.hallucination.probe import (
     chosen_penalty,
-    cross_fit,
+    cross_fit_by_seed,
     inverse_penalties,
     no_contrast,
     regularisation_path,
@@ -182,7 +182,7 @@ class HallucinationProbe:
         if nothing := no_contrast(prepared.matrix, labels):
             raise UserError(f"probe: {nothing}; lower min_active_share or give other rollouts")
         path = regularisation_path(prepared.matrix, labels, groups, config)
-        scores = cross_fit(prepared.matrix, labels, groups, config)
+        scores = cross_fit_by_seed(prepared.matrix, labels, groups, config).mean(axis=0)
 
         rows = np.flatnonzero(labels >= 0)
         matrix, known = prepared.matrix[rows], labels[rows]

@@ -74,6 +74,7 @@ def locate(exported: Exported, *, seed: int, quiet: bool) -> Located | str:
         split_share=options["probe_split_share"],
         inverse_penalty=None,
         folds=options["probe_folds"],
+        fold_seeds=1,
         seed=seed,
     )
     share = {row.question_id: row.vote.count / row.vote.n for row in exported.rows.values() if row.vote is not None}

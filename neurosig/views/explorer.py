@@ -191,6 +191,8 @@ class Explorer(ExportedRun):
     def neighbours(self, question_id: str, *, count: int = 6, reasons: int = 5) -> NeighbourBrowser:
         """The selected questions nearest to a question, which of them its teacher sees, and the neurons they share.
 
+        A question without a majority answer has no signature, as in the export, and so shares none.
+
         Args:
             question_id: The question.
             count: Number of nearest selected questions; questions of the context are always included.
@@ -200,6 +202,8 @@ class Explorer(ExportedRun):
         names = self.represented if row.pseudo_label is not None else [*self.represented, row.question_id]
         sets = self.representative_sets(names)
         own = names.index(row.question_id)
+        if row.pseudo_label is None:
+            sets[own] = PAD
         similarity = jaccard(sets[[own]], sets)[0]
         pool = [
             i
