@@ -90,10 +90,11 @@ def _parse(
             return config
         except SystemExit as stop:
             fault = stop
-    cause: BaseException | None = fault
-    while cause := cause.__context__:
-        if isinstance(cause, UserError):  # of the configuration's own checks
+    cause = fault.__context__
+    while cause is not None:
+        if isinstance(cause, UserError):  # of the configuration's own checks, which tyro replaces by the option's type
             raise cause
+        cause = cause.__context__
     text = " ".join(re.sub(r"[\u2500-\u257f]", " ", boxes.getvalue()).split())
     for flag in re.findall(r"--[\w-]+", text):
         if flag in given:
