@@ -104,6 +104,8 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
         left, right = equation[1].strip(), equation[2].rstrip(".,;")
         return left if SHAPES[form.noun].fullmatch(left) else right if SHAPES[form.noun].match(right) else ""
     predicate = _PREDICATE.search(sentence) or _OTHER_PREDICATE.search(sentence)
+    if predicate is not None and not WORD.search(sentence[: predicate.start()] + sentence[predicate.end() :]):
+        return predicate[0]  # the answer "was"
     if predicate is None:
         run = _appositive(sentence, form) or _after_noun(sentence, form)
         run = run or _without_predicate(sentence, form, explicit=explicit, names=names)
@@ -315,7 +317,8 @@ def _without_predicate(sentence: str, form: Asked, *, explicit: bool, names: boo
         first = _QUALIFIED.split(first, maxsplit=1)[0]
     if names and not explicit and _INDEFINITE.match(sentence):
         return ""
-    if not form.in_words(first) and not _NO_ANSWER.match(first):
+    is_symbol = form.noun in SHAPES and SHAPES[form.noun].fullmatch(first)
+    if not form.in_words(first) and (explicit or is_symbol or not _NO_ANSWER.match(first)):
         words = len(first.split())
         is_fitting = explicit or form.noun not in SHAPES or (words == 1 and len(first) <= LONGEST_SYMBOL)
         is_fitting &= (

@@ -153,6 +153,8 @@ def found_members(statement: str, question: str, space: Sequence[Sequence[str]])
             statement = statement.replace(compound, compound.replace("-", "_"))
     plain, known = f" {normalise(statement)} ", f" {normalise(question)} "
     for phrase in filter(None, map(normalise, _NAME.findall(question))):  # South Africa is no Africa
+        if any(f" {phrase} " in f" {name} " and name != phrase and f" {name} " in plain for name in names):
+            continue  # Guatemala City is not Guatemala
         mask = f" {'_' * len(phrase)} "
         plain, known = plain.replace(f" {phrase} ", mask), known.replace(f" {phrase} ", mask)
     spans = [
