@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from neurosig.questions.answers.extract import AnswerFormat, extract_answer
+from neurosig.questions.answers.extract import AnswerFormat, extract_answer, parser_sha256
 from neurosig.questions.answers.grading import is_correct, is_lenient
 from neurosig.questions.answers.normal import normalise
 from neurosig.questions.custom_parser import Parser, load_parser
@@ -127,6 +127,10 @@ class AnswerReader:
         merged = merge_answers([raw, *answers], question, self.vote_merge)
         return merged[0] == merged[1 + answers.index(winner)]
 
+    def is_of(self, record: Mapping[str, Any]) -> bool:
+        """Whether the parser that wrote ``record`` is this one, in this version."""
+        return record.get("parser_sha256") == self.record()["parser_sha256"]
+
     def grade(self, reading: Reading, completions: Sequence[Completion], question: Question) -> Grades:
         """Which of the completions are right. For evaluation only.
 
@@ -148,8 +152,9 @@ class AnswerReader:
         )
 
     def record(self) -> dict[str, Any]:
-        """The reader as JSON values, for `from_record`; of a custom parser, also the hash of its source file."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "_parse"}
+        """The reader as JSON values, for `from_record`, with the hash of the parser's source."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "_parse"}
+        return values | {"parser_sha256": self.answer_parser_sha256 or parser_sha256()}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], answer_parser: str | None = None) -> AnswerReader:

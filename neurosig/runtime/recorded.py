@@ -224,6 +224,7 @@ def unlike(config_class: type, base: Mapping[str, Any], other: Mapping[str, Any]
             "tokenizer": model["tokenizer_sha256"],
             "template": model["chat_template_sha256"],
             "questions": summary["questions_sha256"],
+            "parser": summary.get("answers", {}).get("parser_sha256"),
         }
     return differences(*records)
 

@@ -6,6 +6,8 @@ completion without an answer gives ``None``.
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from neurosig.questions.answers.letters import letter_answer
@@ -13,12 +15,13 @@ from neurosig.questions.answers.markup import answer_part, with_marks
 from neurosig.questions.answers.numbers import number_answer
 from neurosig.questions.answers.short_text import is_refusal, short_answer
 from neurosig.questions.answers.spaces import members
+from neurosig.runtime.files import sha256_text
 from neurosig.runtime.shapes import check_choice
 
 if TYPE_CHECKING:
     from neurosig.questions.load import Question
 
-__all__ = ["AnswerFormat", "extract_answer", "is_refusal"]
+__all__ = ["AnswerFormat", "extract_answer", "is_refusal", "parser_sha256"]
 
 AnswerFormat = Literal["auto", "letter", "number", "short"]
 
@@ -68,3 +71,10 @@ def resolved(answer_format: AnswerFormat, question: Question) -> Literal["letter
     if answer_format == "auto":
         return "letter" if question.choices else "short"
     return answer_format
+
+
+@cache
+def parser_sha256() -> str:
+    """Hash of the parser's source files: completions that another version read are not compared with this one's."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256_text("".join(path.read_text(encoding="utf-8") for path in sources))

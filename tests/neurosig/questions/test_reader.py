@@ -114,3 +114,18 @@ def test_a_further_completion_agrees_with_an_earlier_vote() -> None:
     assert not reader.agrees(rollout("Answer: Europe"), QUESTION, answers, "asia")
     assert not reader.agrees(rollout(""), QUESTION, answers, "asia")
     assert not reader.agrees(rollout("Answer: Asia"), QUESTION, (None, None), None)
+
+
+def test_answers_of_another_version_of_the_parser_are_known() -> None:
+    """A comparison refuses them, verify skips them."""
+    from distill.evaluate import EvaluateConfig
+    from neurosig.runtime.recorded import unlike
+
+    reader = AnswerReader()
+    record = reader.record()
+    older = {**record, "parser_sha256": "0" * 64}
+    assert reader.is_of(record) and not reader.is_of(older) and AnswerReader.from_record(older) == reader
+    model = {"id": "m", "weights": {}, "dtype": "float32", "tokenizer_sha256": "t", "chat_template_sha256": None}
+    same = {"config": {"scoring": "sampling"}, "model": model, "adapter_sha256": None, "questions_sha256": "q"}
+    pairs = unlike(EvaluateConfig, {**same, "answers": record}, {**same, "answers": older})
+    assert pairs == {"parser": (record["parser_sha256"], "0" * 64)}
