@@ -73,7 +73,7 @@ _BEFORE_NOUN = (
 _QUALIFIED = re.compile(r"\s(?:from|with|in|at|on)\s")
 _NAME = re.compile(r"(?<![\w'])[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*")
 _NAMING = re.compile(
-    r"\b(?:named|called|(?:known|denoted|referred\s+to|abbreviated|represented|written|expressed|given)\s+(?:as|by))\s+"
+    r"\b(?:named|called|short\s+for|(?:known|denoted|referred\s+to|abbreviated|represented|written|expressed|given)\s+(?:as|by))\s+"
     r"(?:as\s+)?(?!after|in\b|by\b|for\b|with\b)",
     re.IGNORECASE,
 )
@@ -107,7 +107,7 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
     if predicate is not None and not WORD.search(sentence[: predicate.start()] + sentence[predicate.end() :]):
         return predicate[0]  # the answer "was"
     if predicate is None:
-        run = _appositive(sentence, form) or _after_noun(sentence, form)
+        run = _appositive(sentence, form) or _after_noun(sentence, form) or _after_naming(sentence, form)
         run = run or _without_predicate(sentence, form, explicit=explicit, names=names)
     else:
         subject, rest = sentence[: predicate.start()], sentence[predicate.end() :]
@@ -162,7 +162,8 @@ def _reversed(subject: str, of: str, form: Asked) -> str:
     """The subject of "Y is the capital of X", if it is X that was asked about."""
     if content_words(of) and not form.in_words(of):
         other = QUOTED.search(of)
-        if form.noun == "opposite" and other and form.in_words(subject):  # "before" is the opposite of "after"
+        is_own = any({*normalise(text).split()} & form.known for text in QUOTED.findall(subject))
+        if form.noun == "opposite" and other and is_own:  # "before" is the opposite of "after"
             return other[1]
         symbol = of.strip(' ."*') if form.noun == "symbol" else ""
         return symbol if re.fullmatch("[A-Z][a-z]?", symbol) else ""

@@ -72,6 +72,20 @@ def test_further_completions_read_by_eye() -> None:
     assert sum(map(len, wrong.values())) <= 60, wrong
 
 
+def test_the_grade_is_the_eyes() -> None:
+    """What a wrong reading costs: a right answer graded wrong, or a wrong one right, at most 2% of a kind."""
+    questions = {one.id: one for one in load_questions(["world-facts", "language", "chemistry"], split="all")}
+    questions |= {one.id: one for one in load_questions(["procedures", "organism-facts"], split="all")}
+    n, differs = Counter[str](), Counter[str]()
+    for case in lines(TESTS / "data" / "read_by_eye.jsonl"):
+        question = questions[case["question_id"]]
+        answer = extract_answer(case["text"], question, finish_reason="length" if case["cut_off"] else "stop")
+        by_eye = {is_correct(None if text is None else normalise(text), question) for text in case["accept"]}
+        n[case["kind"]] += 1
+        differs[case["kind"]] += is_correct(answer, question) not in by_eye
+    assert all(100 * differs[kind] <= 2 * n[kind] for kind in n), differs
+
+
 @pytest.mark.skipif(not (REAL_CASES / "mmlu_pro_outputs.jsonl").is_file(), reason="needs the collected completions")
 def test_real_outputs_agree_with_the_official_expressions() -> None:
     """Seven models' five-shot outputs on MMLU-Pro (tests/benchmarks/test_real_answers.py prints them per model)."""
