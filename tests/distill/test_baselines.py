@@ -19,13 +19,14 @@ from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
 from tests.support.flow import make_manifest
+from tests.support.parsers import UNCUT
 from tests.support.runs import baseline_config, metrics_of, train_baseline
 from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_manifest(tmp_path_factory.mktemp("export"))
+    return make_manifest(tmp_path_factory.mktemp("export"), answer_parser=UNCUT)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,8 @@ def test_a_run_killed_after_its_last_step_only_writes_its_end(
 @pytest.fixture
 def split_manifest(tmp_path: Path) -> Path:
     """Half of its questions are selected."""
-    return make_manifest(
-        tmp_path, "half", question_filter="neuron_only", keep_fraction=0.5, hallucination_score="random"
-    )
+    options: Any = {"question_filter": "neuron_only", "keep_fraction": 0.5, "hallucination_score": "random"}
+    return make_manifest(tmp_path, "half", answer_parser=UNCUT, **options)
 
 
 def test_baselines_take_the_questions_of_n_opsd_or_all(tmp_path: Path, split_manifest: Path) -> None:

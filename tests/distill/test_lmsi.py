@@ -17,13 +17,14 @@ from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import make_manifest
+from tests.support.parsers import UNCUT
 from tests.support.runs import baseline_config, train_baseline
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_manifest(tmp_path_factory.mktemp("export"))
+    return make_manifest(tmp_path_factory.mktemp("export"), answer_parser=UNCUT)
 
 
 def test_lmsi_learns_the_exact_tokens_of_the_consistent_rollouts(tmp_path: Path, manifest: Path) -> None:

@@ -20,13 +20,14 @@ from distill.train import main
 from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
 from tests.support.flow import make_manifest
+from tests.support.parsers import UNCUT
 
 IDS = torch.tensor([[1, 70, 80, 90, 100]])
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_manifest(tmp_path_factory.mktemp("output"))
+    return make_manifest(tmp_path_factory.mktemp("output"), answer_parser=UNCUT)
 
 
 def config(manifest: Path, out: Path, **changes: Any) -> TrainConfig:
