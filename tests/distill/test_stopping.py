@@ -22,6 +22,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.sampler import Prompt, sample
 from tests.support.flow import WORDS, make_manifest
+from tests.support.parsers import UNCUT
 
 
 def test_distinct_trigrams_by_hand() -> None:
@@ -114,7 +115,7 @@ INSTRUCTION = "Answer in one short sentence."
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest, and dev.jsonl: questions whose gold answer is what the untrained model says, sampling greedily."""
     folder = tmp_path_factory.mktemp("development")
-    make_manifest(folder)
+    make_manifest(folder, answer_parser=UNCUT)
     loaded = load_model(folder / "model")
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(None, INSTRUCTION, "", None))
     asked = [f"{start} {word}?" for start in ("What is", "Who likes") for word in WORDS]
@@ -124,7 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         group[0].question_id: group[0]
         for group in sample(loaded, prompts, SamplingConfig(num_generations=1, temperature=0.0, max_new_tokens=4))
     }
-    reader = AnswerReader()
+    reader = AnswerReader(answer_parser=UNCUT)
     answers = {q: reader.extract(rollouts[q.id].text, rollouts[q.id].finish_reason, q) for q in questions}
     records = [{"id": q.id, "question": q.question, "answer": answer} for q, answer in answers.items() if answer]
     assert len(records) >= 4

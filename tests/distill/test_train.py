@@ -25,6 +25,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import interrupted_at, make_manifest, save_tiny
+from tests.support.parsers import UNCUT
 from tests.support.runs import train, train_config
 from tests.support.tiny import ARCHS, Arch, tiny_model
 
@@ -42,7 +43,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_manifest(tmp_path_factory.mktemp("export"))
+    return make_manifest(tmp_path_factory.mktemp("export"), answer_parser=UNCUT)
 
 
 def test_no_context_and_a_live_teacher_teach_exactly_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from neurosig.sampling.sampler import sample
 from neurosig.verify.__main__ import Found, check_training
 from tests.support.flow import make_manifest
 from tests.support.manifests import edit_row
+from tests.support.parsers import UNCUT
 from tests.support.processes import run_training, train_arguments
 from tests.support.runs import metrics_of, train_config
 
@@ -37,11 +38,11 @@ OF_THE_LOSS = ("loss", "divergence", "teacher_entropy", "student_entropy", "entr
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_manifest(tmp_path_factory.mktemp("export"))
+    return make_manifest(tmp_path_factory.mktemp("export"), answer_parser=UNCUT)
 
 
 def weigh(folder: Path, *weights: float) -> Path:
-    manifest = make_manifest(folder)
+    manifest = make_manifest(folder, answer_parser=UNCUT)
     for line, weight in enumerate(weights, start=1):
         edit_row(manifest, line, lambda row, weight=weight: row.update(weight=weight))
     return manifest
