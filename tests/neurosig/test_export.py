@@ -36,6 +36,7 @@ from tests.support.flow import (
     save_tiny,
     write_questions,
 )
+from tests.support.parsers import UNCUT
 from tests.support.tiny import D_MLP
 
 
@@ -213,7 +214,7 @@ def test_rollouts_made_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["nearest", "nearest_first", "random", "random_within_kind", "none"])
 def test_contexts_are_rollouts_of_other_questions(tmp_path: Path, policy: str) -> None:
-    manifest = read_manifest(make_manifest(tmp_path, context_policy=policy))
+    manifest = read_manifest(make_manifest(tmp_path, context_policy=policy, answer_parser=UNCUT))
     for row in manifest.rows:
         assert len(row.context) == (0 if policy == "none" else 2)
         assert row.question_id not in {item.question_id for item in row.context}
@@ -224,7 +225,9 @@ def test_contexts_are_rollouts_of_other_questions(tmp_path: Path, policy: str) -
 
 @pytest.mark.parametrize("question_filter", ["neuron", "vote_only", "neuron_only", "threshold", "all"])
 def test_every_filter_says_why(tmp_path: Path, question_filter: str) -> None:
-    manifest = read_manifest(make_manifest(tmp_path, question_filter=question_filter, min_vote_share=0.3))
+    manifest = read_manifest(
+        make_manifest(tmp_path, question_filter=question_filter, min_vote_share=0.3, answer_parser=UNCUT)
+    )
     assert all(row.selected == (row.reason == "selected") for row in manifest.rows)
     counts = manifest.header.counts
     assert counts.pop("questions") == sum(counts.values()) == 8
@@ -247,7 +250,7 @@ def test_thinking_mode_reaches_every_prompt(tmp_path: Path) -> None:
 
 
 def test_nothing_selected_is_reported_and_not_trained_on(tmp_path: Path) -> None:
-    folder = make_manifest(tmp_path, question_filter="vote_only", min_vote_share=1.0)
+    folder = make_manifest(tmp_path, question_filter="vote_only", min_vote_share=1.0, answer_parser=UNCUT)
     reasons = [row.reason for row in read_manifest(folder).rows]
     stated = ", ".join(f"{reasons.count(reason)} {reason}" for reason in sorted(set(reasons)))
     assert "tie" in reasons

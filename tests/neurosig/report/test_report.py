@@ -30,6 +30,7 @@ from neurosig.runtime.cli import run_command
 from neurosig.runtime.errors import UserError
 from tests.support.exports import BIDI, K, N, write_lines, write_world
 from tests.support.flow import export_config, file_bytes, make_manifest
+from tests.support.parsers import UNCUT
 from tests.support.paths import ROOT
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -219,7 +220,7 @@ def test_gold_is_joined_by_id_and_text(world: Path, tmp_path: Path) -> None:
 
 def test_one_class_is_reported_and_does_no_harm(tmp_path: Path) -> None:
     """A random model is never right; and with its own answers as gold it always is."""
-    run = make_manifest(tmp_path)
+    run = make_manifest(tmp_path, answer_parser=UNCUT)
     text = Page((report(run, tmp_path / "wrong") / "report.html").read_text()).text
     assert "0 majorities right. All majorities are wrong, so no signal can tell right from wrong: no AUROC." in text
     rows = [json.loads(line) for line in (run / "questions.jsonl").read_text().splitlines()]

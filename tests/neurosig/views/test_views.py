@@ -24,6 +24,7 @@ from neurosig.views.explorer import Choice, Explorer, NeighbourBrowser, NeuronCa
 from neurosig.views.html import LONGEST, View, bounds, shade
 from neurosig.views.kinds import LayerNeurons, Neighbour, NeuronExample, Side, Tokens, token_label
 from tests.support.flow import make_manifest, save_tiny
+from tests.support.parsers import UNCUT
 from tests.support.tiny import ARCHS, Arch, tiny_model
 
 HOSTILE = (
@@ -330,7 +331,7 @@ def test_the_effect_on_the_vocabulary_is_what_a_value_of_one_adds_before_the_nor
 def explorer(tmp_path_factory: pytest.TempPathFactory) -> Explorer:
     """An export of a random model that has no neurons of its own in the table: five are given."""
     folder = tmp_path_factory.mktemp("views")
-    manifest = make_manifest(folder, num_demonstrations=2, set_size=24, max_new_tokens=6)
+    manifest = make_manifest(folder, num_demonstrations=2, set_size=24, max_new_tokens=6, answer_parser=UNCUT)
     table = folder / "neurons.csv"
     table.write_text("layer,index,weight,stable\n0,3,0.5,True\n1,7,-0.25,False\n1,2,0.125,False\n")
     return Explorer(manifest, neurons=table, gold=False)
