@@ -98,7 +98,7 @@ def main(config: EvaluateConfig) -> None:
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
     from distill.results import choice_row, sampled_row, summarise, summarise_choices
-    from neurosig.questions.answers.gold import warn_of_unreachable_gold
+    from neurosig.questions.gold import warn_of_unreachable_gold
 
     config.server_config(config.model)  # options out of range are refused before the model loads
     config.check_answer_parser()

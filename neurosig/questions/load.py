@@ -19,9 +19,9 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Literal
 
-from neurosig.questions.answers.gold import is_completion, parse_gold
 from neurosig.questions.answers.normal import normalise
 from neurosig.questions.formats import FieldMap, Fields, adapt, got, shown
+from neurosig.questions.gold import is_completion, parse_gold
 from neurosig.questions.records import Rows, read_hub, read_jsonl, read_parquet, read_saved_dataset
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text

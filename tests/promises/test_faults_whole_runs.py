@@ -23,6 +23,7 @@ from neurosig.manifest import read_manifest
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from tests.support.flow import export_config, save_tiny, write_questions
+from tests.support.parsers import UNCUT
 from tests.support.runs import evaluate_config, train_config
 from tests.support.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
@@ -47,7 +48,7 @@ def write_odd(path: Path, **changes: Any) -> Path:
 
 def test_odd_texts_pass_through_every_step(tmp_path: Path) -> None:
     model, questions = save_tiny(tmp_path / "model"), write_odd(tmp_path / "questions.jsonl")
-    neurosig.export.main(export_config(tmp_path, model, questions))
+    neurosig.export.main(export_config(tmp_path, model, questions, answer_parser=UNCUT))
     manifest = read_manifest(tmp_path / "manifest")
     assert [row.question for row in manifest.rows] == ODD
     distill.train.main(train_config(tmp_path, tmp_path / "manifest", steps=1))
@@ -166,5 +167,5 @@ def test_a_question_of_a_megabyte_becomes_a_prompt_and_is_left_out(tmp_path: Pat
     assert len(ids) > 999_000
     questions = write_questions(tmp_path / "questions.jsonl", n=3)
     questions.write_text(json.dumps({"id": "long", "domain": "d", "question": long}) + "\n" + questions.read_text())
-    neurosig.export.main(export_config(tmp_path, save_tiny(tmp_path / "model"), questions))
+    neurosig.export.main(export_config(tmp_path, save_tiny(tmp_path / "model"), questions, answer_parser=UNCUT))
     assert [row.reason for row in read_manifest(tmp_path / "manifest").rows][:2] == ["too_long", "selected"]

@@ -74,7 +74,7 @@ def test_code_is_small_and_imports_have_no_circle() -> None:
 def test_completions_are_parsed_in_one_place() -> None:
     """Every command reads answers through `AnswerReader`, which knows the format, the finish reason and the merging."""
     allowed = {
-        "extract_answer": {"neurosig/questions/reader.py", "neurosig/questions/answers"},
+        "extract_answer": {"neurosig/questions/reader.py", "neurosig/questions/gold.py", "neurosig/questions/answers"},
         "majority_vote": {
             "neurosig/questions/reader.py",
             "neurosig/questions/vote.py",

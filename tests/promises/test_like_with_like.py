@@ -14,6 +14,7 @@ import transformers
 from neurosig.runtime.cli import run_command
 from tests.support.commands import command_module
 from tests.support.flow import make_manifest, save_tiny, write_questions
+from tests.support.parsers import UNCUT
 from tests.support.tiny import CHAT_TEMPLATE
 
 SAMPLING = {"--num-generations": "2", "--max-new-tokens": "4", "--temperature": "1"}
@@ -28,7 +29,7 @@ COMMANDS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
             **{"--questions-per-step": "2", "--lora-r": "2"},
         },
     ),
-    "evaluate": ("distill.evaluate", "EvaluateConfig", ASKED),
+    "evaluate": ("distill.evaluate", "EvaluateConfig", {**ASKED, "--answer-parser": UNCUT}),
     "intervene": (
         "neurosig.intervene",
         "InterveneConfig",
@@ -65,7 +66,7 @@ def call(world: Path, name: str, options: Mapping[str, str], *, quiet: bool = Tr
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, questions, a manifest, rollouts made elsewhere, and one finished run of each command."""
     folder = tmp_path_factory.mktemp("world")
-    make_manifest(folder, num_generations=2, instruction="Say it.", answer_format="short")
+    make_manifest(folder, num_generations=2, instruction="Say it.", answer_format="short", answer_parser=UNCUT)
     fields = ("question_id", "text", "completion_ids", "finish_reason")
     lines = [json.loads(line) for line in (folder / "manifest" / "rollouts.jsonl").read_text().splitlines()]
     rollouts = [json.dumps({name: line[name] for name in fields}) + "\n" for line in lines]

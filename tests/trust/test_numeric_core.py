@@ -19,11 +19,12 @@ from neurosig.questions.vote import majority_vote
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import make_manifest
 from tests.support.manifests import edit_row
+from tests.support.parsers import UNCUT
 from tests.trust import mutants
 
 
 def test_a_task_has_its_questions_weights_prompts_and_contexts(tmp_path: Path) -> None:
-    folder = make_manifest(tmp_path)
+    folder = make_manifest(tmp_path, answer_parser=UNCUT)
     for line in range(1, 9):
         edit_row(folder, line, lambda row, line=line: row.update(weight=line / 4))
     manifest = read_manifest(folder)
