@@ -290,7 +290,7 @@ def test_temperature_seed_and_adapter_may_differ(copied: Path) -> None:
 def test_an_adapter_is_evaluated_as_it_was_trained(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wording, format and template of its manifest, though a preset has others; a contradicting flag is refused."""
     (copied / "mine.jinja").write_text(CHAT_TEMPLATE.replace("assistant", "helper"))
-    own = {"--template": "{w}/mine.jinja", "--system": "Yes.", "--answer-format": "letter"}
+    own = {"--template": "{w}/mine.jinja", "--system": "Yes.", "--answer-format": "letter", "--answer-parser": UNCUT}
     assert call(copied, "export", {"--out": "{w}/mine", **own}) == 0
     assert call(copied, "train", {"--out": "{w}/ours", "--manifest": "{w}/mine", "--steps": "1"}) == 0
     (copied / "mine.jinja").unlink()
