@@ -50,7 +50,7 @@ def write_final(
     model: PreTrainedModel,
     adapter: PeftModel | None,
     history: Sequence[Metrics],
-    asked: Sequence[Collection[str]],
+    question_ids: Sequence[Collection[str]],
     stopped: Mapping[str, Any] | None,
     ranks: Ranks,
 ) -> None:
@@ -58,7 +58,7 @@ def write_final(
 
     Of a run that went back to an earlier checkpoint, the record's ``last``, ``updates`` and ``questions_seen`` and the
     card describe the weights that were kept; its budget is what the whole run spent.
-    ``history`` holds the metrics and ``asked`` the question ids of every step.
+    ``history`` holds the metrics and ``question_ids`` the questions of every step.
 
     Raises:
         UserError: The disk is full; or the run is complete, but its upload failed.
@@ -94,7 +94,7 @@ def write_final(
             "prompt": {name: options[name] for name in PROMPT_OPTIONS if name in options},
             "domains": sorted({row.domain for row in manifest.rows}),
             "questions_selected": len(manifest.selected),
-            "questions_seen": len({name for names in asked[: len(kept)] for name in names}),
+            "questions_seen": len({name for names in question_ids[: len(kept)] for name in names}),
             "updates": sum(step["tokens_in_loss"] > 0 for step in kept),
             "budget": token_budget(manifest, history),
             "model": loaded.info.as_dict(),

@@ -131,11 +131,11 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
                 with timer.phase("save"):
                     save_checkpoint(folder, step, parameters, optimizer, key, **saving, **state)
     sampler.close()
-    asked = [
+    question_ids = [
         [name for name, task in tasks_of_step(config, tasks, step).items() if not task.replay]
         for step in range(1, len(log.history) + 1)
     ]
-    write_final(config, manifest, loaded, model, adapter, log.history, asked, stopped, ranks)
+    write_final(config, manifest, loaded, model, adapter, log.history, question_ids, stopped, ranks)
 
 
 def _go_back(

@@ -103,8 +103,8 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
             trainer.add_callback(_Saver(config, parameters, optimizer, key, batches, done, log, ranks))
             trainer.train()
     timer.seconds["learn"] = time.perf_counter() - started - timer.seconds.get("sample", 0.0)
-    asked = [[item if isinstance(item, str) else item.question_id for item in step] for step in batches.plan]
-    write_final(config, manifest, loaded, model, adapter, log.history, asked, None, ranks)
+    question_ids = [[item if isinstance(item, str) else item.question_id for item in step] for step in batches.plan]
+    write_final(config, manifest, loaded, model, adapter, log.history, question_ids, None, ranks)
 
 
 def question_prompts(

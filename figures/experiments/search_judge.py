@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ import pandas as pd
 
 from neurosig.exported import Exported, join_gold
 from neurosig.report.data import LevelData, question_level, rollout_level
-from neurosig.statistics.auroc import AnalysisConfig, added_auroc, rarest_class
+from neurosig.report.refits import added_to_bases, mean_over_majority
+from neurosig.statistics.auroc import AnalysisConfig
 
 Array = np.ndarray[Any, Any]
 MAJORITY, ROLLOUT = "majority is right", "rollout is right"
-BASES = ("over_vote", "over_outputs")
 
 
 class Judge:
@@ -36,24 +35,21 @@ class Judge:
         assert lacking is None, lacking
         rows = list(exported.rows.values())
         self.exported = exported
-        self.stays = np.array([[answer == row.pseudo_label for answer in row.answers] for row in rows])
+        self.in_majority = np.array([answer == row.pseudo_label for row in rows for answer in row.answers])
+        self.owners = np.repeat(np.arange(len(rows)), [len(row.answers) for row in rows])
         self.levels: Mapping[str, LevelData] = {
             MAJORITY: question_level(exported, gold),
             ROLLOUT: rollout_level(exported, gold),
         }
-        once = replace(analysis, repeats=1)
         self._added = {
-            (event, base): added_auroc(_base(level, base), level.right, level.owners, once)
+            (event, base): added
             for event, level in self.levels.items()
-            if level.right is not None and rarest_class(level.right, level.owners) >= once.folds
-            for base in BASES
+            for base, added in added_to_bases(level, analysis).items()
         }
 
     def trust(self, event: str, scores: Array) -> Array:
         """Trust in each row of the event, from that in each rollout: the mean over the majority's rollouts."""
-        if event == ROLLOUT:
-            return scores
-        return np.asarray((scores.reshape(self.stays.shape) * self.stays).sum(axis=1) / self.stays.sum(axis=1))
+        return scores if event == ROLLOUT else mean_over_majority(scores, self.in_majority, self.owners)
 
     def gains(self, scores: Array) -> list[float]:
         """What the rollouts' trust adds, its sign fixed, in the order of `tests`."""
@@ -70,8 +66,3 @@ def adds(table: pd.DataFrame, base: str) -> pd.Series[bool]:
     proven = (table[f"{base}_low"] > 0) & (table[f"{base}_p_holm"] <= 0.05)
     refits = f"{base}_p_refit"  # absent from tables of earlier searches
     return proven & (table[refits].fillna(0.0) <= 0.05) if refits in table else proven
-
-
-def _base(level: LevelData, base: str) -> Array:
-    chosen = [s.trust for s in level.signals if s.kind == "output" and (base == BASES[1] or s.name == "vote_share")]
-    return np.column_stack(chosen)

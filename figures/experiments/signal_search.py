@@ -320,7 +320,7 @@ def _judge(
                 "variant": name.replace("_", " "),
                 "role": roles.get(name, "output"),
                 "neurons": trust[name][1] if name in trust else 0,
-                "n": len(judge.stays),
+                "n": len(judge.exported.rows),
                 "rows": len(level.owners),
                 "right": int(level.right.sum()) if level.right is not None else 0,
                 **_columns("auroc", row.auroc),

@@ -32,7 +32,7 @@ def coverage_text(grid: Grid) -> str:
     accuracy, spread = _base(grid)
     parts = []
     for seeds in sizes:
-        held = seed_interval_coverage(
+        covered = seed_interval_coverage(
             n=round(np.mean([len(ids) for ids in grid.ids.values()])),
             k=grid.k,
             seeds=seeds,
@@ -43,7 +43,7 @@ def coverage_text(grid: Grid) -> str:
             replicates=STUDIES,
             resamples=DRAWS,
         )
-        parts.append(f"{held:.0%} with {seeds} training seed{'s' if seeds > 1 else ''}")
+        parts.append(f"{covered:.0%} with {seeds} training seed{'s' if seeds > 1 else ''}")
     source = "as assumed, for no run has a second one" if measured is None else "as measured here"
     return (
         f"Measured coverage of a 95% interval of a mean change in Avg@{grid.k}, in {STUDIES} simulated grids of this "

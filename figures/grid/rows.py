@@ -323,10 +323,10 @@ def _split(
         rows = slice(start, end)
         majority = maj_at_k(count["n_tied_right"][rows], count["n_tied"][rows])
         parts = [part[:, None] for part in (count["n_correct"][rows], count["votes"][rows], majority)]
-        asked = key["question_id"][rows].tolist()
+        question_ids = key["question_id"][rows].tolist()
         earlier = answers.setdefault(run, {}).get(target)
         if earlier is not None:
-            if ids[run][target] != asked:
+            if ids[run][target] != question_ids:
                 raise UserError(
                     f"{path}: {run}: evaluation seed {key[EVALUATION_SEED][start]} answers other questions of {target} "
                     "than its earlier seeds; evaluate all on the same set"
@@ -334,7 +334,7 @@ def _split(
             before = (earlier.n_correct, earlier.votes, earlier.majority)
             parts = [np.concatenate(pair, axis=1) for pair in zip(before, parts, strict=True)]
         answers[run][target] = Answers(*parts)
-        ids.setdefault(run, {})[target] = asked
+        ids.setdefault(run, {})[target] = question_ids
     order = [*METHOD_LABELS, *sorted({run.method for run in answers} - set(METHOD_LABELS))]
     return dict(sorted(answers.items(), key=lambda item: order.index(item[0].method))), ids
 

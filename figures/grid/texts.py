@@ -25,6 +25,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic, write_parquet
 from neurosig.sampling.rollouts import Rollout, read_rollouts
 from neurosig.statistics.metrics import paired_mean_interval
+from neurosig.statistics.vote_table import VoteTable
 
 ROLLOUTS, QUESTIONS, READER = FILES = ("rollouts.parquet", "questions.jsonl", "reader.json")
 CHECKED = ("parse_rate", "strict_minus_lenient")
@@ -56,11 +57,11 @@ def write_texts(out: Path, rows: Sequence[Mapping[str, Any]], evaluations: Itera
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         options = summary["config"]
         known = {one.id: one for one in load_questions(options["questions"], split=options["split"])}
-        asked = [known[name] for name in read_rollouts(folder / "rollouts.jsonl") if name in known]
-        if questions_sha256(asked) != summary["questions_sha256"]:
+        evaluated = [known[name] for name in read_rollouts(folder / "rollouts.jsonl") if name in known]
+        if questions_sha256(evaluated) != summary["questions_sha256"]:
             sources = ", ".join(options["questions"])
             raise UserError(f"{folder}: {sources} changed after it was evaluated; restore the file, or evaluate again")
-        questions |= {one.id: one for one in asked}
+        questions |= {one.id: one for one in evaluated}
     records = [{k: v for k, v in asdict(one).items() if k != "line"} for one in questions.values()]
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_parquet(out / ROLLOUTS, sorted(rows, key=_key), compression="zstd")
@@ -105,8 +106,8 @@ def format_check(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: Rows of `distill.results.sampled_row` with ``method``, ``source``, ``seed`` and ``target``.
     """
     frame = pd.DataFrame([dict(row) for row in rows])
-    frame["parse_rate"] = 1 - frame["unparsed"] / frame["k"]
-    frame["strict_minus_lenient"] = (frame["n_correct"] - frame["n_correct_lenient"]) / frame["k"]
+    table = VoteTable.from_rows(rows)
+    frame = frame.assign(**{name: table[name] for name in CHECKED})
     place = ["target", "question_id"]
     base = frame[frame["method"] == BASE].groupby(place)[list(CHECKED)].mean()
     lines = [

@@ -137,19 +137,19 @@ class AnswerReader:
         Raises:
             ValueError: The question has no gold answer.
         """
-        return Grades(
-            tuple(is_correct(answer, question) for answer in reading.raw_answers),
-            tuple(
-                is_lenient(
-                    completion.text,
-                    question,
-                    self.answer_format,
-                    finish_reason=completion.finish_reason,
-                    prompt_opens_thought=self.prompt_opens_thought,
-                )
-                for completion in completions
-            ),
+        strict = tuple(is_correct(answer, question) for answer in reading.raw_answers)
+        lenient = tuple(
+            right
+            or is_lenient(
+                completion.text,
+                question,
+                self.answer_format,
+                finish_reason=completion.finish_reason,
+                prompt_opens_thought=self.prompt_opens_thought,
+            )
+            for completion, right in zip(completions, strict, strict=True)
         )
+        return Grades(strict, lenient)
 
     def record(self) -> dict[str, Any]:
         """The reader as JSON values, for `from_record`, with the hash of the parser's source."""

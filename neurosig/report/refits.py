@@ -6,12 +6,12 @@ the kinds apart; permuted labels show what a probe of labels that mean nothing w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sklearn.metrics import roc_auc_score
 
 from neurosig.exported import Exported
@@ -27,7 +27,7 @@ from neurosig.hallucination.probe import (
     too_few,
 )
 from neurosig.report.data import LevelData
-from neurosig.report.signal_table import SignalRow
+from neurosig.report.signal_table import SignalRow, base_signals
 from neurosig.runtime.cli import progress
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.auroc import AnalysisConfig, added_auroc, rarest_class
@@ -118,7 +118,7 @@ class Refits:
         sizes = [len(row.answers) for row in self.rows]
         self.owners = np.repeat(np.arange(len(self.rows)), sizes)
         self.labels = agreement_labels(shares, self.config)[self.owners]
-        self.stays = np.array([answer == row.pseudo_label for row in self.rows for answer in row.answers])
+        self.in_majority = np.array([answer == row.pseudo_label for row in self.rows for answer in row.answers])
 
     def design(self) -> Design:
         """The scaled contributions of the rollouts, in the order of the questions."""
@@ -138,14 +138,21 @@ class Refits:
         """
         named = fold_groups(self.rows, column)
         names = [row.question_id if named is None else named[row.question_id] for row in self.rows]
-        by_question = np.unique(names, return_inverse=True)[
-            1
-        ]  # numbered as by the export, so that its folds come again
-        return np.asarray(by_question[self.owners])
+        _, index = np.unique(names, return_inverse=True)  # numbered as by the export, for the same folds
+        return np.asarray(index[self.owners])
 
     def by_question(self, scores: Float[np.ndarray, " rollouts"]) -> Float[np.ndarray, " questions"]:
-        """Mean over the majority's rollouts: the score of `neurosig.hallucination.scores`."""
-        return np.bincount(self.owners, scores * self.stays) / np.bincount(self.owners, self.stays)
+        """See `mean_over_majority`."""
+        return mean_over_majority(scores, self.in_majority, self.owners)
+
+
+def mean_over_majority(
+    scores: Float[np.ndarray, " rollouts"],
+    in_majority: Bool[np.ndarray, " rollouts"],
+    owners: Int[np.ndarray, " rollouts"],
+) -> Float[np.ndarray, " questions"]:
+    """Each question's mean over its majority's rollouts, as `neurosig.hallucination.scores` takes it."""
+    return np.bincount(owners, scores * in_majority) / np.bincount(owners, in_majority)
 
 
 def fold_table(refits: Refits, level: LevelData) -> FoldTable:
@@ -230,8 +237,8 @@ def with_refit_p(
     tested = [
         (name, base, added)
         for name, level in levels.items()
-        if permutations and complete and level.right is not None
-        for base, added in _bases(level, replace(analysis, repeats=1))
+        if permutations and complete
+        for base, added in added_to_bases(level, analysis).items()
     ]
     if not tested or too_few(refits.labels, groups, refits.config):
         return unchanged
@@ -256,15 +263,20 @@ def with_refit_p(
     return unchanged
 
 
-def _bases(level: LevelData, analysis: AnalysisConfig) -> list[tuple[str, Any]]:
-    """What the probe's gain is measured on: the field of the table, and the function from its trust to the gain."""
-    assert level.right is not None
-    if rarest_class(level.right, level.owners) < analysis.folds:
-        return []
-    outputs = [signal for signal in level.signals if signal.kind == "output"]
-    vote = [signal for signal in outputs if signal.name == "vote_share"]
-    return [
-        (name, added_auroc(np.column_stack([s.trust for s in base]), level.right, level.owners, analysis))
-        for name, base in (("over_vote", vote), ("over_outputs", outputs))
+def added_to_bases(level: LevelData, analysis: AnalysisConfig) -> dict[str, Callable[[Float[np.ndarray, " n"]], float]]:
+    """For each base that a gain is measured on, the function from a trust to the AUROC that it adds, its sign fixed.
+
+    The nested regressions draw their folds once. Empty without gold answers, or with too few of a class to fold.
+
+    Args:
+        level: The signals, of which some are the bases, and the labels.
+        analysis: Folds and seed.
+    """
+    right, once = level.right, replace(analysis, repeats=1)
+    if right is None or rarest_class(right, level.owners) < once.folds:
+        return {}
+    return {
+        name: added_auroc(np.column_stack([signal.trust for signal in base]), right, level.owners, once)
+        for name, base in base_signals(level.signals).items()
         if base
-    ]
+    }

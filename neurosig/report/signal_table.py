@@ -105,6 +105,12 @@ class SignalRow:
         return "; ".join(parts)
 
 
+def base_signals(signals: Sequence[Signal]) -> dict[str, list[Signal]]:
+    """What a gain is measured on: the gain's field of `SignalRow` -> the signals of the base."""
+    outputs = [signal for signal in signals if signal.kind == "output"]
+    return {"over_vote": [signal for signal in signals if signal.name == "vote_share"], "over_outputs": outputs}
+
+
 @takes_arrays
 def analyse(
     signals: Sequence[Signal],
@@ -129,10 +135,9 @@ def analyse(
     over_vote: list[Gain | None] = [None] * len(signals)
     over_outputs: list[Gain | None] = [None] * len(signals)
     if right is not None and judged and rarest_class(right, owners) >= config.folds:
-        vote = [signal for signal in signals if signal.name == "vote_share"]
-        outputs = [signal for signal in signals if signal.kind == "output"]
-        over_vote = _gains(vote, signals, right, owners, config)
-        over_outputs = _gains(outputs, signals, right, owners, config)
+        over_vote, over_outputs = (
+            _gains(base, signals, right, owners, config) for base in base_signals(signals).values()
+        )
     corrected = [_corrected(gains) for gains in (over_vote, over_outputs)]
     rows = []
     for index, signal in enumerate(signals):

@@ -23,7 +23,7 @@ RUN, BEGUN = "run.json", ".work.json"
 """Files of every output folder: `run_record` and the options that shape the results; these alone until it finishes."""
 NOT_INPUTS = ("out", "adapter_dir", "config", "preset")
 WRITTEN_LAST = "manifest.json"
-"""Its hash stands for its whole folder."""
+"""A folder with this file is compared by its hash alone."""
 FREE = ("temperature", "seed", "adapter")
 """What evaluations that are compared may differ in."""
 BY_CONTENT = ("model", "dtype", "questions", "split", "limit", "template")

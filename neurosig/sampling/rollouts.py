@@ -77,8 +77,8 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    named = {tokenizer.get_added_vocab().get(mark): mark for mark in THOUGHT_MARKS}
-    lost = {token: mark for token, mark in named.items() if token is not None and not decode([token])}
+    named = {tokenizer.backend_tokenizer.token_to_id(mark): mark for mark in THOUGHT_MARKS}
+    lost = {token: mark for token, mark in named.items() if token in completion_ids and not decode([token])}
     parts, start = [], 0
     for place, token in enumerate(completion_ids):
         if token in lost:

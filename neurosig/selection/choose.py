@@ -47,18 +47,20 @@ class Candidate:
     num_tokens: int
 
 
-def selection_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> list[Reason]:
-    """For each candidate ``selected`` or the reason why it is not."""
+def selection_reasons(candidates: Sequence[Candidate], config: SelectionConfig) -> tuple[list[Reason], str]:
+    """For each candidate ``selected`` or the reason against it, and what the score could not decide (`score_cut`)."""
     if config.question_filter == "all":
-        return ["selected"] * len(candidates)
+        return ["selected"] * len(candidates), ""
     reasons: list[Reason] = [_vote_reason(candidate.vote, config) for candidate in candidates]
     if config.question_filter == "vote_only":
-        return reasons
-    rejected = score_cut([c for c, reason in zip(candidates, reasons, strict=True) if reason == "selected"], config)[0]
-    return [
+        return reasons, ""
+    passed = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if reason == "selected"]
+    rejected, undecided = score_cut(passed, config)
+    reasons = [
         "hallucination" if candidate.question_id in rejected else reason
         for candidate, reason in zip(candidates, reasons, strict=True)
     ]
+    return reasons, undecided
 
 
 def score_cut(candidates: Sequence[Candidate], config: SelectionConfig) -> tuple[set[str], str]:

@@ -15,7 +15,7 @@ from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteReco
 from neurosig.patterns.signatures import representative, signature
 from neurosig.questions.load import Question
 from neurosig.runtime.shapes import check_choice
-from neurosig.selection.choose import DECIMALS, Candidate, score_cut, selection_reasons
+from neurosig.selection.choose import DECIMALS, Candidate, selection_reasons
 from neurosig.selection.config import SelectionConfig
 from neurosig.selection.contexts import choose_contexts
 
@@ -59,11 +59,9 @@ def manifest_rows(
         )
         for index, (name, signal) in enumerate(signals.items())
     ]
-    reasons = selection_reasons(candidates, selection)
-    passed = [c for c, reason in zip(candidates, reasons, strict=True) if reason in ("selected", "hallucination")]
-    note = "" if selection.question_filter in ("all", "vote_only") else score_cut(passed, selection)[1]
-    if note:
-        note = f"{ranked_by}: {note} ({useless})" if useless else f"{ranked_by}: {note}"
+    reasons, undecided = selection_reasons(candidates, selection)
+    because = f" ({useless})" if useless else ""
+    note = f"{ranked_by}: {undecided}{because}" if undecided else ""
     contexts = choose_contexts(candidates, [reason == "selected" for reason in reasons], selection)
     if selection.context_policy != "none":
         reasons = [

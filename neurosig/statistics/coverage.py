@@ -72,7 +72,7 @@ def seed_interval_coverage(
     chance = rng.beta(*shape, size=POPULATION)
     shift = effect + seed_sd * rng.standard_normal(POPULATION)
     truth = float((np.clip(chance + shift, 0, 1) - chance).mean())
-    held = 0
+    covered = 0
     for replicate in range(replicates):
         draws = np.zeros(resamples)
         for domain in range(domains):
@@ -83,5 +83,5 @@ def seed_interval_coverage(
             (counts,) = question_counts(n, resamples, seed=[seed, replicate, domain], block=resamples)
             draws += (counts @ change / n * resample_weights(seeds, resamples, rng)).sum(axis=1) / domains
         low, high = percentile_ends(draws, level)
-        held += low <= truth <= high
-    return held / replicates
+        covered += low <= truth <= high
+    return covered / replicates

@@ -303,9 +303,9 @@ def _prompt_check(summary: Mapping[str, Any], run: Mapping[str, Any]) -> Iterato
 
     trained = {name: value for name, value in run.get("prompt", {}).items() if name != "template"}
     if trained:
-        asked = {name: summary["config"].get(name) for name in trained}
+        evaluated = {name: summary["config"].get(name) for name in trained}
         hashes = ({"template": record["model"]["chat_template_sha256"]} for record in (run, summary))
-        pairs = differences(trained, asked) | differences(*hashes)
+        pairs = differences(trained, evaluated) | differences(*hashes)
         yield "asked as the adapter was trained", explain(pairs, "in training", "here")
 
 

@@ -118,8 +118,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_manifest(folder, answer_parser=UNCUT)
     loaded = load_model(folder / "model")
     builder = PromptBuilder(loaded.tokenizer, PromptConfig(None, INSTRUCTION, "", None))
-    asked = [f"{start} {word}?" for start in ("What is", "Who likes") for word in WORDS]
-    questions = [Question(id=f"d{i}", domain="dev", question=text) for i, text in enumerate(asked)]
+    texts = [f"{start} {word}?" for start in ("What is", "Who likes") for word in WORDS]
+    questions = [Question(id=f"d{i}", domain="dev", question=text) for i, text in enumerate(texts)]
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
     rollouts = {
         group[0].question_id: group[0]

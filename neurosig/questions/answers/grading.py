@@ -43,8 +43,7 @@ def is_lenient(
 
     The statement is what the completion marks or announces as its answer, else its first sentence that could state
     one; of a letter, also the last. Words of the question do not count. Other possible answers are known where the
-    question has choices or an answer space.
-    What is strictly right counts.
+    question has choices or an answer space. What is strictly right counts.
 
     Args:
         text: See `neurosig.questions.answers.extract.extract_answer`, as for the other arguments.
@@ -70,8 +69,8 @@ def is_lenient(
     found = {*found_members(statement, question.question, members(question))}
     if found:
         return bool(found & gold) and len(found) == 1
-    words, asked = f" {normalise(statement)} ", f" {normalise(question.question)} "
-    return any(f" {answer} " in words and f" {answer} " not in asked for answer in gold)
+    stated, known = f" {normalise(statement)} ", f" {normalise(question.question)} "
+    return any(f" {answer} " in stated and f" {answer} " not in known for answer in gold)
 
 
 def _gold(question: Question) -> set[str]:

@@ -78,8 +78,6 @@ _PRESENTING = frozenset(
 _CONCLUDES = re.compile(
     r"\W*(?:so|thus|therefore|hence|overall|finally|in conclusion|also|daher|donc|因此|所以)\b", re.IGNORECASE
 )
-
-
 _FIVE_SHOT = re.compile(r"\banswer is \((?P<letter>[A-Z])\)")
 _FIVE_SHOT_END = re.compile(
     r"\banswer is \([A-Z]\)[.\s]*?\n\s*\n\s*(?!wait|however|but|actually|correction|hmm|no\b"

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from neurosig.questions.answers.asked import (
+from neurosig.questions.answers.normal import normalise
+from neurosig.questions.answers.question_form import (
     ADVERB,
     CLOSE,
     FILLER,
@@ -18,13 +19,12 @@ from neurosig.questions.answers.asked import (
     OPEN,
     QUOTED,
     WORD,
-    Asked,
-    asked,
+    QuestionForm,
     content_words,
     has,
     plain_word,
+    question_form,
 )
-from neurosig.questions.answers.normal import normalise
 from neurosig.questions.answers.shapes import COMPOSED, LONGEST_SYMBOL, SHAPE_NEXT, SHAPES, by_shape
 
 MAX_ANSWER_WORDS = 6
@@ -97,7 +97,7 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
         explicit: The completion announces ``sentence`` as its answer.
         names: The possible answers are known, and the sentence has none of them: then only a name answers.
     """
-    form = asked(question)
+    form = question_form(question)
     sentence = _after_colon(_LABEL.sub("", _ADDRESSED.sub("", sentence)), form)
     equation = re.fullmatch(r"(.*?)\s=\s+([^\s]+).*", sentence, re.DOTALL) if form.noun == "formula" else None
     if equation and not _PREDICATE.search(equation[1]):
@@ -116,7 +116,7 @@ def new_words(sentence: str, question: str, *, explicit: bool, names: bool) -> s
     return run if normalise(run) not in _NEVER or form.noun in SHAPES else ""
 
 
-def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, names: bool) -> str:
+def _with_predicate(sentence: str, subject: str, rest: str, form: QuestionForm, *, names: bool) -> str:
     quoted = _QUOTED_NEXT.match(rest)
     is_answer = quoted and len(quoted[1].split()) <= MAX_ANSWER_WORDS and not has(quoted[1], form.noun)
     if quoted and is_answer and (form.is_on_word or not form.in_words(quoted[1])):
@@ -149,7 +149,7 @@ def _with_predicate(sentence: str, subject: str, rest: str, form: Asked, *, name
     )
 
 
-def _after_colon(sentence: str, form: Asked) -> str:
+def _after_colon(sentence: str, form: QuestionForm) -> str:
     head, colon, tail = sentence.rpartition(": ")
     shape = SHAPES.get(form.noun)
     if shape is not None and (shape.fullmatch(head) or not shape.match(tail)):
@@ -158,7 +158,7 @@ def _after_colon(sentence: str, form: Asked) -> str:
     return tail if is_answer else sentence
 
 
-def _reversed(subject: str, of: str, form: Asked) -> str:
+def _reversed(subject: str, of: str, form: QuestionForm) -> str:
     """The subject of "Y is the capital of X", if it is X that was asked about."""
     if content_words(of) and not form.in_words(of):
         other = QUOTED.search(of)
@@ -174,7 +174,7 @@ def _reversed(subject: str, of: str, form: Asked) -> str:
     return runs[0] if runs else own if 0 < len(content_words(own)) <= 3 and not _NO_ANSWER.match(own) else ""
 
 
-def _appositive(subject: str, form: Asked) -> str:
+def _appositive(subject: str, form: QuestionForm) -> str:
     """X of "X, the capital of ..."."""
     clauses = [clause.strip() for clause in _CLAUSE_END.split(subject) if clause.strip()]
     is_named = any(has(clause, form.noun) for clause in clauses[1:]) and not has(clauses[0], form.noun)
@@ -182,7 +182,7 @@ def _appositive(subject: str, form: Asked) -> str:
     return clauses[0] if is_new and not _NO_ANSWER.match(clauses[0]) else ""
 
 
-def _in_predicate(subject: str, rest: str, form: Asked, *, names: bool) -> str:
+def _in_predicate(subject: str, rest: str, form: QuestionForm, *, names: bool) -> str:
     """The answer after "is": new words, or, if the subject is what was asked for, whatever follows."""
     first = next(filter(content_words, _CLAUSE_END.split(rest)), "").strip(" .!")
     repeats = content_words(first)[:1]
@@ -228,7 +228,7 @@ def _last_of(runs: list[str], text: str) -> str:
     return chosen
 
 
-def _in_subject(subject: str, rest: str, form: Asked) -> str:
+def _in_subject(subject: str, rest: str, form: QuestionForm) -> str:
     """The answer before "is an element with the symbol X"."""
     if form.noun in SHAPES:
         own = subject.strip(" .,")
@@ -245,7 +245,7 @@ def _in_subject(subject: str, rest: str, form: Asked) -> str:
     return runs[0] if runs and not _NO_ANSWER.match(subject) else ""
 
 
-def _after_noun(sentence: str, form: Asked, *, known: bool = False) -> str:
+def _after_noun(sentence: str, form: QuestionForm, *, known: bool = False) -> str:
     """The new words right after the asked noun: "symbol of Rb", "formula is H2O", "an element named copper"; with
     ``known`` a word of the question where a symbol or formula should be ("with the symbol gallium")."""
     noun = r"nationality|citizens?(?= of\b)" if form.noun == "nationality" else re.escape(form.noun)
@@ -277,7 +277,7 @@ def _after_noun(sentence: str, form: Asked, *, known: bool = False) -> str:
     return ""
 
 
-def _before_noun(rest: str, form: Asked) -> str:
+def _before_noun(rest: str, form: QuestionForm) -> str:
     """The name right before the asked noun: "the Australasia continent", "of Ashanti descent"."""
     if not form.noun or form.is_on_word or (form.is_of and form.noun != "nationality"):
         return ""
@@ -285,7 +285,7 @@ def _before_noun(rest: str, form: Asked) -> str:
     return found[1] if found and form.noun not in SHAPES and not form.in_words(found[1]) else ""
 
 
-def _after_naming(sentence: str, form: Asked) -> str:
+def _after_naming(sentence: str, form: QuestionForm) -> str:
     """The new words after "named", "called" or "known as"."""
     for found in _NAMING.finditer(sentence) if form.noun in _NAMED else ():
         rest = sentence[found.end() :]
@@ -302,7 +302,7 @@ def _after_naming(sentence: str, form: Asked) -> str:
     return ""
 
 
-def _without_predicate(sentence: str, form: Asked, *, explicit: bool, names: bool) -> str:
+def _without_predicate(sentence: str, form: QuestionForm, *, explicit: bool, names: bool) -> str:
     """The answer in a text without a verb of being: the text itself, its first clause, or the words after the
     question's ("plants absorb carbon dioxide")."""
     clauses = list(filter(str.strip, _CLAUSE_END.split(sentence)))
@@ -352,14 +352,14 @@ def _around(words: list[str], linked: list[int]) -> tuple[str, str]:
     return " ".join(words[linked[-1] + 1 :]), " ".join(words[: linked[0]])
 
 
-def _first_runs(part: str, form: Asked, *, any_form: bool = False) -> list[str]:
+def _first_runs(part: str, form: QuestionForm, *, any_form: bool = False) -> list[str]:
     """The new runs of the first clause that has more than filling words."""
     clause = next(filter(content_words, _CLAUSE_END.split(part)), "")
     shape = None if any_form else SHAPES.get(form.noun)
     return [run for run in _new_runs(clause, form) if shape is None or shape.fullmatch(run)]
 
 
-def _new_runs(clause: str, form: Asked) -> list[str]:
+def _new_runs(clause: str, form: QuestionForm) -> list[str]:
     """Runs of words that are not in the question; a capitalised neighbour joins its run (South America)."""
     runs: list[list[str]] = [[]]
     new: list[bool] = [False]

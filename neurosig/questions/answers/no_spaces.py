@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from neurosig.questions.answers.asked import QUOTED
 from neurosig.questions.answers.normal import normalise
+from neurosig.questions.answers.question_form import QUOTED
 
 MAX_ANSWER_CHARS = 24
 LONGEST_SENTENCE, LONGEST_QUESTION = 200, 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from neurosig.questions.answers.asked import ADVERB, OPEN, WORD, Asked
+from neurosig.questions.answers.question_form import ADVERB, OPEN, WORD, QuestionForm
 
 _SYMBOL, _FORMULA = r"[A-Z][A-Za-z0-9]{0,5}", r"(?=[^\s,;]*(?:\d|[A-Z][^\s,;]*[A-Z]))[A-Z(\[][A-Za-z0-9()\[\]+\-·^]*"
 SHAPES = {"symbol": re.compile(_SYMBOL), "formula": re.compile(_FORMULA)}
@@ -20,7 +20,7 @@ COMPOSED = re.compile(r"\b(?:(?:largely|mainly|primarily)\s+)?(?:composed|consis
 """What a thing is made of is not what it is called."""
 
 
-def by_shape(sentence: str, form: Asked) -> str:
+def by_shape(sentence: str, form: QuestionForm) -> str:
     """The only word in brackets, or in the sentence, of the form that the noun asks for."""
     if COMPOSED.search(sentence):
         return ""

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 
-from neurosig.questions.answers.asked import asked, has
 from neurosig.questions.answers.markup import marked, unmarked, without_emphasis
 from neurosig.questions.answers.new_words import MAX_ANSWER_WORDS, new_words
 from neurosig.questions.answers.no_spaces import is_unspaced, unspaced_answer
 from neurosig.questions.answers.normal import contained, normalise
 from neurosig.questions.answers.numbers import number_in
+from neurosig.questions.answers.question_form import has, question_form
 from neurosig.questions.answers.sentences import answer_tails, sentences
 
 _REFUSAL = re.compile(
@@ -184,12 +184,15 @@ def members_in(statement: str, question: str, space: Sequence[Sequence[str]]) ->
     adjectives = [name for name in found if f" {name} " not in plain and f" {name}n " in plain.replace("pean ", "pen ")]
     if len(found) - len(adjectives) == 1:
         found = [name for name in found if name not in adjectives]  # a European nation located in Africa
-    subject = _SUBJECT_END.split(statement, maxsplit=1)
-    if found and len(subject) == 1 and not has(statement, asked(question).noun) and not space[0][0][0].isupper():
-        return [] if len(statement.split()) > LONGEST_BARE else found
-    if found and len(subject) > 1 and _names_another(subject, question, space):
+    if not found:
         return []
-    if found and len(subject) > 1 and not asked(question).is_asked_by(statement, _without_members(subject[0], space)):
+    subject, form = _SUBJECT_END.split(statement, maxsplit=1), question_form(question)
+    if len(subject) == 1:
+        if not has(statement, form.noun) and not space[0][0][0].isupper():
+            return [] if len(statement.split()) > LONGEST_BARE else found
+    elif _names_another(subject, question, space) or not form.is_asked_by(
+        statement, _without_members(subject[0], space)
+    ):
         return []
     if len(found) > 1:
         clauses = (found_members(clause, question, space) for clause in _CLAUSE_BREAK.split(statement)[:MOST_CLAUSES])
@@ -201,7 +204,7 @@ def _names_another(parts: Sequence[str], question: str, space: Sequence[Sequence
     """Whether what follows "is" is a name outside the space: "is a Kurd, specifically one of the Armenian diaspora"."""
     subject, rest = parts
     first = _CLAUSE_BREAK.split(rest, maxsplit=1)[0]
-    is_name = _A_NAME.match(rest) or (has(subject, asked(question).noun) and _NAME.search(first))
+    is_name = _A_NAME.match(rest) or (has(subject, question_form(question).noun) and _NAME.search(first))
     return bool(is_name) and not found_members(first, question, space)
 
 
@@ -227,7 +230,7 @@ def _is_numeric(space: Sequence[Sequence[str]]) -> bool:
 
 def _asked_number(statement: str, question: str, members: set[str]) -> str | None:
     """The number right after the asked noun ("an atomic number of 79"), else one of the members."""
-    noun, plain = asked(question).noun, _HYPHENED.sub(" ", without_emphasis(statement))
+    noun, plain = question_form(question).noun, _HYPHENED.sub(" ", without_emphasis(statement))
     after = re.search(rf"\b{re.escape(noun)}\b(?=[^\d.;,]{{0,30}}?[\d\"])", plain, re.IGNORECASE) if noun else None
     if after:
         rest = re.sub(r"^(?:\W|\b(?:of|is|as|the|at|for)\b)+(?=\d)", "", plain[after.end() :])
@@ -257,7 +260,7 @@ def _statement_answer(statement: str, question: str, *, explicit: bool, space: S
     run = new_words(_KOREAN_END.sub("", statement.strip()), question, explicit=explicit, names=names)
     answer, is_name = normalise(run), any(char.isupper() for char in run)
     if space and not names and not _is_abbreviated(space) and not explicit:
-        is_aside = len(_SUBJECT_END.split(statement)) == 1 and not has(statement, asked(question).noun)
+        is_aside = len(_SUBJECT_END.split(statement)) == 1 and not has(statement, question_form(question).noun)
         if (is_aside and len(statement.split()) > LONGEST_BARE) or len(answer) < 2:
             return None
     is_description = bool(space) and not _is_abbreviated(space) and not is_name and (names or len(answer.split()) > 1)

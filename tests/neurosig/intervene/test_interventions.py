@@ -282,9 +282,9 @@ def test_logits_after_a_completion_change_no_likelihood() -> None:
     """A completion of one token next to a long one: what the head says over its padding is infinite."""
     model = loaded()
     completions = {"short": [(5,)], "long": [(5, 6, 7, 8)]}
-    asked = [Prompt(name, (9, 10)) for name in completions]
+    two_prompts = [Prompt(name, (9, 10)) for name in completions]
     groups = {name: [Rollout(name, 0, "", ids[0], "length")] for name, ids in completions.items()}
-    plain = completion_nll(model, asked, groups)
+    plain = completion_nll(model, two_prompts, groups)
 
     def spoil(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
         if logits.shape[1] > 1:
@@ -292,7 +292,7 @@ def test_logits_after_a_completion_change_no_likelihood() -> None:
         return logits
 
     handle = model.model.get_output_embeddings().register_forward_hook(spoil)
-    spoilt = completion_nll(model, asked, groups)
+    spoilt = completion_nll(model, two_prompts, groups)
     handle.remove()
     assert spoilt == plain
 

@@ -157,10 +157,10 @@ def test_members_of_an_answer_space_are_scored_by_their_first_name() -> None:
     opening = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
     for group in groups:
         assert [rollout.text for rollout in group] == [" red", " navy blue", " green", " not at all, never"] * 2
-        asked = builder.student(questions[group[0].question_id])
+        prompt = builder.student(questions[group[0].question_id])
         for place, rollout in enumerate(group):
             before = [
-                *(asked if place < 4 else builder.encode([{"role": "user", "content": PromptConfig().instruction}]))
+                *(prompt if place < 4 else builder.encode([{"role": "user", "content": PromptConfig().instruction}]))
             ]
             before += opening
             ids = list(rollout.completion_ids)

@@ -32,7 +32,7 @@ def candidate(name: str, score: float | None) -> Candidate:
 
 def selected(scores: dict[str, float | None], **options: Any) -> set[str]:
     candidates = [candidate(name, score) for name, score in scores.items()]
-    reasons = selection_reasons(candidates, SelectionConfig(**options))
+    reasons, _ = selection_reasons(candidates, SelectionConfig(**options))
     return {c.question_id for c, reason in zip(candidates, reasons, strict=True) if reason == "selected"}
 
 
@@ -164,13 +164,13 @@ def test_a_question_without_active_neurons_spoils_no_score() -> None:
         tensor = torch.tensor(ids, dtype=torch.int32)
         return QuestionSignals(group, reading(name, 2), tensor, tensor.float(), torch.ones(2, 3))
 
-    asked = {"a": signals("a", [[1, 2], [2, 3]]), "b": signals("b", [[-1, -1], [-1, -1]])}
-    scores = hallucination_scores(asked, n_neurons=10, probe=ProbeConfig())
+    traced = {"a": signals("a", [[1, 2], [2, 3]]), "b": signals("b", [[-1, -1], [-1, -1]])}
+    scores = hallucination_scores(traced, n_neurons=10, probe=ProbeConfig())
     assert "neuron_count" in scores.by_name
     assert all(np.isfinite(values).all() for values in scores.by_name.values())
     ragged = {
-        **asked,
-        "c": QuestionSignals([asked["a"].rollouts[0]], reading("c", 1), *(torch.ones(1, 2).int(),) * 3),
+        **traced,
+        "c": QuestionSignals([traced["a"].rollouts[0]], reading("c", 1), *(torch.ones(1, 2).int(),) * 3),
     }
     with pytest.raises(ValueError, match='question "c" has 1 rollouts, the first has 2'):
         hallucination_scores(ragged, n_neurons=10, probe=ProbeConfig())

@@ -74,7 +74,7 @@ def content_words(text: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class QuestionForm:
     """A question as its answers are read.
 
     Attributes:
@@ -137,7 +137,7 @@ class Asked:
 
 
 @cache
-def asked(question: str) -> Asked:
+def question_form(question: str) -> QuestionForm:
     """The question as its answers are read."""
     found = _NOUN.search(question)
     noun = normalise(next(filter(None, found.groups()), "")) if found else ""
@@ -145,4 +145,4 @@ def asked(question: str) -> Asked:
     content = frozenset(word for word in known if word not in FILLER and word != noun)
     opening = normalise(_WH.split(question)[0])
     is_of = re.search(rf"\b{re.escape(noun)}\s+(?:of|for)\b", question, re.IGNORECASE) is not None
-    return Asked(noun, known, content, opening, is_of, QUOTED.search(question) is not None)
+    return QuestionForm(noun, known, content, opening, is_of, QUOTED.search(question) is not None)
