@@ -85,6 +85,7 @@ trust: setup ## faults, kills, mutants and fuzzing at full length (an hour); pri
 	$(RUN) tests.trust.mutants
 	$(RUN) tests.trust.fuzz questions --seconds 300
 	$(RUN) tests.trust.fuzz manifest --seconds 300
+	TEST_DEVICE=cpu $(RUN) pytest -m gpu -o addopts=--strict-markers -q tests/promises/test_gpu.py
 
 lint: setup ## ruff, mypy and the import contracts
 	$(RUN) ruff check .

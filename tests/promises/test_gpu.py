@@ -28,6 +28,7 @@ from neurosig.neurons.sites import ffn_sites
 from neurosig.neurons.tracer import NeuronTracer
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import interrupted_at, make_manifest
+from tests.support.parsers import UNCUT
 from tests.support.runs import evaluate_config, write_choices
 from tests.support.sampling import draw, prompts, tokens
 from tests.support.tiny import ARCHS, Arch, rollouts, tiny_model, tiny_tokenizer
@@ -155,7 +156,10 @@ def test_a_compiled_step_is_that_of_a_plain_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["lmsi", "ttrl", "intuitor", "u-opsd"])
 def test_the_baselines_train(tmp_path: Path, method: str) -> None:
     manifest = make_manifest(
-        tmp_path, device=DEVICE, context_policy="majority_solution" if method == "u-opsd" else "random"
+        tmp_path,
+        device=DEVICE,
+        context_policy="majority_solution" if method == "u-opsd" else "random",
+        answer_parser=UNCUT,
     )
     train(_config(tmp_path, manifest, "auto", "run", method=method))
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
