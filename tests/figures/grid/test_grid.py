@@ -213,6 +213,7 @@ def test_a_grid_without_texts_says_so(tmp_path: Path) -> None:
 def test_the_format_check_pairs_questions() -> None:
     """Of 4 samples, the base answers 1 in a form that is read, though 3 name the gold answer."""
     known = {"source": "", "seed": 0, "target": "red", "k": 4, "n_correct": 1, "n_correct_lenient": 3, "unparsed": 3}
+    known |= {"votes": 1, "n_tied": 1, "n_tied_right": 1, "n_tied_right_lenient": 1}
     rows = [{**known, "method": "base", "question_id": f"q{index}"} for index in range(5)]
     for seed in (0, 1):
         learned = {"method": "lmsi", "source": "red", "seed": seed, "n_correct": 3, "unparsed": seed}
