@@ -60,14 +60,16 @@ class TrainConfig(SamplerOptions):
     max_grad_norm: Annotated[float, Shapes.TRAINING, Above0] = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     full: Annotated[bool, Shapes.TRAINING] = False
-    """Train all weights but the input and output embeddings, instead of LoRA."""
+    """Train all weights but the input and output embeddings, instead of LoRA; they are kept in float32, products are
+    computed in --dtype."""
     lora_r: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 16
     """LoRA rank."""
     lora_alpha: Annotated[int, Shapes.TRAINING] = 32
     """LoRA scale numerator."""
 
     teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION, Section.LOSS] = "base"
-    """base: the model before training; live: the current student; ema: a moving average of the student's weights."""
+    """base: the model before training; live: the current student, a target that moves away as fast as it is followed;
+    ema: a moving average of the student's weights."""
     ema_decay: Annotated[float, Shapes.TRAINING] = 0.99
     """Share of its own weights that the ema teacher keeps per step, 0 to below 1."""
     divergence: Annotated[
@@ -82,10 +84,11 @@ class TrainConfig(SamplerOptions):
     """The teacher's share of the mixture in jsd, strictly between 0 and 1."""
     loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.DISTILLATION, Above0] = 1.0
     """Temperature of both distributions in the loss, above 0."""
-    clip: Annotated[Literal["none", "pointwise", "token"], Shapes.TRAINING] = "none"
-    """Cap the loss of each vocabulary entry (pointwise) or of each token."""
-    clip_value: Annotated[float, Shapes.TRAINING, Above0] = 0.05
-    """The cap, in nats."""
+    clip: Annotated[Literal["none", "token", "entry"], Shapes.TRAINING] = "none"
+    """token: scale the divergence of a token above --clip-value down to it; entry: cut each vocabulary entry there,
+    above which it teaches nothing. The metric clip_fraction is the share of the loss that was cut."""
+    clip_value: Annotated[float, Shapes.TRAINING, Above0] = 0.2
+    """The cap, in nats. A low one (.05 on the model organism) cuts all that forward_kl has to teach from entries."""
     loss_mean: Annotated[Literal["token", "sequence"], Shapes.TRAINING | Shapes.DISTILLATION] = "token"
     """token: mean over the step's completion tokens; sequence: mean over its rollouts' means."""
     skip_first: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 0
@@ -162,6 +165,8 @@ class TrainConfig(SamplerOptions):
             raise UserError(f"--ema-decay: expected 0 to below 1, got {self.ema_decay}")
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise UserError(f"--beta: expected strictly between 0 and 1, got {self.beta}; its ends are the two KLs")
+        if self.full and self.dtype == "float16":
+            raise UserError("--full --dtype float16: its gradients would need loss scaling; use bfloat16")
         if self.divergence == "sampled_token" and (self.topk or self.clip != "none"):
             raise UserError("--divergence sampled_token scores one entry per token; leave out --topk and --clip")
 
@@ -183,7 +188,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": {
         **{"steps": 100, "questions_per_step": 32, "num_generations": 1, "micro_batch_size": 4, "save_steps": 25},
-        **{"learning_rate": 5e-6, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128, "clip": "pointwise"},
+        **{"learning_rate": 5e-6, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128},
     },
 }
 

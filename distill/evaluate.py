@@ -168,15 +168,15 @@ def _questions(config: EvaluateConfig) -> list[Question]:
 
 
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
-    """The model with its adapter merged, and the hash of the adapter's weights."""
-    from neurosig.models.adapter import merge_adapter
+    """The model as trained, and the hash of the adapter's weights."""
+    from neurosig.models.adapter import apply_adapter
     from neurosig.models.load import load_model
 
     loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
     template = trained_template(trained_folders(config.model, config.adapter), loaded.info.chat_template_sha256)
     if template is not None:
         loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=template)
-    return loaded, None if config.adapter is None else merge_adapter(loaded, config.adapter)
+    return loaded, None if config.adapter is None else apply_adapter(loaded, config.adapter)
 
 
 def _rollouts(

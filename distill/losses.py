@@ -4,10 +4,12 @@ Hidden states go in; the loss and its gradient come out. The ``[tokens, vocab]``
 is projected, reduced and turned into its gradient at once. A step costs three projections (student, teacher, gradient
 of the hidden states), a fourth where the head is trained, and two ``[chunk, vocab]`` buffers.
 
-Notation: s and t are the student's and the teacher's next-token probabilities, f_v the contribution of vocabulary entry
-v. Every divergence except ``sampled_token`` is a sum over v, which the pointwise clip of OPSD (arXiv 2601.18734) needs:
-``sum_v min(f_v, clip_value)``. A contribution may be negative and is not clipped from below, so a clipped loss can be
-negative too. With ``topk`` the sum runs over the student's k likeliest entries and one bucket for all others.
+Notation: s and t are the student's and the teacher's next-token probabilities. Every divergence except
+``sampled_token`` is a sum over the vocabulary of non-negative entries: ``t log(t/s) - t + s`` for the forward KL, with
+s and t exchanged for the reverse, and the mixture of both for the JSD. The added terms sum to 0 and matter to a clip of
+entries alone: one of the bare ``t log(t/s)`` (OPSD, arXiv 2601.18734) cuts the positive entries, leaves the negative
+ones and so pushes the student away from the teacher's favourite. With ``topk`` the sum runs over the student's k
+likeliest entries and one for all others.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_config
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"]
-ClipName = Literal["none", "pointwise", "token"]
+ClipName = Literal["none", "token", "entry"]
 Entries = Float[Tensor, "rows vocab"]
 
+_STATISTICS = 5
+"""Rows of numbers per token: `DivergenceOutput`'s, from ``per_token`` to ``student_logprob``."""
 _CPU_BLOCK_ENTRIES = 2**19
 """Entries handled at once on the CPU: a block and its temporaries stay in the cache between operations."""
 
@@ -44,7 +48,9 @@ class DivergenceOutput:
         unclipped: divergence of each token without the clip.
         teacher_entropy: entropy of the teacher's next-token distribution, in nats, at the loss temperature.
         student_entropy: the same for the student.
-        clip_fraction: share of the weighted tokens (``token``), or of their entries (``pointwise``), that was cut.
+        student_logprob: log-probability of each of ``token_ids`` under the student, in nats, at temperature 1; 0
+            without them.
+        unclipped_loss: ``loss`` without the clip.
     """
 
     loss: Float[Tensor, ""]
@@ -52,14 +58,25 @@ class DivergenceOutput:
     unclipped: Float[Tensor, " tokens"]
     teacher_entropy: Float[Tensor, " tokens"]
     student_entropy: Float[Tensor, " tokens"]
-    clip_fraction: Float[Tensor, ""]
+    student_logprob: Float[Tensor, " tokens"]
+    unclipped_loss: Float[Tensor, ""]
+
+    @property
+    def clip_fraction(self) -> float:
+        """Share of the unclipped loss that the clip cut."""
+        return cut_share(float(self.loss), float(self.unclipped_loss))
+
+
+def cut_share(clipped: float, unclipped: float) -> float:
+    """Share of ``unclipped`` that is missing from ``clipped``; 0 of nothing."""
+    return 0.0 if clipped == unclipped else max(0.0, 1 - clipped / unclipped)
 
 
 class Terms(NamedTuple):
     """The vocabulary entries of a divergence.
 
-    ``slope`` is the derivative of ``value`` with respect to log s, less ``gauge * s``. A multiple of s
-    changes nothing after the softmax, and without it the slope is exactly 0 for KL where s and t agree.
+    ``value`` sums to the divergence; ``value + gauge * (s - t)`` does too and has no negative entry. ``slope`` is the
+    derivative of the latter with respect to log s, exactly 0 for KL where s and t agree.
     """
 
     value: Entries
@@ -80,8 +97,8 @@ class Divergence:
             that of ``log s_y`` times this number held fixed (REINFORCE).
         beta: The teacher's share of the mixture; for ``jsd`` only.
         temperature: Divides both logits. The loss is not multiplied by its square.
-        clip: ``pointwise`` caps each vocabulary entry's contribution, ``token`` each token's sum; what exceeds the cap
-            gives no gradient.
+        clip: ``token`` scales each token's divergence, and so its gradient, down to the cap; ``entry`` caps each of its
+            vocabulary entries, which give no gradient above the cap. Source: reconstruction.
         clip_value: The cap, in nats.
         topk: Sum over the student's k likeliest entries; 0 sums over the whole vocabulary.
         tail: With ``topk``, treat the other entries as one more; else both sides are renormalised without them.
@@ -96,7 +113,7 @@ class Divergence:
     beta: float = 0.5
     temperature: float = 1.0
     clip: ClipName = "none"
-    clip_value: float = 0.05
+    clip_value: float = 0.2
     topk: int = 0
     tail: bool = True
     softcap: float | None = None
@@ -123,14 +140,14 @@ FORWARD_KL = Divergence()
 
 
 def forward_kl(log_s: Entries, s: Entries, log_t: Entries, t: Entries) -> Terms:
-    """KL(teacher || student): ``t (log t - log s)``."""
-    return Terms((log_t - log_s).mul_(t), s - t, -1)
+    """KL(teacher || student): ``t (log t - log s) - t + s``."""
+    return Terms((log_t - log_s).mul_(t), s - t, 1)
 
 
 def reverse_kl(log_s: Entries, s: Entries, log_t: Entries, t: Entries) -> Terms:
-    """KL(student || teacher): ``s (log s - log t)``."""
+    """KL(student || teacher): ``s (log s - log t) - s + t``."""
     value = (log_s - log_t).mul_(s)
-    return Terms(value, value.clone(), 1)
+    return Terms(value, value.clone(), -1)
 
 
 def generalized_jsd(beta: float) -> _TermsFunction:
@@ -172,7 +189,7 @@ def chunked_divergence(
         student_head: output embedding.
         teacher_head: the teacher's, over the same vocabulary.
         divergence: forward KL over the whole vocabulary by default.
-        token_ids: the sampled tokens, for ``sampled_token``.
+        token_ids: the sampled tokens; ``sampled_token`` needs them.
         weights: one per token; a token of weight 0 is never read.
 
     Raises:
@@ -183,7 +200,7 @@ def chunked_divergence(
     weights = student_hidden.new_ones(tokens) if weights is None else weights.detach()
     kept = weights.nonzero().squeeze(1)
     gradients = torch.is_grad_enabled()
-    loss, statistics, clip_fraction = _ChunkedDivergence.apply(
+    loss, statistics = _ChunkedDivergence.apply(
         student_hidden.index_select(0, kept),
         student_head,
         teacher_hidden.detach().index_select(0, kept),
@@ -194,9 +211,9 @@ def chunked_divergence(
         gradients and student_hidden.requires_grad,
         gradients and student_head.requires_grad,
     )
-    scattered = statistics.new_zeros(4, tokens).index_copy_(1, kept, statistics)
-    per_token, unclipped, teacher_entropy, student_entropy = scattered.unbind(0)
-    return DivergenceOutput(loss, per_token, unclipped, teacher_entropy, student_entropy, clip_fraction)
+    unclipped_loss = torch.dot(weights[kept].to(statistics.dtype), statistics[1])
+    scattered = statistics.new_zeros(_STATISTICS, tokens).index_copy_(1, kept, statistics)
+    return DivergenceOutput(loss, *scattered.unbind(0), unclipped_loss)
 
 
 class _ChunkedDivergence(torch.autograd.Function):
@@ -212,7 +229,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         options: Divergence,
         train_hidden: bool,
         train_head: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         device, tokens, vocab = student_hidden.device, student_hidden.shape[0], student_head.shape[0]
         work = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
         ctx.dtypes = student_hidden.dtype, student_head.dtype
@@ -221,8 +238,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             teacher_hidden, teacher_head = teacher_hidden.to(work), teacher_head.to(work)
         weights = weights.to(work)
 
-        statistics = torch.zeros(4, tokens, dtype=work, device=device)
-        clipped = torch.zeros((), dtype=torch.int64, device=device)
+        statistics = torch.zeros(_STATISTICS, tokens, dtype=work, device=device)
         grad_hidden = torch.zeros(student_hidden.shape, dtype=work, device=device) if train_hidden else None
         grad_head = torch.zeros(student_head.shape, dtype=work, device=device) if train_head else None
 
@@ -240,7 +256,7 @@ class _ChunkedDivergence(torch.autograd.Function):
             for first in range(0, size, block):
                 inner = slice(first, min(first + block, size))
                 outer = slice(start + inner.start, start + inner.stop)
-                clipped += _reduce(
+                _reduce(
                     logits[inner],
                     teacher_logits[inner],
                     weights[outer],
@@ -254,13 +270,9 @@ class _ChunkedDivergence(torch.autograd.Function):
             if grad_head is not None:
                 grad_head.addmm_(logits.t(), hidden.to(work))
 
-        entries = options.topk + options.tail if options.topk else vocab
-        looked_at = tokens * entries if options.clip == "pointwise" else tokens
-        loss = torch.dot(weights, statistics[0])
-        clip_fraction = (clipped / max(1, looked_at)).to(work)
         ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.mark_non_differentiable(statistics, clip_fraction)
-        return loss, statistics, clip_fraction
+        ctx.mark_non_differentiable(statistics)
+        return torch.dot(weights, statistics[0]), statistics
 
     @staticmethod
     @once_differentiable
@@ -284,19 +296,21 @@ def _reduce(
     teacher_logits: Entries,
     weights: Float[Tensor, " rows"],
     token_ids: Int[Tensor, " rows"] | None,
-    statistics: Float[Tensor, "4 rows"],
+    statistics: Float[Tensor, "statistics rows"],
     options: Divergence,
     with_gradient: bool,
-) -> Tensor:
-    """Fill ``statistics``, turn ``logits`` into the gradient of the loss and return the count clipped."""
+) -> None:
+    """Fill ``statistics`` and turn ``logits`` into the gradient of the loss."""
     log_s, log_t = _log_softmax(logits, options), _log_softmax(teacher_logits, options)
     s, t = log_s.exp(), log_t.exp()
-    per_token, unclipped, teacher_entropy, student_entropy = statistics
+    per_token, unclipped, teacher_entropy, student_entropy, student_logprob = statistics
     torch.sum(t * log_t, dim=1, out=teacher_entropy).neg_()
     torch.sum(s * log_s, dim=1, out=student_entropy).neg_()
 
-    clipped = torch.zeros((), dtype=torch.int64, device=logits.device)
     if token_ids is not None:
+        at_1 = log_s if options.temperature == 1 else torch.log_softmax(logits, dim=1)
+        student_logprob.copy_(at_1.gather(1, token_ids[:, None])[:, 0])
+    if token_ids is not None and options.name == "sampled_token":
         gradient = _sampled_token(log_s, s, log_t, token_ids, unclipped)
         per_token.copy_(unclipped)
     else:
@@ -308,16 +322,13 @@ def _reduce(
         value, slope, gauge = options.terms()(log_s, s, log_t, t)
         torch.sum(value, dim=1, out=unclipped)
         per_token.copy_(unclipped)
-        if options.clip == "pointwise":
-            above = value > options.clip_value
-            clipped = above.sum()
+        if options.clip == "entry":
+            value.add_(s, alpha=gauge).sub_(t, alpha=gauge)
+            slope.masked_fill_(value > options.clip_value, 0)
             torch.sum(value.clamp_(max=options.clip_value), dim=1, out=per_token)
-            slope = torch.where(above, s * -gauge, slope)
         elif options.clip == "token":
-            above = unclipped > options.clip_value
-            clipped = above.sum()
             per_token.clamp_(max=options.clip_value)
-            weights = weights * ~above
+            weights = torch.where(unclipped > options.clip_value, weights * per_token / unclipped, weights)
         gradient = slope.addcmul_(s, slope.sum(dim=1, keepdim=True), value=-1)
         if chosen is not None:
             gradient = _spread(gradient, s, full, chosen, options.tail)
@@ -328,7 +339,6 @@ def _reduce(
             logits.copy_(gradient)
         else:
             logits.div_(options.softcap).square_().neg_().add_(1).mul_(gradient)
-    return clipped
 
 
 def _sampled_token(
@@ -394,5 +404,5 @@ def _check(
             )
     if divergence.topk > vocab:
         raise UserError(f"topk is {divergence.topk}; choose 0 for the whole vocabulary, or 1 to {vocab}")
-    if (divergence.name == "sampled_token") != (token_ids is not None):
-        raise UserError("token_ids and the divergence sampled_token belong together; give both or neither")
+    if divergence.name == "sampled_token" and token_ids is None:
+        raise UserError("the divergence sampled_token needs token_ids")

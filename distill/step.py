@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from distill.distributed import ALONE, Ranks, whole_tensor
-from distill.losses import Divergence, chunked_divergence
+from distill.losses import Divergence, chunked_divergence, cut_share
 from distill.metrics_log import rollout_metrics
-from distill.student import TrainingForward
+from distill.student import TrainingForward, autocast
 from distill.tasks import Task
 from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import logit_softcap
@@ -35,7 +35,7 @@ class _Row(NamedTuple):
     share: float
 
 
-_IDLE = _Row(Task("", (0,), (0,)), Rollout("", 0, "", (0,), "stop"), 0.0)
+_IDLE = _Row(Task("", (0,), (0,)), Rollout("", 0, "", (0,), "stop", mean_logprob=0.0), 0.0)
 """Computed under FSDP2 by a rank without work, which must run as many batches as the others."""
 
 
@@ -70,7 +70,9 @@ def learn(
     Returns:
         The step's metrics. Divergence and entropies, in nats, are unweighted means over the tokens in the loss, without
         those of replayed prompts, whose divergence is a metric of its own; ``None`` without any such token. Questions
-        of weight 0 are in no metric.
+        of weight 0 are in no metric. ``sampler_kl`` is the mean over the tokens in the loss of their log-probability
+        when they were sampled minus the student's, an estimate of KL(sampler || student); ``None`` with
+        ``skip_first`` or for rollouts without log-probabilities.
 
     Raises:
         UserError: Every question has weight 0.
@@ -83,7 +85,9 @@ def learn(
     rows = _rows_in_loss(config, pairs, left_out)
     total = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows)
     replayed = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows if row.task.replay)
-    counts = {"loss": total, "clip_fraction": total}  # tokens that each mean is over
+    counts = dict.fromkeys(("loss", "unclipped_loss"), total)  # tokens that each mean is over
+    known = not config.skip_first and all(row.rollout.mean_logprob is not None for row in rows)
+    counts["sampler_kl"] = total if known else 0
     counts |= dict.fromkeys(("divergence", "teacher_entropy", "student_entropy"), total - replayed)
     counts |= {"replay_divergence": replayed} if any(task.replay for task, _ in pairs) else {}
     sums = dict.fromkeys(counts, 0.0)
@@ -105,10 +109,12 @@ def learn(
 
     parts = ranks.gather(sums)
     sums = {name: math.fsum(part[name] for part in parts) for name in counts}
+    means = {name: value if counts[name] else None for name, value in sums.items() if name != "unclipped_loss"}
     rollouts = [rollout for _, rollout in pairs]
     teacher_prompts = {row.task.id: row.task.teacher_prompt for row in rows}
     return {
-        **{name: value if counts[name] else None for name, value in sums.items()},
+        **means,
+        "clip_fraction": cut_share(sums["loss"], sums["unclipped_loss"]) if total else None,
         "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"] if total > replayed else None,
         "grad_norm": norm,
         **rollout_metrics(rollouts),
@@ -166,36 +172,38 @@ def _backward(
     Of the ``total`` tokens in the loss of the whole step, ``replayed`` answer replayed prompts.
     """
     completions = [row.rollout.completion_ids for row in batch]
-    with timer.phase("teacher", synchronize=True), teacher.active() as teacher_model:
+    with timer.phase("teacher", synchronize=True), teacher.active() as teacher_model, autocast(config, model):
         teacher_hidden = completion_hidden(teacher_model, [row.task.teacher_prompt for row in batch], completions)
     with timer.phase("student", synchronize=True):
         prompts = [row.task.student_prompt for row in batch]
-        with forward.active():
+        with forward.active(), autocast(config, model):
             student_hidden = completion_hidden(model, prompts, completions, forward.share_prompts)
         head, device = model.get_output_embeddings().weight, student_hidden.device
         token_ids = torch.tensor([token for ids in completions for token in ids], device=device)
         position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(device)
         length = torch.tensor([len(ids) for ids in completions], device=device)
         weight = torch.tensor([row.share for row in batch], device=device).repeat_interleave(length)
+        in_loss = position >= config.skip_first
         output = chunked_divergence(
             student_hidden,
             teacher_hidden,
             head,
             head,
             _divergence(config, model),
-            token_ids=token_ids if config.divergence == "sampled_token" else None,
-            weights=(position >= config.skip_first) * weight,
+            token_ids=token_ids,
+            weights=in_loss * weight,
         )
         output.loss.backward()
         taught = torch.tensor([not row.task.replay for row in batch], device=device).repeat_interleave(length)
-        share = sum(len(ids) - config.skip_first for ids in completions) / total
         n = max(1, total - replayed)
+        sampled = sum(len(row.rollout.completion_ids) * (row.rollout.mean_logprob or 0.0) for row in batch)
         sums = {
             "loss": float(output.loss.detach()),
             "divergence": float(output.unclipped[taught].sum()) / n,
             "teacher_entropy": float(output.teacher_entropy[taught].sum()) / n,
             "student_entropy": float(output.student_entropy[taught].sum()) / n,
-            "clip_fraction": float(output.clip_fraction) * share,
+            "unclipped_loss": float(output.unclipped_loss),
+            "sampler_kl": (sampled - float(output.student_logprob.sum())) / max(1, total),
         }
         if replayed:
             sums["replay_divergence"] = float(output.unclipped[~taught].sum()) / replayed

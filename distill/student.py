@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill.distributed import Ranks, decoder_layers
 from distill.served_student import ServedStudent
 from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.packed_weights import WeightOf, own_weight, packs
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt, sample
 
@@ -53,41 +54,43 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
 
 
 @torch.no_grad()
-def effective_weights(model: PreTrainedModel, adapter: PeftModel | None) -> dict[str, Tensor]:
-    """Effective weights by parameter name: ``W + scale * B A``, or the trained parameters themselves."""
+def effective_weights(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[tuple[str, Tensor]]:
+    """Name and float32 value of each effective weight: ``W + scale * B A``, or the trained parameter itself."""
     if adapter is None:
-        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        yield from ((name, parameter.float()) for name, parameter in trained)
+        return
+    merge = mergers(model)
+    for name, module in model.named_modules():
+        if module in merge:
+            yield f"{name}.weight", merge[module](module)
+
+
+def mergers(model: PreTrainedModel) -> dict[nn.Module, Callable[[nn.Module], Tensor]]:
+    """For each linear layer under an adapter, what computes its effective weight, in float32, from it."""
     from peft.tuners.lora import Linear
 
-    return {
-        f"{name}.base_layer.weight": module.base_layer.get_parameter("weight") + module.get_delta_weight("default")
-        for name, module in model.named_modules()
-        if isinstance(module, Linear)
-    }
+    def merge(layer: Linear, base: nn.Module) -> Tensor:
+        return base.get_parameter("weight").float() + layer.get_delta_weight("default").float()
+
+    adapted = [module for module in model.modules() if isinstance(module, Linear)]
+    return {layer.base_layer: functools.partial(merge, layer) for layer in adapted}
 
 
 @contextlib.contextmanager
-def in_place(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace the model's weights in the block; afterwards its own are put back, not recomputed."""
-    replaced = [(model.get_parameter(name), tensor) for name, tensor in weights.items()]
-    own = [parameter.data for parameter, _ in replaced]
-    try:
-        for parameter, tensor in replaced:
-            parameter.data = tensor.to(parameter.dtype)
-        yield
-    finally:
-        for (parameter, _), data in zip(replaced, own, strict=True):
-            parameter.data = data
+def sampling_weights(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[WeightOf]:
+    """Sample from the student's effective weights: gives the weight to pack for a linear layer.
 
-
-@contextlib.contextmanager
-def merged(model: PreTrainedModel, adapter: PeftModel | None) -> Iterator[None]:
-    """Sample with the adapter merged: the same function, rounded to the weights' dtype, but faster."""
-    if adapter is None:
-        yield
+    Where weights are packed (float32 on a CPU) the adapter is merged one layer at a time while packing, which is the
+    same function to rounding and as fast as the base model. Elsewhere it stays active beside the weights: rounded to
+    bfloat16, a merged weight would lose every change below half a unit in its last place.
+    """
+    merge = {} if adapter is None else mergers(model)
+    if adapter is None or not all(map(packs, merge)):
+        yield own_weight
         return
-    with adapter.disable_adapter(), in_place(model, effective_weights(model, adapter)):
-        yield
+    with adapter.disable_adapter(), torch.no_grad():
+        yield lambda linear: merge.get(linear, own_weight)(linear)
 
 
 @contextlib.contextmanager
@@ -102,6 +105,14 @@ def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(own)
+
+
+def autocast(config: TrainConfig, model: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
+    """Under ``--full`` the weights are float32 masters, whose products are computed in ``--dtype``."""
+    kind = model.device.type
+    auto = torch.float32 if kind == "cpu" else torch.bfloat16
+    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+    return torch.autocast(kind, dtype=dtype, enabled=config.full and dtype.itemsize < 4)
 
 
 class TrainingForward:
@@ -158,7 +169,7 @@ class StudentSampler:
         done: int,
     ):
         self._loaded, self._model, self._adapter, self._ranks = loaded, model, adapter, ranks
-        self._batch_rows = config.batch_rows
+        self._batch_rows, self._autocast = config.batch_rows, autocast(config, model)
         server = config.server(loaded)
         self._served = None if server is None or adapter is None else ServedStudent(config, server, adapter, done)
 
@@ -175,8 +186,14 @@ class StudentSampler:
         else:
             ranks, model = self._ranks, self._model
             own = prompts[ranks.rank :: ranks.world]
-            with ranks.whole(model), ranks.together(), merged(model, self._adapter), sampling_attention(model):
-                drawn = list(sample(self._loaded, own, sampling, batch_rows=self._batch_rows, salt=salt))
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(ranks.whole(model))
+                stack.enter_context(ranks.together())
+                stack.enter_context(self._autocast)
+                stack.enter_context(sampling_attention(model))
+                options = {"batch_rows": self._batch_rows, "salt": salt}
+                options["weight_of"] = stack.enter_context(sampling_weights(model, self._adapter))
+                drawn = list(sample(self._loaded, own, sampling, **options))
             groups = [group for part in ranks.gather(drawn) for group in part]
         by_id = {group[0].question_id: group for group in groups}
         return [by_id[prompt.question_id] for prompt in sorted(prompts, key=lambda prompt: len(prompt.token_ids))]

@@ -50,7 +50,7 @@ def load_student(config: TrainConfig, manifest: Manifest, device: str | None) ->
         header.answer_reader(config.answer_parser)
     loaded = load_model(
         config.model or header.model["id"],
-        dtype=config.dtype,
+        dtype="float32" if config.full else config.dtype,  # under --full the master weights
         device=device,
         attn_implementation=config.attn_implementation,
         template=header.options["template"],

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.metrics_log import rollout_metrics
-from distill.student import merged
+from distill.student import sampling_weights
 from neurosig.manifest import Manifest
 from neurosig.models.completion_hidden import completion_hidden, head_logits
 from neurosig.questions.reader import Reading
@@ -170,10 +170,9 @@ class Rollouts:
 
     def _sample(self, names: Sequence[str], step: int) -> list[list[_Scored]]:
         batch = [Prompt(name, self.prompts[name]) for name in names]
-        with merged(self.model, self.adapter):
-            groups = list(
-                sample(self.loaded, batch, self.sampling, batch_rows=self.config.batch_rows, salt=f"step{step}")
-            )
+        options: dict[str, Any] = {"batch_rows": self.config.batch_rows, "salt": f"step{step}"}
+        with sampling_weights(self.model, self.adapter) as weight_of:
+            groups = list(sample(self.loaded, batch, self.sampling, weight_of=weight_of, **options))
         self.timer.add_tokens("sample", sum(len(rollout.completion_ids) for group in groups for rollout in group))
         scored = []
         for group, rewards in zip(groups, self._rewards(groups), strict=True):

@@ -13,9 +13,23 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+WeightOf = Callable[[nn.Linear], Tensor]
+"""Gives the weight by which a linear layer is to multiply."""
+
+
+def own_weight(linear: nn.Linear) -> Tensor:
+    return linear.weight
+
+
+def packs(module: nn.Module) -> bool:
+    """Whether a module's weight is packed for decoding: a linear layer that computes in float32 on a CPU with oneDNN."""
+    if type(module) is not nn.Linear or module.weight.device.type != "cpu" or module.weight.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+
 
 class PackedWeights(TorchFunctionMode):
-    """Inside its ``with`` block, linear layers multiply by packed copies of their current weights.
+    """Inside its ``with`` block, linear layers multiply by packed copies of the weights that they have now.
 
     Modules and their hooks are unchanged. It costs a second copy of the weights and changes rounding only; it has no
     effect off the CPU, in dtypes other than float32 or without oneDNN. No gradient flows.
@@ -23,18 +37,18 @@ class PackedWeights(TorchFunctionMode):
     Args:
         modules: Modules whose linear layers are packed.
         rows: Rows of most products.
+        weight_of: Gives the weight to pack for a layer, its own by default.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], rows: int):
+    def __init__(self, modules: Iterable[nn.Module], rows: int, weight_of: WeightOf = own_weight):
         super().__init__()
         pack: Any = torch.ops.mkldnn._reorder_linear_weight  # used by torch.compile's freezing; no public name
         self._packed: dict[int, Tensor] = {}
         self._weights: list[Tensor] = []  # keeps them alive, so that no other tensor gets one of their ids
         for module in modules:
-            weight = module.weight if type(module) is nn.Linear else None
-            if weight is not None and _packs(weight) and id(weight) not in self._packed:
-                self._packed[id(weight)] = pack(weight.detach(), rows)
-                self._weights.append(weight)
+            if isinstance(module, nn.Linear) and packs(module) and id(module.weight) not in self._packed:
+                self._packed[id(module.weight)] = pack(weight_of(module).detach(), rows)
+                self._weights.append(module.weight)
 
     @no_type_check  # run-time checks, as in the tests, would cost more than the operations themselves
     def __torch_function__(
@@ -48,7 +62,3 @@ class PackedWeights(TorchFunctionMode):
             bias = args[2] if len(args) > 2 else None
             return torch.ops.mkldnn._linear_pointwise(args[0], weight, bias, "none", [], "")
         return func(*args, **(kwargs or {}))
-
-
-def _packs(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()

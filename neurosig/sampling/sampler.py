@@ -22,7 +22,7 @@ from neurosig.models.finite import first_not_finite
 from neurosig.models.prefix import pad
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
-from neurosig.sampling.packed_weights import PackedWeights
+from neurosig.sampling.packed_weights import PackedWeights, WeightOf, own_weight
 from neurosig.sampling.rollouts import Rollout, completion_text
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def sample(
     batch_rows: int = 256,
     salt: str = "",
     done: Collection[str] = (),
+    weight_of: WeightOf = own_weight,
 ) -> Iterator[list[Rollout]]:
     """Yield each prompt's K rollouts as soon as the last of them finishes; short prompts start first.
 
@@ -67,6 +68,7 @@ def sample(
         done: Question ids of an earlier, interrupted call, which are not yielded again. The windows are those of that
             call and only windows without a missing question are skipped, so the remaining rollouts are the same to
             the last bit.
+        weight_of: See `PackedWeights`; it has no effect where nothing is packed.
 
     Raises:
         UserError: A prompt and its completion exceed the model's positions, or a logit is not finite.
@@ -84,7 +86,8 @@ def sample(
     todo = [window for window in windows if not all(prompt.question_id in done for prompt in window)]
     if not todo:
         return
-    packed = PackedWeights(loaded.model.modules(), min(questions, len(ordered)) * config.num_generations)
+    rows = min(questions, len(ordered)) * config.num_generations
+    packed = PackedWeights(loaded.model.modules(), rows, weight_of)
     for window in todo:
         for group in _decode_window(loaded, window, config, questions, salt, packed):
             if group[0].question_id not in done:

@@ -17,7 +17,7 @@ import torch
 
 from distill.config import TrainConfig
 from distill.step import learn
-from distill.student import make_student, merged
+from distill.student import make_student, sampling_weights
 from distill.tasks import Task
 from distill.teacher import Teacher
 from neurosig.models.load import LoadedModel
@@ -92,8 +92,9 @@ def ours(step: Step) -> dict[str, float]:
     tasks = [Task(f"q{n}", ids(prompt), ids(context + prompt)) for n, (prompt, context) in enumerate(step.texts)]
     sampling = SamplingConfig(num_generations=step.k, temperature=1.0, max_new_tokens=step.tokens)
     start = now()
-    with merged(student, adapter):
-        groups = list(sample(loaded, [Prompt(task.id, task.student_prompt) for task in tasks], sampling))
+    prompts = [Prompt(task.id, task.student_prompt) for task in tasks]
+    with sampling_weights(student, adapter) as weight_of:
+        groups = list(sample(loaded, prompts, sampling, weight_of=weight_of))
     sampled = now()
     by_id = {task.id: task for task in tasks}
     pairs = [(by_id[rollout.question_id], rollout) for group in groups for rollout in group]

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Rows, dict[str, Any]]] = {
     "sequence mean, first tokens skipped": (RAGGED, {"keep_truncated": True, "loss_mean": "sequence", "skip_first": 2}),
     "one rank keeps nothing": ([*RAGGED[:5], *(("b", (40, 41, 42), "length"),) * 2], {}),
     "one-token completions on one rank": ([("b", (40,), "stop"), *RAGGED[:3]], {}),
-    "clipped": (RAGGED, {"clip": "pointwise", "clip_value": 0.01}),
+    "clipped": (RAGGED, {"clip": "entry", "clip_value": 0.01}),
     "batches of two": (RAGGED, {"keep_truncated": True, "micro_batch_size": 2}),
     "nothing kept": ([("a", (20, 21), "length"), ("b", (40, 41), "length")], {}),
 }

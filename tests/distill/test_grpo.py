@@ -18,7 +18,7 @@ import distill.baselines.rewards
 import distill.student
 import neurosig.questions.reader
 from distill.baselines.rewards import self_certainty, vote_rewards
-from distill.student import make_student, merged
+from distill.student import make_student, sampling_weights
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.questions.reader import Reading
@@ -161,8 +161,8 @@ def test_self_certainty_is_what_the_sampler_noted(tmp_path: Path, manifest: Path
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     prompts = [Prompt("a", (5, 6, 7, 8)), Prompt("b", (9, 10))]
-    with merged(model, adapter):
-        groups = list(sample(loaded, prompts, SamplingConfig(num_generations=3, max_new_tokens=6)))
+    with sampling_weights(model, adapter) as weight_of:
+        groups = list(sample(loaded, prompts, SamplingConfig(num_generations=3, max_new_tokens=6), weight_of=weight_of))
     by_id = {prompt.question_id: prompt.token_ids for prompt in prompts}
     rollouts = [rollout for group in groups for rollout in group]
     certainty = self_certainty(model, [by_id[r.question_id] for r in rollouts], [r.completion_ids for r in rollouts])

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +16,7 @@ from distill.losses import Divergence, DivergenceOutput, chunked_divergence
 from neurosig.runtime.errors import UserError
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-CLIPS = ("none", "pointwise", "token")
+CLIPS = ("none", "token", "entry")
 
 
 def divergence_of(*tensors, divergence="forward_kl", token_ids=None, weights=None, **options) -> DivergenceOutput:
@@ -41,12 +40,12 @@ def dense(
     beta=0.5,
     temperature=1.0,
     clip="none",
-    clip_value=0.05,
+    clip_value=0.2,
     softcap=None,
     topk=0,
     tail=True,
 ):
-    """Per-token divergence, clipped and not, from the textbook formulas."""
+    """Per-token divergence, clipped and not, and its entries, from the textbook formulas."""
 
     def probabilities(hidden, weight):
         logits = hidden @ weight.T
@@ -63,19 +62,18 @@ def dense(
             s, t = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], dim=-1) for p in (s, t))
         else:
             s, t = (p / p.sum(-1, keepdim=True) for p in (s, t))
-    if divergence == "forward_kl":
-        value = t * torch.log(t / s)
-    elif divergence == "reverse_kl":
-        value = s * torch.log(s / t)
-    else:
-        m = beta * t + (1 - beta) * s
-        value = beta * t * torch.log(t / m) + (1 - beta) * s * torch.log(s / m)
-    unclipped = value.sum(-1)
-    if clip == "pointwise":
-        return value.clamp(max=clip_value).sum(-1), unclipped, value
+    m = beta * t + (1 - beta) * s
+    entries = {
+        "forward_kl": t * torch.log(t / s) - t + s,
+        "reverse_kl": s * torch.log(s / t) - s + t,
+        "jsd": beta * (t * torch.log(t / m) - t + m) + (1 - beta) * (s * torch.log(s / m) - s + m),
+    }[divergence]
+    unclipped = entries.sum(-1)
+    if clip == "entry":
+        return entries.clamp(max=clip_value).sum(-1), unclipped, entries
     if clip == "token":
-        return unclipped.clamp(max=clip_value), unclipped, value
-    return unclipped, unclipped, value
+        return unclipped * (clip_value / unclipped).clamp(max=1).detach(), unclipped, entries
+    return unclipped, unclipped, entries
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -84,7 +82,7 @@ def test_value_and_gradient_equal_dense_autograd(divergence, clip, softcap):
     tensors = inputs()
     weights = torch.rand(13, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     options = {"divergence": divergence, "beta": 0.3, "temperature": 0.7, "clip": clip, "softcap": softcap}
-    if clip == "pointwise":
+    if clip == "entry":
         options["clip_value"] = 0.01
     elif clip == "token":  # about half of the tokens
         options["clip_value"] = dense(*tensors, **(options | {"clip": "none"}))[1].mean().item()
@@ -108,19 +106,19 @@ def test_value_and_gradient_equal_dense_autograd(divergence, clip, softcap):
 @pytest.mark.parametrize(("divergence", "clip"), itertools.product(DIVERGENCES, CLIPS))
 def test_topk_value_and_gradient_equal_dense_autograd(divergence, clip, tail):
     """The student's 5 likeliest of 37 entries, and one for the others or none."""
-    options = {"divergence": divergence, "clip": clip, "clip_value": 0.03, "topk": 5, "tail": tail, "beta": 0.3}
+    options = {"divergence": divergence, "clip": clip, "clip_value": 0.01, "topk": 5, "tail": tail, "beta": 0.3}
     options |= {"temperature": 1.3, "softcap": 2.0}
     tensors = inputs()
     weights = torch.linspace(0, 2, len(tensors[0]), dtype=torch.float64)
-    per_token, unclipped, value = dense(*tensors, **options)
+    per_token, unclipped, _ = dense(*tensors, **options)
     expected = torch.autograd.grad((weights * per_token).sum(), [tensors[0], tensors[2]])
     output = divergence_of(*tensors, **options, weights=weights, chunk_size=4)
     torch.testing.assert_close(output.per_token[1:], per_token[1:].detach())
     torch.testing.assert_close(output.unclipped[1:], unclipped[1:].detach())
     for gradient, reference in zip(torch.autograd.grad(output.loss, [tensors[0], tensors[2]]), expected, strict=True):
         torch.testing.assert_close(gradient, reference)
-    if clip == "pointwise":
-        torch.testing.assert_close(output.clip_fraction, (value[1:] > 0.03).double().mean())
+    cut = 1 - (weights * per_token).sum() / (weights * unclipped).sum()
+    assert output.clip_fraction == pytest.approx(cut.item()) and (cut == 0) == (clip == "none")
     full = divergence_of(*tensors, divergence=divergence, beta=0.3, temperature=1.3, softcap=2.0, weights=weights)
     torch.testing.assert_close(output.student_entropy, full.student_entropy)
     if tail:  # coarser than the whole vocabulary, so never larger
@@ -179,26 +177,40 @@ def test_two_entries_by_hand():
     assert output.student_entropy.item() == pytest.approx(math.log(2))
     assert output.teacher_entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert divergence_of(student, teacher, head, head, divergence="reverse_kl").loss.item() == pytest.approx(reverse)
-    # 0.75 ln 1.5 = 0.304 is cut to 0.05; 0.25 ln 0.5 = -0.173 stays: one of two entries, and a negative sum
-    clipped = divergence_of(student, teacher, head, head, clip="pointwise", clip_value=0.05)
-    assert clipped.per_token.item() == pytest.approx(0.05 + 0.25 * math.log(0.5))
+    # the entries are 0.75 ln 1.5 - 0.25 = 0.054, cut to 0.05, and 0.25 ln 0.5 + 0.25 = 0.077, cut to 0.05
+    clipped = divergence_of(student, teacher, head, head, clip="entry", clip_value=0.05)
+    assert clipped.per_token.item() == pytest.approx(0.1)
     assert clipped.unclipped.item() == pytest.approx(forward)
-    assert clipped.clip_fraction.item() == 0.5
+    assert clipped.clip_fraction == pytest.approx(1 - 0.1 / forward)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_clip_never_pushes_the_student_from_the_teachers_favourite(divergence):
+    """Teacher (.9, .05, .03, .02), student (.1, .6, .2, .1): the favourite's logit must not fall."""
+    teacher, student = (
+        torch.tensor([p], dtype=torch.float64).log() for p in ([0.9, 0.05, 0.03, 0.02], [0.1, 0.6, 0.2, 0.1])
+    )
+    head = torch.eye(4, dtype=torch.float64)
+    for clip_value in (0.01, 0.05, 0.2, 1.0):
+        student.grad = None
+        student.requires_grad_()
+        output = divergence_of(student, teacher, head, head, divergence=divergence, clip="entry", clip_value=clip_value)
+        output.loss.backward()
+        assert output.loss.item() > 0
+        assert student.grad[0, 0].item() <= 0
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_clip_lowers_the_loss_and_counts_what_it_cut(divergence):
     tensors = inputs()
-    _, _, value = dense(*tensors, divergence=divergence)
     full = divergence_of(*tensors, divergence=divergence)
-    clipped = divergence_of(*tensors, divergence=divergence, clip="pointwise", clip_value=0.01)
+    clipped = divergence_of(*tensors, divergence=divergence, clip="entry", clip_value=0.01)
     assert full.clip_fraction == 0
-    assert clipped.clip_fraction.item() == pytest.approx((value > 0.01).double().mean().item())
-    assert 0 < clipped.clip_fraction < 0.5
-    assert clipped.loss < full.loss
+    assert clipped.clip_fraction == pytest.approx(1 - (clipped.loss / full.loss).item())
+    assert 0 < clipped.loss < full.loss
     torch.testing.assert_close(clipped.unclipped, full.per_token, rtol=0, atol=1e-12)
-    high = divergence_of(*tensors, divergence=divergence, clip="pointwise", clip_value=100.0)
-    assert torch.equal(high.loss, full.loss)
+    high = divergence_of(*tensors, divergence=divergence, clip="entry", clip_value=100.0)
+    torch.testing.assert_close(high.loss, full.loss, rtol=0, atol=1e-12)
 
 
 def test_jsd_tends_to_both_kls():
@@ -209,7 +221,7 @@ def test_jsd_tends_to_both_kls():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("clip", ["none", "pointwise"])
+@pytest.mark.parametrize("clip", ["none", "entry"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient_at_all(divergence, clip, dtype):
     hidden, _, head, _ = inputs(tokens=40, d_model=24, vocab=501, dtype=dtype)
@@ -240,9 +252,10 @@ def test_chunk_size_changes_nothing_beyond_rounding(divergence):
     results = []
     for chunk_size in (1, 4, 13, 1000):
         tensors = inputs(dtype=torch.float32)
-        output = divergence_of(*tensors, divergence=divergence, clip="pointwise", chunk_size=chunk_size)
+        output = divergence_of(*tensors, divergence=divergence, clip="entry", chunk_size=chunk_size)
         output.loss.backward()
-        results.append((output.loss.detach(), output.per_token, output.clip_fraction, tensors[0].grad, tensors[2].grad))
+        cut = torch.tensor(output.clip_fraction)
+        results.append((output.loss.detach(), output.per_token, cut, tensors[0].grad, tensors[2].grad))
     for other in results[1:]:
         for first, value in zip(results[0], other, strict=True):
             torch.testing.assert_close(value, first, rtol=1e-5, atol=1e-6)
@@ -264,24 +277,24 @@ def test_a_masked_token_contributes_exactly_nothing(divergence):
         teacher_head,
         divergence=divergence,
         weights=weights,
-        clip="pointwise",
+        clip="entry",
     )
     gradient, head_gradient = torch.autograd.grad(output.loss, [poisoned, head])
 
     kept = weights > 0
-    alone = divergence_of(hidden[kept], teacher[kept], head, teacher_head, divergence=divergence, clip="pointwise")
+    alone = divergence_of(hidden[kept], teacher[kept], head, teacher_head, divergence=divergence, clip="entry")
     expected, expected_head = torch.autograd.grad(alone.loss, [hidden, head])
-    pairs = (output.loss, alone.loss), (output.clip_fraction, alone.clip_fraction)
-    for value, reference in (*pairs, (gradient, expected), (head_gradient, expected_head)):
+    for value, reference in ((output.loss, alone.loss), (gradient, expected), (head_gradient, expected_head)):
         assert torch.equal(value, reference)
+    assert output.clip_fraction == alone.clip_fraction > 0
     assert output.per_token[~kept].tolist() == [0, 0, 0]
 
 
 def test_nothing_but_masked_tokens_gives_a_zero_loss_with_a_gradient():
     hidden, *rest = inputs()
-    output = divergence_of(hidden, *rest, weights=torch.zeros(13, dtype=torch.float64), clip="pointwise")
+    output = divergence_of(hidden, *rest, weights=torch.zeros(13, dtype=torch.float64), clip="entry")
     output.loss.backward()
-    assert output.loss.item() == output.clip_fraction.item() == 0
+    assert output.loss.item() == output.clip_fraction == 0
     assert torch.count_nonzero(hidden.grad) == 0
 
 
@@ -351,7 +364,7 @@ class VocabularyRows(TorchDispatchMode):
 def test_no_tensor_holds_more_rows_of_logits_than_a_chunk(divergence):
     tensors = inputs(tokens=96, d_model=4, vocab=1000, dtype=torch.float32)
     with VocabularyRows(1000) as recorded:
-        divergence_of(*tensors, divergence=divergence, clip="pointwise", chunk_size=8).loss.backward()
+        divergence_of(*tensors, divergence=divergence, clip="entry", chunk_size=8).loss.backward()
     assert recorded.rows == 8
     with VocabularyRows(1000) as recorded:
         dense(*tensors, divergence=divergence)
@@ -364,11 +377,10 @@ def test_no_tensor_holds_more_rows_of_logits_than_a_chunk(divergence):
         ({"divergence": "jsd", "beta": 0.0}, "its ends are forward_kl and reverse_kl"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"chunk_size": 0}, "chunk_size is 0"),
-        ({"clip": "pointwise", "clip_value": -1.0}, "clip_value is -1.0"),
+        ({"clip": "entry", "clip_value": -1.0}, "clip_value is -1.0"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"topk": 38}, "topk is 38; choose 0 for the whole vocabulary, or 1 to 37"),
-        ({"divergence": "sampled_token"}, "token_ids and the divergence sampled_token belong together"),
-        ({"token_ids": torch.arange(13)}, "token_ids and the divergence sampled_token belong together"),
+        ({"divergence": "sampled_token"}, "the divergence sampled_token needs token_ids"),
         (
             {"divergence": "sampled_token", "token_ids": torch.arange(13), "topk": 3},
             "it takes no topk and no clip",
@@ -478,17 +490,14 @@ def test_sampled_token_gradient_equals_trl_self_distillation(trl):
         assert (gradient - reference).norm() < 1e-4 * reference.norm()
 
 
-def test_pointwise_clip_equals_clamping_the_entries_of_kl_div():
-    hidden, teacher, head, teacher_head = inputs(dtype=torch.float32)
-    entries = F.kl_div(
-        F.log_softmax(hidden @ head.T, -1),
-        F.log_softmax(teacher @ teacher_head.T, -1),
-        reduction="none",
-        log_target=True,
-    )
-    expected = entries.clamp(max=0.05).sum()
-    expected_gradients = torch.autograd.grad(expected, [hidden, head])
-    output = divergence_of(hidden, teacher, head, teacher_head, clip="pointwise", clip_value=0.05)
-    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-5)
-    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
-        assert (gradient - reference).norm() < 1e-4 * reference.norm()
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.3, "softcap": 2.0}, {"topk": 5}, {"divergence": "sampled_token"}]
+)
+def test_the_students_log_probability_of_the_sampled_tokens(options):
+    hidden, teacher, head, teacher_head = inputs()
+    ids = torch.arange(13)
+    output = divergence_of(hidden, teacher, head, teacher_head, token_ids=ids, **options)
+    logits = hidden @ head.T
+    if "softcap" in options:
+        logits = 2.0 * torch.tanh(logits / 2.0)
+    torch.testing.assert_close(output.student_logprob, torch.log_softmax(logits, -1)[ids, ids].detach())

@@ -70,7 +70,7 @@ def test_a_context_teaches(tmp_path: Path, manifest: Path) -> None:
         {"divergence": "sampled_token", "num_generations": 4, "steps": 20},
         {"topk": 8},
         {"topk": 8, "tail": False, "divergence": "reverse_kl"},
-        {"divergence": "jsd", "beta": 0.3, "clip": "pointwise", "loss_temperature": 1.2},
+        {"divergence": "jsd", "beta": 0.3, "clip": "entry", "loss_temperature": 1.2},
         {"teacher": "ema", "ema_decay": 0.9},
     ],
     ids=str,
@@ -221,7 +221,7 @@ def test_loss_and_gradient_are_those_of_the_plain_mean_kl(
     [
         {"divergence": "reverse_kl"},
         {"divergence": "jsd", "beta": 0.3},
-        {"clip": "pointwise"},
+        {"clip": "entry"},
         {"clip": "token", "clip_value": 0.5},
         {"loss_temperature": 2.0},
     ],

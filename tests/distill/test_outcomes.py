@@ -1,0 +1,112 @@
+"""What a preset, a divergence and a clip are for: the student comes closer to the teacher that has the context."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill.config import PRESETS, TrainConfig
+from distill.distributed import ALONE
+from distill.losses import Divergence, chunked_divergence
+from distill.step import learn
+from distill.student import StudentSampler, make_student
+from distill.tasks import Task, load_student, manifest_tasks, sampling_config
+from distill.teacher import Teacher
+from neurosig.export import PRESETS as EXPORT_PRESETS
+from neurosig.export import ExportConfig
+from neurosig.export import main as export
+from neurosig.manifest import read_manifest
+from neurosig.models.completion_hidden import completion_hidden
+from neurosig.models.load import LoadedModel
+from neurosig.sampling.rollouts import Rollout
+from tests.support.flow import make_manifest
+from tests.support.parsers import UNCUT
+
+LOSSES = [
+    *itertools.product(("forward_kl", "reverse_kl", "jsd"), ("none", "token", "entry")),
+    ("sampled_token", "none"),
+]
+QUESTIONS, STEPS = 4, 20
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_manifest(tmp_path_factory.mktemp("tiny"), answer_parser=UNCUT, max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def organism(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("organism") / "manifest"
+    options: dict[str, Any] = {**EXPORT_PRESETS["organism"], "limit": 24, "num_generations": 4, "quiet": True}
+    export(ExportConfig(**{**options, "out": out}))
+    return out
+
+
+def mean_divergence(
+    name: str, loaded: LoadedModel, teacher: Teacher, tasks: Mapping[str, Task], rollouts: list[Rollout]
+) -> float:
+    """Unclipped, over the whole vocabulary, in nats per token."""
+    completions = [rollout.completion_ids for rollout in rollouts]
+    own = [tasks[rollout.question_id] for rollout in rollouts]
+    head = loaded.model.get_output_embeddings().weight
+    with torch.no_grad():
+        with teacher.active() as model:
+            wanted = completion_hidden(model, [task.teacher_prompt for task in own], completions)
+        hidden = completion_hidden(loaded.model, [task.student_prompt for task in own], completions)
+        full = Divergence("reverse_kl" if name == "sampled_token" else name)  # type: ignore[arg-type]
+        return float(chunked_divergence(hidden, wanted, head, head, full).unclipped.mean())
+
+
+def change(manifest: Path, **options: Any) -> tuple[float, float]:
+    """Divergence from the teacher, on the student's rollouts before and after training.
+
+    A live teacher is measured as it is then, the others as the model before training.
+    """
+    config = TrainConfig(manifest=manifest, out=manifest, keep_truncated=True, quiet=True, **options)
+    contents = read_manifest(manifest)
+    loaded = load_student(config, contents, None)
+    sampling = sampling_config(replace(config, num_generations=4), contents)
+    tasks = {task.id: task for task in manifest_tasks(contents, loaded, max_new_tokens=sampling.max_new_tokens)}
+    tasks = dict(list(tasks.items())[:QUESTIONS])
+    torch.manual_seed(config.seed)
+    model, adapter = make_student(config, loaded)
+    teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
+    target = teacher if config.teacher == "live" else Teacher("base", model, adapter)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
+    sampler = StudentSampler(config, loaded, model, adapter, ALONE, 0)
+    measured = []
+    for step in range(STEPS + 1):
+        rollouts = sampler.rollouts(tasks.values(), sampling, step)
+        if step in (0, STEPS):
+            measured.append(mean_divergence(config.divergence, loaded, target, tasks, rollouts))
+        learn(config, model, teacher, optimizer, [(tasks[rollout.question_id], rollout) for rollout in rollouts])
+    return measured[0], measured[1]
+
+
+@pytest.mark.parametrize("teacher", ["base", "live", "ema"])
+@pytest.mark.parametrize("mean", ["token", "sequence"])
+@pytest.mark.parametrize(("divergence", "clip"), LOSSES)
+def test_the_divergence_falls_by_half(tiny: Path, divergence: str, clip: str, mean: str, teacher: str) -> None:
+    options = {"divergence": divergence, "clip": clip, "loss_mean": mean, "teacher": teacher, "learning_rate": 5e-3}
+    before, after = change(tiny, **options)
+    assert before > 0.01 and after < before / 2
+
+
+@pytest.mark.parametrize(("divergence", "clip"), LOSSES)
+def test_the_divergence_falls_by_half_on_the_organism(organism: Path, divergence: str, clip: str) -> None:
+    before, after = change(organism, divergence=divergence, clip=clip, learning_rate=1e-3)
+    assert before > 0.01 and after < before / 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_lowers_the_divergence(organism: Path, preset: str) -> None:
+    """Its loss, teacher and adapter, at the organism's learning rate: larger models need smaller ones."""
+    options = {**PRESETS[preset], "learning_rate": PRESETS["organism"]["learning_rate"]}
+    before, after = change(organism, **options)
+    assert before > 0.01 and after < before / 2
