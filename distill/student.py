@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.distributed import Ranks, decoder_layers
 from distill.served_student import ServedStudent
+from neurosig.models.adapter import LearningDropout, lora_targets
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt, sample
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
 
 
 def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedModel, PeftModel | None]:
-    """Make the loaded model trainable in place: LoRA on all linear projections, or every weight but the embeddings.
+    """Make the loaded model trainable in place: LoRA as the options say, or every weight but the embeddings.
 
     Returns:
         The model with its adapter layers, and the peft wrapper around it, ``None`` under full fine-tuning.
+
+    Raises:
+        UserError: See `neurosig.models.adapter.lora_targets`.
     """
     model = loaded.model
     if config.full:
@@ -39,16 +43,21 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
         model.get_output_embeddings().requires_grad_(False)
         return model, None
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.lora_rslora,
+        target_modules=lora_targets(config.lora_targets, model),
         task_type="CAUSAL_LM",
     )
     adapter = get_peft_model(model, lora)
     adapter.eval()
+    for module in adapter.modules() if config.lora_dropout else ():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = LearningDropout(config.lora_dropout)
     return model, adapter
 
 

@@ -23,6 +23,7 @@ from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.sampler import Prompt, sample
 from tests.support.flow import WORDS, make_manifest
 from tests.support.parsers import UNCUT
+from tests.support.runs import result_bytes
 
 
 def test_distinct_trigrams_by_hand() -> None:
@@ -182,7 +183,7 @@ def test_a_killed_run_measures_again_and_stops_at_the_same_step(
     assert run_watched(folder, tmp_path / "killed", steps=20, resume=True)["stopped"] == whole
     assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
     for file in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert result_bytes(tmp_path / "killed" / file) == result_bytes(tmp_path / "whole" / file)
 
 
 def test_questions_without_gold_answers_are_refused(folder: Path, tmp_path: Path) -> None:
