@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -240,8 +239,7 @@ def check_options(config: TrainConfig) -> None:
 def _check_login() -> None:
     import wandb
 
-    online = wandb.setup().settings.mode in ("online", "shared")
-    if online and not (wandb.api.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
+    if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False):
         raise UserError("--report-to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline")
 
 

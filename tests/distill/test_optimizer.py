@@ -94,7 +94,6 @@ def test_more_steps_extend_a_constant_rate_only(tmp_path: Path, manifest: Path) 
     [
         ({"weight_decay": -0.1}, "--weight-decay: expected 0 or more, got -0.1"),
         ({"adam_beta1": 1.0}, "--adam-beta1: expected 0 to below 1, got 1.0"),
-        ({"lr_scheduler": "greedy"}, "lr_scheduler is 'greedy'; choose one of constant_with_warmup, constant, linear"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path: Path, manifest: Path, change: dict[str, Any], message: str) -> None:
