@@ -139,7 +139,7 @@ class TrainConfig(SamplerOptions):
     keep_checkpoints: Annotated[int, Shapes.PLACE, AtLeast(1)] = 2
     """Newest checkpoints to keep, at least 1."""
     keep_rollouts: Annotated[int, Shapes.PLACE, AtLeast(0)] = 1
-    """Keep the sampled rollouts of every Nth step in --out/rollouts, about 3 bytes per token; 0: of none."""
+    """Keep the sampled rollouts of every Nth step in --out/rollouts, about 3 bytes per token; 0: none."""
     replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
     """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
     answering them as before."""
@@ -157,8 +157,8 @@ class TrainConfig(SamplerOptions):
     push_to_hub: Annotated[str | None, Shapes.PLACE] = None
     """Upload the result to this private Hugging Face repository; needs `hf auth login`."""
     dev_questions: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.STOPPING] = None
-    """Labelled questions whose maj@K is measured at every save; training stops when it falls. Their gold answers serve
-    no other purpose."""
+    """Labelled questions whose maj@K is measured at every save: training stops when it falls, and --keep-step goes by
+    it. Their gold answers serve no other purpose."""
     dev_limit: Annotated[int, Shapes.TRAINING, AtLeast(2)] = 64
     """Use only the first N of --dev-questions, at least 2."""
     dev_generations: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 8

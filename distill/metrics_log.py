@@ -90,11 +90,9 @@ class MetricsLog(contextlib.ExitStack):
         """Seconds by phase, tokens per second and peak memory of this process, left out by `untimed`."""
         seconds = self._timer.lap()
         spent = {f"seconds_{phase}": round(passed, 4) for phase, passed in seconds.items()}
-        for name, tokens, phases in (
-            ("sample", "generated_tokens", ("sample",)),
-            ("learn", "tokens_in_loss", LEARNING),
-        ):
-            passed = sum(seconds.get(phase, 0.0) for phase in phases)
+        phases = {"sample": ("generated_tokens", ("sample",)), "learn": ("tokens_in_loss", LEARNING)}
+        for name, (tokens, parts) in phases.items():
+            passed = sum(seconds.get(part, 0.0) for part in parts)
             spent |= {f"tokens_per_second_{name}": round(metrics[tokens] / passed, 1)} if passed else {}
         return {**spent, "peak_memory_gb": round(peak_memory_gb(), 3)}
 
@@ -162,13 +160,8 @@ def _tracker(name: str, config: TrainConfig, done: int, stack: contextlib.ExitSt
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, secrets.token_hex(4))
-        options = {
-            "run_name": PROJECT,
-            "name": config.out.name,
-            "dir": str(config.out),
-            "config": config_record(config),
-        }
-        options |= {"id": path.read_text(), "resume": "allow"}
+        options = {"run_name": PROJECT, "name": config.out.name, "dir": str(config.out), "id": path.read_text()}
+        options |= {"resume": "allow", "config": config_record(config)}
     tracker = LOGGER_TYPE_TO_CLASS[name](**options)
     try:
         tracker.start()

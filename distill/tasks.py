@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROLLOUTS = "rollouts"
-
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -176,15 +174,14 @@ def keep_rollouts(
     """
     if not config.keep_rollouts or step % config.keep_rollouts:
         return
-    questions = {row.question_id: row.as_question() for row in manifest.rows}
-    reader = manifest.header.answer_reader()
-    rows = []
+    rows, reader = {row.question_id: row for row in manifest.rows}, manifest.header.answer_reader()
+    kept = []
     for rollout in rollouts:
-        question, kept = questions.get(rollout.question_id), config.keep_truncated or rollout.finish_reason == "stop"
-        answer = reader.extract(rollout.text, rollout.finish_reason, question) if question is not None else None
-        taught = kept and len(rollout.completion_ids) > config.skip_first
-        rows.append((rollout, answer, taught and (rollout.question_id, rollout.rollout_id) not in left_out))
-    write_rollouts(config.out / ROLLOUTS / f"step-{step:06d}.parquet", step, rows)
+        row, whole = rows.get(rollout.question_id), config.keep_truncated or rollout.finish_reason == "stop"
+        answer = reader.extract(rollout.text, rollout.finish_reason, row.as_question()) if row is not None else None
+        taught = whole and len(rollout.completion_ids) > config.skip_first
+        kept.append((rollout, answer, taught and (rollout.question_id, rollout.rollout_id) not in left_out))
+    write_rollouts(config.out / "rollouts" / f"step-{step:06d}.parquet", step, kept)
 
 
 def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, int]]:

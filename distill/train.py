@@ -174,8 +174,9 @@ def _choose_weights(
     step, why = (saved[-1], "the last good checkpoint") if development is None else development.choose(saved)
     load_weights(folder, step, parameters)
     if stop is not None:
-        logger.warning("step %d: stopped, %s", steps, reason)
-    logger.info("the weights are those of step %d: %s", step, why)
+        logger.warning("step %d: stopped, %s; the weights are those of step %d", steps, reason, step)
+    else:
+        logger.info("the weights are those of step %d, %s", step, why)
     stopped = None if stop is None else {"step": steps, "reason": reason, "weights_of_step": step}
     return {"kept": {"step": step, "reason": why}, "stopped": stopped}
 
