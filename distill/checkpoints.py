@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.distributed import ALONE, Ranks, part_like
+from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import atomic_folder, disk_space, sha256_file, write_atomic
 from neurosig.runtime.provenance import check_same_run
 
@@ -39,6 +40,7 @@ def save_checkpoint(
     averages: Mapping[str, Tensor] = NO_AVERAGES,
     keep: int,
     every: int = 1,
+    best: int | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
     """Write the state after ``step`` steps and drop all but the ``keep`` newest of every ``every``-th step.
@@ -52,6 +54,7 @@ def save_checkpoint(
         averages: `distill.teacher.Teacher.average`.
         keep: Number of checkpoints kept, apart from that of a last step between two saves: a longer run has none there.
         every: Steps between saves.
+        best: The step whose checkpoint is kept besides.
         ranks: The processes, all of which must call this.
 
     Raises:
@@ -63,15 +66,20 @@ def save_checkpoint(
         AVERAGES: ranks.whole_tensors(averages.items()),
         OPTIMIZER: ranks.whole_tensors(moments.items()),
     }
-    ranks.on_main(lambda: _write(folder, step, files, key, keep, every))
+
+    def write() -> None:
+        target = _write(folder, step, files, key)
+        saved = [path for path in _existing(folder) if _step(path) % every == 0]
+        for old in {*_existing(folder)} - {target, *saved[-keep:], _place(folder, best or step)}:
+            shutil.rmtree(old)
+
+    ranks.on_main(write)
 
 
-def _write(
-    folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key: Mapping[str, Any], keep: int, every: int
-) -> None:
+def _write(folder: Path, step: int, files: Mapping[str, dict[str, Tensor]], key: Mapping[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
     _remove_half_written(folder)
-    kept, target = _existing(folder), folder / f"step-{step:06d}"
+    kept, target = _existing(folder), _place(folder, step)
     needed = sum(tensor.numel() * tensor.element_size() for tensors in files.values() for tensor in tensors.values())
     safe = f"{kept[-1].name} is kept" if kept else "no checkpoint yet"
     with atomic_folder(target) as aside, disk_space(target, needed, kept=safe):
@@ -80,9 +88,7 @@ def _write(
             save_file({label: tensor.cpu().contiguous() for label, tensor in tensors.items()}, aside / name)
         hashes = {name: sha256_file(aside / name) for name in files}
         write_atomic(aside / STATE, json.dumps({"step": step, "key": key, "sha256": hashes}, indent=1) + "\n")
-    saved = [path for path in _existing(folder) if _step(path) % every == 0]
-    for old in {*_existing(folder)} - {target, *saved[-keep:]}:
-        shutil.rmtree(old)
+    return target
 
 
 def _remove_half_written(folder: Path) -> None:
@@ -131,14 +137,23 @@ def _newest_intact(folder: Path, key: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def load_before(folder: Path, limit: int, parameters: Mapping[str, Tensor], *, every: int = 1) -> int | None:
-    """Restore the newest weights up to step ``limit``, else the oldest; their step, ``None`` without a checkpoint."""
-    kept = [path for path in _existing(folder) if _step(path) % every == 0] or _existing(folder)
-    if not kept:
-        return None
-    chosen = ([path for path in kept if _step(path) <= limit] or kept[:1])[-1]
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, in order."""
+    return [_step(path) for path in _existing(folder)]
+
+
+def load_weights(folder: Path, step: int, parameters: Mapping[str, Tensor]) -> None:
+    """Restore the weights of a step in place.
+
+    Raises:
+        UserError: Its checkpoint is damaged.
+    """
+    chosen = _place(folder, step)
+    try:
+        _read_key(chosen)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{chosen}: damaged ({error}); remove it and --resume, which takes another step") from error
     _restore(parameters, load_file(chosen / WEIGHTS))
-    return _step(chosen)
 
 
 def _read_key(candidate: Path) -> dict[str, Any]:
@@ -150,6 +165,10 @@ def _read_key(candidate: Path) -> dict[str, Any]:
     if any(sha256_file(candidate / name) != hashes[name] for name in (WEIGHTS, AVERAGES, OPTIMIZER)):
         raise ValueError("sha256 differs")
     return key
+
+
+def _place(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
 
 
 def _step(checkpoint: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -56,7 +57,17 @@ class TrainConfig(SamplerOptions):
     learning_rate: Annotated[float, Shapes.TRAINING, Above0] = 5e-4
     """Peak learning rate of AdamW."""
     warmup_steps: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 3
-    """Steps of linear warm-up, then constant; a step whose rollouts are all masked makes no update, but counts."""
+    """Steps of linear warm-up (constant has none); a step whose rollouts are all masked makes no update, but counts."""
+    lr_scheduler: Annotated[
+        Literal["constant_with_warmup", "constant", "linear", "cosine", "inverse_sqrt"], Shapes.TRAINING
+    ] = "constant_with_warmup"
+    """transformers' schedule of that name; linear and cosine fall to 0 after the last step, so --steps cannot grow."""
+    adam_beta1: Annotated[float, Shapes.TRAINING] = 0.9
+    """AdamW's decay of the gradient's running mean, 0 to below 1."""
+    adam_beta2: Annotated[float, Shapes.TRAINING] = 0.999
+    """AdamW's decay of the squared gradient's running mean, 0 to below 1."""
+    weight_decay: Annotated[float, Shapes.TRAINING] = 0.0
+    """AdamW's decoupled decay of all trained weights, 0 or more."""
     max_grad_norm: Annotated[float, Shapes.TRAINING, Above0] = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
     full: Annotated[bool, Shapes.TRAINING] = False
@@ -66,6 +77,13 @@ class TrainConfig(SamplerOptions):
     """LoRA rank."""
     lora_alpha: Annotated[int, Shapes.TRAINING] = 32
     """LoRA scale numerator."""
+    lora_targets: Annotated[tuple[str, ...], Shapes.TRAINING] = ("all-linear",)
+    """Modules with LoRA, as in PEFT: all-linear, names such as q_proj v_proj, or one regular expression."""
+    lora_dropout: Annotated[float, Shapes.TRAINING] = 0.0
+    """Dropout before LoRA while learning, never while sampling or in the teacher; its masks also depend on
+    --micro-batch-size."""
+    lora_rslora: Annotated[bool, Shapes.TRAINING] = False
+    """Scale LoRA by alpha / sqrt(r) instead of alpha / r (rank-stabilised LoRA)."""
 
     teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION, Section.LOSS] = "base"
     """base: the model before training; live: the current student, a target that moves away as fast as it is followed;
@@ -123,6 +141,8 @@ class TrainConfig(SamplerOptions):
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Shapes.PLACE, AtLeast(1)] = 2
     """Newest checkpoints to keep, at least 1."""
+    keep_rollouts: Annotated[int, Shapes.PLACE, AtLeast(0)] = 1
+    """Keep the sampled rollouts of every Nth step in --out/rollouts, about 3 bytes per token; 0: none."""
     replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
     """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
     answering them as before."""
@@ -140,12 +160,15 @@ class TrainConfig(SamplerOptions):
     push_to_hub: Annotated[str | None, Shapes.PLACE] = None
     """Upload the result to this private Hugging Face repository; needs `hf auth login`."""
     dev_questions: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.STOPPING] = None
-    """Labelled questions whose maj@K is measured at every save; training stops when it falls. Their gold answers serve
-    no other purpose."""
+    """Labelled questions whose maj@K is measured at every save: training stops when it falls, and --keep-step goes by
+    it. Their gold answers serve no other purpose."""
     dev_limit: Annotated[int, Shapes.TRAINING, AtLeast(2)] = 64
     """Use only the first N of --dev-questions, at least 2."""
     dev_generations: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 8
     """K, rollouts per development question."""
+    keep_step: Annotated[Literal["best", "last"], Shapes.TRAINING | Shapes.DISTILLATION] = "best"
+    """With --dev-questions, the saved step whose weights are the result: the one with the best maj@K (the latest such),
+    whose maj@K is then too optimistic, or the last good one."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Shapes.PLACE, Section.OUTPUT] = ()
     """Also send the metrics to these trackers; tensorboard writes to --out."""
     dtype: Annotated[str, Shapes.TRAINING, Section.RESOURCES] = "auto"
@@ -161,8 +184,11 @@ class TrainConfig(SamplerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"--ema-decay: expected 0 to below 1, got {self.ema_decay}")
+        for name in ("ema_decay", "adam_beta1", "adam_beta2", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')}: expected 0 to below 1, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if self.divergence == "jsd" and not 0 < self.beta < 1:
             raise UserError(f"--beta: expected strictly between 0 and 1, got {self.beta}; its ends are the two KLs")
         if self.full and self.dtype == "float16":
@@ -204,11 +230,20 @@ def check_options(config: TrainConfig) -> None:
     for name in config.report_to:
         if find_spec(name) is None:
             raise UserError(f"--report-to {name}: not installed; run `pip install 'neurosig[trackers]'`")
+    if "wandb" in config.report_to:
+        _check_login()
     _check_method(config)
     if config.replay is not None and config.teacher == "live":
         raise UserError("--replay teaches nothing with --teacher live, which sees the same prompt; choose base or ema")
     if config.sampler == "openai" or config.base_url is not None:
         _check_server_options(config)
+
+
+def _check_login() -> None:
+    import wandb
+
+    if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(prompt=False):
+        raise UserError("--report-to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline")
 
 
 def _check_server_options(config: TrainConfig) -> None:
@@ -254,6 +289,8 @@ def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig
 
     free = option_names(TrainConfig, Shapes.PLACE, Shapes.MODEL, Shapes.RESOURCES, Shapes.EXTENDS)
     record = {name: value for name, value in config_record(config).items() if name not in free}
+    if config.lr_scheduler in ("linear", "cosine"):
+        record["lr_scheduler"] += f" over {config.steps} steps"
     return {
         **record,
         **sampling.as_dict(),

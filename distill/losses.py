@@ -44,27 +44,21 @@ class DivergenceOutput:
 
     Attributes:
         loss: scalar, the sum of weight times clipped divergence; in nats.
+        unclipped_loss: the same without the clip.
         per_token: clipped divergence of each token, in nats; 0 where the weight is 0, as below.
         unclipped: divergence of each token without the clip.
         teacher_entropy: entropy of the teacher's next-token distribution, in nats, at the loss temperature.
         student_entropy: the same for the student.
-        student_logprob: log-probability of each of ``token_ids`` under the student, in nats, at temperature 1; 0
-            without them.
-        unclipped_loss: ``loss`` without the clip.
+        student_logprob: log-probability of each of ``token_ids``, in nats, at temperature 1; 0 without them.
     """
 
     loss: Float[Tensor, ""]
+    unclipped_loss: Float[Tensor, ""]
     per_token: Float[Tensor, " tokens"]
     unclipped: Float[Tensor, " tokens"]
     teacher_entropy: Float[Tensor, " tokens"]
     student_entropy: Float[Tensor, " tokens"]
     student_logprob: Float[Tensor, " tokens"]
-    unclipped_loss: Float[Tensor, ""]
-
-    @property
-    def clip_fraction(self) -> float:
-        """Share of the unclipped loss that the clip cut."""
-        return cut_share(float(self.loss), float(self.unclipped_loss))
 
 
 def cut_share(clipped: float, unclipped: float) -> float:
@@ -73,11 +67,8 @@ def cut_share(clipped: float, unclipped: float) -> float:
 
 
 class Terms(NamedTuple):
-    """The vocabulary entries of a divergence.
-
-    ``value`` sums to the divergence; ``value + gauge * (s - t)`` does too and has no negative entry. ``slope`` is the
-    derivative of the latter with respect to log s, exactly 0 for KL where s and t agree.
-    """
+    """The vocabulary entries of a divergence: ``value`` sums to it; ``value + gauge * (s - t)`` too, and is nowhere
+    negative; ``slope`` is the latter's derivative with respect to log s, exactly 0 for KL where s and t agree."""
 
     value: Entries
     slope: Entries
@@ -213,7 +204,7 @@ def chunked_divergence(
     )
     unclipped_loss = torch.dot(weights[kept].to(statistics.dtype), statistics[1])
     scattered = statistics.new_zeros(_STATISTICS, tokens).index_copy_(1, kept, statistics)
-    return DivergenceOutput(loss, *scattered.unbind(0), unclipped_loss)
+    return DivergenceOutput(loss, unclipped_loss, *scattered.unbind(0))
 
 
 class _ChunkedDivergence(torch.autograd.Function):

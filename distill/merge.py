@@ -113,15 +113,14 @@ def merge_weights(loaded: LoadedModel, dtype: str) -> dict[str, Kept]:
             if not isinstance(layer, Linear):
                 continue
             base = layer.base_layer
-            whole = merge[base](base)
-            rounded = whole.to(to)
-            change = whole - base.weight.float()
-            moved = rounded.float() - base.weight.to(to).float()
+            own, whole = base.get_parameter("weight"), merge[base](base)
+            rounded, change = whole.to(to), whole - own.float()
+            moved = rounded.float() - own.to(to).float()
             norms = (change * change).sum(), (change * moved).sum(), (change - moved).square().sum()
             kept[name] = Kept(*map(float, norms))
-            base.weight.data = rounded
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, base)
+            own.data = rounded
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, base)
     model.to(to)
     return kept
 

@@ -6,11 +6,12 @@ import contextlib
 import json
 import logging
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurosig.runtime.cli import progress
+from neurosig.runtime.cli import PhaseTimer, config_record, peak_memory_gb, progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 
@@ -23,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, Any]
 """Name -> number; ``None`` where the step has nothing to measure, as when every rollout was masked."""
-METRICS = "metrics.jsonl"
+METRICS, WANDB_ID = "metrics.jsonl", "wandb/run_id"
+LEARNING = ("teacher", "student", "optimizer", "learn")
+"""Phases of a step that learn from its rollouts; ``learn`` is all of them, in TRL's trainers."""
+SAMPLER_KL = 0.01
+"""Nats per token by which sampler and student may differ without a warning."""
 PROJECT = "neurosig"
 
 
@@ -36,6 +41,7 @@ class MetricsLog(contextlib.ExitStack):
         config: The run's folder, trackers and number of steps.
         done: Steps done by the interrupted run; the file is cut back to them.
         ranks: The processes of the run, all of which must make one.
+        timer: The run's; each line has the seconds of its phases since the line before.
 
     Attributes:
         history: The metrics of every step so far.
@@ -44,8 +50,10 @@ class MetricsLog(contextlib.ExitStack):
         UserError: The file has fewer than ``done`` lines.
     """
 
-    def __init__(self, config: TrainConfig, done: int, ranks: Ranks):
+    def __init__(self, config: TrainConfig, done: int, ranks: Ranks, timer: PhaseTimer):
         super().__init__()
+        self._timer = timer
+        timer.lap()
         path = config.out / METRICS
         self.history: list[Metrics] = ranks.on_main(lambda: reopen_metrics(path, done))
         self._main = ranks.main
@@ -54,7 +62,7 @@ class MetricsLog(contextlib.ExitStack):
         self._bar.update(done)
         if ranks.main:
             self._file = self.enter_context(path.open("a", encoding="utf-8"))
-            self._trackers = [_tracker(name, config, self) for name in config.report_to]
+            self._trackers = [_tracker(name, config, done, self) for name in config.report_to]
 
     def add(self, metrics: Metrics, question_ids: Sequence[str] = ()) -> None:
         """Add the metrics of a step, sampled from ``question_ids``.
@@ -63,6 +71,7 @@ class MetricsLog(contextlib.ExitStack):
             UserError: Loss or gradient norm is not finite; nothing is written.
         """
         check_finite(metrics, question_ids)
+        metrics = {**metrics, **self._spent(metrics)}
         self.history.append(metrics)
         if not self._main:
             return
@@ -71,6 +80,11 @@ class MetricsLog(contextlib.ExitStack):
                 "step %d: every rollout was masked (%.0f%% finished with EOS); no update was made; raise "
                 "--max-new-tokens or pass --keep-truncated", metrics["step"], 100 * metrics["eos_rate"],
             )  # fmt: skip
+        if abs(metrics.get("sampler_kl") or 0.0) > SAMPLER_KL:
+            logger.warning(
+                "step %d: sampler_kl %.3f: the rollouts came from another model than the student; check --dtype, the "
+                "server's weights and --max-staleness", metrics["step"], metrics["sampler_kl"],
+            )  # fmt: skip
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         measured = {name: value for name, value in metrics.items() if value is not None}
@@ -78,6 +92,16 @@ class MetricsLog(contextlib.ExitStack):
             tracker.log(measured, step=int(metrics["step"]))
         self._bar.set_postfix({name: f"{measured[name]:.3f}" for name in ("loss", "entropy_gap") if name in measured})
         self._bar.update()
+
+    def _spent(self, metrics: Metrics) -> dict[str, float]:
+        """Seconds by phase, tokens per second and peak memory of this process, left out by `untimed`."""
+        seconds = self._timer.lap()
+        spent = {f"seconds_{phase}": round(passed, 4) for phase, passed in seconds.items()}
+        phases = {"sample": ("generated_tokens", ("sample",)), "learn": ("tokens_in_loss", LEARNING)}
+        for name, (tokens, parts) in phases.items():
+            passed = sum(seconds.get(part, 0.0) for part in parts)
+            spent |= {f"tokens_per_second_{name}": round(metrics[tokens] / passed, 1)} if passed else {}
+        return {**spent, "peak_memory_gb": round(peak_memory_gb(), 3)}
 
 
 def reopen_metrics(path: Path, done: int) -> list[Metrics]:
@@ -124,19 +148,31 @@ def distinct_3(completions: Sequence[Sequence[int]]) -> float:
     return sum(len(set(own)) for own in trigrams) / total if total else 1.0
 
 
-def _tracker(name: str, config: TrainConfig, stack: contextlib.ExitStack) -> Any:
-    """One of accelerate's trackers, which ``stack`` finishes.
+def _tracker(name: str, config: TrainConfig, done: int, stack: contextlib.ExitStack) -> Any:
+    """One of accelerate's trackers, which ``stack`` finishes; a resumed run goes on where the interrupted one was.
 
     TensorBoard writes into the folder ``tensorboard`` of the run; wandb follows its own environment variables
-    (``WANDB_MODE=offline``, say) and names the run after its folder.
-    """
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
+    (``WANDB_MODE=offline``, say), names the run after its folder and finds its id there.
 
-    tracker = (
-        TensorBoardTracker("tensorboard", logging_dir=config.out)
-        if name == "tensorboard"
-        else WandBTracker(PROJECT, name=config.out.name, dir=str(config.out), resume="allow")
-    )
-    tracker.start()
+    Raises:
+        UserError: The tracker cannot start.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    options: dict[str, Any]
+    if name == "tensorboard":
+        options = {"run_name": name, "logging_dir": config.out, "purge_step": done + 1}
+    else:
+        path = config.out / WANDB_ID
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, secrets.token_hex(4))
+        options = {"run_name": PROJECT, "name": config.out.name, "dir": str(config.out), "id": path.read_text()}
+        options |= {"resume": "allow", "config": config_record(config)}
+    tracker = LOGGER_TYPE_TO_CLASS[name](**options)
+    try:
+        tracker.start()
+    except Exception as error:  # each library has its own
+        raise UserError(f"--report-to {name}: cannot start ({type(error).__name__}: {error})") from error
     stack.callback(tracker.finish)
     return tracker

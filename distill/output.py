@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.metrics_log import WANDB_ID
 from neurosig.models.trained import PROMPT_OPTIONS, RECORD, write_trained_on
-from neurosig.runtime.cli import config_record
+from neurosig.runtime.cli import config_record, untimed
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import atomic_folder, disk_space, sha256_file, write_atomic
 from neurosig.runtime.provenance import run_record
@@ -51,13 +52,14 @@ def write_final(
     adapter: PeftModel | None,
     history: Sequence[Metrics],
     question_ids: Sequence[Collection[str]],
-    stopped: Mapping[str, Any] | None,
     ranks: Ranks,
+    kept: Mapping[str, Any] | None = None,
+    stopped: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``adapter/`` (or ``model/``), and then the run record, whose presence means that the run is complete.
 
-    Of a run that went back to an earlier checkpoint, the record's ``last``, ``updates`` and ``questions_seen`` and the
-    card describe the weights that were kept; its budget is what the whole run spent.
+    ``kept`` has the ``step`` of the weights, by default the last, and the ``reason``: the record's ``last``,
+    ``updates`` and ``questions_seen`` and the card describe that step; the budget is what the whole run spent.
     ``history`` holds the metrics and ``question_ids`` the questions of every step.
 
     Raises:
@@ -69,7 +71,9 @@ def write_final(
         weights = ranks.whole_tensors(model.state_dict().items() if adapter is None else trained)
     if not ranks.main:
         return
-    kept = history[: stopped["weights_of_step"]] if stopped else history
+    budget, history, wandb_id = token_budget(manifest, history), [*map(untimed, history)], config.out / WANDB_ID
+    kept = kept or {"step": len(history), "reason": "the last step"}
+    described = history[: kept["step"]]
     target = config.out / ("model" if adapter is None else "adapter")
     written = [p for p in (adapter or model).parameters() if p.requires_grad or adapter is None]
     needed = sum(p.numel() * p.element_size() for p in written) + len(loaded.tokenizer.backend_tokenizer.to_str())
@@ -94,14 +98,16 @@ def write_final(
             "prompt": {name: options[name] for name in PROMPT_OPTIONS if name in options},
             "domains": sorted({row.domain for row in manifest.rows}),
             "questions_selected": len(manifest.selected),
-            "questions_seen": len({name for names in question_ids[: len(kept)] for name in names}),
-            "updates": sum(step["tokens_in_loss"] > 0 for step in kept),
-            "budget": token_budget(manifest, history),
+            "questions_seen": len({name for names in question_ids[: len(described)] for name in names}),
+            "updates": sum(step["tokens_in_loss"] > 0 for step in described),
+            "budget": budget,
             "model": loaded.info.as_dict(),
             "weights": {file.name: sha256_file(file) for file in sorted(aside.glob("*.safetensors"))},
             "first": history[0],
-            "last": kept[-1],
+            "last": described[-1],
+            "kept": kept,
             "stopped": stopped,
+            "wandb_id": wandb_id.read_text() if wandb_id.exists() else None,
             "run": run_record(),
         }
         text = json.dumps(record, indent=1) + "\n"
@@ -109,9 +115,9 @@ def write_final(
         (aside / RECORD).write_text(text, encoding="utf-8")
     write_atomic(config.out / RECORD, text)
     watched = next(name for name in ("entropy_gap", "reward", "loss") if name in history[0])
-    values = [step[watched] for step in kept if step[watched] is not None] or [math.nan]
+    values = [step[watched] for step in described if step[watched] is not None] or [math.nan]
     logger.info(
-        "%s: %d steps, %d updates, %d tokens generated, %s %.3f -> %.3f", target, len(kept), record["updates"],
+        "%s: %d steps, %d updates, %d tokens generated, %s %.3f -> %.3f", target, len(described), record["updates"],
         record["budget"]["generated_tokens"], watched.replace("_", " "), values[0], values[-1],
     )  # fmt: skip
     if config.push_to_hub is not None:

@@ -83,27 +83,16 @@ def learn(
     forward = forward or TrainingForward(model)
     timer = timer or PhaseTimer()
     rows = _rows_in_loss(config, pairs, left_out)
-    total = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows)
-    replayed = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows if row.task.replay)
-    counts = dict.fromkeys(("loss", "unclipped_loss"), total)  # tokens that each mean is over
-    known = not config.skip_first and all(row.rollout.mean_logprob is not None for row in rows)
-    counts["sampler_kl"] = total if known else 0
-    counts |= dict.fromkeys(("divergence", "teacher_entropy", "student_entropy"), total - replayed)
-    counts |= {"replay_divergence": replayed} if any(task.replay for task, _ in pairs) else {}
+    counts = _token_counts(config, rows)
+    counts |= {"replay_divergence": counts["replayed"]} if any(task.replay for task, _ in pairs) else {}
+    total, replayed = counts["loss"], counts.pop("replayed")
     sums = dict.fromkeys(counts, 0.0)
     optimizer.zero_grad(set_to_none=True)
     for batch in _micro_batches(config, rows, ranks):
         for name, value in _backward(config, model, teacher, batch, forward, timer, total, replayed).items():
             sums[name] += value
-    norm = None
     with timer.phase("optimizer", synchronize=True):
-        if rows:
-            parameters = optimizer.param_groups[0]["params"]
-            ranks.sum_gradients(parameters)
-            norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
-            if math.isfinite(norm):
-                optimizer.step()
-            teacher.update()
+        norm = _update(config, teacher, optimizer, ranks) if rows else None
     for phase in ("teacher", "student", "optimizer"):
         timer.add_tokens(phase, total)
 
@@ -141,6 +130,26 @@ def _rows_in_loss(
     shares = [task.weight * (1.0 if config.loss_mean == "token" else 1.0 / length) for task, _, length in kept]
     mass = sum(share * length for share, (_, _, length) in zip(shares, kept, strict=True))
     return [_Row(task, rollout, share / mass) for (task, rollout, _), share in zip(kept, shares, strict=True)]
+
+
+def _token_counts(config: TrainConfig, rows: Sequence[_Row]) -> dict[str, int]:
+    """Tokens that each metric is a mean over, and those of replayed prompts."""
+    lengths = [(len(row.rollout.completion_ids) - config.skip_first, row) for row in rows]
+    total, replayed = sum(n for n, _ in lengths), sum(n for n, row in lengths if row.task.replay)
+    known = not config.skip_first and all(row.rollout.mean_logprob is not None for row in rows)
+    taught = dict.fromkeys(("divergence", "teacher_entropy", "student_entropy"), total - replayed)
+    return {"loss": total, "unclipped_loss": total, "sampler_kl": known * total, "replayed": replayed, **taught}
+
+
+def _update(config: TrainConfig, teacher: Teacher, optimizer: torch.optim.Optimizer, ranks: Ranks) -> float:
+    """Update student and teacher by the gradients of all ranks; their norm before it is limited."""
+    parameters = optimizer.param_groups[0]["params"]
+    ranks.sum_gradients(parameters)
+    norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
+    if math.isfinite(norm):
+        optimizer.step()
+    teacher.update()
+    return norm
 
 
 def _micro_batches(config: TrainConfig, rows: Sequence[_Row], ranks: Ranks) -> Iterator[Sequence[_Row]]:

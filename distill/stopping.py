@@ -1,8 +1,8 @@
-"""When training stops early: it collapses, or maj@K on a development split falls.
+"""When training stops early, by collapse or a fall of maj@K on a development split, and which step is kept.
 
 Collapse means answers that grow or shrink, sharpen or repeat themselves. Source: the stop rules of public on-policy
 distillation recipes; the thresholds are a reconstruction. The development split is the one place where training reads
-gold answers, only with ``--dev-questions``, and only to stop.
+gold answers, only with ``--dev-questions``, and only to stop and to choose the step.
 """
 
 from __future__ import annotations
@@ -50,14 +50,12 @@ def stop_reason(
         config: Which rules apply, and when the run is saved.
         step: Steps done.
         history: The metrics of each.
-        development: The development split, measured here whenever the run is saved.
+        development: The development split, measured whenever the run is saved.
     """
     reason = collapse(history, config.collapse_window) if config.stop_on_collapse else None
     good = 0 if reason is None else int(_with_loss(history)[-config.collapse_window]["step"]) - 1
-    if development is not None and config.saves_after(step):
-        development.measure(step)
-        if reason is None:
-            reason, good = development.fallen, step - 1
+    if reason is None and development is not None and config.saves_after(step):
+        reason, good = development.fallen, step - 1
     return None if reason is None else (reason, good)
 
 
@@ -127,7 +125,7 @@ class Development:
         self._sampling = replace(sampling, num_generations=config.dev_generations)
         self._draw, self._timer, self._main = draw, timer, main
         self._reader = header.answer_reader()
-        self._path, self._every = config.out / DEVELOPMENT, config.save_steps
+        self._path, self._every, self._keep = config.out / DEVELOPMENT, config.save_steps, config.keep_step
         self._measured: list[dict[str, Any]] = []
 
     def reopen(self, done: int) -> None:
@@ -168,3 +166,17 @@ class Development:
             f"maj@{self._sampling.num_generations} on {len(self._questions)} development questions fell from "
             f"{first['maj_at_k']:.3f} to {last['maj_at_k']:.3f}"
         )
+
+    def choose(self, saved: Sequence[int]) -> tuple[int, str]:
+        """The saved step with the highest maj@K, the latest of several, and its and the untrained model's in words."""
+        values = {entry["step"]: round(entry["maj_at_k"], 9) for entry in self._measured}
+        best = max(saved, key=lambda step: (values.get(step, -1.0), step))
+        k, n = self._sampling.num_generations, len(self._questions)
+        found = f"{values[best]:.3f}" if best in values else "unknown"
+        return best, f"the best maj@{k} on {n} development questions, {found} ({values[0]:.3f} before training)"
+
+    @property
+    def best_saved(self) -> int | None:
+        """With ``--keep-step best``, the best step so far whose checkpoint a longer run would have, too."""
+        steps = [entry["step"] for entry in self._measured if entry["step"] and entry["step"] % self._every == 0]
+        return self.choose(steps)[0] if steps and self._keep == "best" else None

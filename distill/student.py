@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.distributed import Ranks, decoder_layers
 from distill.served_student import ServedStudent
+from neurosig.models.adapter import LearningDropout, lora_targets
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.packed_weights import WeightOf, own_weight, packs
 from neurosig.sampling.rollouts import Rollout
@@ -28,10 +29,13 @@ if TYPE_CHECKING:
 
 
 def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedModel, PeftModel | None]:
-    """Make the loaded model trainable in place: LoRA on all linear projections, or every weight but the embeddings.
+    """Make the loaded model trainable in place: LoRA as the options say, or every weight but the embeddings.
 
     Returns:
         The model with its adapter layers, and the peft wrapper around it, ``None`` under full fine-tuning.
+
+    Raises:
+        UserError: See `neurosig.models.adapter.lora_targets`.
     """
     model = loaded.model
     if config.full:
@@ -40,16 +44,21 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
         model.get_output_embeddings().requires_grad_(False)
         return model, None
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.lora_rslora,
+        target_modules=lora_targets(config.lora_targets, model),
         task_type="CAUSAL_LM",
     )
     adapter = get_peft_model(model, lora)
     adapter.eval()
+    for module in adapter.modules() if config.lora_dropout else ():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = LearningDropout(config.lora_dropout)
     return model, adapter
 
 
@@ -123,13 +132,21 @@ class TrainingForward:
         gradient_checkpointing: Store a layer's input only and recompute the rest in the backward pass. (The model's own
             switch needs train mode, which turns dropout on.)
         compile: Compile each layer.
+        dropout: Recompute with the same dropout masks.
 
     Attributes:
         share_prompts: Whether `completion_hidden` may use a cache: a layer that is recomputed would fill it twice, and
             a compiled one would be compiled for each layer's place in it.
     """
 
-    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        dropout: bool = False,
+    ):
         self.share_prompts = not (gradient_checkpointing or compile)
         self._layers = [] if self.share_prompts else decoder_layers(model)
         self._forwards = []
@@ -138,7 +155,7 @@ class TrainingForward:
             if compile:
                 forward = torch.compile(forward, dynamic=True)
             if gradient_checkpointing:
-                forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+                forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=dropout)
             self._forwards.append(forward)
 
     @contextlib.contextmanager
@@ -191,7 +208,7 @@ class StudentSampler:
                 stack.enter_context(ranks.together())
                 stack.enter_context(self._autocast)
                 stack.enter_context(sampling_attention(model))
-                options = {"batch_rows": self._batch_rows, "salt": salt}
+                options: dict[str, Any] = {"batch_rows": self._batch_rows, "salt": salt}
                 options["weight_of"] = stack.enter_context(sampling_weights(model, self._adapter))
                 drawn = list(sample(self._loaded, own, sampling, **options))
             groups = [group for part in ranks.gather(drawn) for group in part]

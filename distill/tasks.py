@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import Demonstration, PromptBuilder
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
-from neurosig.sampling.rollouts import Rollout
+from neurosig.sampling.rollouts import Rollout, write_rollouts
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig
@@ -160,6 +160,30 @@ def check_majority_context(manifest: Manifest) -> None:
         )
 
 
+def keep_rollouts(
+    config: TrainConfig,
+    manifest: Manifest,
+    step: int,
+    rollouts: Sequence[Rollout],
+    left_out: Collection[tuple[str, int]],
+) -> None:
+    """Write the rollouts of a step that ``--keep-rollouts`` names; a resumed run replaces its file with the same bytes.
+
+    Replayed prompts have no answer. ``left_out`` has the (question id, rollout id) of rollouts that leave the loss,
+    besides those that are cut off or skipped.
+    """
+    if not config.keep_rollouts or step % config.keep_rollouts:
+        return
+    rows, reader = {row.question_id: row for row in manifest.rows}, manifest.header.answer_reader()
+    kept = []
+    for rollout in rollouts:
+        row, whole = rows.get(rollout.question_id), config.keep_truncated or rollout.finish_reason == "stop"
+        answer = reader.extract(rollout.text, rollout.finish_reason, row.as_question()) if row is not None else None
+        taught = whole and len(rollout.completion_ids) > config.skip_first
+        kept.append((rollout, answer, taught and (rollout.question_id, rollout.rollout_id) not in left_out))
+    write_rollouts(config.out / "rollouts" / f"step-{step:06d}.parquet", step, kept)
+
+
 def agreeing(manifest: Manifest, rollouts: Sequence[Rollout]) -> set[tuple[str, int]]:
     """(question id, rollout id) of the rollouts whose answer is their question's pseudo-label.
 
@@ -184,12 +208,35 @@ def tasks_of_step(config: TrainConfig, tasks: Sequence[Task], step: int) -> dict
     return chosen
 
 
+def question_ids(config: TrainConfig, tasks: Sequence[Task], steps: int) -> list[list[str]]:
+    """The questions of the manifest in each of the first ``steps`` steps."""
+    batches = (tasks_of_step(config, tasks, step) for step in range(1, steps + 1))
+    return [[name for name, task in batch.items() if not task.replay] for batch in batches]
+
+
 def questions_of_step(n: int, step: int, *, per_step: int, seed: int) -> list[int]:
-    """Questions of a step: epochs of seeded permutations, cut into steps; a function of the step alone."""
-    first = (step - 1) * per_step
-    chosen: list[int] = []
-    for position in range(first, first + min(per_step, n)):
-        order = np.random.default_rng([seed, position // n]).permutation(n)
-        if (index := int(order[position % n])) not in chosen:
-            chosen.append(index)
-    return chosen
+    """The ``min(per_step, n)`` distinct questions of a step, a function of the step alone.
+
+    Epochs of seeded permutations are cut into steps. Where an epoch begins inside a step, what that step takes from the
+    epoch before moves back in the new order. After any step, no question has been seen more than once more than
+    another.
+    """
+    size = min(per_step, n)
+    if size == n:
+        return [*range(n)]
+    if 2 * size > n + 1:  # too few questions to move back: deal out those that the step leaves out
+        left_out = questions_of_step(n, step, per_step=n - size, seed=seed)
+        return [index for index in range(n) if index not in left_out]
+
+    def permutation(epoch: int) -> list[int]:
+        return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+    def order(epoch: int) -> list[int]:
+        before = epoch * n % size  # questions that the step over the epoch's start takes from the one before
+        taken = permutation(epoch - 1)[n - before :] if before else []
+        own, movable = permutation(epoch), n - size + 1  # the last ones stay, so that no order depends on another
+        return sorted(own[:movable], key=taken.__contains__) + own[movable:]
+
+    first = (step - 1) * size
+    orders = {epoch: order(epoch) for epoch in {first // n, (first + size - 1) // n}}
+    return [orders[place // n][place % n] for place in range(first, first + size)]

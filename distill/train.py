@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.config import BASELINES, PRESETS, TrainConfig, check_options, resume_key
-from distill.metrics_log import METRICS, MetricsLog
+from distill.metrics_log import METRICS, MetricsLog, check_finite
 from distill.output import write_final
 from neurosig.models.trained import RECORD
 from neurosig.runtime.cli import PhaseTimer, run_command
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distill.distributed import Ranks
+    from distill.stopping import Development
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def main(config: TrainConfig) -> None:
         check_options(config)
         ranks.check(config)
     owned = [METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served"]
-    owned += ["tensorboard", "wandb"]
+    owned += ["rollouts", "tensorboard", "wandb"]
     with contextlib.ExitStack() as stack:
         folder = command_folder(config, finished=RECORD, owned=owned)
         if ranks.on_main(lambda: stack.enter_context(folder)):
@@ -66,13 +67,16 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     import torch
 
     from distill.checkpoints import load_newest, save_checkpoint
+    from distill.optimizer import learning_rates, make_optimizer
     from distill.step import learn
     from distill.stopping import Development, stop_reason
     from distill.student import StudentSampler, TrainingForward, make_student
     from distill.tasks import (
         agreeing,
         check_majority_context,
+        keep_rollouts,
         load_student,
+        question_ids,
         sampling_config,
         tasks_of_step,
         training_tasks,
@@ -87,22 +91,23 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         loaded = load_student(config, manifest, ranks.device or config.device)
         sampling = sampling_config(config, manifest)
         tasks = training_tasks(config, manifest, loaded, max_new_tokens=sampling.max_new_tokens)
-    torch.manual_seed(config.seed)
-    model, adapter = make_student(config, loaded)
+        torch.manual_seed(config.seed)
+        model, adapter = make_student(config, loaded)
     teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
     ranks.shard(model)
     teacher.shard(ranks)
-    forward = TrainingForward(model, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile)
+    layers: Any = {"gradient_checkpointing": config.gradient_checkpointing, "compile": config.compile}
+    forward = TrainingForward(model, dropout=config.lora_dropout > 0, **layers)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer, rate_of_step = make_optimizer(config, parameters.values()), learning_rates(config)
     folder, key = config.out / "checkpoints", resume_key(config, manifest, sampling, loaded.info.dtype)
     saving: Any = {"keep": config.keep_checkpoints, "every": config.save_steps}
     state: Any = {"averages": teacher.average, "ranks": ranks}
     done = load_newest(folder, parameters, optimizer, key, **state)
     sampler = StudentSampler(config, loaded, model, adapter, ranks, done)
 
-    with MetricsLog(config, done, ranks) as log:
-        development, stopped = None, None
+    with MetricsLog(config, done, ranks, timer) as log:
+        development, stop = None, None
         if config.dev_questions is not None:
             with ranks.together():
                 development = Development(config, sampling, manifest.header, loaded, sampler.draw, timer, ranks.main)
@@ -112,50 +117,69 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             with timer.phase("sample"):
                 rollouts = sampler.rollouts(batch.values(), sampling, step)
             timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in rollouts))
-
-            rate = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate_of_step(step)
+            torch.manual_seed((config.seed * 1_000_003 + step) * ranks.world + ranks.rank)  # LoRA's dropout
             pairs = [(batch[rollout.question_id], rollout) for rollout in rollouts]
             left_out = agreeing(manifest, rollouts) if config.on_disagreeing else set()
-            metrics = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks, left_out)
+            learned = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks, left_out)
+            metrics = {"step": step, "learning_rate": rate_of_step(step), **sampler.updated(step), **learned}
             with ranks.together():
-                log.add({"step": step, "learning_rate": rate, **sampler.updated(step), **metrics}, list(batch))
-
+                check_finite(metrics, list(batch))
+            if development is not None and config.saves_after(step):
+                development.measure(step)
+            with ranks.together():
+                log.add(metrics)
+                if ranks.main:
+                    keep_rollouts(config, manifest, step, rollouts, left_out)
             stop = stop_reason(config, step, log.history, development)
-            if stop is not None:  # decided before saving, so that a resumed run decides again
-                with ranks.together():
-                    stopped = _go_back(step, *stop, folder, parameters, config.save_steps)
+            if stop:  # decided before saving, so that a resumed run decides again
                 break
             if config.saves_after(step):
+                saving["best"] = development and development.best_saved
                 with timer.phase("save"):
                     save_checkpoint(folder, step, parameters, optimizer, key, **saving, **state)
     sampler.close()
-    question_ids = [
-        [name for name, task in tasks_of_step(config, tasks, step).items() if not task.replay]
-        for step in range(1, len(log.history) + 1)
-    ]
-    write_final(config, manifest, loaded, model, adapter, log.history, question_ids, stopped, ranks)
+    with ranks.together():
+        chosen = _choose_weights(config, len(log.history), stop, development, folder, parameters)
+    chosen["question_ids"] = question_ids(config, tasks, len(log.history))
+    write_final(config, manifest, loaded, model, adapter, log.history, ranks=ranks, **chosen)
 
 
-def _go_back(
-    step: int, reason: str, good: int, folder: Path, parameters: Mapping[str, Tensor], every: int
+def _choose_weights(
+    config: TrainConfig,
+    steps: int,
+    stop: tuple[str, int] | None,
+    development: Development | None,
+    folder: Path,
+    parameters: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Put the weights of the last checkpoint up to step ``good`` in place; what the run's record says of it.
+    """Put the weights to keep in place, after ``steps`` steps; what the run's record says of it, for `write_final`.
 
     Raises:
-        UserError: There is no checkpoint yet.
+        UserError: Training stopped before the first checkpoint; or the checkpoint is damaged.
     """
-    from distill.checkpoints import load_before
+    from distill.checkpoints import load_weights, saved_steps
 
-    kept = load_before(folder, good, parameters, every=every)
-    if kept is None:
+    development = development if config.keep_step == "best" else None
+    if stop is None and development is None:
+        return {}
+    reason, good = stop or ("", steps)
+    if not (saved := saved_steps(folder)):
         raise UserError(
-            f"step {step}: training collapsed ({reason}) before the first checkpoint; lower --learning-rate or "
+            f"step {steps}: training collapsed ({reason}) before the first checkpoint; lower --learning-rate or "
             "--save-steps, or pass --no-stop-on-collapse"
         )
-    logger.warning("step %d: stopped, %s; the weights are those of step %d", step, reason, kept)
-    return {"step": step, "reason": reason, "weights_of_step": kept}
+    saved = [step for step in saved if config.saves_after(step)] or saved  # a longer run has no others
+    saved = [step for step in saved if step <= good] or saved[:1]
+    step, why = (saved[-1], "the last good checkpoint") if development is None else development.choose(saved)
+    load_weights(folder, step, parameters)
+    if stop is not None:
+        logger.warning("step %d: stopped, %s; the weights are those of step %d", steps, reason, step)
+    else:
+        logger.info("the weights are those of step %d, %s", step, why)
+    stopped = None if stop is None else {"step": steps, "reason": reason, "weights_of_step": step}
+    return {"kept": {"step": step, "reason": why}, "stopped": stopped}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.metrics_log import rollout_metrics
 from distill.student import sampling_weights
+from distill.tasks import keep_rollouts
 from neurosig.manifest import Manifest
 from neurosig.models.completion_hidden import completion_hidden, head_logits
 from neurosig.questions.reader import Reading
@@ -126,7 +127,7 @@ class Rollouts:
         self.config, self.loaded, self.model, self.adapter = config, loaded, model, adapter
         self.prompts, self.timer, self.done = prompts, timer, done
         self.sampling = replace(sampling, num_generations=config.vote_generations or config.num_generations)
-        self.reader = manifest.header.answer_reader()
+        self.manifest, self.reader = manifest, manifest.header.answer_reader()
         self.questions = {row.question_id: row.as_question() for row in manifest.rows}
         self.plan = plan
         self._metrics: dict[str, float | int] = {}
@@ -156,6 +157,10 @@ class Rollouts:
         groups = {group[0].rollout.question_id: group for group in gather_object(own)}
         kept = [scored for name in names for scored in groups[name][: self.config.num_generations]]
         self._metrics = self._count(kept, [scored.rollout for group in groups.values() for scored in group])
+        if accelerator.is_main_process:
+            sampled = [scored.rollout for name in names for scored in groups[name]]
+            voting = {(r.question_id, r.rollout_id) for r in sampled if r.rollout_id >= self.config.num_generations}
+            keep_rollouts(self.config, self.manifest, step, sampled, voting)
         first = accelerator.process_index * len(prompts)
         rows = kept[first : first + len(prompts)]
         assert [scored.rollout.question_id for scored in rows] == list(prompts)

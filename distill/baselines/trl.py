@@ -2,9 +2,8 @@
 
     python -m distill.train --method ttrl --manifest runs/demo/manifest --out runs/demo/ttrl --num-generations 8
 
-They share N-OPSD's questions and their order, its prompts, parser, sampler, seeds, adapter, optimizer (AdamW without
-weight decay, linear warm-up, then constant) and output files; each run's record counts the tokens it spent. TRL needs
-batches of one size: where an epoch ends inside a step, a question already drawn is replaced by the next in order.
+They share N-OPSD's questions of each step, its prompts, parser, sampler, seeds, adapter, optimizer, schedule and output
+files; each run's record counts the tokens it spent.
 ``--questions-of all`` takes every question, as these papers do. Of a manifest's question weights they use one: a
 question of weight 0 is left out.
 
@@ -39,6 +38,7 @@ import huggingface_hub.constants
 import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -51,6 +51,7 @@ from distill.checkpoints import load_newest, save_checkpoint
 from distill.config import TrainConfig, resume_key
 from distill.distributed import Ranks
 from distill.metrics_log import MetricsLog, rollout_metrics
+from distill.optimizer import learning_rates, make_optimizer
 from distill.output import write_final
 from distill.student import make_student
 from distill.tasks import load_student, questions_of_step, sampling_config, trained_rows
@@ -83,10 +84,10 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
     sampling = sampling_config(config, manifest)
     prompts = question_prompts(manifest, loaded, config, sampling)
     torch.manual_seed(config.seed)
+    disable_dropout_in_model(loaded.model)
     model, adapter = make_student(config, loaded)
-    disable_dropout_in_model(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = make_optimizer(config, parameters.values())
     reference = copy.deepcopy(model).requires_grad_(False) if config.full and config.method != "lmsi" else None
     key = resume_key(config, manifest, sampling, loaded.info.dtype)
     done = load_newest(config.out / "checkpoints", parameters, optimizer, key)
@@ -96,15 +97,13 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
     else:
         plan = plan_steps(config, list(prompts), config.questions_per_step)
         batches = Rollouts(config, manifest, loaded, model, adapter, sampling, prompts, plan, done, timer)
-    started = time.perf_counter()
-    with MetricsLog(config, done, ranks) as log:
+    with MetricsLog(config, done, ranks, timer) as log:
         if done < config.steps:
             trainer = _trainer(config, batches, loaded, optimizer, reference, done)
-            trainer.add_callback(_Saver(config, parameters, optimizer, key, batches, done, log, ranks))
+            trainer.add_callback(_Saver(config, parameters, optimizer, key, batches, done, log, ranks, timer))
             trainer.train()
-    timer.seconds["learn"] = time.perf_counter() - started - timer.seconds.get("sample", 0.0)
     question_ids = [[item if isinstance(item, str) else item.question_id for item in step] for step in batches.plan]
-    write_final(config, manifest, loaded, model, adapter, log.history, question_ids, None, ranks)
+    write_final(config, manifest, loaded, model, adapter, log.history, question_ids, ranks)
 
 
 def question_prompts(
@@ -136,19 +135,9 @@ def question_prompts(
 def plan_steps(config: TrainConfig, items: Sequence[T], per_step: int) -> list[list[T]]:
     """The items of each step: seeded epochs over ``items``, a function of the step alone."""
     return [
-        [items[i] for i in batch_of_step(len(items), step, per_step=per_step, seed=config.seed)]
+        [items[i] for i in questions_of_step(len(items), step, per_step=per_step, seed=config.seed)]
         for step in range(1, config.steps + 1)
     ]
-
-
-def batch_of_step(n: int, step: int, *, per_step: int, seed: int) -> list[int]:
-    """`questions_of_step`, filled up from the following steps to ``per_step`` distinct ones (all, if ``n`` is less)."""
-    chosen: list[int] = []
-    later = step
-    while len(chosen) < min(per_step, n):
-        chosen += [i for i in questions_of_step(n, later, per_step=per_step, seed=seed) if i not in chosen]
-        later += 1
-    return chosen[:per_step]
 
 
 def _device(config: TrainConfig, process: PartialState) -> str:
@@ -170,12 +159,12 @@ def _trainer(
     done: int,
 ) -> SFTTrainer | GRPOTrainer:
     """TRL's trainer for the steps after ``done``."""
-    warmup = max(1, config.warmup_steps)
+    rate_of_step = learning_rates(config)
     shared: dict[str, Any] = {
         "processing_class": copy.deepcopy(loaded.tokenizer),  # TRL gives it a padding token
         "optimizers": (
             optimizer,
-            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (done + step + 1) / warmup)),
+            LambdaLR(optimizer, lambda step: rate_of_step(done + step + 1) / config.learning_rate),
         ),
     }
     trainer: SFTTrainer | GRPOTrainer
@@ -326,12 +315,15 @@ class _Saver(TrainerCallback):
         done: int,
         log: MetricsLog,
         ranks: Ranks,
+        timer: PhaseTimer,
     ):
         self.config, self.parameters, self.optimizer, self.key = config, parameters, optimizer, key
-        self.batches, self.done, self.log, self.main = batches, done, log, ranks.main
+        self.batches, self.done, self.log, self.main, self.timer = batches, done, log, ranks.main, timer
+        self.started = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         torch.manual_seed(self.config.seed * 1_000_003 + self.done + state.global_step)  # TRL shuffles a step's rows
+        self.started = time.perf_counter() - self.timer.seconds.get("sample", 0.0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Where every rollout was masked, drop the zero gradients: AdamW's momentum would still move the weights."""
@@ -348,6 +340,8 @@ class _Saver(TrainerCallback):
         metrics |= self.batches.metrics(step)
         if not metrics["tokens_in_loss"]:
             metrics |= dict.fromkeys({"loss", "grad_norm", "kl", "student_entropy"} & metrics.keys())
+        learned = time.perf_counter() - self.started - self.timer.seconds.get("sample", 0.0)
+        self.timer.seconds["learn"] = self.timer.seconds.get("learn", 0.0) + learned
         self.log.add(metrics)
         if self.main and self.config.saves_after(step):
             folder = self.config.out / "checkpoints"

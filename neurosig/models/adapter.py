@@ -1,9 +1,14 @@
-"""Give a loaded model the weights of a LoRA adapter."""
+"""LoRA adapters: given to a loaded model, the modules they are for, and their dropout."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from neurosig.models.load import LoadedModel
 from neurosig.runtime.errors import UserError
@@ -11,6 +16,7 @@ from neurosig.runtime.files import read_once
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 def apply_adapter(loaded: LoadedModel, folder: Path) -> str:
@@ -53,3 +59,41 @@ def read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftModel, str]:
         ) from error
     adapter.eval()
     return adapter, str(digest)
+
+
+class LearningDropout(torch.nn.Dropout):
+    """Dropout where gradients are recorded, whatever the model's mode: only the student's learning forward does so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(input, self.p, training=torch.is_grad_enabled())
+
+
+def lora_targets(targets: Sequence[str], model: PreTrainedModel) -> str | list[str]:
+    """``target_modules`` of PEFT's configuration: names, or a text that is a keyword or a regular expression.
+
+    Raises:
+        UserError: One matches nothing, or more than linear modules of the decoder.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers.pytorch_utils import Conv1D
+
+    if (*targets,) == ("all-linear",):
+        return "all-linear"
+    alone = len(targets) == 1 and re.search(r"[^\w.]", targets[0]) is not None
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    linear = [name for name, m in modules.items() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+    for target in targets:
+        lora = LoraConfig(target_modules=target if alone else [target])
+        try:
+            found = [name for name in modules if check_target_module_exists(lora, name)]
+        except re.error as error:
+            raise UserError(f"--lora-targets {target}: not a regular expression ({error})") from error
+        wrong = sorted({*found} - {*linear})
+        if wrong or not found:
+            names = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+            raise UserError(
+                f"--lora-targets {target}: matches {wrong[0] or 'the whole model' if wrong else 'nothing'}; the "
+                f"model's linear modules are {', '.join(names)}"
+            )
+    return targets[0] if alone else [*targets]

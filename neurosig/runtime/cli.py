@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
 OUT_OF_MEMORY = "out of memory: {}; lower the batch size or the token limit, then run again"
+TIMED = ("seconds_", "tokens_per_second_", "peak_memory_gb")
+"""How the names of `untimed` metrics begin."""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -205,6 +207,7 @@ class PhaseTimer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.tokens: dict[str, int] = {}
+        self._lap: dict[str, float] = {}
         self._start = time.perf_counter()
 
     def __enter__(self) -> PhaseTimer:
@@ -229,6 +232,12 @@ class PhaseTimer:
         """Count tokens that ``phase`` worked on; the table then shows its rate."""
         self.tokens[phase] = self.tokens.get(phase, 0) + tokens
 
+    def lap(self) -> dict[str, float]:
+        """Seconds of the phases since the last call."""
+        lap = {name: seconds - self._lap.get(name, 0.0) for name, seconds in self.seconds.items()}
+        self._lap = dict(self.seconds)
+        return {name: seconds for name, seconds in lap.items() if seconds}
+
     @contextlib.contextmanager
     def phase(self, name: str, *, synchronize: bool = False) -> Iterator[None]:
         """Add the block's wall time to the phase ``name``; ``synchronize`` first waits for torch's accelerator."""
@@ -242,6 +251,23 @@ class PhaseTimer:
                     torch.accelerator.synchronize()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process in 10^9 bytes: what torch had allocated on its GPU, else the resident set."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def untimed(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's metrics without its times, rates and memory, in which two runs to the same result differ."""
+    return {name: value for name, value in metrics.items() if not name.startswith(TIMED)}
 
 
 def _explain(fault: BaseException, *, can_resume: bool) -> tuple[int, str]:

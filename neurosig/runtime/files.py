@@ -34,15 +34,18 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def write_parquet(path: str | Path, rows: Sequence[Mapping[str, Any]], **options: Any) -> None:
-    """`write_atomic` for rows as Parquet; ``options`` are those of `pyarrow.parquet.write_table`."""
+def write_parquet(path: str | Path, rows: Sequence[Mapping[str, Any]], *, schema: Any = None, **options: Any) -> None:
+    """`write_atomic` for rows as Parquet, of this `pyarrow.Schema` or one found by their values.
+
+    ``options`` are those of `pyarrow.parquet.write_table`.
+    """
     import io
 
     import pyarrow
     import pyarrow.parquet
 
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), buffer, **options)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows], schema), buffer, **options)
     write_atomic(path, buffer.getvalue())
 
 

@@ -22,7 +22,7 @@ def own_weight(linear: nn.Linear) -> Tensor:
 
 
 def packs(module: nn.Module) -> bool:
-    """Whether a module's weight is packed for decoding: a linear layer that computes in float32 on a CPU with oneDNN."""
+    """Whether a module's weight is packed: a linear layer that computes in float32 on a CPU with oneDNN."""
     if type(module) is not nn.Linear or module.weight.device.type != "cpu" or module.weight.dtype != torch.float32:
         return False
     return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from neurosig.runtime.cli import PhaseTimer, progress
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import append_line, write_atomic
+from neurosig.runtime.files import append_line, write_atomic, write_parquet
 from neurosig.runtime.provenance import check_same_run
 from neurosig.runtime.shapes import check_choice
 
@@ -324,3 +324,23 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not isinstance(fields, dict):
                 raise UserError(f"{path}:{number}: expected an object, got {type(fields).__name__}")
             yield number, fields
+
+
+def write_rollouts(path: Path, step: int, rollouts: Iterable[tuple[Rollout, str | None, bool]]) -> None:
+    """Write the rollouts of a training step as Parquet, each with its answer and whether it is in the loss.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    import pyarrow
+
+    text, number = pyarrow.string(), pyarrow.int32()
+    columns = {"question_id": text, "rollout_id": number, "text": text, "completion_ids": pyarrow.list_(number)}
+    columns |= {"finish_reason": text, "mean_logprob": pyarrow.float64()}
+    rows = [
+        {"step": step, **{name: getattr(rollout, name) for name in columns}, "answer": answer, "in_loss": in_loss}
+        for rollout, answer, in_loss in rollouts
+    ]
+    schema = pyarrow.schema({"step": number, **columns, "answer": text, "in_loss": pyarrow.bool_()})
+    path.parent.mkdir(exist_ok=True)
+    write_parquet(path, rows, schema=schema, compression="zstd")

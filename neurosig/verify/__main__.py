@@ -23,7 +23,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from neurosig.runtime.cli import CommonConfig, printable, run_command
+from neurosig.runtime.cli import CommonConfig, printable, run_command, untimed
 from neurosig.runtime.errors import UserError
 from neurosig.verify import SKIPPED
 
@@ -221,9 +221,11 @@ def another(what: str, wanted: str, others: Collection[str]) -> str:
 
 
 def _metrics_problem(lines: list[dict[str, Any]], record: Mapping[str, Any]) -> str:
+    lines = [untimed(line) for line in lines]
     if not lines or lines[0] != record["first"] or record["last"] not in lines:
         return "the first or last step is not that of train.json"
-    kept = (record.get("stopped") or {}).get("weights_of_step", len(lines))
+    earlier = {"step": (record.get("stopped") or {}).get("weights_of_step", len(lines))}  # of an earlier version
+    kept = record.get("kept", earlier)["step"]
     if record["last"]["step"] != kept:
         return f"train.json describes step {record['last']['step']}, its weights are those of step {kept}"
     if [line["step"] for line in lines] != list(range(1, len(lines) + 1)):

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from distill.baselines import trl as baselines
-from distill.baselines.trl import batch_of_step, question_prompts
-from distill.tasks import questions_of_step, sampling_config
+from distill.baselines.trl import question_prompts
+from distill.tasks import sampling_config
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
 from tests.support.flow import make_manifest
 from tests.support.parsers import UNCUT
-from tests.support.runs import baseline_config, metrics_of, train_baseline
+from tests.support.runs import baseline_config, metrics_of, result_bytes, train_baseline
 from tests.support.tiny import tiny_model
 
 
@@ -50,7 +51,8 @@ def test_every_method_leaves_what_n_opsd_leaves(
     files = {path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*") if path.is_file()}
     records = {"metrics.jsonl", "run.json", "train.json"}
     assert {str(path) for path in files if len(path.parts) == 1} == records
-    assert {path.parts[0] for path in files} == {*records, "checkpoints", model}
+    kept = set() if method == "lmsi" else {"rollouts"}  # LMSI samples nothing
+    assert {path.parts[0] for path in files} == {*records, "checkpoints", model, *kept}
     assert not {path.suffix for path in files} & {".bin", ".pt", ".pth", ".pkl"}
     assert {path.name for path in files if path.parts[0] == model} >= {"README.md", "train.json"}
     record = json.loads((tmp_path / "run" / "train.json").read_text())
@@ -109,7 +111,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         train_baseline(tmp_path, manifest, "broken", **{**options, "method": "nopsd"}, resume=True)
     train_baseline(tmp_path, manifest, "broken", **options, resume=True)
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "checkpoints/step-000005/optimizer.safetensors"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert result_bytes(tmp_path / "broken" / name) == result_bytes(tmp_path / "straight" / name)
     rates = [row["learning_rate"] for row in metrics_of(tmp_path / "broken")]
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
 
@@ -127,7 +129,7 @@ def test_a_run_killed_after_its_last_step_only_writes_its_end(
     monkeypatch.undo()
     train_baseline(tmp_path, manifest, "broken", resume=True)
     name = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert result_bytes(tmp_path / "broken" / name) == result_bytes(tmp_path / "straight" / name)
 
 
 @pytest.fixture
@@ -149,13 +151,17 @@ def test_baselines_take_the_questions_of_n_opsd_or_all(tmp_path: Path, split_man
     assert all(everything[name] == prompt for name, prompt in selected.items())
 
 
-def test_batches_have_one_size_and_the_order_of_n_opsd() -> None:
-    for n, per_step in ((10, 5), (7, 5), (3, 8)):
-        for step in range(1, 12):
-            chosen = batch_of_step(n, step, per_step=per_step, seed=1)
-            step_questions = questions_of_step(n, step, per_step=per_step, seed=1)
-            assert chosen[: len(step_questions)] == step_questions
-            assert len(chosen) == len(set(chosen)) == min(n, per_step)
+@pytest.mark.parametrize("method", ["ttrl", "intuitor"])
+def test_every_method_has_the_questions_of_n_opsd_in_each_step(tmp_path: Path, manifest: Path, method: str) -> None:
+    """Over an epoch's edge, too: eight questions, three per step."""
+    options: dict[str, Any] = {"steps": 4, "num_generations": 2}
+    train_baseline(tmp_path, manifest, "nopsd", method="nopsd", **options)
+    train_baseline(tmp_path, manifest, method=method, **options)
+    for step in range(1, 5):
+        own, others = (
+            pd.read_parquet(tmp_path / out / "rollouts" / f"step-{step:06d}.parquet") for out in ("nopsd", "run")
+        )
+        assert set(own["question_id"]) == set(others["question_id"]) and own["question_id"].nunique() == 3
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from distill.checkpoints import AVERAGES, OPTIMIZER, STATE, WEIGHTS, load_newest
 from distill.train import main
 from neurosig.runtime.errors import UserError
 from tests.support.flow import make_manifest
-from tests.support.runs import train, train_config
+from tests.support.runs import result_bytes, train, train_config
 
 KEY = {"learning_rate": 0.1, "sampling": {"seed": 0}, "shape": (1, 2)}
 Run = tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]
@@ -236,7 +236,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     monkeypatch.undo()
     assert not (tmp_path / "broken" / "train.json").exists()
     assert train(tmp_path, manifest, "broken", resume=True) == straight
-    logs = [(tmp_path / out / "metrics.jsonl").read_bytes() for out in ("broken", "straight")]
+    logs = [result_bytes(tmp_path / out / "metrics.jsonl") for out in ("broken", "straight")]
     assert logs[0] == logs[1]
 
 
@@ -282,7 +282,7 @@ def test_full_fine_tuning_resumes_against_the_same_frozen_teacher(
     monkeypatch.undo()
     main(train_config(tmp_path, manifest, "broken", resume=True, **options))
     for name in ("metrics.jsonl", "model/model.safetensors"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert result_bytes(tmp_path / "broken" / name) == result_bytes(tmp_path / "straight" / name)
 
 
 def test_metrics_that_were_lost_are_not_made_up(tmp_path: Path, manifest: Path) -> None:

@@ -25,6 +25,7 @@ from neurosig.models.load import LoadedModel
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import make_manifest
 from tests.support.processes import exit_codes, run_training, start_ranks, train_arguments
+from tests.support.runs import metrics_of
 from tests.support.tiny import tiny_model
 
 TASKS = {
@@ -145,10 +146,6 @@ def single(tmp_path_factory: pytest.TempPathFactory, manifest: Path) -> Path:
     return folder
 
 
-def metrics_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
@@ -179,9 +176,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     arguments = train_arguments(manifest, tmp_path / "to-one", resume=True)
     assert exit_codes(start_ranks(tmp_path / "log-one", 1, run_training, arguments)) == [0]
 
-    assert (tmp_path / "broken" / "metrics.jsonl").read_bytes() == (
-        tmp_path / "straight" / "metrics.jsonl"
-    ).read_bytes()
+    assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "straight")
     same, straight = weights_of(tmp_path / "broken"), weights_of(tmp_path / "straight")
     assert all(torch.equal(tensor, same[name]) for name, tensor in straight.items())
     for run in ("straight", "from-one", "to-one"):
@@ -190,6 +185,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
         "adapter",
         "checkpoints",
         "metrics.jsonl",
+        "rollouts",
         "run.json",
         "train.json",
     ]

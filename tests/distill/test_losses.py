@@ -1,10 +1,9 @@
-"""The chunked divergence against a dense one in plain autograd, and against TRL."""
+"""The chunked divergence against a dense one in plain autograd."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,26 +11,15 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill.losses import Divergence, DivergenceOutput, chunked_divergence
+from distill.losses import DivergenceOutput, cut_share
 from neurosig.runtime.errors import UserError
+from tests.support.divergences import DIVERGENCES, divergence_of, inputs
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 CLIPS = ("none", "token", "entry")
 
 
-def divergence_of(*tensors, divergence="forward_kl", token_ids=None, weights=None, **options) -> DivergenceOutput:
-    return chunked_divergence(*tensors, Divergence(divergence, **options), token_ids=token_ids, weights=weights)
-
-
-def inputs(tokens=13, d_model=8, vocab=37, dtype=torch.float64, scale=1.5, seed=0) -> list[Tensor]:
-    """Student hidden, teacher hidden, student head, teacher head."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (tokens, d_model), (tokens, d_model), (vocab, d_model), (vocab, d_model)
-    hidden, teacher, head, teacher_head = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
-    )
-    hidden, head = scale * hidden / math.sqrt(d_model), head.requires_grad_()
-    return [hidden.requires_grad_(), scale * teacher / math.sqrt(d_model), head, teacher_head]
+def cut(output: DivergenceOutput) -> float:
+    return cut_share(float(output.loss), float(output.unclipped_loss))
 
 
 def dense(
@@ -117,8 +105,8 @@ def test_topk_value_and_gradient_equal_dense_autograd(divergence, clip, tail):
     torch.testing.assert_close(output.unclipped[1:], unclipped[1:].detach())
     for gradient, reference in zip(torch.autograd.grad(output.loss, [tensors[0], tensors[2]]), expected, strict=True):
         torch.testing.assert_close(gradient, reference)
-    cut = 1 - (weights * per_token).sum() / (weights * unclipped).sum()
-    assert output.clip_fraction == pytest.approx(cut.item()) and (cut == 0) == (clip == "none")
+    missing = 1 - (weights * per_token).sum().item() / (weights * unclipped).sum().item()
+    assert cut(output) == pytest.approx(missing) and (missing == 0) == (clip == "none")
     full = divergence_of(*tensors, divergence=divergence, beta=0.3, temperature=1.3, softcap=2.0, weights=weights)
     torch.testing.assert_close(output.student_entropy, full.student_entropy)
     if tail:  # coarser than the whole vocabulary, so never larger
@@ -181,7 +169,7 @@ def test_two_entries_by_hand():
     clipped = divergence_of(student, teacher, head, head, clip="entry", clip_value=0.05)
     assert clipped.per_token.item() == pytest.approx(0.1)
     assert clipped.unclipped.item() == pytest.approx(forward)
-    assert clipped.clip_fraction == pytest.approx(1 - 0.1 / forward)
+    assert cut(clipped) == pytest.approx(1 - 0.1 / forward)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -205,8 +193,8 @@ def test_clip_lowers_the_loss_and_counts_what_it_cut(divergence):
     tensors = inputs()
     full = divergence_of(*tensors, divergence=divergence)
     clipped = divergence_of(*tensors, divergence=divergence, clip="entry", clip_value=0.01)
-    assert full.clip_fraction == 0
-    assert clipped.clip_fraction == pytest.approx(1 - (clipped.loss / full.loss).item())
+    assert cut(full) == 0
+    assert cut(clipped) == pytest.approx(1 - (clipped.loss / full.loss).item())
     assert 0 < clipped.loss < full.loss
     torch.testing.assert_close(clipped.unclipped, full.per_token, rtol=0, atol=1e-12)
     high = divergence_of(*tensors, divergence=divergence, clip="entry", clip_value=100.0)
@@ -254,8 +242,8 @@ def test_chunk_size_changes_nothing_beyond_rounding(divergence):
         tensors = inputs(dtype=torch.float32)
         output = divergence_of(*tensors, divergence=divergence, clip="entry", chunk_size=chunk_size)
         output.loss.backward()
-        cut = torch.tensor(output.clip_fraction)
-        results.append((output.loss.detach(), output.per_token, cut, tensors[0].grad, tensors[2].grad))
+        missing = torch.tensor(cut(output))
+        results.append((output.loss.detach(), output.per_token, missing, tensors[0].grad, tensors[2].grad))
     for other in results[1:]:
         for first, value in zip(results[0], other, strict=True):
             torch.testing.assert_close(value, first, rtol=1e-5, atol=1e-6)
@@ -278,15 +266,17 @@ def test_a_masked_token_contributes_exactly_nothing(divergence):
         divergence=divergence,
         weights=weights,
         clip="entry",
+        clip_value=0.01,
     )
     gradient, head_gradient = torch.autograd.grad(output.loss, [poisoned, head])
 
     kept = weights > 0
-    alone = divergence_of(hidden[kept], teacher[kept], head, teacher_head, divergence=divergence, clip="entry")
+    options = {"divergence": divergence, "clip": "entry", "clip_value": 0.01}
+    alone = divergence_of(hidden[kept], teacher[kept], head, teacher_head, **options)
     expected, expected_head = torch.autograd.grad(alone.loss, [hidden, head])
     for value, reference in ((output.loss, alone.loss), (gradient, expected), (head_gradient, expected_head)):
         assert torch.equal(value, reference)
-    assert output.clip_fraction == alone.clip_fraction > 0
+    assert cut(output) == cut(alone) > 0
     assert output.per_token[~kept].tolist() == [0, 0, 0]
 
 
@@ -294,7 +284,7 @@ def test_nothing_but_masked_tokens_gives_a_zero_loss_with_a_gradient():
     hidden, *rest = inputs()
     output = divergence_of(hidden, *rest, weights=torch.zeros(13, dtype=torch.float64), clip="entry")
     output.loss.backward()
-    assert output.loss.item() == output.clip_fraction == 0
+    assert output.loss.item() == cut(output) == 0
     assert torch.count_nonzero(hidden.grad) == 0
 
 
@@ -405,89 +395,6 @@ def test_unknown_names_and_tensors_that_do_not_fit_together_are_refused():
     ):
         with pytest.raises((UserError, TypeCheckError)):
             divergence_of(*arguments)
-
-
-# TRL as an oracle
-
-
-@pytest.fixture(scope="module")
-def trl():
-    pytest.importorskip("trl")
-    from trl.experimental.gkd.gkd_trainer import GKDTrainer
-    from trl.experimental.sdft import loss_utils
-
-    return SimpleNamespace(
-        generalized_jsd_loss=GKDTrainer.generalized_jsd_loss,
-        sdft_loss=loss_utils.compute_full_logit_self_distillation_loss,
-        sdft_topk=loss_utils.compute_topk_self_distillation_loss,
-        sdft_sampled=loss_utils.compute_sampled_token_self_distillation_loss,
-    )
-
-
-TRL_BETA = {"forward_kl": 0.0, "jsd": 0.3, "reverse_kl": 1.0}
-
-
-@pytest.mark.parametrize("temperature", [1.0, 1.1])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_value_and_gradient_equal_trl(trl, divergence, temperature):
-    beta = TRL_BETA[divergence]
-    hidden, teacher, head, teacher_head = inputs(tokens=24, vocab=300, dtype=torch.float32)
-    labels = torch.zeros(2, 12, dtype=torch.long)
-    labels[0, :3] = labels[1, 9:] = -100  # TRL's mask; its loss is the mean over the other tokens
-    kept = labels.flatten() != -100
-
-    logits, teacher_logits = (hidden @ head.T).view(2, 12, -1), (teacher @ teacher_head.T).view(2, 12, -1)
-    expected = trl.generalized_jsd_loss(
-        logits, teacher_logits.detach(), labels=labels, beta=beta, temperature=temperature
-    )
-    expected_gradients = torch.autograd.grad(expected, [hidden, head])
-    output = divergence_of(
-        *(hidden, teacher, head, teacher_head),
-        **{"divergence": divergence, "beta": 0.3, "temperature": temperature, "chunk_size": 7},
-        weights=kept / kept.sum(),
-    )
-    torch.testing.assert_close(output.loss, expected, rtol=0, atol=1e-5)
-    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
-        assert (gradient - reference).norm() < 1e-4 * reference.norm()
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_per_token_values_equal_trl_self_distillation(trl, divergence):
-    hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
-    expected = trl.sdft_loss(hidden @ head.T, teacher @ teacher_head.T, distillation_alpha=TRL_BETA[divergence])
-    output = divergence_of(hidden, teacher, head, teacher_head, divergence=divergence, beta=0.3)
-    torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("tail", [True, False])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_topk_equals_trl_self_distillation(trl, divergence, tail):
-    hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
-    expected = trl.sdft_topk(
-        hidden @ head.T,
-        (teacher @ teacher_head.T).detach(),
-        distillation_topk=20,
-        distillation_alpha=TRL_BETA[divergence],
-        distillation_add_tail=tail,
-    )
-    output = divergence_of(*(hidden, teacher, head, teacher_head), divergence=divergence, beta=0.3, topk=20, tail=tail)
-    torch.testing.assert_close(output.per_token, expected.detach(), rtol=0, atol=1e-5)
-    expected_gradients = torch.autograd.grad(expected.sum(), [hidden, head])
-    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
-        assert (gradient - reference).norm() < 1e-4 * reference.norm()
-
-
-def test_sampled_token_gradient_equals_trl_self_distillation(trl):
-    """TRL's value is the ratio times the log-probability, whose gradient is meant; ours is the ratio itself."""
-    hidden, teacher, head, teacher_head = inputs(tokens=10, vocab=300, dtype=torch.float32)
-    ids = torch.arange(10) * 29
-    expected = trl.sdft_sampled(hidden @ head.T, (teacher @ teacher_head.T).detach(), ids, distillation_alpha=1.0)
-    output = divergence_of(
-        *(hidden, teacher, head, teacher_head), divergence="sampled_token", token_ids=ids, chunk_size=3
-    )
-    expected_gradients = torch.autograd.grad(expected.sum(), [hidden, head])
-    for gradient, reference in zip(torch.autograd.grad(output.loss, [hidden, head]), expected_gradients, strict=True):
-        assert (gradient - reference).norm() < 1e-4 * reference.norm()
 
 
 @pytest.mark.parametrize(

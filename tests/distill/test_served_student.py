@@ -25,6 +25,7 @@ from neurosig.sampling.sampler import Prompt, sample
 from neurosig.sampling.server import Server, request_seed
 from tests.support.flow import export_config
 from tests.support.processes import exit_codes, run_training, start_ranks, train_arguments
+from tests.support.runs import metrics_of
 from tests.support.served import ServerProcess, lora_server, transformers_serve
 
 pytestmark = pytest.mark.xdist_group("servers")
@@ -45,10 +46,6 @@ def train_config(out: Path, manifest: Path, base_url: str, **changes: Any) -> Tr
     return TrainConfig(manifest=manifest, out=out, **{**defaults, **changes})
 
 
-def metrics(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_each_step_samples_from_the_weights_of_the_step_before(
     running: ServerProcess, served_folder: Path, manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -56,7 +53,11 @@ def test_each_step_samples_from_the_weights_of_the_step_before(
     caplog.set_level("INFO", logger="neurosig")
     running.post("/control", kind="none")
     main(train_config(tmp_path / "run", manifest, running.base_url))
-    assert [(line["policy_step"], line["staleness"]) for line in metrics(tmp_path / "run")] == [(0, 0), (1, 0), (2, 0)]
+    assert [(line["policy_step"], line["staleness"]) for line in metrics_of(tmp_path / "run")] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+    ]
     calls = running.get("/seen")
     loads = [call for call in calls if call["path"] == "load"]
     assert [call["name"].rpartition("-")[2] for call in loads] == ["step0", "step1", "step2"]
@@ -89,12 +90,12 @@ def test_each_step_samples_from_the_weights_of_the_step_before(
     running.post("/control", kind="die", after=5)
     with pytest.raises(UserError, match="out of reach"):
         main(train_config(tmp_path / "killed", manifest, running.base_url))
-    assert len(metrics(tmp_path / "killed")) == 2
+    assert len(metrics_of(tmp_path / "killed")) == 2
     assert running.wait() == 1
     running.start()
     main(train_config(tmp_path / "killed", manifest, running.base_url, resume=True))
     assert [call["name"][-5:] for call in running.get("/seen") if call["path"] == "load"] == ["step2"]
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "run")
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "run")
     weights = [(tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes() for out in ("run", "killed")]
     assert weights[0] == weights[1]
 
@@ -115,7 +116,7 @@ def test_staleness_is_recorded_and_bounded(
     shared.mkdir()
     (shared / "mine.txt").write_text("kept")
     main(train_config(tmp_path / "run", manifest, running.base_url, adapter_dir=shared, **options))
-    assert [(line["policy_step"], line["staleness"]) for line in metrics(tmp_path / "run")] == behind
+    assert [(line["policy_step"], line["staleness"]) for line in metrics_of(tmp_path / "run")] == behind
     assert sum(call["path"] == "load" for call in running.get("/seen")) == loads
     assert [path.name for path in shared.iterdir()] == ["mine.txt"]
 
@@ -138,7 +139,7 @@ def test_two_processes_learn_from_what_one_of_them_asks_for(
     two = train_arguments(manifest, tmp_path / "two", **options)
     assert exit_codes(start_ranks(tmp_path / "logs", 2, run_training, two)) == [0, 0]
     assert [call["path"] for call in running.get("/seen")] == [call["path"] for call in alone]
-    for line, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+    for line, other in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
         assert (line["policy_step"], line["staleness"]) == (other["policy_step"], other["staleness"])
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder, PromptConfig
 from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import write_atomic
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.sampler import Prompt, sample
-from tests.support.flow import WORDS, make_manifest
+from neurosig.verify.__main__ import Found, check_training
+from tests.support.flow import WORDS, interrupted_at, make_manifest
 from tests.support.parsers import UNCUT
+from tests.support.runs import result_bytes
 
 
 def test_distinct_trigrams_by_hand() -> None:
@@ -146,7 +150,7 @@ def measured(out: Path) -> list[dict[str, Any]]:
 
 
 def test_a_falling_majority_stops_the_run(folder: Path, tmp_path: Path) -> None:
-    stopped = run_watched(folder, tmp_path / "run", steps=20)["stopped"]
+    stopped = run_watched(folder, tmp_path / "run", steps=20, keep_step="last")["stopped"]
     values = measured(tmp_path / "run")
     assert values[0]["step"] == 0 and values[0]["maj_at_k"] == 1.0
     assert values[-1]["step"] == stopped["step"] > 1
@@ -182,7 +186,106 @@ def test_a_killed_run_measures_again_and_stops_at_the_same_step(
     assert run_watched(folder, tmp_path / "killed", steps=20, resume=True)["stopped"] == whole
     assert measured(tmp_path / "killed") == measured(tmp_path / "whole")
     for file in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
-        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert result_bytes(tmp_path / "killed" / file) == result_bytes(tmp_path / "whole" / file)
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """maj@K that the development split is made to have after a step; elsewhere, what is measured."""
+    values: dict[int, float] = {}
+    measure = Development.measure
+
+    def at_will(self: Development, step: int) -> None:
+        measure(self, step)
+        if step in values:
+            self._measured[-1]["maj_at_k"] = values[step]
+            write_atomic(self._path, "".join(json.dumps(entry) + "\n" for entry in self._measured))
+
+    monkeypatch.setattr(Development, "measure", at_will)
+    return values
+
+
+def steps_kept(out: Path) -> list[str]:
+    return sorted(path.name[-1] for path in (out / "checkpoints").iterdir())
+
+
+def assert_weights(out: Path, step: int) -> None:
+    """The adapter is the checkpoint of that step, as are the record and the card."""
+    final = load_file(out / "adapter" / "adapter_model.safetensors")
+    stored = load_file(out / "checkpoints" / f"step-{step:06d}" / "weights.safetensors")
+    for name, tensor in stored.items():
+        assert next(own for key, own in final.items() if key.endswith(name.replace(".default", ""))).equal(tensor)
+    record = json.loads((out / "train.json").read_text())
+    assert record["kept"]["step"] == record["last"]["step"] == record["updates"] == step
+    card = (out / "adapter" / "README.md").read_text()
+    assert f"The weights are those of step {step}: {record['kept']['reason']}." in card
+    assert {text for text, problem in check_training(out, Found()) if problem} == set()
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [({1: 0.2, 2: 0.9, 3: 0.5, 4: 0.3, 5: 0.4, 6: 0.4}, 2), ({1: 0.9, 2: 0.2, 3: 0.9, 4: 0.1, 5: 0.3, 6: 0.1}, 3)],
+    ids=["one", "the later of two"],
+)
+def test_the_best_step_on_the_development_split_is_kept(
+    folder: Path, tmp_path: Path, scripted: dict[int, float], values: dict[int, float], best: int
+) -> None:
+    """Its checkpoint outlives newer ones, and a run killed after it comes to the same result."""
+    scripted |= values
+    options: dict[str, Any] = {"learning_rate": 1e-6, "keep_checkpoints": 1}
+    record = run_watched(folder, tmp_path / "run", **options)
+    assert record["stopped"] is None and steps_kept(tmp_path / "run") == [str(best), "6"]
+    n = len(measured(tmp_path / "run")[0]["by_question"])
+    reason = f"the best maj@1 on {n} development questions, 0.900 (1.000 before training)"
+    assert record["kept"] == {"step": best, "reason": reason} and record["budget"]["steps"] == 6
+    assert_weights(tmp_path / "run", best)
+    with interrupted_at(5), pytest.raises(KeyboardInterrupt):
+        run_watched(folder, tmp_path / "killed", **options)
+    run_watched(folder, tmp_path / "killed", **options, resume=True)
+    assert_weights(tmp_path / "killed", best)
+    for file in ("metrics.jsonl", "adapter/adapter_model.safetensors", "development.jsonl"):
+        assert result_bytes(tmp_path / "killed" / file) == result_bytes(tmp_path / "run" / file)
+
+
+def test_the_last_step_is_kept_when_asked_for(folder: Path, tmp_path: Path, scripted: dict[int, float]) -> None:
+    scripted |= {1: 0.9, 2: 0.5, 3: 0.4}
+    options: dict[str, Any] = {"learning_rate": 1e-6, "keep_checkpoints": 1, "steps": 3}
+    record = run_watched(folder, tmp_path / "run", **options, keep_step="last")
+    assert record["kept"] == {"step": 3, "reason": "the last step"} and steps_kept(tmp_path / "run") == ["3"]
+    assert_weights(tmp_path / "run", 3)
+
+
+def test_a_stopped_run_keeps_its_best_step_before_the_stop(folder: Path, tmp_path: Path) -> None:
+    """Untouched measurements: maj@1 falls from 1 as training goes on."""
+    record = run_watched(folder, tmp_path / "run", steps=20, keep_checkpoints=1)
+    stopped, values = record["stopped"], measured(tmp_path / "run")
+    saved = {entry["step"]: entry["maj_at_k"] for entry in values if 0 < entry["step"] < stopped["step"]}
+    best = max(saved, key=lambda step: (saved[step], step))
+    assert stopped["weights_of_step"] == record["kept"]["step"] == best
+    assert_weights(tmp_path / "run", best)
+
+
+def test_a_longer_run_finds_the_best_step_of_the_shorter_one(
+    folder: Path, tmp_path: Path, scripted: dict[int, float]
+) -> None:
+    """The shorter run ends between two saves with a better step, which the longer one does not have."""
+    scripted |= {2: 0.8, 4: 0.5, 5: 0.9, 6: 0.1, 8: 0.3}
+    options: dict[str, Any] = {"learning_rate": 1e-6, "keep_checkpoints": 1, "save_steps": 2}
+    assert run_watched(folder, tmp_path / "run", **options, steps=5)["kept"]["step"] == 5
+    assert run_watched(folder, tmp_path / "run", **options, steps=8, resume=True)["kept"]["step"] == 2
+    assert_weights(tmp_path / "run", 2)
+
+
+def test_a_damaged_best_checkpoint_is_named(folder: Path, tmp_path: Path, scripted: dict[int, float]) -> None:
+    scripted |= {1: 0.9, 2: 0.5, 3: 0.4}
+    options: dict[str, Any] = {"learning_rate": 1e-6, "steps": 3}
+    run_watched(folder, tmp_path / "run", **options)
+    (tmp_path / "run" / "train.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "step-000001" / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"step-000001: damaged \(sha256 differs\); remove it and --resume"):
+        run_watched(folder, tmp_path / "run", **options, resume=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000001")
+    assert run_watched(folder, tmp_path / "run", **options, resume=True)["kept"]["step"] == 2
 
 
 def test_questions_without_gold_answers_are_refused(folder: Path, tmp_path: Path) -> None:

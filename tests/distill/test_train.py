@@ -26,7 +26,7 @@ from neurosig.runtime.folder import output_folder
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import interrupted_at, make_manifest, save_tiny
 from tests.support.parsers import UNCUT
-from tests.support.runs import train, train_config
+from tests.support.runs import metrics_of, result_bytes, train, train_config
 from tests.support.tiny import ARCHS, Arch, tiny_model
 
 FIELDS = {
@@ -404,9 +404,9 @@ def test_an_interrupted_run_with_an_ema_teacher_resumes_to_the_same_bytes(
     main(train_config(tmp_path, manifest, "broken", **options, resume=True))
     weights = "model/model.safetensors" if full else "adapter/adapter_model.safetensors"
     for name in ("metrics.jsonl", weights, "checkpoints/step-000004/averages.safetensors"):
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert result_bytes(tmp_path / "broken" / name) == result_bytes(tmp_path / "straight" / name)
     plain, _ = train(tmp_path, manifest, "base", **{**options, "teacher": "base", "full": False})
-    assert plain[-1] != json.loads((tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert plain[-1] != metrics_of(tmp_path / "straight")[-1]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -447,9 +447,23 @@ def test_every_epoch_visits_each_question_once() -> None:
     assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == list(range(10))
     assert steps[0] + steps[1] != steps[2] + steps[3]
     assert sorted(questions_of_step(3, 7, per_step=8, seed=0)) == [0, 1, 2]
-    for step in range(1, 20):
-        chosen = questions_of_step(7, step, per_step=5, seed=0)
-        assert len(chosen) == len(set(chosen)) >= 3
+    assert questions_of_step(0, 7, per_step=8, seed=0) == []
+
+
+@pytest.mark.parametrize("n", [1, 5, 7, 8, 9, 15, 16, 29])
+def test_all_steps_have_one_size_and_all_questions_their_share(n: int) -> None:
+    """Also where an epoch ends inside a step: distinct questions, seen equally often to one, in another order."""
+    for per_step in (1, 3, 4, 8, 64):
+        seen = dict.fromkeys(range(n), 0)
+        batches = [questions_of_step(n, step, per_step=per_step, seed=1) for step in range(1, 3 * n)]
+        for batch in batches:
+            assert len(batch) == len(set(batch)) == min(n, per_step)
+            for index in batch:
+                seen[index] += 1
+            assert max(seen.values()) - min(seen.values()) <= 1
+        if n == 29 and per_step == 8:
+            epochs = [[index for batch in batches for index in batch][29 * e : 29 * (e + 1)] for e in range(3)]
+            assert all(sorted(epoch) == list(range(29)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
 
 def test_replayed_prompts_are_taught_by_the_model_as_it_was(tmp_path: Path, manifest: Path) -> None:

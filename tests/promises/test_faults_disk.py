@@ -29,7 +29,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, csv_cell, write_atomic
 from neurosig.sampling.rollouts import RolloutLog
 from tests.support.flow import export_config, file_bytes, make_manifest, save_tiny, write_questions
-from tests.support.runs import evaluate_config, train_config
+from tests.support.runs import evaluate_config, result_bytes, train_config
 
 pytestmark = pytest.mark.forks
 MAIN = {"export": neurosig.export.main, "train": distill.train.main, "evaluate": distill.evaluate.main}
@@ -191,7 +191,7 @@ def same_results(one: Path, other: Path) -> bool:
     records = {"run.json", "train.json", "summary.json", "README.md"}
     folders = [
         {
-            str(path.relative_to(folder)): path.read_bytes()
+            str(path.relative_to(folder)): result_bytes(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in records and "checkpoints" not in path.parts
         }

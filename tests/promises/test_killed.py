@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.support.flow import make_manifest
 from tests.support.processes import exit_codes, run_training, start, train_arguments
+from tests.support.runs import result_bytes
 
 STEPS = 40
 
@@ -63,5 +64,6 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) ->
         "metrics.jsonl",
         "adapter/adapter_model.safetensors",
         f"checkpoints/step-{STEPS:06d}/optimizer.safetensors",
+        *(f"rollouts/step-{step:06d}.parquet" for step in range(1, STEPS + 1)),
     ):
-        assert (run / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
+        assert result_bytes(run / name) == result_bytes(tmp_path / "straight" / name), name

@@ -15,6 +15,7 @@ from neurosig.runtime.cli import run_command
 from tests.support.commands import command_module
 from tests.support.flow import make_manifest, save_tiny, write_questions
 from tests.support.parsers import UNCUT
+from tests.support.runs import result_bytes
 from tests.support.tiny import CHAT_TEMPLATE
 
 SAMPLING = {"--num-generations": "2", "--max-new-tokens": "4", "--temperature": "1"}
@@ -221,7 +222,7 @@ def test_more_steps_continue_a_finished_run_to_the_bytes_of_a_longer_one(world: 
         *(["development.jsonl"] if kept else []),
     ]
     for name in names:
-        assert (parts[0] / name).read_bytes() == (parts[1] / name).read_bytes(), name
+        assert result_bytes(parts[0] / name) == result_bytes(parts[1] / name), name
     assert [sorted(path.name for path in (part / "checkpoints").iterdir()) for part in parts] == [
         ["step-000004", "step-000006"]
     ] * 2

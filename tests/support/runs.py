@@ -9,6 +9,7 @@ from typing import Any
 from distill.config import TrainConfig
 from distill.evaluate import EvaluateConfig
 from distill.train import main
+from neurosig.runtime.cli import untimed
 from tests.support.flow import WORDS, save_tiny, write_questions
 from tests.support.processes import TRAIN
 
@@ -37,7 +38,15 @@ def train_baseline(tmp_path: Path, manifest: Path, out: str = "run", **changes: 
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The metrics of each step, without times and memory."""
+    return [untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def result_bytes(path: Path) -> bytes:
+    """A file of a run that an equal run would also write: metrics.jsonl counts without times and memory."""
+    if path.name == "metrics.jsonl":
+        return "".join(json.dumps(step) + "\n" for step in metrics_of(path.parent)).encode()
+    return path.read_bytes()
 
 
 def evaluate_config(folder: Path, out: str = "eval", **changes: Any) -> EvaluateConfig:

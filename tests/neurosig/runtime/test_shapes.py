@@ -55,7 +55,7 @@ def test_marks_decide_reuse_resume_and_records() -> None:
     assert {"questions", "template", "temperature", "seed", "served_model", "set_size"} <= shaping
     assert shaping.isdisjoint({"model", "dtype", "answer_format", "keep_fraction", "context_policy", *unrecorded})
     assert {*option_names(TrainConfig, Shapes.PLACE)} == {
-        *("preset", "config", "out", "resume", "overwrite", "save_steps", "keep_checkpoints"),
+        *("preset", "config", "out", "resume", "overwrite", "save_steps", "keep_checkpoints", "keep_rollouts"),
         *("license", "push_to_hub", "report_to", "adapter_dir"),
         *server,
     }
