@@ -158,6 +158,11 @@ class TrainingForward:
                 forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=dropout)
             self._forwards.append(forward)
 
+    @classmethod
+    def of(cls, config: TrainConfig, model: PreTrainedModel) -> TrainingForward:
+        options = {"gradient_checkpointing": config.gradient_checkpointing, "compile": config.compile}
+        return cls(model, dropout=config.lora_dropout > 0, **options)
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Apply it in the block, and in the backward pass of what was computed there."""

@@ -96,8 +96,7 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
     ranks.shard(model)
     teacher.shard(ranks)
-    layers: Any = {"gradient_checkpointing": config.gradient_checkpointing, "compile": config.compile}
-    forward = TrainingForward(model, dropout=config.lora_dropout > 0, **layers)
+    forward = TrainingForward.of(config, model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, rate_of_step = make_optimizer(config, parameters.values()), learning_rates(config)
     folder, key = config.out / "checkpoints", resume_key(config, manifest, sampling, loaded.info.dtype)
@@ -142,8 +141,8 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     sampler.close()
     with ranks.together():
         chosen = _choose_weights(config, len(log.history), stop, development, folder, parameters)
-    chosen["question_ids"] = question_ids(config, tasks, len(log.history))
-    write_final(config, manifest, loaded, model, adapter, log.history, ranks=ranks, **chosen)
+    seen = question_ids(config, tasks, len(log.history))
+    write_final(config, manifest, loaded, model, adapter, log.history, seen, ranks, **chosen)
 
 
 def _choose_weights(

@@ -28,9 +28,9 @@ from tests.support.runs import train, train_config
 from tests.support.tiny import ALL_ARCHS, Arch, OtherArch, tiny_model
 
 PAIRS = [
-    (Task("a", tuple(range(5, 17)), (9, 8, *range(5, 17))), Rollout("a", 0, "", (20, 21, 22, 2), "stop")),
-    (Task("a", tuple(range(5, 17)), (9, 8, *range(5, 17))), Rollout("a", 1, "", (30,), "stop")),
-    (Task("b", (11, 12), (3, 4, 10, 11, 12)), Rollout("b", 0, "", (40, 41, 2), "stop")),
+    (Task("a", tuple(range(5, 17)), (9, 8, *range(5, 17))), Rollout("a", 0, "", (20, 21, 22, 2), "stop", -1.0)),
+    (Task("a", tuple(range(5, 17)), (9, 8, *range(5, 17))), Rollout("a", 1, "", (30,), "stop", -1.0)),
+    (Task("b", (11, 12), (3, 4, 10, 11, 12)), Rollout("b", 0, "", (40, 41, 2), "stop", -1.0)),
 ]
 
 
