@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neurosig.runtime.cli import command_words
+from tests.support.exports import write_lines
 from tests.support.flow import make_manifest, write_questions
 from tests.support.paths import ROOT
 
@@ -56,6 +57,8 @@ def prepare(folder: Path) -> None:
     questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
     Dataset.from_list(questions).save_to_disk(folder / "dataset")
     write_questions(folder / "choices.jsonl", choices=["one", "two"], answer="B")
+    answers = [{"question_id": question["id"], "text": "Answer: yes"} for question in questions for _ in range(2)]
+    make_manifest(folder, "answered", rollouts=write_lines(folder / "rollouts.jsonl", answers))
     (folder / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     assert (manifest / "manifest.json").is_file()
 
@@ -79,8 +82,10 @@ def steps(install: str, folder: Path, base_url: str = "") -> list[Step]:
     }
     if install == "math":
         code = "from neurosig.questions.answers import extract_answer\n"
-        code += r"assert extract_answer(r'so \boxed{\frac{1}{\sqrt{2}}}', None, 'number') == 'sqrt(2)/2'"
-        return [Step(("-c", code))]
+        code += "from neurosig.questions.load import Question\n"
+        code += "question = Question('q', 'd', 'What is the sine of 45 degrees?')\n"
+        code += r"print(extract_answer(r'It is \boxed{\frac{1}{\sqrt{2}}}.', question, 'number'))"
+        return [Step(("-c", code), shown="sqrt(2)/2\n")]
     if install == "neighbours":
         code = "import torch; from neurosig.patterns.similarity import nearest_sets\n"
         code += "sets = torch.arange(40).reshape(10, 4).int()\n"
@@ -178,7 +183,9 @@ def _explore(folder: Path, out: Path) -> list[Step]:
 
 def _baselines(folder: Path, out: Path) -> list[Step]:
     return [
-        command("distill.train", **{**_trained(folder, out / method), "method": method})
+        command(
+            "distill.train", **{**_trained(folder, out / method), "method": method, "manifest": folder / "answered"}
+        )
         for method in ("lmsi", "ttrl", "intuitor")
     ]
 
