@@ -79,12 +79,13 @@ test: setup ## all tests, on two cores (TEST_JOBS=4 for more)
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) -m forks
 
-trust: setup ## faults, kills, mutants and fuzzing at full length (an hour); prints the counts
+trust: setup ## faults, kills, mutants, fuzzing and fresh installs at full length (an hour); prints the counts
 	$(RUN) tests.trust.cases
 	$(RUN) tests.trust.kills --kills 50
 	$(RUN) tests.trust.mutants
 	$(RUN) tests.trust.fuzz questions --seconds 300
 	$(RUN) tests.trust.fuzz manifest --seconds 300
+	TORCH="$(TORCH)" $(RUN) tests.trust.installs
 	TEST_DEVICE=cpu $(RUN) pytest -m gpu -o addopts=--strict-markers -q tests/promises/test_gpu.py
 
 lint: setup ## ruff, mypy and the import contracts

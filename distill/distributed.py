@@ -14,60 +14,38 @@ pace.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from neurosig.runtime.cli import EXIT_USER
+from neurosig.runtime import ranks
 from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import PartialState
     from torch.distributed.fsdp import FSDPModule
     from transformers import PreTrainedModel
 
     from distill.config import TrainConfig
 
-T = TypeVar("T")
-PATIENCE = timedelta(hours=2)
 
-
-class Ranks:
-    """The processes of a run, as one of them sees them.
-
-    Args:
-        accelerator: Of a run that accelerate or torchrun started; ``None`` for a process on its own.
+class Ranks(ranks.Ranks):
+    """`neurosig.runtime.ranks.Ranks` with gradients and weights.
 
     Attributes:
-        world: Number of processes.
-        rank: Index of this process.
-        main: Whether it is the one that writes files and messages.
         sharded: Whether FSDP2 shards the weights.
-        device: Type of this process's torch device; ``None`` in a single process, where the options choose.
     """
 
-    def __init__(self, accelerator: Accelerator | None = None):
-        self.accelerator = accelerator
-        self.world = 1 if accelerator is None else accelerator.num_processes
-        self.rank = 0 if accelerator is None else accelerator.process_index
-        self.main = self.rank == 0
-        self.sharded = self.world > 1 and _fsdp_wanted()
-        self.device = None if accelerator is None or self.world == 1 else accelerator.device.type
+    def __init__(self, state: PartialState | None = None):
+        super().__init__(state)
+        self.sharded = self.world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
     def check(self, config: TrainConfig) -> None:
-        """Refuse what several processes cannot do.
-
-        Raises:
-            UserError: Naming the flag.
-        """
-        if self.world > 1 and config.device not in (None, "cpu"):
-            raise UserError(f"--device {config.device}: leave it out under several processes, each takes its own")
+        super().check(config)
         if not self.sharded:
             return
         from accelerate.utils import is_torch_version
@@ -81,51 +59,17 @@ class Ranks:
         if config.teacher == "ema":
             raise UserError("--teacher ema averages whole weights, which FSDP2 does not keep; leave out --use_fsdp")
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the order of ranks."""
-        if self.world == 1:
-            return [value]
-        from accelerate.utils import gather_object
-
-        return list(gather_object([value]))
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """An exception of one rank in the block ends all: it is raised there, and the others exit without a message.
-
-        The block must not wait for other ranks.
-        """
-        fault: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            if self.world == 1:
-                raise
-            fault = error
-        failed = self.gather(fault is not None)
-        if fault is not None and failed.index(True) == self.rank:
-            raise fault
-        if any(failed):
-            raise SystemExit(EXIT_USER)
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Call ``work`` on the main process and return its result on every rank."""
-        result: list[T] = []
-        with self.together():
-            if self.main:
-                result.append(work())
-        return self.gather(result)[0][0]
-
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Add up the gradients of all ranks; FSDP2 has done so already."""
         if self.world == 1 or self.sharded:
             return
-        assert self.accelerator is not None
+        from accelerate.utils import reduce
+
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        flat = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
         for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
@@ -175,31 +119,13 @@ class Ranks:
                 gathered[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
         return gathered
 
-    def close(self) -> None:
-        """End trackers and the process group."""
-        if self.accelerator is not None:
-            self.accelerator.end_training()
-
 
 ALONE = Ranks()
 
 
 def launched(config: TrainConfig) -> Ranks:
-    """The ranks of this run; all but the main one are silenced.
-
-    A process that no launcher started stays alone: no process group is made.
-    """
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
-    # accelerate would have transformers load empty weights on all ranks but the first, for it to fill in
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)  # the others wait while one samples from a server
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    ranks = Ranks(Accelerator(cpu=on_cpu, kwargs_handlers=[patience]))
-    if not ranks.main:
-        for name in ("neurosig", "distill", "__main__"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    return ranks
+    """The ranks of this run; see `neurosig.runtime.ranks.Ranks.launched`."""
+    return Ranks.launched(config.device)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -226,7 +152,3 @@ def _units(model: PreTrainedModel) -> list[FSDPModule]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def _fsdp_wanted() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")

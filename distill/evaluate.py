@@ -16,8 +16,9 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,6 +34,7 @@ from neurosig.sampling.config import SamplingConfig
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
     from neurosig.questions.load import Question
+    from neurosig.runtime.ranks import Ranks
     from neurosig.sampling.rollouts import Rollout
 
 logger = logging.getLogger(__name__)
@@ -91,40 +93,41 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 
 def main(config: EvaluateConfig) -> None:
-    """Run the evaluation described by ``config``, with the prompts and answer format of the adapter's training."""
-    config = as_trained(config, trained_folders(config.model, config.adapter))
-    run_in_folder(config, _evaluate, finished=SUMMARY, owned=(RESULTS, SUMMARY, ROLLOUTS, LOG), temporary=LOG)
+    """Run the evaluation described by ``config``, with the prompts and answer format of the adapter's training.
+
+    Processes that a launcher started share the questions.
+    """
+    from neurosig.runtime.ranks import Ranks
+
+    ranks = Ranks.launched(config.device)
+    with ranks.together():
+        config = as_trained(config, trained_folders(config.model, config.adapter))
+    owned, work = (RESULTS, SUMMARY, ROLLOUTS, f"{LOG}*"), partial(_evaluate, ranks=ranks)
+    run_in_folder(config, work, finished=SUMMARY, owned=owned, temporary=LOG, ranks=ranks)
+    ranks.close()
 
 
-def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
-    from distill.results import choice_row, sampled_row, summarise, summarise_choices
-    from neurosig.questions.gold import warn_of_unreachable_gold
-
-    config.server_config(config.model)  # options out of range are refused before the model loads
-    config.check_answer_parser()
+def _evaluate(config: EvaluateConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     scored = config.scoring == "loglikelihood"
-    if scored and config.sampler != "transformers":
-        raise UserError("--scoring loglikelihood scores the choices with the local model; leave out --sampler openai")
-    questions = _questions(config)
-    with timer.phase("load"):
-        loaded, adapter_sha256 = _load(config)
+    with ranks.together():
+        ranks.check(config)
+        config.server_config(config.model)  # options out of range are refused before the model loads
+        config.check_answer_parser()
+        if scored and config.sampler != "transformers":
+            raise UserError(
+                "--scoring loglikelihood scores the choices with the local model; leave out --sampler openai"
+            )
+        questions = _questions(config)
+        with timer.phase("load"):
+            loaded, adapter_sha256 = _load(config, ranks.device or config.device)
     with timer.phase("score" if scored else "sample"):
-        groups = _rollouts(config, loaded, questions, adapter_sha256, timer)
-    with timer.phase("score"):
-        if scored:
-            row_options: Any = {"form": config.choice_form, "mutual_info": config.mutual_info}
-            rows = [choice_row(question, groups[question.id], **row_options) for question in questions]
-            summary = summarise_choices(rows, seed=config.seed)
-        else:
-            reader = config.answer_reader(loaded)
-            warn_of_unreachable_gold(questions, reader)
-            rows = [sampled_row(question, groups[question.id], reader) for question in questions]
-            summary = summarise(rows, seed=config.seed)
-    for domain, known in count_trained_on(trained_folders(config.model, config.adapter), questions).items():
-        summary[domain]["trained_on"] = known
-        if known:
-            logger.warning("%s: %d of %d questions were trained on", domain, known, summary[domain]["n"])
-    _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
+        groups = _rollouts(config, loaded, questions, adapter_sha256, timer, ranks)
+    with ranks.together():
+        if not ranks.main:
+            return
+        with timer.phase("score"):
+            rows, summary = _judged(config, loaded, questions, groups)
+        _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
     for domain, block in summary.items():
         if scored:
             values = f"accuracy {block['accuracy']['estimate']:.3f} (chance {block['chance']:.3f})"
@@ -134,6 +137,29 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer) -> None:
             k, avg, maj = block["k"], block["avg_at_k"]["estimate"], block["maj_at_k"]["estimate"]
             values = f"Avg@{k} {avg:.3f}, maj@{k} {maj:.3f}"
         logger.info("%s: %s, ECE %.3f (n=%d)", domain, values, block["ece"]["estimate"], block["n"])
+
+
+def _judged(
+    config: EvaluateConfig, loaded: LoadedModel, questions: Sequence[Question], groups: Mapping[str, Sequence[Rollout]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for each question, and the aggregates of each domain."""
+    from distill.results import choice_row, sampled_row, summarise, summarise_choices
+    from neurosig.questions.gold import warn_of_unreachable_gold
+
+    if config.scoring == "loglikelihood":
+        row_options: Any = {"form": config.choice_form, "mutual_info": config.mutual_info}
+        rows = [choice_row(question, groups[question.id], **row_options) for question in questions]
+        summary = summarise_choices(rows, seed=config.seed)
+    else:
+        reader = config.answer_reader(loaded)
+        warn_of_unreachable_gold(questions, reader)
+        rows = [sampled_row(question, groups[question.id], reader) for question in questions]
+        summary = summarise(rows, seed=config.seed)
+    for domain, known in count_trained_on(trained_folders(config.model, config.adapter), questions).items():
+        summary[domain]["trained_on"] = known
+        if known:
+            logger.warning("%s: %d of %d questions were trained on", domain, known, summary[domain]["n"])
+    return rows, summary
 
 
 def _questions(config: EvaluateConfig) -> list[Question]:
@@ -167,15 +193,15 @@ def _questions(config: EvaluateConfig) -> list[Question]:
     return questions
 
 
-def _load(config: EvaluateConfig) -> tuple[LoadedModel, str | None]:
+def _load(config: EvaluateConfig, device: str | None) -> tuple[LoadedModel, str | None]:
     """The model as trained, and the hash of the adapter's weights."""
     from neurosig.models.adapter import apply_adapter
     from neurosig.models.load import load_model
 
-    loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
+    loaded = load_model(config.model, dtype=config.dtype, device=device, template=config.template)
     template = trained_template(trained_folders(config.model, config.adapter), loaded.info.chat_template_sha256)
     if template is not None:
-        loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=template)
+        loaded = load_model(config.model, dtype=config.dtype, device=device, template=template)
     return loaded, None if config.adapter is None else apply_adapter(loaded, config.adapter)
 
 
@@ -185,11 +211,12 @@ def _rollouts(
     questions: Sequence[Question],
     adapter_sha256: str | None,
     timer: PhaseTimer,
+    ranks: Ranks,
 ) -> dict[str, list[Rollout]]:
     """The K answers of each question, or its scored choices."""
     from neurosig.questions.prompts import PromptBuilder
     from neurosig.sampling.choice_scoring import score_choices
-    from neurosig.sampling.rollouts import RolloutLog
+    from neurosig.sampling.dealing import sampled_together
     from neurosig.sampling.sampler import Prompt
 
     builder, scored = PromptBuilder(loaded.tokenizer, config.prompt_config()), config.scoring == "loglikelihood"
@@ -202,19 +229,19 @@ def _rollouts(
         "questions": [question.text_sha256 for question in questions],
         **config.server_record(loaded.info.id),
     }
-    log = RolloutLog(config.out / LOG, key)
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
-    shown: dict[str, Any] = {"total": len(prompts), "desc": "evaluate", "quiet": config.quiet}
-    done = set(log.groups)
-    if not scored:
-        drawn = config.draw(loaded, questions, prompts, salt="evaluate", done=done)
-        return log.extend(drawn, timer=timer, **shown)
     by_id = {question.id: question for question in questions}
     priors = {question.id: builder.without_question(question) for question in questions} if config.mutual_info else {}
-    replies = score_choices(
-        loaded, prompts, by_id, config.choice_form, priors=priors, batch_rows=config.batch_rows, done=done
-    )
-    return log.extend(replies, **shown)
+
+    def draw(done: Collection[str]) -> Iterator[list[Rollout]]:
+        if not scored:
+            return config.draw(loaded, questions, prompts, salt="evaluate", done=done)
+        form, rows = config.choice_form, config.batch_rows
+        return score_choices(loaded, prompts, by_id, form, priors=priors, batch_rows=rows, done=done)
+
+    block = -(-len(prompts) // (2 * ranks.world)) if scored else config.questions_at_once()
+    shown: Any = {"desc": "evaluate", "quiet": config.quiet, "timer": None if scored else timer}
+    return sampled_together(ranks, config.out / LOG, key, prompts, block, draw, **shown)
 
 
 def _write(

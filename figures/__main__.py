@@ -18,6 +18,7 @@ import tyro
 
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.extras import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def main(config: FiguresConfig) -> None:
     unknown = [name for name in config.names if name not in FIGURES]
     if unknown:
         raise UserError(f"figure {unknown[0]}: no such figure; have {', '.join(FIGURES)}")
+    check_installed("figures", "matplotlib", "seaborn")
     out = config.results / "figures" if config.out is None else config.out
     for name in config.names or FIGURES:
         figure = importlib.import_module(FIGURES[name])

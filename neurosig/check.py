@@ -77,7 +77,9 @@ def main(config: CheckConfig) -> None:
     from neurosig.neurons.contributions import neurons_per_layer
     from neurosig.neurons.parity import agreement, hooked_means
     from neurosig.neurons.sites import ffn_sites
+    from neurosig.runtime.extras import check_installed
 
+    check_installed("neurosig.check", "nnsight")
     for flag, value in (("--limit", config.limit), ("--set-size", config.set_size)):
         if value < 1:
             raise UserError(f"{flag} {value}: give at least 1")

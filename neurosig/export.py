@@ -14,8 +14,9 @@ import logging
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from neurosig.questions.load import Question
     from neurosig.questions.prompts import PromptBuilder
     from neurosig.questions.reader import AnswerReader
+    from neurosig.runtime.ranks import Ranks
     from neurosig.sampling.rollouts import Rollout
     from neurosig.sampling.sampler import Prompt
 
@@ -46,58 +48,73 @@ WORK = ".work"
 
 
 def main(config: ExportConfig) -> None:
-    """Run the export described by ``config``."""
+    """Run the export described by ``config``; processes that a launcher started share sampling and tracing."""
     from neurosig.manifest import FILES, HEADER
+    from neurosig.runtime.ranks import Ranks
 
-    run_in_folder(config, _export, finished=HEADER, owned=(HEADER, *FILES, WORK), temporary=WORK)
+    ranks = Ranks.launched(config.device)
+    export = partial(_export, ranks=ranks)
+    run_in_folder(config, export, finished=HEADER, owned=(HEADER, *FILES, WORK), temporary=WORK, ranks=ranks)
+    ranks.close()
 
 
-def _export(config: ExportConfig, timer: PhaseTimer) -> None:
+def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from neurosig.hallucination.groups import fold_groups
     from neurosig.models.load import load_model
+    from neurosig.neurons.signals_file import load_shards
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
     from neurosig.questions.prompts import PromptBuilder
+    from neurosig.runtime.extras import EXTRAS, check_installed
     from neurosig.runtime.files import read_once
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
 
-    config.server_config(config.model)  # refuse options out of range before the model loads
-    config.check_answer_parser()
-    questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
-    groups_of_folds = fold_groups(questions, config.probe_groups)
-    with timer.phase("load model"):
-        loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
-    builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
-    prompts = _prompts(questions, builder, loaded, config)
-    work = config.out / WORK
-    work.mkdir(exist_ok=True)
-    if config.reuse is not None:
-        with read_once(config.rollouts) as rollouts_sha256:
-            groups, sets = reused(config.reuse, config, loaded, questions, _dataset_sha256(questions), rollouts_sha256)
-    else:
-        with timer.phase("sample"), read_once(config.rollouts) as rollouts_sha256:
-            groups = _rollouts(config, loaded, questions, prompts, work, timer)
+    with ranks.together():
+        ranks.check(config)
+        check_installed("neurosig.export", *EXTRAS["signals"])
+        config.server_config(config.model)  # refuse options out of range before the model loads
+        config.check_answer_parser()
+        questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
+        groups_of_folds = fold_groups(questions, config.probe_groups)
+        with timer.phase("load model"):
+            device = ranks.device or config.device
+            loaded = load_model(config.model, dtype=config.dtype, device=device, template=config.template)
+        prompts = _prompts(questions, PromptBuilder(loaded.tokenizer, config.prompt_config()), loaded, config)
+        work = config.out / WORK
+        work.mkdir(exist_ok=True)
+    if config.reuse is None:
+        with timer.phase("sample"):
+            groups, rollouts_sha256 = _rollouts(config, loaded, questions, prompts, work, timer, ranks)
         with timer.phase("trace"):
-            sets = _trace(config, loaded, prompts, groups, work, timer)
-    config = _with_k(config, len(next(iter(groups.values()))))
-    sites = ffn_sites(loaded.model)
-    with timer.phase("score and select"):
-        reader = config.answer_reader(loaded)
-        signals = _signals(reader, questions, groups, sets)
-        scores = _scores(config, signals, sites.n_layers * sites.d_mlp, groups_of_folds)
-        rows, note = manifest_rows(
-            questions,
-            signals,
-            scores,
-            ranked_by=config.hallucination_score,
-            selection=config.part(SelectionConfig),
-            prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
-        )
-    with timer.phase("write"):
-        _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256)
-    shutil.rmtree(work)
-    _report(config, rows, groups)
+            shards = _trace(config, loaded, prompts, groups, work, timer, ranks)
+    with ranks.together():
+        if not ranks.main:
+            return
+        if config.reuse is None:
+            sets = load_shards(shards)
+        else:
+            with read_once(config.rollouts) as rollouts_sha256:
+                dataset = _dataset_sha256(questions)
+                groups, sets = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256)
+        config = _with_k(config, len(next(iter(groups.values()))))
+        sites = ffn_sites(loaded.model)
+        with timer.phase("score and select"):
+            reader = config.answer_reader(loaded)
+            signals = _signals(reader, questions, groups, sets)
+            scores = _scores(config, signals, sites.n_layers * sites.d_mlp, groups_of_folds)
+            rows, note = manifest_rows(
+                questions,
+                signals,
+                scores,
+                ranked_by=config.hallucination_score,
+                selection=config.part(SelectionConfig),
+                prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
+            )
+        with timer.phase("write"):
+            _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256)
+        shutil.rmtree(work)
+        _report(config, rows, groups)
 
 
 def _with_k(config: ExportConfig, k: int) -> ExportConfig:
@@ -136,39 +153,58 @@ def _rollouts(
     prompts: Mapping[str, Prompt],
     work: Path,
     timer: PhaseTimer,
-) -> dict[str, list[Rollout]]:
-    """Rollouts of every prompt in question order, sampled, resumed or read from a file."""
-    from neurosig.sampling.rollouts import RolloutLog, check_fit, read_external_rollouts
+    ranks: Ranks,
+) -> tuple[dict[str, list[Rollout]], str | None]:
+    """Rollouts of every prompt in question order, sampled, resumed or read from a file; the SHA-256 of that file."""
+    from neurosig.sampling.dealing import sampled_together
 
     if config.rollouts is not None:
+        return ranks.on_main(lambda: _external_rollouts(config, loaded, prompts))
+    key = {
+        "model": loaded.info.as_dict(),
+        "questions": _dataset_sha256(questions),
+        **config.prompt_config().as_dict(),
+        **config.sampling_config().as_dict(),
+        **config.server_record(loaded.info.id),
+    }
+    todo = list(prompts.values())
 
-        def encode(text: str) -> list[int]:
-            return list(loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    def draw(done: Collection[str]) -> Iterator[list[Rollout]]:
+        return config.draw(loaded, questions, todo, done=done)
 
-        def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
-            return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+    groups = sampled_together(
+        ranks, work / "rollouts.log", key, todo, config.questions_at_once(), draw,
+        desc="sample", quiet=config.quiet, timer=timer,
+    )  # fmt: skip
+    return {name: groups[name] for name in prompts}, None
 
-        vocabulary = loaded.model.get_input_embeddings().get_parameter("weight").shape[0]
+
+def _external_rollouts(
+    config: ExportConfig, loaded: LoadedModel, prompts: Mapping[str, Prompt]
+) -> tuple[dict[str, list[Rollout]], str | None]:
+    from neurosig.runtime.files import read_once
+    from neurosig.sampling.rollouts import check_fit, read_external_rollouts
+
+    assert config.rollouts is not None
+
+    def encode(text: str) -> list[int]:
+        return list(loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return str(loaded.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    vocabulary = loaded.model.get_input_embeddings().get_parameter("weight").shape[0]
+    with read_once(config.rollouts) as sha256:
         groups = read_external_rollouts(
             config.rollouts, encode, decode, loaded.eos_token_ids, vocabulary, prompts.keys()
         )
-        lengths = {name: len(prompt.token_ids) for name, prompt in prompts.items()}
-        check_fit(config.rollouts, groups, lengths, loaded.max_length)
-        return {name: groups[name] for name in prompts}
-
-    log = RolloutLog(
-        work / "rollouts.log",
-        {
-            "model": loaded.info.as_dict(),
-            "questions": _dataset_sha256(questions),
-            **config.prompt_config().as_dict(),
-            **config.sampling_config().as_dict(),
-            **config.server_record(loaded.info.id),
-        },
+    check_fit(
+        config.rollouts,
+        groups,
+        {name: len(prompt.token_ids) for name, prompt in prompts.items()},
+        loaded.max_length,
     )
-    drawn = config.draw(loaded, questions, list(prompts.values()), done=set(log.groups))
-    groups = log.extend(drawn, total=len(prompts), desc="sample", quiet=config.quiet, timer=timer)
-    return {name: groups[name] for name in prompts}
+    return {name: groups[name] for name in prompts}, sha256
 
 
 def _trace(
@@ -178,21 +214,22 @@ def _trace(
     groups: Mapping[str, Sequence[Rollout]],
     work: Path,
     timer: PhaseTimer,
-) -> ActiveSets:
-    """Active sets of all rollouts in the order of ``groups``; finished shards are kept in ``work``."""
-    from neurosig.neurons.signals_file import load_shards, trace_to_shards
+    ranks: Ranks,
+) -> list[Path]:
+    """Trace all rollouts in the order of ``groups``, in shards that are kept in ``work``."""
+    from neurosig.neurons.signals_file import trace_to_shards
     from neurosig.neurons.tracer import NeuronTracer
 
-    tracer = NeuronTracer(loaded.model, config.trace_config())
+    with ranks.together():
+        tracer = NeuronTracer(loaded.model, config.trace_config())
     flat = [(prompts[name].token_ids, r.completion_ids_without_eos) for name, group in groups.items() for r in group]
-    with progress(total=len(flat), desc="trace", quiet=config.quiet) as bar:
+    with progress(total=len(flat), desc="trace", quiet=config.quiet or not ranks.main) as bar:
 
         def advance(rollouts: int, tokens: int) -> None:
             bar.update(rollouts)
             timer.add_tokens("trace", tokens)
 
-        shards = trace_to_shards(tracer, flat, work, str(loaded.info.weights), advance=advance)
-    return load_shards(shards)
+        return trace_to_shards(tracer, flat, work, str(loaded.info.weights), advance=advance, ranks=ranks)
 
 
 def _signals(

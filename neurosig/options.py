@@ -130,7 +130,7 @@ class GenerationOptions(CommonConfig):
     of its source is recorded."""
 
     batch_rows: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = 256
-    """Rollouts per decoded batch; memory and speed only."""
+    """Rollouts per decoded batch; memory and speed only. Of several processes, each takes four batches at a time."""
     dtype: Annotated[str, Shapes.MODEL] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: Annotated[str | None, Shapes.RESOURCES] = None
@@ -211,6 +211,14 @@ class RolloutOptions(SamplerOptions, GenerationOptions):
         builder = PromptBuilder(loaded.tokenizer, self.prompt_config())
         messages = {question.id: builder.messages(question) for question in questions}
         return server.sample(prompts, sampling, salt=salt, done=done, messages=messages)
+
+    def questions_at_once(self) -> int | None:
+        """Questions that the sampler decodes together, of which one process takes all; None: one asks the server."""
+        from neurosig.sampling.sampler import WINDOW
+
+        if self.sampler == "openai":
+            return None
+        return WINDOW * max(1, self.batch_rows // self.num_generations)
 
 
 @dataclass(kw_only=True)

@@ -26,6 +26,7 @@ from figures.grid.config import METHODS, PLAN, PRESETS, SETTINGS, GridConfig
 from figures.grid.processes import LOG, forkserver, run_cells
 from neurosig.runtime.cli import config_record, run_command
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.extras import EXTRAS, check_installed
 from neurosig.runtime.files import write_atomic
 from neurosig.runtime.folder import output_folder
 from neurosig.runtime.provenance import differences, explain
@@ -46,6 +47,7 @@ def main(config: GridConfig) -> None:
     targets = _by_domain(config.targets or config.sources, "--targets")
     dev = _by_domain(config.dev, "--dev")
     _check(config)
+    check_installed("figures.grid", *EXTRAS["signals"])
     with output_folder(config.out, finished=RESULTS, owned=(), resume=True, overwrite=False):
         _keep_settings(config, {"sources": sources, "targets": targets, "dev": dev})
         context = forkserver()

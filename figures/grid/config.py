@@ -80,7 +80,8 @@ class GridConfig(CommonConfig):
     """Sampling seeds of the evaluations. Every model is evaluated once per seed and the tables average over them, so
     that no claim rests on one draw of the rollouts; a seed added later repeats no evaluation."""
     jobs: Annotated[int, Shapes.RESOURCES, AtLeast(1)] = 1
-    """Cells that run at the same time and share the CPU's threads; keep one value per grid: last bits depend on it."""
+    """Cells that run at the same time and share the CPU's threads; each has a GPU of its own where there are as many
+    (CUDA_VISIBLE_DEVICES is respected). Keep one value per grid: last bits depend on it."""
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)
     """Candidates of the temperature control."""
     dev: tuple[str, ...] = ()

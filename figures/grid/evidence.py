@@ -10,20 +10,19 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from figures.grid import texts
 from figures.grid.cells import SHARED_EXPORT
 from figures.grid.collect import RESULTS
 from figures.grid.config import PLAN, SETTINGS
 from figures.grid.rows import FILES, LAYOUT, find_grid
 from figures.sources import DATA
-from neurosig.exported import Exported, join_gold
-from neurosig.report.data import question_level
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,10 @@ def main(config: EvidenceConfig) -> None:
     Raises:
         UserError: The grid is not finished, or gold answers cannot be read.
     """
+    import pandas as pd
+
+    from figures.grid import texts
+
     for name in (FILES[0], LAYOUT, RESULTS, SETTINGS):
         if not (config.grid / name).is_file():
             raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
@@ -74,6 +77,11 @@ def signals(folder: Path, source: str) -> pd.DataFrame:
     Raises:
         UserError: The manifest, or the gold answers of its questions, cannot be read.
     """
+    import pandas as pd
+
+    from neurosig.exported import Exported, join_gold
+    from neurosig.report.data import question_level
+
     exported = Exported(folder)
     gold, _ = join_gold(exported.manifest, required=True)
     level = question_level(exported, gold)

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from figures.grid.cells import Cell, Command
@@ -32,13 +33,25 @@ CONFIGS = {"neurosig.export": "ExportConfig", "distill.train": "TrainConfig", "d
 
 def forkserver() -> ForkServerContext:
     """Processes that share the imports, which take about ten seconds in a fresh interpreter."""
+    # asking the CUDA runtime whether there is a GPU would make it unusable in all processes that are forked afterwards
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "peft", "accelerate", "distill.train", "distill.evaluate"])
     return context
 
 
+def visible_devices() -> tuple[str, ...]:
+    """The CUDA devices of this process, as CUDA_VISIBLE_DEVICES names them; none on the CPU."""
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(map(str, range(count)) if named is None else named.split(","))[:count]
+
+
 def run_cells(cells: Sequence[Cell], folder: Path, context: ForkServerContext, *, jobs: int, quiet: bool) -> list[str]:
     """Run the unfinished commands of every cell, ``jobs`` cells at a time.
+
+    Of several CUDA devices, each running cell sees one alone, which it shares only if there are more jobs than devices.
 
     Args:
         cells: The cells.
@@ -80,6 +93,10 @@ class _Runner:
         self._locks: dict[Path, threading.Lock] = defaultdict(threading.Lock)
         self._processes: set[BaseProcess] = set()
         self._stopped = False
+        devices = visible_devices() if jobs > 1 else ()
+        self._devices: SimpleQueue[str | None] = SimpleQueue()
+        for job in range(jobs):
+            self._devices.put(devices[job % len(devices)] if devices else None)
 
     def run(self, cell: Cell) -> bool:
         """Run the cell's unfinished commands; returns whether all are finished.
@@ -87,13 +104,20 @@ class _Runner:
         Raises:
             KeyboardInterrupt: A command was interrupted.
         """
+        device = self._devices.get()
+        try:
+            return self._run(cell, device)
+        finally:
+            self._devices.put(device)
+
+    def _run(self, cell: Cell, device: str | None) -> bool:
         for command in cell.commands:
             with self._locks[command.out]:
                 if (command.out / command.done).is_file():
                     continue
                 log = self._folder / cell.name / LOG
                 log.parent.mkdir(parents=True, exist_ok=True)
-                code = self._call(command, log)
+                code = self._call(command, log, device)
             if code == EXIT_INTERRUPTED:
                 raise KeyboardInterrupt
             if code != EXIT_DONE:
@@ -108,10 +132,14 @@ class _Runner:
         for process in tuple(self._processes):
             process.terminate()
 
-    def _call(self, command: Command, log: Path) -> int:
-        """Run a command in a process of its own, its output appended to ``log``; returns its exit code."""
+    def _call(self, command: Command, log: Path, device: str | None) -> int:
+        """Run a command in a process of its own, its output appended to ``log``; returns its exit code.
+
+        The process sees only ``device``, unless that is None or the command has a ``--device`` of its own.
+        """
         argv = [*command_words({"out": command.out, **command.options}), "--resume"]
-        process = self._context.Process(target=_in_process, args=(command.module, argv, log, self._jobs))
+        device = None if "device" in command.options else device
+        process = self._context.Process(target=_in_process, args=(command.module, argv, log, self._jobs, device))
         process.start()
         self._processes.add(process)
         if self._stopped:
@@ -121,8 +149,10 @@ class _Runner:
         return int(process.exitcode or 0)
 
 
-def _in_process(module: str, argv: Sequence[str], log: Path, jobs: int) -> None:
-    """Run a command as ``python -m`` would, with its output in ``log`` and its share of the threads."""
+def _in_process(module: str, argv: Sequence[str], log: Path, jobs: int, device: str | None) -> None:
+    """Run a command as ``python -m`` would, with its output in ``log``, its share of the threads and its device."""
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))

@@ -14,8 +14,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from figures.grid.config import BASE
 from figures.grid.rows import KEY
 from figures.grid.tables import method_label
@@ -105,6 +103,8 @@ def format_check(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: Rows of `distill.results.sampled_row` with ``method``, ``source``, ``seed`` and ``target``.
     """
+    import pandas as pd
+
     frame = pd.DataFrame([dict(row) for row in rows])
     table = VoteTable.from_rows(rows)
     frame = frame.assign(**{name: table[name] for name in CHECKED})

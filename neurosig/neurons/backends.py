@@ -12,11 +12,10 @@ Only the chosen library is imported.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from neurosig.runtime.errors import UserError
+from neurosig.runtime.extras import check_installed
 from neurosig.runtime.shapes import check_choice
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ _HOME = {
     "nnsight": ("neurosig.neurons.tracer", "NeuronTracer"),
     "transformer_lens": ("neurosig.neurons.lens_reader", "LensTracer"),
 }
-_EXTRA = {"nnsight": "signals", "transformer_lens": "explore"}
 
 
 def trace_neurons(
@@ -77,7 +75,6 @@ def tracer_class(backend: Backend) -> type[NeuronTracer]:
     """
     check_choice("backend", backend, Backend)
     module, name = _HOME[backend]
-    if importlib.util.find_spec(backend) is None:
-        raise UserError(f"backend {backend}: not installed; run `pip install 'neurosig[{_EXTRA[backend]}]'`")
+    check_installed(f"backend {backend}", backend)
     tracer: type[NeuronTracer] = getattr(importlib.import_module(module), name)
     return tracer

@@ -22,6 +22,7 @@ from torch import Tensor
 from neurosig.neurons.contributions import ActiveSets, concat_sets
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text, write_atomic
+from neurosig.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from neurosig.neurons.sites import FFNSites
@@ -69,11 +70,12 @@ def trace_to_shards(
     weights: str,
     *,
     advance: Callable[[int, int], object] = lambda rollouts, tokens: None,
+    ranks: Ranks = ALONE,
 ) -> list[Path]:
     """Trace (prompt ids, completion ids) pairs and write each chunk as soon as it is done.
 
     A shard of an interrupted run is kept if its rollouts, model and trace options are the same. Memory does not grow
-    with the number of rollouts.
+    with the number of rollouts. Several processes take turns: every shard is traced by one of them, as in one process.
 
     Args:
         tracer: The tracer.
@@ -81,12 +83,26 @@ def trace_to_shards(
         folder: An existing folder.
         weights: Fingerprint of the model's weights.
         advance: Called after each shard with its number of rollouts and of traced completion tokens (0 if it was kept).
+        ranks: The processes, of which each returns all shards, when all are written.
     """
-    shards = []
-    for start in range(0, len(rollouts), CHUNK):
+    shards = [folder / f"signals-{start:08d}.safetensors" for start in range(0, len(rollouts), CHUNK)]
+    with ranks.together():
+        _trace_own(tracer, rollouts, shards, weights, advance, ranks)
+    return shards
+
+
+def _trace_own(
+    tracer: NeuronTracer,
+    rollouts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    shards: Sequence[Path],
+    weights: str,
+    advance: Callable[[int, int], object],
+    ranks: Ranks,
+) -> None:
+    for number in range(ranks.rank, len(shards), ranks.world):
+        start, shard = number * CHUNK, shards[number]
         part = rollouts[start : start + CHUNK]
         key = sha256_text(repr((weights, replace(tracer.config, batch_tokens=1), part)))
-        shard = folder / f"signals-{start:08d}.safetensors"
         kept = _has_key(shard, key)
         if not kept:
             sets = tracer.trace(*zip(*part, strict=True))
@@ -96,9 +112,7 @@ def trace_to_shards(
                 "hidden_states": _compact(sets.hidden_states),
             }
             write_atomic(shard, save(tensors, metadata={"key": key}))
-        shards.append(shard)
         advance(len(part), 0 if kept else sum(len(completion) for _, completion in part))
-    return shards
 
 
 def load_shards(shards: Sequence[Path]) -> ActiveSets:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from neurosig.neurons.contributions import PAD
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.extras import check_installed
 from neurosig.runtime.shapes import check_choice
 
 NeighbourSearch = Literal["exact", "usearch"]
@@ -174,10 +175,8 @@ def _usearch_neighbours(
     right_groups: Int[Tensor, " n"] | None,
     block: int,
 ) -> Neighbours:
-    try:
-        from usearch.index import Index
-    except ImportError as error:
-        raise UserError('nearest_sets: usearch is not installed; pip install "neurosig[neighbours]"') from error
+    check_installed("nearest_sets", "usearch")
+    from usearch.index import Index
 
     n = right.shape[0]
     # most neurons are in no intersection of two sets

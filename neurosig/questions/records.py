@@ -14,6 +14,7 @@ from typing import Any
 
 from neurosig.questions.formats import Record, got
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.extras import check_installed
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +125,9 @@ def read_hub(name: str, split: str | None) -> Rows:
 
 def import_datasets(where: str) -> Any:
     """The ``datasets`` package, or the advice to install it."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{where}: needs the datasets package: pip install datasets") from None
+    check_installed(where, "datasets")
+    import datasets
+
     return datasets
 
 

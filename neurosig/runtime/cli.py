@@ -45,6 +45,7 @@ from typing import Annotated, Any, TypeVar
 
 from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.errors import UserError, os_text
+from neurosig.runtime.extras import absent
 from neurosig.runtime.help import Section, example_of
 from neurosig.runtime.shapes import Shapes, check_config, option_names
 
@@ -146,7 +147,8 @@ def run_command(
         if debug:
             traceback.print_exc()
         code, message = _explain(fault, can_resume=can_resume)
-        if config is not None or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes read one command line
+        of_all = config is None or isinstance(fault, KeyboardInterrupt)  # every process of a launch meets these
+        if not of_all or os.environ.get("RANK", "0") == "0":
             print(message, file=sys.stderr)
         return code
     finally:
@@ -278,6 +280,8 @@ def _explain(fault: BaseException, *, can_resume: bool) -> tuple[int, str]:
         return EXIT_INTERRUPTED, f"interrupted; {how}" if how else "interrupted"
     if isinstance(fault, UserError):
         return EXIT_USER, f"error: {text}"
+    if isinstance(fault, ModuleNotFoundError) and (advice := absent((fault.name or "").partition(".")[0])):
+        return EXIT_USER, f"error: {advice}"
     if _is_out_of_memory(fault):
         return EXIT_USER, "error: " + OUT_OF_MEMORY.format(text or type(fault).__name__)
     if isinstance(fault, OSError):

@@ -14,6 +14,7 @@ from typing import Any, TextIO, TypeVar
 
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.ranks import ALONE, Ranks
 from neurosig.runtime.recorded import (
     BEGUN,
     begin_record,
@@ -104,8 +105,11 @@ def run_in_folder(
     finished: str,
     owned: Sequence[str],
     temporary: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Run a command in its ``--out``, timed by phase; nothing but a message if the same run completed it earlier.
+
+    The main process opens and closes the folder.
 
     Args:
         config: The command's options, with ``out``, ``resume`` and ``overwrite``.
@@ -113,17 +117,19 @@ def run_in_folder(
         finished: See `output_folder`.
         owned: See `output_folder`.
         temporary: File or folder that a run killed after its last write leaves behind.
+        ranks: The processes, all of which must call this.
 
     Raises:
         UserError: See `command_folder`.
     """
     out = config.out
-    with command_folder(config, finished=finished, owned=owned) as complete:
-        if not complete:
+    with contextlib.ExitStack() as stack:
+        folder = command_folder(config, finished=finished, owned=owned)
+        if not ranks.on_main(lambda: stack.enter_context(folder)):
             with PhaseTimer() as timer:
                 work(config, timer)
             return
-        if temporary is not None:
+        if temporary is not None and ranks.main:
             shutil.rmtree(out / temporary) if (out / temporary).is_dir() else (out / temporary).unlink(missing_ok=True)
         logger.info("%s: already complete", out)
 

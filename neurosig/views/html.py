@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 from neurosig.report.html import visible
 from neurosig.runtime.cli import printable
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.extras import check_installed
 
 TEMPLATE = "views.html.jinja"
 LONGEST = 2000
@@ -89,10 +90,9 @@ class Choice(View):
         Raises:
             UserError: ipywidgets is not installed.
         """
-        try:
-            import ipywidgets
-        except ImportError as error:
-            raise UserError('a slider needs ipywidgets; pip install "neurosig[explore]"') from error
+        check_installed("a slider", "ipywidgets")
+        import ipywidgets
+
         options = [(short(label, 90), label) for label in self.views]
         style: dict[str, Any] = {"options": options, "value": self.first, "description": short(self.name, 20)}
         wide = ipywidgets.Layout(width="min(100%, 44rem)")

@@ -59,7 +59,7 @@ def test_a_merged_adapter_is_the_adapter(tmp_path: Path) -> None:
         )
     )
     adapter = tmp_path / "run" / "adapter"
-    merged, digest = _load(evaluate_config(tmp_path, adapter=adapter))
+    merged, digest = _load(evaluate_config(tmp_path, adapter=adapter), None)
     assert digest is not None
     plain = load_model(tmp_path / "model").model
     applied = PeftModel.from_pretrained(load_model(tmp_path / "model").model, adapter)

@@ -69,7 +69,7 @@ def test_without_transformer_lens(
     assert check("--model", save_tiny(tmp_path / "model"), "--limit", "2", "--num-generations", "1") == 0
     out = capsys.readouterr().out
     assert "TransformerLens = plain hooks  not compared" in out
-    assert "TransformerLens was not compared: backend transformer_lens: not installed" in out
+    assert "TransformerLens was not compared: backend transformer_lens: transformer_lens is not installed" in out
     assert "rollouts       2, " in out
 
 

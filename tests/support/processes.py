@@ -15,7 +15,17 @@ from neurosig.runtime.cli import command_words
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["accelerate", "distill.step", "distill.train", "distill.output", "peft", "tests.support.tiny", "torch._dynamo"]
+    [
+        "accelerate",
+        "distill.evaluate",
+        "distill.step",
+        "distill.train",
+        "distill.output",
+        "neurosig.export",
+        "peft",
+        "tests.support.tiny",
+        "torch._dynamo",
+    ]
 )
 
 TRAIN: dict[str, Any] = {
@@ -42,6 +52,22 @@ def run_training(arguments: Sequence[str]) -> int:
     from neurosig.runtime.cli import run_command
 
     return run_command(TrainConfig, main, presets=PRESETS, prog="train", argv=arguments)
+
+
+def run_export(arguments: Sequence[str]) -> int:
+    """Run the export command in this process; returns its exit code."""
+    from neurosig.export import PRESETS, ExportConfig, main
+    from neurosig.runtime.cli import run_command
+
+    return run_command(ExportConfig, main, presets=PRESETS, prog="export", argv=arguments)
+
+
+def run_evaluate(arguments: Sequence[str]) -> int:
+    """Run the evaluate command in this process; returns its exit code."""
+    from distill.evaluate import PRESETS, EvaluateConfig, main
+    from neurosig.runtime.cli import run_command
+
+    return run_command(EvaluateConfig, main, presets=PRESETS, prog="evaluate", argv=arguments)
 
 
 def start(log: Path, environment: Mapping[str, str], work: Callable[..., Any], *arguments: Any) -> ForkServerProcess:

@@ -271,7 +271,9 @@ print(sets.neuron_ids.shape[0], {backend!r} in sys.modules, {other!r} in sys.mod
 
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_lens", None)
-    with pytest.raises(UserError, match=r"backend transformer_lens: not installed.*neurosig\[explore\]"):
+    with pytest.raises(
+        UserError, match=r"backend transformer_lens: transformer_lens is not installed.*neurosig\[explore\]"
+    ):
         trace_neurons(tiny_model("llama"), *rollouts(), backend="transformer_lens")
 
 

@@ -108,12 +108,17 @@ def test_of_several_processes_the_first_says_what_is_wrong_with_their_command_li
     def fails(config: Config) -> None:
         raise UserError("its own fault")
 
+    def interrupted(config: Config) -> None:
+        raise KeyboardInterrupt
+
     for rank, count in ("0", 1), ("1", 0):
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("RANK", rank)
         assert run(lambda config: None, "--stepz") == 2
         assert capsys.readouterr().err.count("error: --stepz: no such option") == count
         assert run(fails) == 2
         assert capsys.readouterr().err == "error: its own fault\n"
+        assert run(interrupted) == 130
+        assert capsys.readouterr().err.count("interrupted") == count
 
 
 def test_the_help_page_lists_required_options_first_and_presets_last(capsys: pytest.CaptureFixture[str]) -> None:
