@@ -54,13 +54,15 @@ def load_parser(name: str) -> tuple[Parser, str]:
 
 def _find(module: str) -> ModuleSpec | None:
     importlib.invalidate_caches()
-    here = [os.getcwd(), *sys.path]
-    if "." not in module:
-        return PathFinder.find_spec(module, here)
-    parent = _find(module.rpartition(".")[0])
-    if parent is None or parent.submodule_search_locations is None:
-        return None
-    return PathFinder.find_spec(module, list(parent.submodule_search_locations))
+    places = [os.getcwd(), *sys.path]
+    *parents, last = module.split(".")
+    for parent in parents:  # by its own name: a folder without __init__.py is looked up in its parent, not imported here
+        spec = PathFinder.find_spec(parent, places)
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        here = [os.path.join(place, parent) for place in places]
+        places = here if spec.origin is None else list(spec.submodule_search_locations)
+    return PathFinder.find_spec(last, places)
 
 
 class _SourceLoader(SourceFileLoader):

@@ -11,3 +11,8 @@ UNCUT = "tests.support.parsers:uncut"
 def uncut(text: str, question: Question, answer_format: AnswerFormat, **_: object) -> str | None:
     """The answer as if no completion was cut off; those of a tiny model never end by themselves."""
     return extract_answer(text, question, answer_format)
+
+
+def agreeing(text: str, question: Question, answer_format: AnswerFormat, **_: object) -> str | None:
+    """One answer for all: rollouts of random weights have no text of their own to agree on."""
+    return "yes"

@@ -107,6 +107,16 @@ def test_a_parser_that_changed_is_refused_with_both_hashes(here: Path) -> None:
         AnswerReader.from_record(record)
 
 
+@pytest.mark.parametrize("packages", [(), ("deep",), ("deep", "deep/er")])
+def test_a_parser_in_folders_with_and_without_init(here: Path, packages: tuple[str, ...]) -> None:
+    folder = here / "deep" / "er"
+    folder.mkdir(parents=True)
+    (folder / "own.py").write_text("def parse(*args, **options):\n    return 'red'\n")
+    for package in packages:
+        (here / package / "__init__.py").touch()
+    assert AnswerReader(answer_parser="deep.er.own:parse").extract("", "stop", QUESTION) == "red"
+
+
 def test_a_further_completion_agrees_with_an_earlier_vote() -> None:
     reader = AnswerReader(vote_merge="exact")
     answers = ("asia", "asia", None, "europe")
