@@ -56,7 +56,7 @@ def _find(module: str) -> ModuleSpec | None:
     importlib.invalidate_caches()
     places = [os.getcwd(), *sys.path]
     *parents, last = module.split(".")
-    for parent in parents:  # by its own name: a folder without __init__.py is looked up in its parent, not imported here
+    for parent in parents:  # by its own name: under the full one, a folder without __init__.py needs its parent loaded
         spec = PathFinder.find_spec(parent, places)
         if spec is None or spec.submodule_search_locations is None:
             return None

@@ -37,6 +37,8 @@ class Arithmetic:
     """Tokens of a completion."""
     rows: int = 32
     """Rollouts sampled together, as in the qwen3-4b preset."""
+    dev_rows: int = 256
+    """Rollouts of --dev-questions sampled together: 64 questions x 8, at most --batch-rows."""
     micro: int = 4
     """Rollouts in one forward and backward pass, as in the preset."""
     rank: int = 64
@@ -58,8 +60,8 @@ def gigabytes(options: Arithmetic) -> dict[str, float]:
     return {
         "weights": 2 * (projections + vocab * d) / 1e9,
         "adapter, gradient, Adam": 16 * adapter / 1e9,
-        "sampling: merged weights": 2 * projections / 1e9,
         "sampling: keys and values": cached * rows * (options.prompt + options.new_tokens) / 1e9,
+        "measuring: keys and values": cached * options.dev_rows * (options.prompt + options.new_tokens) / 1e9,
         "learning: teacher's keys and values": cached * teacher / 1e9,
         "learning: student's activations": layers * activations(options) / 1e9,
         "learning: with --gradient-checkpointing": (layers * student * d * 2 + activations(options)) / 1e9,
@@ -94,7 +96,7 @@ def _saved_bytes(options: Arithmetic, layers: int) -> int:
 
 
 def peak(terms: dict[str, float]) -> float:
-    """The larger of both peaks, sampling and learning, without gradient checkpointing."""
+    """The larger of both peaks, sampling and learning, without gradient checkpointing or development questions."""
     always = terms["weights"] + terms["adapter, gradient, Adam"]
     sampling = sum(value for name, value in terms.items() if name.startswith("sampling"))
     learning = terms["learning: teacher's keys and values"] + terms["learning: student's activations"]

@@ -109,8 +109,9 @@ def test_the_memory_table_is_the_arithmetic() -> None:
     for name, expected in {
         "weights": [terms["weights"]] * 2 + [embeddings + decoder / 8],
         "adapter, gradient": [terms["adapter, gradient, Adam"]] * 2 + [terms["adapter, gradient, Adam"] / 8],
-        "sampling: merged": [terms["sampling: merged weights"]] * 2 + [terms["sampling: merged weights"] + decoder],
+        "sampling: the weights": [0, 0, 7 / 8 * decoder],
         "sampling: keys": [terms["sampling: keys and values"] / ranks for ranks in (1, 8, 8)],
+        "`--dev-questions`": [terms["measuring: keys and values"]] * 3,
         "learning: student's": [terms["learning: student's activations"]] * 3,
         "learning: the same": [terms["learning: with --gradient-checkpointing"]] * 3,
         "learning: teacher's": [terms["learning: teacher's keys and values"]] * 3,
