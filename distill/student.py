@@ -158,7 +158,7 @@ class StudentSampler:
         done: int,
     ):
         self._loaded, self._model, self._adapter, self._ranks = loaded, model, adapter, ranks
-        self._batch_rows = config.batch_rows
+        self._decoding = {"batch_rows": config.batch_rows, "compile_decoding": config.compile_decoding}
         server = config.server(loaded)
         self._served = None if server is None or adapter is None else ServedStudent(config, server, adapter, done)
 
@@ -176,7 +176,7 @@ class StudentSampler:
             ranks, model = self._ranks, self._model
             own = prompts[ranks.rank :: ranks.world]
             with ranks.whole(model), ranks.together(), merged(model, self._adapter), sampling_attention(model):
-                drawn = list(sample(self._loaded, own, sampling, batch_rows=self._batch_rows, salt=salt))
+                drawn = list(sample(self._loaded, own, sampling, salt=salt, **self._decoding))
             groups = [group for part in ranks.gather(drawn) for group in part]
         by_id = {group[0].question_id: group for group in groups}
         return [by_id[prompt.question_id] for prompt in sorted(prompts, key=lambda prompt: len(prompt.token_ids))]
