@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ class StudentSampler:
         done: int,
     ):
         self._loaded, self._model, self._adapter, self._ranks = loaded, model, adapter, ranks
-        self._decoding = {"batch_rows": config.batch_rows, "compile_decoding": config.compile_decoding}
+        self._decoding: dict[str, Any] = {"batch_rows": config.batch_rows, "compile_decoding": config.compile_decoding}
         server = config.server(loaded)
         self._served = None if server is None or adapter is None else ServedStudent(config, server, adapter, done)
 

@@ -132,8 +132,8 @@ class GenerationOptions(CommonConfig):
     batch_rows: Annotated[int, Shapes.RESOURCES, Section.RESOURCES] = 256
     """Rollouts per decoded batch; memory and speed only."""
     compile_decoding: Annotated[bool, Shapes.RESOURCES] = False
-    """Sample with fixed shapes and replay each step as a CUDA graph: one launch per token instead of thousands. Faster on
-    a GPU, above all with small models or few rows; its cache takes up to 1.5 times the memory."""
+    """Sample with fixed shapes and replay each step as a CUDA graph: one launch per token instead of thousands. Faster
+    on a GPU, above all with small models or few rows; its cache takes up to 1.5 times the memory."""
     dtype: Annotated[str, Shapes.MODEL] = "auto"
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: Annotated[str | None, Shapes.RESOURCES] = None

@@ -171,8 +171,11 @@ class Rollouts:
     def _sample(self, names: Sequence[str], step: int) -> list[list[_Scored]]:
         batch = [Prompt(name, self.prompts[name]) for name in names]
         with merged(self.model, self.adapter):
-            decoding = {"batch_rows": self.config.batch_rows, "compile_decoding": self.config.compile_decoding}
-            groups = list(sample(self.loaded, batch, self.sampling, salt=f"step{step}", **decoding))
+            rows, compiled = self.config.batch_rows, self.config.compile_decoding
+            drawn = sample(
+                self.loaded, batch, self.sampling, batch_rows=rows, compile_decoding=compiled, salt=f"step{step}"
+            )
+            groups = list(drawn)
         self.timer.add_tokens("sample", sum(len(rollout.completion_ids) for group in groups for rollout in group))
         scored = []
         for group, rewards in zip(groups, self._rewards(groups), strict=True):

@@ -7,8 +7,6 @@ change its rollouts (up to the last bits of floating point).
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -22,6 +20,7 @@ from neurosig.models.finite import first_not_finite
 from neurosig.models.prefix import pad
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.next_token import next_tokens, seen_tokens, uniforms
 from neurosig.sampling.packed_weights import PackedWeights
 from neurosig.sampling.rollouts import FinishReason, Rollout, completion_text
 from neurosig.sampling.step_graph import StepGraph
@@ -38,8 +37,6 @@ COMPACT_BELOW = 0.75
 """Without waiting questions, finished rows leave the batch once less than this share of the rows is decoding."""
 COMPACT_FIXED_BELOW = 0.5
 """The same for a batch of fixed shapes, whose step has to be captured again afterwards."""
-CPU_ENTRIES = 2**19
-"""Probabilities per block on the CPU: a block and its temporaries fit into the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,6 @@ def sample(
                 yield group
 
 
-@torch.inference_mode()
 def _decode_window(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
@@ -147,21 +143,26 @@ class _Batch:
         self._packed, self._graph = packed, graph
         self._loaded, self._prompts, self._config = loaded, prompts, config
         self._device, shape = loaded.model.device, (len(prompts) * config.num_generations, config.max_new_tokens)
-        uniforms = np.concatenate([_uniforms(prompt.question_id, config, salt) for prompt in prompts])
-        self._uniforms = torch.from_numpy(uniforms).to(self._device)
+        numbers = np.concatenate([uniforms(prompt.question_id, config, salt) for prompt in prompts])
+        self._uniforms = torch.from_numpy(numbers).to(self._device)
         self._tokens = np.zeros(shape, dtype=np.int64)
         self._measures = np.zeros((*shape, 3), dtype=np.float32)
         self._lengths = np.zeros(shape[0], dtype=np.int64)
         self._unfinished = [config.num_generations] * len(prompts)
         self._finished: list[int] = []
-        self._cache: RowCache
-        self._rows = self._begins = np.zeros(0, dtype=np.int64)
-        self._live = np.zeros(0, dtype=np.bool_)
-        self._last = self._next_uniform = self._device_begins = torch.zeros(0, dtype=torch.long)
-        self._begins_changed = False
-        self._seen: Tensor | None = None
         self.decoding = 0
+        # one entry per slot, from `_form` on; ``begins`` is the row's first column in the cache
+        self._cache: RowCache
+        self._rows: Int[np.ndarray, " slots"]
+        self._begins: Int[np.ndarray, " slots"]
+        self._live: Bool[np.ndarray, " slots"]
+        self._last: Int[Tensor, " slots"]
+        self._next_uniform: Int[Tensor, " slots"]
+        self._device_begins: Int[Tensor, " slots"]
+        self._seen: Bool[Tensor, "slots vocab"] | None
+        self._begins_changed = False
 
+    @torch.inference_mode()
     def admit(self, questions: range) -> None:
         """Run these questions' prompts; their rows take free slots, or form the batch if no row is decoding."""
         from neurosig.sampling.kv_cache import RowCache
@@ -186,10 +187,11 @@ class _Batch:
         target = self._on_device(slots)
         self._next_uniform[target] = self._on_device(rows * self._config.max_new_tokens)
         if self._seen is not None:
-            self._seen[target] = _seen_tokens(ids, mask, logits.shape[-1], k)
+            self._seen[target] = seen_tokens(ids, mask, logits.shape[-1], k)
         self.decoding += len(rows)
         self._note(slots, self._draw(logits[owners], target))
 
+    @torch.inference_mode()
     def step(self) -> None:
         """Decode one token of every row."""
         if self._cache.full:
@@ -208,6 +210,7 @@ class _Batch:
         self._cache.end_token()
         self._note(live, drawn)
 
+    @torch.inference_mode()
     def compact(self) -> None:
         """Drop the slots of finished rows if there are many."""
         below = COMPACT_FIXED_BELOW if self._cache.fixed else COMPACT_BELOW
@@ -216,10 +219,8 @@ class _Batch:
             self._rows, self._begins, self._live = self._rows[live], self._begins[live], self._live[live]
             keep = self._on_device(live)
             self._last, self._next_uniform = self._last[keep], self._next_uniform[keep]
-            self._device_begins, self._seen = (
-                self._device_begins[keep],
-                None if self._seen is None else self._seen[keep],
-            )
+            self._device_begins = self._device_begins[keep]
+            self._seen = None if self._seen is None else self._seen[keep]
             self._cache.keep(keep)
 
     def take_finished(self) -> list[list[Rollout]]:
@@ -248,11 +249,7 @@ class _Batch:
     def _on_device(self, values: Int[np.ndarray, " n"]) -> Int[Tensor, " n"]:
         """A copy, made without waiting for what the device computes."""
         copied = torch.from_numpy(values.copy())
-        return (
-            copied.pin_memory().to(self._device, non_blocking=True)
-            if self._device.type == "cuda"
-            else (copied.to(self._device))
-        )
+        return (copied.pin_memory() if self._device.type == "cuda" else copied).to(self._device, non_blocking=True)
 
     def _forward(
         self, cache: RowCache, ids: Int[Tensor, "rows new"], mask: Mask, positions: Int[Tensor, "rows new"]
@@ -281,8 +278,8 @@ class _Batch:
         """Draw one token for each of these slots (None: all): token, log-probability, entropy, self-certainty."""
         index = self._next_uniform if slots is None else self._next_uniform[slots]
         seen = self._seen if slots is None or self._seen is None else self._seen[slots]
-        uniforms = self._uniforms.take(index.clamp_max(self._uniforms.numel() - 1))  # finished rows count on
-        chosen, measures = _next_tokens(logits, uniforms, seen, self._config)
+        drawn = self._uniforms.take(index.clamp_max(self._uniforms.numel() - 1))  # finished rows count on
+        chosen, measures = next_tokens(logits, drawn, seen, self._config)
         if slots is None:
             self._last.copy_(chosen)
             self._next_uniform += 1
@@ -301,7 +298,7 @@ class _Batch:
             values = values[slots]
         rows, tokens = self._rows[slots], values[:, 0].astype(np.int64)
         if not np.isfinite(values).all():
-            self._refuse(rows[~np.isfinite(values).all(axis=-1)][0])
+            self._refuse(int(rows[~np.isfinite(values).all(axis=-1)][0]))
         step = self._lengths[rows]
         self._tokens[rows, step], self._measures[rows, step] = tokens, values[:, 1:]
         self._lengths[rows] += 1
@@ -337,66 +334,3 @@ class _Batch:
             reason: FinishReason = "stop" if ended else "length"
             group.append(Rollout(self._prompts[question].question_id, rollout_id, text, tuple(ids), reason, *means))
         return group
-
-
-def _next_tokens(
-    logits: Float[Tensor, "rows vocab"],
-    uniforms: Float[Tensor, " rows"],
-    seen: Bool[Tensor, "rows vocab"] | None,
-    config: SamplingConfig,
-) -> tuple[Int[Tensor, " rows"], Float[Tensor, "rows 3"]]:
-    """One token per row, with its log-probability, the entropy and the self-certainty at temperature 1, in nats."""
-    at_once = max(1, CPU_ENTRIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    parts = []
-    for start in range(0, len(logits), at_once):
-        block = slice(start, start + at_once)
-        log_p = torch.log_softmax(logits[block].float(), dim=-1)
-        scores = _penalised(logits[block], log_p, None if seen is None else seen[block], config)
-        chosen = _choose(scores, uniforms[block], config)
-        log_p = log_p.clamp_min(-1e4)
-        logprob = log_p.gather(1, chosen[:, None])[:, 0]
-        entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
-        certainty = -log_p.mean(-1) - math.log(log_p.shape[-1])
-        parts.append((chosen, torch.stack([logprob, entropy, certainty], dim=-1)))
-    return torch.cat([chosen for chosen, _ in parts]), torch.cat([measures for _, measures in parts])
-
-
-def _uniforms(question_id: str, config: SamplingConfig, salt: str) -> Float[np.ndarray, "k budget"]:
-    digest = hashlib.sha256(f"{config.seed}\x00{salt}\x00{question_id}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
-    return generator.random((config.num_generations, config.max_new_tokens), dtype=np.float32)
-
-
-def _seen_tokens(ids: Tensor, mask: Tensor, vocab: int, k: int) -> Tensor:
-    seen = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
-    seen.scatter_(1, torch.where(mask.bool(), ids, vocab), True)
-    return seen[:, :vocab].repeat_interleave(k, dim=0)
-
-
-def _penalised(
-    logits: Tensor, log_p: Tensor, seen: Tensor | None, config: SamplingConfig
-) -> Float[Tensor, "rows vocab"]:
-    """Scores to sample from; the repetition penalty (CTRL, arXiv 1909.05858) needs the logits' signs."""
-    if seen is None:
-        return log_p
-    penalty = config.repetition_penalty
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits).float()
-
-
-def _choose(
-    scores: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"], config: SamplingConfig
-) -> Int[Tensor, " rows"]:
-    """Next tokens by inverse CDF: far cheaper than ``torch.multinomial`` and driven by the question's own numbers."""
-    if config.temperature == 0:
-        return scores.argmax(-1)
-    if config.temperature != 1:
-        scores = scores / config.temperature
-    if config.top_k:
-        kth = scores.topk(min(config.top_k, scores.shape[-1]), dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    if config.top_p < 1:
-        ranked, order = scores.sort(dim=-1, descending=True)
-        mass_before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        scores = scores.masked_fill((mass_before >= config.top_p).gather(1, order.argsort(-1)), -torch.inf)
-    cdf = scores.softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(cdf.shape[-1] - 1)
