@@ -19,8 +19,6 @@ BLOCK = 128
 """With fixed shapes, columns are allocated in multiples of this number."""
 GROWTH = 1.5
 """With fixed shapes, a full cache grows by this factor: attention reads every allocated column."""
-OWN_MASKS = ("bloom", "falcon", "mpt")
-"""Model types that derive position biases from the two-dimensional mask and so make the others themselves."""
 
 Mask = Tensor | dict[str, Tensor | None] | None
 """What a model takes as ``attention_mask``; a dict has one mask per kind of layer, None masks nothing."""
@@ -52,7 +50,9 @@ class RowCache(Cache):
                     f"{type(layer).__name__}; sample elsewhere and pass the rollouts as a file"
                 )
         self._layers = [_Layer(getattr(layer, "sliding_window", None)) for layer in layers]
-        self._takes_masks = config.model_type not in OWN_MASKS and str(config._attn_implementation) in ("sdpa", "eager")
+        # Falcon derives position biases (ALiBi) from the two-dimensional mask
+        alibi = bool(getattr(config, "alibi", False))
+        self._takes_masks = not alibi and str(config._attn_implementation) in ("sdpa", "eager")
         self._column: Tensor | None = None
         self.version = next(_versions)
         super().__init__(layers=list(self._layers))

@@ -155,16 +155,11 @@ def per_token(call: Callable[[int], object], device: str) -> Counts:
 
 @torch.inference_mode()
 def own_forward(model: PreTrainedModel, rows: int, prompt: int, tokens: int) -> None:
-    """The model's own forward passes and nothing else: the last token again and again, with padded rows."""
+    """The model's own forward passes and nothing else: the last token again and again, without any padding or mask."""
     ids = torch.full((rows, prompt), 5, device=model.device)
-    mask = torch.ones(rows, prompt + tokens, dtype=torch.long, device=model.device)
-    mask[1::2, 0] = 0
-    cache, end, last = DynamicCache(config=model.config), prompt, ids[:, :1]
-    for new in (ids, *(last for _ in range(tokens - 1))):
-        model(
-            input_ids=new, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )  # fmt: skip
-        end += 1
+    cache = DynamicCache(config=model.config)
+    for new in (ids, *(ids[:, :1] for _ in range(tokens - 1))):
+        model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def ours(loaded: LoadedModel, options: Options, tokens: int, *, compiled: bool) -> int:

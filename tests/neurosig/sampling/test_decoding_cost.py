@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, FalconConfig, FalconForCausalLM
 
 import neurosig.sampling.kv_cache
 from neurosig.models.load import load_model
-from neurosig.sampling.kv_cache import RowCache
+from neurosig.sampling.kv_cache import RowCache, _Layer
 from neurosig.sampling.step_graph import WARM_UP, StepGraph
 from tests.benchmarks.decoding import Options, ours, own_forward, per_token
 from tests.benchmarks.shapes import random_model
@@ -30,21 +30,21 @@ def deep(layers: int) -> Endless:
     return Endless(model, tokenizer, load_model((model, tokenizer)).info)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_token_costs_the_models_own_forward_pass_and_one_wait(compiled: bool) -> None:
-    """Of rows that begin at different columns. Per layer, one operation more than transformers' own cache fails."""
+def test_a_token_costs_the_models_own_forward_pass_and_one_wait() -> None:
+    """Rows begin at different columns, the model's own pass has no padding; three operations more per layer fail."""
     options = Options(rows=16, prompt=8)
-    costs = []
-    for layers in (4, 12):
+    own, plain, compiled = [], [], []
+    for layers in (3, 7):
         model = deep(layers)
-        own = per_token(lambda n, model=model: own_forward(model.model, 16, 8, n), "cpu")
-        cost = per_token(lambda n, model=model: ours(model, options, n, compiled=compiled), "cpu")
-        assert cost.waits <= 1
-        assert cost.intercepted == 0
-        assert cost.aten <= 1.05 * own.aten + DRAWING
-        costs.append((own.aten, cost.aten))
-    (own_few, few), (own_many, many) = costs
-    assert many - few <= 1.05 * (own_many - own_few)
+        own.append(per_token(lambda n, model=model: own_forward(model.model, 16, 8, n), "cpu").aten)
+        for costs, fixed in ((plain, False), (compiled, True)):
+            cost = per_token(lambda n, model=model, fixed=fixed: ours(model, options, n, compiled=fixed), "cpu")
+            assert 0 < cost.waits <= 1
+            assert cost.intercepted == 0
+            assert cost.aten <= 1.05 * own[-1] + DRAWING
+            costs.append(cost.aten)
+    for costs in (plain, compiled):
+        assert costs[1] - costs[0] <= 1.05 * (own[1] - own[0])
 
 
 def ending(arch: Arch | OtherArch) -> Any:
@@ -56,29 +56,26 @@ def ending(arch: Arch | OtherArch) -> Any:
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
-@pytest.mark.parametrize("block", [8, 128])
-def test_fixed_shapes_draw_the_same_tokens(arch: Arch | OtherArch, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In batches that are refilled, shifted, shrunk and, with small blocks, grown."""
+def test_fixed_shapes_draw_the_same_tokens(arch: Arch | OtherArch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches that are refilled, moved in place, grown and shrunk."""
     monkeypatch.setattr(neurosig.sampling.kv_cache, "ROOM", 2)
-    monkeypatch.setattr(neurosig.sampling.kv_cache, "BLOCK", block)
-    seen: dict[str, int] = {"keep": 0, "move": 0, "resize": 0, "put": 0}
-    for owner, name in (
-        (RowCache, "keep"),
-        (RowCache, "put"),
-        *((neurosig.sampling.kv_cache._Layer, n) for n in ("move", "resize")),
-    ):
+    monkeypatch.setattr(neurosig.sampling.kv_cache, "BLOCK", 8)
+    seen = {"keep": 0, "put": 0, "move": 0, "_reallocate": 0}
+    for owner, name in ((RowCache, "keep"), (RowCache, "put"), (_Layer, "move"), (RowCache, "_reallocate")):
         monkeypatch.setattr(owner, name, recorded(getattr(owner, name), seen, name))
     model, todo = ending(arch), prompts((4, 5, 6, 6, 7, 7, 9, 9, 20, 30))
+    happened = dict.fromkeys(seen, 0)
     for changes in ({}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "repetition_penalty": 1.5}):
-        options: dict[str, Any] = {"max_new_tokens": 24, "batch_rows": 12, **changes}
+        options: dict[str, Any] = {"max_new_tokens": 40, "batch_rows": 12, **changes}
         plain = draw(model, todo, **options)
         seen.update(dict.fromkeys(seen, 0))
         fixed = draw(model, todo, compile_decoding=True, **options)
+        happened = {name: happened[name] + seen[name] for name in seen}
         assert tokens(fixed) == tokens(plain)
-        assert min(seen["keep"], seen["put"], seen["resize"], seen["move"]) > 0
         for name, group in plain.items():
             for one, other in zip(group, fixed[name], strict=True):
                 assert one.mean_entropy == pytest.approx(other.mean_entropy, abs=1e-4)
+    assert min(happened.values()) > 0, happened
 
 
 def recorded(method: Any, seen: dict[str, int], name: str) -> Any:
@@ -120,19 +117,17 @@ def test_every_column_beyond_the_rows_is_hidden(arch: Arch | OtherArch) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_models_that_need_the_two_dimensional_mask_are_decoded_without_fixed_shapes() -> None:
-    """Bloom derives its position biases from it."""
-    from transformers import BloomConfig, BloomForCausalLM
-
+def test_a_model_that_needs_the_two_dimensional_mask_is_decoded_without_fixed_shapes() -> None:
+    """Falcon can derive position biases from it."""
     torch.manual_seed(0)
-    bloom = BloomForCausalLM(
-        BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    ).eval()
-    model = load_model((bloom, tiny_tokenizer()))
+    config = FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+    falcon = FalconForCausalLM(config).eval()
+    falcon.generation_config.eos_token_id = EOS_ID
+    model = load_model((falcon, tiny_tokenizer()))
     plain = draw(model, prompts(), temperature=0.0)
     assert tokens(draw(model, prompts(), temperature=0.0, compile_decoding=True)) == tokens(plain)
     for prompt in prompts():
-        row = bloom.generate(torch.tensor([prompt.token_ids]), do_sample=False, max_new_tokens=10, pad_token_id=0)
+        row = falcon.generate(torch.tensor([prompt.token_ids]), do_sample=False, max_new_tokens=10, pad_token_id=0)
         assert plain[prompt.question_id][0].completion_ids == tuple(row[0, len(prompt.token_ids) :].tolist())
 
 
