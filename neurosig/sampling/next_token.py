@@ -50,7 +50,7 @@ def seen_tokens(
 ) -> Bool[Tensor, "rows vocab"]:
     """The tokens of each prompt without its padding, once for each of its K rows."""
     seen = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
-    seen.scatter_(1, torch.where(mask.bool(), ids, vocab), True)
+    seen.scatter_(1, torch.where(mask, ids, vocab), True)
     return seen[:, :vocab].repeat_interleave(k, dim=0)
 
 

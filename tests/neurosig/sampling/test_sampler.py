@@ -284,7 +284,7 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(options: dict[str, Any]) -
 
 
 def test_the_repetition_penalty_is_that_of_transformers() -> None:
-    ids, mask = torch.tensor([[0, 0, 4, 7], [9, 4, 4, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    ids, mask = torch.tensor([[0, 0, 4, 7], [9, 4, 4, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
     seen = seen_tokens(ids, mask, 20, 2)
     ours = penalised(logits, logits.log_softmax(-1), seen, SamplingConfig(repetition_penalty=1.7))
