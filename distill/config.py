@@ -129,6 +129,8 @@ class TrainConfig(SamplerOptions):
     """Most completion tokens per rollout; default: the manifest's."""
     batch_rows: Annotated[int, Shapes.RESOURCES] = 256
     """Rollouts per decoded batch; memory and speed only."""
+    compile_decoding: Annotated[bool, Shapes.RESOURCES] = False
+    """Sample with fixed shapes and replay each step as a CUDA graph, as in neurosig.export."""
     seed: Annotated[int, Shapes.TRAINING] = 0
     """Seed of the question order, the rollouts and the adapter."""
     adapter_dir: Annotated[Path | None, Shapes.PLACE, Section.SERVER] = None

@@ -191,7 +191,8 @@ class StudentSampler:
         done: int,
     ):
         self._loaded, self._model, self._adapter, self._ranks = loaded, model, adapter, ranks
-        self._batch_rows, self._autocast = config.batch_rows, autocast(config, model)
+        self._autocast = autocast(config, model)
+        self._decoding: dict[str, Any] = {"batch_rows": config.batch_rows, "compile_decoding": config.compile_decoding}
         server = config.server(loaded)
         self._served = None if server is None or adapter is None else ServedStudent(config, server, adapter, done)
 
@@ -213,9 +214,8 @@ class StudentSampler:
                 stack.enter_context(ranks.together())
                 stack.enter_context(self._autocast)
                 stack.enter_context(sampling_attention(model))
-                options: dict[str, Any] = {"batch_rows": self._batch_rows, "salt": salt}
-                options["weight_of"] = stack.enter_context(sampling_weights(model, self._adapter))
-                drawn = list(sample(self._loaded, own, sampling, **options))
+                weight_of = stack.enter_context(sampling_weights(model, self._adapter))
+                drawn = list(sample(self._loaded, own, sampling, salt=salt, weight_of=weight_of, **self._decoding))
             groups = [group for part in ranks.gather(drawn) for group in part]
         by_id = {group[0].question_id: group for group in groups}
         return [by_id[prompt.question_id] for prompt in sorted(prompts, key=lambda prompt: len(prompt.token_ids))]

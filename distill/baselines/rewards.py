@@ -176,6 +176,7 @@ class Rollouts:
     def _sample(self, names: Sequence[str], step: int) -> list[list[_Scored]]:
         batch = [Prompt(name, self.prompts[name]) for name in names]
         options: dict[str, Any] = {"batch_rows": self.config.batch_rows, "salt": f"step{step}"}
+        options["compile_decoding"] = self.config.compile_decoding
         with sampling_weights(self.model, self.adapter) as weight_of:
             groups = list(sample(self.loaded, batch, self.sampling, weight_of=weight_of, **options))
         self.timer.add_tokens("sample", sum(len(rollout.completion_ids) for group in groups for rollout in group))

@@ -278,8 +278,9 @@ def _sample(
     from neurosig.sampling.sampler import sample
 
     groups = {}
+    sampling, decoding = config.sampling_config(), config.decoding()
     with timer.phase("sample"):
-        for group in sample(loaded, prompts, config.sampling_config(), batch_rows=config.batch_rows, salt="intervene"):
+        for group in sample(loaded, prompts, sampling, **decoding, salt="intervene"):
             groups[group[0].question_id] = group
             bar.update()
     return groups

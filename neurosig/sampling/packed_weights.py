@@ -32,7 +32,8 @@ class PackedWeights(TorchFunctionMode):
     """Inside its ``with`` block, linear layers multiply by packed copies of the weights that they have now.
 
     Modules and their hooks are unchanged. It costs a second copy of the weights and changes rounding only; it has no
-    effect off the CPU, in dtypes other than float32 or without oneDNN. No gradient flows.
+    effect off the CPU, in dtypes other than float32 or without oneDNN, and intercepts nothing then, as every
+    interception takes time. No gradient flows.
 
     Args:
         modules: Modules whose linear layers are packed.
@@ -49,6 +50,15 @@ class PackedWeights(TorchFunctionMode):
             if isinstance(module, nn.Linear) and packs(module) and id(module.weight) not in self._packed:
                 self._packed[id(module.weight)] = pack(weight_of(module).detach(), rows)
                 self._weights.append(module.weight)
+
+    def __enter__(self) -> PackedWeights:
+        if self._packed:
+            super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._packed:
+            super().__exit__(*raised)
 
     @no_type_check  # run-time checks, as in the tests, would cost more than the operations themselves
     def __torch_function__(

@@ -7,11 +7,9 @@ change its rollouts (up to the last bits of floating point).
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -22,12 +20,14 @@ from neurosig.models.finite import first_not_finite
 from neurosig.models.prefix import pad
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.next_token import next_tokens, seen_tokens, uniforms
 from neurosig.sampling.packed_weights import PackedWeights, WeightOf, own_weight
-from neurosig.sampling.rollouts import Rollout, completion_text
+from neurosig.sampling.rollouts import FinishReason, Rollout, completion_text
+from neurosig.sampling.step_graph import StepGraph
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
-    from neurosig.sampling.kv_cache import RowCache
+    from neurosig.sampling.kv_cache import Mask, RowCache
 
 WINDOW = 4
 """Batches of questions per window, which share one stream of rows; resuming decodes unfinished windows again."""
@@ -35,8 +35,8 @@ REFILL_AT = 0.125
 """Waiting questions enter the batch once this share of its rows has finished."""
 COMPACT_BELOW = 0.75
 """Without waiting questions, finished rows leave the batch once less than this share of the rows is decoding."""
-CPU_ENTRIES = 2**19
-"""Probabilities per block on the CPU: a block and its temporaries fit into the processor's cache."""
+COMPACT_FIXED_BELOW = 0.5
+"""The same for a batch of fixed shapes, whose step has to be captured again afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ def sample(
     config: SamplingConfig,
     *,
     batch_rows: int = 256,
+    compile_decoding: bool = False,
     salt: str = "",
     done: Collection[str] = (),
     weight_of: WeightOf = own_weight,
@@ -64,6 +65,7 @@ def sample(
         prompts: One prompt per question.
         config: The sampling configuration.
         batch_rows: Rollouts per decoded batch; memory and speed only.
+        compile_decoding: Decode with fixed shapes, on CUDA as a captured graph; memory and speed only.
         salt: Mixed into the seed, so that each training step draws other numbers.
         done: Question ids of an earlier, interrupted call, which are not yielded again. The windows are those of that
             call and only windows without a missing question are skipped, so the remaining rollouts are the same to
@@ -88,13 +90,13 @@ def sample(
         return
     rows = min(questions, len(ordered)) * config.num_generations
     packed = PackedWeights(loaded.model.modules(), rows, weight_of)
+    graph = StepGraph(loaded.model.device) if compile_decoding else None
     for window in todo:
-        for group in _decode_window(loaded, window, config, questions, salt, packed):
+        for group in _decode_window(loaded, window, config, questions, salt, packed, graph):
             if group[0].question_id not in done:
                 yield group
 
 
-@torch.inference_mode()
 def _decode_window(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
@@ -102,11 +104,12 @@ def _decode_window(
     questions: int,
     salt: str,
     packed: PackedWeights,
+    graph: StepGraph | None,
 ) -> Iterator[list[Rollout]]:
     """Decode a window with at most ``questions`` questions in the batch; waiting ones replace finished rows."""
     k = config.num_generations
     slots, started = questions * k, 0
-    batch = _Batch(loaded, prompts, config, salt, packed)
+    batch = _Batch(loaded, prompts, config, salt, packed, graph)
     while started < len(prompts) or batch.decoding:
         free = slots - batch.decoding
         if started < len(prompts) and free >= max(k, REFILL_AT * slots):
@@ -124,7 +127,8 @@ class _Batch:
     """A window's rollouts, and the batch slots of the rows that are decoding.
 
     A slot holds row ``question * K + rollout``. After its row finishes it stays in the batch until a new row takes it
-    or `compact` drops it; meanwhile it attends to itself alone and its tokens are ignored.
+    or `compact` drops it; meanwhile it attends to itself alone and its tokens are ignored. The device draws tokens and
+    the host keeps the books, from one small tensor per step: nothing else makes it wait for the device.
 
     Attributes:
         decoding: Number of slots whose row has not finished.
@@ -137,69 +141,89 @@ class _Batch:
         config: SamplingConfig,
         salt: str,
         packed: PackedWeights,
+        graph: StepGraph | None,
     ):
-        self._packed = packed
+        self._packed, self._graph = packed, graph
         self._loaded, self._prompts, self._config = loaded, prompts, config
-        device, shape = loaded.model.device, (len(prompts) * config.num_generations, config.max_new_tokens)
-        uniforms = np.concatenate([_uniforms(prompt.question_id, config, salt) for prompt in prompts])
-        self._uniforms = torch.from_numpy(uniforms).to(device)
-        self._eos = torch.tensor(loaded.eos_token_ids, device=device)
-        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self._measures = torch.zeros(*shape, 3, device=device)
-        self._lengths = torch.zeros(shape[0], dtype=torch.long, device=device)
+        self._device, shape = loaded.model.device, (len(prompts) * config.num_generations, config.max_new_tokens)
+        numbers = np.concatenate([uniforms(prompt.question_id, config, salt) for prompt in prompts])
+        self._uniforms = torch.from_numpy(numbers).to(self._device)
+        self._tokens = np.zeros(shape, dtype=np.int64)
+        self._measures = np.zeros((*shape, 3), dtype=np.float32)
+        self._lengths = np.zeros(shape[0], dtype=np.int64)
         self._unfinished = [config.num_generations] * len(prompts)
         self._finished: list[int] = []
-        self._cache: RowCache
-        self._rows = self._begins = self._last = torch.zeros(0, dtype=torch.long, device=device)
-        self._live = torch.zeros(0, dtype=torch.bool, device=device)
-        self._seen: Tensor | None = None
         self.decoding = 0
+        # one entry per slot, from `_form` on; ``begins`` is the row's first column in the cache
+        self._cache: RowCache
+        self._rows: Int[np.ndarray, " slots"]
+        self._begins: Int[np.ndarray, " slots"]
+        self._live: Bool[np.ndarray, " slots"]
+        self._last: Int[Tensor, " slots"]
+        self._next_uniform: Int[Tensor, " slots"]
+        self._device_begins: Int[Tensor, " slots"]
+        self._seen: Bool[Tensor, "slots vocab"] | None
+        self._begins_changed = False
 
+    @torch.inference_mode()
     def admit(self, questions: range) -> None:
         """Run these questions' prompts; their rows take free slots, or form the batch if no row is decoding."""
         from neurosig.sampling.kv_cache import RowCache
 
-        k, device, penalised = self._config.num_generations, self._live.device, self._config.repetition_penalty != 1
-        ids, mask = pad([self._prompts[q].token_ids for q in questions], side="left", device=device)
+        k = self._config.num_generations
+        ids, mask = pad([self._prompts[q].token_ids for q in questions], side="left", device=self._device)
         cache = RowCache(self._loaded.model.config)
-        logits = self._forward(cache, ids, mask, (mask.long().cumsum(-1) - 1).clamp_min(0))
-        owners = torch.arange(len(questions), device=device).repeat_interleave(k)
-        rows = torch.arange(questions.start * k, questions.stop * k, device=device)
+        logits = self._forward(cache, ids, mask.long(), (mask.long().cumsum(-1) - 1).clamp_min(0))
+        owners = torch.arange(len(questions), device=self._device).repeat_interleave(k)
+        rows = np.arange(questions.start * k, questions.stop * k)
         if self.decoding == 0:
-            cache.keep(owners)
-            self._cache, slots = cache, torch.arange(len(rows), device=device)
-            self._rows, self._begins, self._last = rows, torch.zeros_like(rows), torch.zeros_like(rows)
-            self._live = torch.zeros_like(rows, dtype=torch.bool)
-            self._seen = logits.new_zeros(len(rows), logits.shape[-1], dtype=torch.bool) if penalised else None
+            slots = np.arange(len(rows))
+            self._form(cache, owners, logits.shape[-1])
         else:
-            slots = (~self._live).nonzero()[: len(rows), 0]
+            slots = np.flatnonzero(~self._live)[: len(rows)]
             if (missing := cache.end - self._cache.end) > 0:
                 self._shift(missing)
-            self._cache.put(slots, cache, owners)
-            self._rows[slots] = rows
-        self._begins[slots] = self._cache.end - mask.sum(-1)[owners]
+            self._cache.put(self._on_device(slots), cache, owners)
+        lengths = np.repeat([len(self._prompts[q].token_ids) for q in questions], k)
+        self._rows[slots], self._begins[slots], self._live[slots] = rows, self._cache.end - lengths, True
+        self._begins_changed = True
+        target = self._on_device(slots)
+        self._next_uniform[target] = self._on_device(rows * self._config.max_new_tokens)
         if self._seen is not None:
-            self._seen[slots] = _seen_tokens(ids, mask, logits.shape[-1], k)
+            self._seen[target] = seen_tokens(ids, mask, logits.shape[-1], k)
         self.decoding += len(rows)
-        self._draw(slots, logits[owners])
+        self._note(slots, self._draw(logits[owners], target))
 
+    @torch.inference_mode()
     def step(self) -> None:
         """Decode one token of every row."""
         if self._cache.full:
             self._shift(-int(self._begins[self._live].min()))
-        end = self._cache.end
-        mask = torch.arange(end + 1, device=self._begins.device) >= self._begins[:, None]
-        logits = self._forward(self._cache, self._last[:, None], mask, end - self._begins[:, None])
-        if self.decoding < len(self._live):
-            logits = logits[self._live]
-        self._draw(self._live.nonzero()[:, 0], logits)
+        if self._begins_changed:
+            self._device_begins.copy_(self._on_device(self._begins), non_blocking=True)
+            self._begins_changed = False
+        live = np.flatnonzero(self._live)
+        self._cache.begin_token()
+        if self._graph is not None and self._cache.fixed:
+            drawn = self._graph.run(self._decode, self._cache.version)
+        elif self._device.type == "cpu" and len(live) < len(self._live):
+            drawn = self._decode(self._on_device(live))  # drawing takes longer here than choosing the rows
+        else:
+            drawn = self._decode()
+        self._cache.end_token()
+        self._note(live, drawn)
 
+    @torch.inference_mode()
     def compact(self) -> None:
         """Drop the slots of finished rows if there are many."""
-        if self.decoding < COMPACT_BELOW * len(self._live):
-            keep = self._live.nonzero()[:, 0]
-            self._rows, self._begins, self._last = self._rows[keep], self._begins[keep], self._last[keep]
-            self._live, self._seen = self._live[keep], None if self._seen is None else self._seen[keep]
+        below = COMPACT_FIXED_BELOW if self._cache.fixed else COMPACT_BELOW
+        if self.decoding < below * len(self._live):
+            live = np.flatnonzero(self._live)
+            self._rows, self._begins, self._live = self._rows[live], self._begins[live], self._live[live]
+            keep = self._on_device(live)
+            self._last, self._next_uniform = self._last[keep], self._next_uniform[keep]
+            self._device_begins = self._device_begins[keep]
+            self._seen = None if self._seen is None else self._seen[keep]
             self._cache.keep(keep)
 
     def take_finished(self) -> list[list[Rollout]]:
@@ -207,21 +231,36 @@ class _Batch:
         finished, self._finished = self._finished, []
         return [self._group(question) for question in finished]
 
+    def _form(self, cache: RowCache, owners: Int[Tensor, " rows"], vocabulary: int) -> None:
+        """Start a batch whose rows continue these rows of the cache."""
+        if self._graph is not None:
+            cache.fix()
+        cache.keep(owners)
+        self._cache, rows = cache, len(owners)
+        self._rows, self._begins = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64)
+        self._live = np.zeros(rows, dtype=np.bool_)
+        self._last, self._next_uniform = torch.zeros_like(owners), torch.zeros_like(owners)
+        self._device_begins = torch.zeros_like(owners)
+        penalised = self._config.repetition_penalty != 1
+        self._seen = owners.new_zeros(rows, vocabulary, dtype=torch.bool) if penalised else None
+
     def _shift(self, columns: int) -> None:
         self._cache.shift(columns)
-        self._begins = (self._begins + columns).clamp_min(0)
+        self._begins = (self._begins + columns).clip(min=0)
+        self._begins_changed = True
+
+    def _on_device(self, values: Int[np.ndarray, " n"]) -> Int[Tensor, " n"]:
+        """A copy, made without waiting for what the device computes."""
+        copied = torch.from_numpy(values.copy())
+        return (copied.pin_memory() if self._device.type == "cuda" else copied).to(self._device, non_blocking=True)
 
     def _forward(
-        self,
-        cache: RowCache,
-        ids: Int[Tensor, "rows new"],
-        mask: Bool[Tensor, "rows columns"],
-        positions: Int[Tensor, "rows new"],
+        self, cache: RowCache, ids: Int[Tensor, "rows new"], mask: Mask, positions: Int[Tensor, "rows new"]
     ) -> Float[Tensor, "rows vocab"]:
         with self._packed:
             output = self._loaded.model(
                 input_ids=ids,
-                attention_mask=mask.long(),
+                attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -229,115 +268,72 @@ class _Batch:
             )
         return output.logits[:, -1]
 
-    def _draw(self, slots: Int[Tensor, " slots"], logits: Float[Tensor, "slots vocab"]) -> None:
-        """Draw one token for each of these slots and finish the rows that it ends."""
-        k, budget = self._config.num_generations, self._config.max_new_tokens
-        rows = self._rows[slots]
+    def _decode(self, slots: Int[Tensor, " slots"] | None = None) -> Float[Tensor, "drawn 4"]:
+        """Run all rows' last tokens and draw the next ones of these slots, without waiting for the device."""
+        begins = self._device_begins
+        mask = self._cache.masks(begins, padded=bool(self._begins.any()))
+        logits = self._forward(self._cache, self._last[:, None], mask, self._cache.positions(begins))
+        return self._draw(logits if slots is None else logits[slots], slots)
+
+    def _draw(
+        self, logits: Float[Tensor, "slots vocab"], slots: Int[Tensor, " slots"] | None
+    ) -> Float[Tensor, "slots 4"]:
+        """Draw one token for each of these slots (None: all): token, log-probability, entropy, self-certainty."""
+        index = self._next_uniform if slots is None else self._next_uniform[slots]
+        seen = self._seen if slots is None or self._seen is None else self._seen[slots]
+        drawn = self._uniforms.take(index.clamp_max(self._uniforms.numel() - 1))  # finished rows count on
+        chosen, measures = next_tokens(logits, drawn, seen, self._config)
+        if slots is None:
+            self._last.copy_(chosen)
+            self._next_uniform += 1
+            if seen is not None:
+                seen.scatter_(1, chosen[:, None], True)
+        else:
+            self._last[slots], self._next_uniform[slots] = chosen, index + 1
+            if self._seen is not None:
+                self._seen[slots, chosen] = True
+        return torch.cat([chosen[:, None].float(), measures], dim=1)  # exact: vocabularies are far below 2**24
+
+    def _note(self, slots: Int[np.ndarray, " live"], drawn: Float[Tensor, "drawn 4"]) -> None:
+        """Note the tokens of the live ``slots`` and finish the rows that they end; the one wait for the device."""
+        values = drawn.cpu().numpy()
+        if len(values) > len(slots):
+            values = values[slots]
+        rows, tokens = self._rows[slots], values[:, 0].astype(np.int64)
+        if not np.isfinite(values).all():
+            self._refuse(int(rows[~np.isfinite(values).all(axis=-1)][0]))
         step = self._lengths[rows]
-        seen = None if self._seen is None else self._seen[slots]
-        chosen, measures = _next_tokens(logits, self._uniforms[rows, step], seen, self._config)
-        if not torch.isfinite(measures).all():
-            row = int(rows[~torch.isfinite(measures).all(-1)][0])
-            bad = self._prompts[row // k]
-            where = first_not_finite(self._loaded.model, (*bad.token_ids, *self._tokens[row, : self._lengths[row]]))
-            raise UserError(
-                f"model {self._loaded.info.id}: logits are not finite while sampling question "
-                f'"{bad.question_id}"{where}; get intact weights or another --dtype'
-            )
-        self._tokens[rows, step], self._measures[rows, step] = chosen, measures
+        self._tokens[rows, step], self._measures[rows, step] = tokens, values[:, 1:]
         self._lengths[rows] += 1
-        self._last[slots] = chosen
-        if self._seen is not None:
-            self._seen[slots, chosen] = True
-        ended = torch.isin(chosen, self._eos) | (step == budget - 1)
-        self._live[slots] = ~ended
-        self._begins[slots[ended]] = self._cache.end
-        for question in (rows[ended] // k).tolist():
+        ended = np.isin(tokens, self._loaded.eos_token_ids) | (step == self._config.max_new_tokens - 1)
+        if not ended.any():
+            return
+        self._live[slots[ended]], self._begins[slots[ended]] = False, self._cache.end
+        self._begins_changed = True
+        for question in (rows[ended] // self._config.num_generations).tolist():
             self.decoding -= 1
             self._unfinished[question] -= 1
             if self._unfinished[question] == 0:
                 self._finished.append(question)
 
+    def _refuse(self, row: int) -> NoReturn:
+        bad = self._prompts[row // self._config.num_generations]
+        completion = self._tokens[row, : self._lengths[row]].tolist()
+        where = first_not_finite(self._loaded.model, (*bad.token_ids, *completion))
+        raise UserError(
+            f"model {self._loaded.info.id}: logits are not finite while sampling question "
+            f'"{bad.question_id}"{where}; get intact weights or another --dtype'
+        )
+
     def _group(self, question: int) -> list[Rollout]:
         k = self._config.num_generations
-        rows = slice(question * k, (question + 1) * k)
         group = []
-        for rollout_id, (ids, measures, length) in enumerate(
-            zip(self._tokens[rows].tolist(), self._measures[rows], self._lengths[rows].tolist(), strict=True)
-        ):
-            ended = ids[length - 1] in self._loaded.eos_token_ids
-            text = completion_text(self._loaded.tokenizer, ids[: length - 1 if ended else length])
-            group.append(
-                Rollout(
-                    self._prompts[question].question_id,
-                    rollout_id,
-                    text,
-                    tuple(ids[:length]),
-                    "stop" if ended else "length",
-                    *measures[:length].mean(dim=0).tolist(),
-                )
-            )
+        for rollout_id, row in enumerate(range(question * k, (question + 1) * k)):
+            length = int(self._lengths[row])
+            ids = self._tokens[row, :length].tolist()
+            ended = ids[-1] in self._loaded.eos_token_ids
+            text = completion_text(self._loaded.tokenizer, ids[:-1] if ended else ids)
+            means = torch.from_numpy(self._measures[row, :length]).mean(dim=0).tolist()
+            reason: FinishReason = "stop" if ended else "length"
+            group.append(Rollout(self._prompts[question].question_id, rollout_id, text, tuple(ids), reason, *means))
         return group
-
-
-def _next_tokens(
-    logits: Float[Tensor, "rows vocab"],
-    uniforms: Float[Tensor, " rows"],
-    seen: Bool[Tensor, "rows vocab"] | None,
-    config: SamplingConfig,
-) -> tuple[Int[Tensor, " rows"], Float[Tensor, "rows 3"]]:
-    """One token per row, with its log-probability, the entropy and the self-certainty at temperature 1, in nats."""
-    at_once = max(1, CPU_ENTRIES // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    parts = []
-    for start in range(0, len(logits), at_once):
-        block = slice(start, start + at_once)
-        log_p = torch.log_softmax(logits[block].float(), dim=-1)
-        scores = _penalised(logits[block], log_p, None if seen is None else seen[block], config)
-        chosen = _choose(scores, uniforms[block], config)
-        log_p = log_p.clamp_min(-1e4)
-        logprob = log_p.gather(1, chosen[:, None])[:, 0]
-        entropy = -torch.linalg.vecdot(log_p.exp(), log_p)
-        certainty = -log_p.mean(-1) - math.log(log_p.shape[-1])
-        parts.append((chosen, torch.stack([logprob, entropy, certainty], dim=-1)))
-    return torch.cat([chosen for chosen, _ in parts]), torch.cat([measures for _, measures in parts])
-
-
-def _uniforms(question_id: str, config: SamplingConfig, salt: str) -> Float[np.ndarray, "k budget"]:
-    digest = hashlib.sha256(f"{config.seed}\x00{salt}\x00{question_id}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))
-    return generator.random((config.num_generations, config.max_new_tokens), dtype=np.float32)
-
-
-def _seen_tokens(ids: Tensor, mask: Tensor, vocab: int, k: int) -> Tensor:
-    seen = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
-    seen.scatter_(1, torch.where(mask.bool(), ids, vocab), True)
-    return seen[:, :vocab].repeat_interleave(k, dim=0)
-
-
-def _penalised(
-    logits: Tensor, log_p: Tensor, seen: Tensor | None, config: SamplingConfig
-) -> Float[Tensor, "rows vocab"]:
-    """Scores to sample from; the repetition penalty (CTRL, arXiv 1909.05858) needs the logits' signs."""
-    if seen is None:
-        return log_p
-    penalty = config.repetition_penalty
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits).float()
-
-
-def _choose(
-    scores: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"], config: SamplingConfig
-) -> Int[Tensor, " rows"]:
-    """Next tokens by inverse CDF: far cheaper than ``torch.multinomial`` and driven by the question's own numbers."""
-    if config.temperature == 0:
-        return scores.argmax(-1)
-    if config.temperature != 1:
-        scores = scores / config.temperature
-    if config.top_k:
-        kth = scores.topk(min(config.top_k, scores.shape[-1]), dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
-    if config.top_p < 1:
-        ranked, order = scores.sort(dim=-1, descending=True)
-        mass_before = ranked.softmax(-1).cumsum(-1) - ranked.softmax(-1)
-        scores = scores.masked_fill((mass_before >= config.top_p).gather(1, order.argsort(-1)), -torch.inf)
-    cdf = scores.softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp_max(cdf.shape[-1] - 1)

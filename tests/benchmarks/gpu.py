@@ -166,12 +166,14 @@ def _sampling(loaded: LoadedModel, options: Options) -> Iterator[tuple[str, floa
     config = SamplingConfig(num_generations=options.k, temperature=1.0, max_new_tokens=options.tokens)
     lengths: list[int] = []
 
-    def run() -> None:
-        lengths[:] = [len(r.completion_ids) for group in sample(endless, prompts, config) for r in group]
+    def run(*, compiled: bool = False) -> None:
+        groups = sample(endless, prompts, config, compile_decoding=compiled)
+        lengths[:] = [len(r.completion_ids) for group in groups for r in group]
 
-    seconds = _best(run)
     rows = len(prompts) * options.k
+    seconds, compiled_seconds = _best(run), _best(lambda: run(compiled=True))
     yield f"sampling, {rows} rows (tokens/s)", sum(lengths) / seconds
+    yield f"sampling, compiled, {rows} rows (tokens/s)", sum(lengths) / compiled_seconds
     ids = torch.tensor([prompt.token_ids for prompt in prompts], device=loaded.model.device)
 
     def generate() -> None:

@@ -24,7 +24,7 @@ def prompts(lengths: tuple[int, ...] = (5, 12, 9, 12, 3)) -> list[Prompt]:
 
 def draw(model: LoadedModel, prompts: list[Prompt], **options: Any) -> dict[str, list[Rollout]]:
     """The rollouts of each question id."""
-    extra = {key: options.pop(key) for key in ("batch_rows", "salt", "done") if key in options}
+    extra = {key: options.pop(key) for key in ("batch_rows", "compile_decoding", "salt", "done") if key in options}
     config = SamplingConfig(**{"num_generations": 4, "temperature": 1.0, "max_new_tokens": 10, **options})
     return {group[0].question_id: group for group in sample(model, prompts, config, **extra)}
 

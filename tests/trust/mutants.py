@@ -46,7 +46,7 @@ NUMBERS, GRADING, VOTE, METRICS, STATISTICS, RESAMPLING = (
 CONTRIBUTIONS, REDUCTION, SAMPLING = (
     "neurosig/neurons/contributions.py",
     "neurosig/neurons/reduction.py",
-    "neurosig/sampling/sampler.py",
+    "neurosig/sampling/next_token.py",
 )
 ROLLOUTS, BATCHING, TASKS, TEACHER = (
     "neurosig/sampling/rollouts.py",

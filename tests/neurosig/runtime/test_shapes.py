@@ -49,6 +49,7 @@ def test_marks_decide_reuse_resume_and_records() -> None:
     unrecorded = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     assert {*unrecorded} == {
         *("preset", "config", "out", "reuse", "resume", "overwrite", "batch_rows", "batch_tokens", "device"),
+        "compile_decoding",
         *server,
     }
     shaping = {*option_names(ExportConfig, Shapes.ROLLOUTS, Shapes.TRACES)}
@@ -61,6 +62,7 @@ def test_marks_decide_reuse_resume_and_records() -> None:
     }
     assert {*option_names(TrainConfig, Shapes.RESOURCES)} == {
         *("micro_batch_size", "batch_rows", "device", "attn_implementation", "gradient_checkpointing", "compile"),
+        "compile_decoding",
     }
     assert {"teacher", "divergence", "replay", "sampler", "base_url"} < {
         *option_names(TrainConfig, Shapes.DISTILLATION)

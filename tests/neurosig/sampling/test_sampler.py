@@ -19,8 +19,9 @@ from neurosig.questions.load import Question
 from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
+from neurosig.sampling.next_token import choose, penalised, seen_tokens
 from neurosig.sampling.rollouts import Rollout
-from neurosig.sampling.sampler import Prompt, _choose, _penalised, _seen_tokens, sample
+from neurosig.sampling.sampler import Prompt, sample
 from tests.support.tiny import ALL_ARCHS, ARCHS, EOS_ID, VOCAB_SIZE, Arch, OtherArch, tiny_model, tiny_tokenizer
 
 LENGTHS = (5, 12, 9, 12, 3)
@@ -48,7 +49,7 @@ def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[Prompt]:
 
 
 def draw(model: LoadedModel, todo: list[Prompt], **options: Any) -> dict[str, list[Rollout]]:
-    extra = {key: options.pop(key) for key in ("batch_rows", "salt", "done") if key in options}
+    extra = {key: options.pop(key) for key in ("batch_rows", "compile_decoding", "salt", "done") if key in options}
     config = SamplingConfig(**{"num_generations": 4, "temperature": 1.0, "max_new_tokens": 10, **options})
     return {group[0].question_id: group for group in sample(model, todo, config, **extra)}
 
@@ -277,16 +278,16 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(options: dict[str, Any]) -
     if "top_p" in options:
         kept = TopPLogitsWarper(options["top_p"])(None, kept)
     uniform = (torch.arange(20_000) + 0.5) / 20_000
-    chosen = _choose(scores.expand(20_000, -1), uniform, SamplingConfig(temperature=1.0, **options))
+    chosen = choose(scores.expand(20_000, -1), uniform, SamplingConfig(temperature=1.0, **options))
     share = chosen.bincount(minlength=50) / 20_000
     torch.testing.assert_close(share, kept.softmax(-1)[0], atol=2e-4, rtol=0)
 
 
 def test_the_repetition_penalty_is_that_of_transformers() -> None:
-    ids, mask = torch.tensor([[0, 0, 4, 7], [9, 4, 4, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    ids, mask = torch.tensor([[0, 0, 4, 7], [9, 4, 4, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
-    seen = _seen_tokens(ids, mask, 20, 2)
-    ours = _penalised(logits, logits.log_softmax(-1), seen, SamplingConfig(repetition_penalty=1.7))
+    seen = seen_tokens(ids, mask, 20, 2)
+    ours = penalised(logits, logits.log_softmax(-1), seen, SamplingConfig(repetition_penalty=1.7))
     penalty = RepetitionPenaltyLogitsProcessor(1.7)
     for row, ids in enumerate(([4, 7], [4, 7], [9, 4, 4, 8], [9, 4, 4, 8])):
         torch.testing.assert_close(ours[row], penalty(torch.tensor([ids]), logits[[row]])[0])
