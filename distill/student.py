@@ -38,6 +38,8 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
         UserError: See `neurosig.models.adapter.lora_targets`.
     """
     model = loaded.model
+    if model.device.type == "cuda" and _product_dtype(config, model).itemsize < 4:
+        torch.set_float32_matmul_precision("high")  # TF32 where LoRA's factors or master weights are float32
     if config.full:
         model.requires_grad_(True)
         model.get_input_embeddings().requires_grad_(False)
@@ -118,10 +120,13 @@ def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def autocast(config: TrainConfig, model: PreTrainedModel) -> contextlib.AbstractContextManager[Any]:
     """Under ``--full`` the weights are float32 masters, whose products are computed in ``--dtype``."""
-    kind = model.device.type
-    auto = torch.float32 if kind == "cpu" else torch.bfloat16
-    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
-    return torch.autocast(kind, dtype=dtype, enabled=config.full and dtype.itemsize < 4)
+    dtype = _product_dtype(config, model)
+    return torch.autocast(model.device.type, dtype=dtype, enabled=config.full and dtype.itemsize < 4)
+
+
+def _product_dtype(config: TrainConfig, model: PreTrainedModel) -> torch.dtype:
+    auto = torch.float32 if model.device.type == "cpu" else torch.bfloat16
+    return auto if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 class TrainingForward:

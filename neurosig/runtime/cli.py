@@ -52,7 +52,7 @@ from neurosig.runtime.shapes import Shapes, check_config, option_names
 log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
-OUT_OF_MEMORY = "out of memory: {}; lower the batch size or the token limit, then run again"
+OUT_OF_MEMORY = "out of memory: {}; lower the batch size (--batch-rows, in training --micro-batch-size), then {}"
 TIMED = ("seconds_", "tokens_per_second_", "peak_memory_gb")
 """How the names of `untimed` metrics begin."""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -283,7 +283,8 @@ def _explain(fault: BaseException, *, can_resume: bool) -> tuple[int, str]:
     if isinstance(fault, ModuleNotFoundError) and (advice := absent((fault.name or "").partition(".")[0])):
         return EXIT_USER, f"error: {advice}"
     if _is_out_of_memory(fault):
-        return EXIT_USER, "error: " + OUT_OF_MEMORY.format(text or type(fault).__name__)
+        how = "continue with --resume" if can_resume else "run again"
+        return EXIT_USER, "error: " + OUT_OF_MEMORY.format(text or type(fault).__name__, how)
     if isinstance(fault, OSError):
         return EXIT_USER, f"error: {printable(os_text(fault, named=True))}"
     if type(fault).__name__ == "SafetensorError" and "os error 28" in text:  # its full disk is no OSError

@@ -3,7 +3,9 @@
     make bench-gpu
 
 bfloat16, no download. Every number is printed and written to a CSV with the device's name, the measured peak next to
-the README's memory arithmetic (`memory`). Without a GPU a message says so and nothing is measured.
+the README's memory arithmetic (`memory`). Without a GPU a message says so and nothing is measured; with TEST_DEVICE=cpu
+a tiny shape is, to try the script. Beyond torch and transformers it needs accelerate, datasets, einops, jaxtyping,
+nnsight, pandas, peft, pydantic, pytest, scikit-learn, trl and tyro.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import csv
 import gc
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,14 +35,16 @@ from tests.benchmarks.shapes import random_model
 from tests.benchmarks.training_step import Endless, Step, distillation, now, ours, sdft
 from tests.support.tiny import tiny_tokenizer
 
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")
+
 
 @dataclass(kw_only=True)
 class Options:
     """Sizes of the measurements; the defaults are those of the committed CSV."""
 
-    shapes: tuple[str, ...] = ("qwen3-0.6b", "qwen3-4b")
+    shapes: tuple[str, ...] = ("tiny",) if DEVICE == "cpu" else ("qwen3-0.6b", "qwen3-4b")
     """Model shapes: tiny, qwen3-0.6b, qwen3-4b."""
-    device: str = "cuda"
+    device: str = DEVICE
     """Device; cpu is for trying the script."""
     questions: int = 4
     """Questions per step."""

@@ -275,7 +275,7 @@ def test_out_of_memory_is_one_sentence_and_keeps_the_state(world: Path, tmp_path
 
     code, stderr = code_of("export", configured("export", world, tmp_path / "out"), starve)
     assert code == 2, stderr
-    assert "out of memory" in error_line(stderr) and "lower the batch size or the token limit" in stderr
+    assert "out of memory" in error_line(stderr) and "then continue with --resume" in stderr
     assert len((tmp_path / "out" / ".work" / "rollouts.log").read_text().splitlines()) == 1 + 2
     neurosig.export.main(configured("export", world, tmp_path / "out", resume=True))
     assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "straight")

@@ -142,7 +142,11 @@ def test_the_help_page_lists_required_options_first_and_presets_last(capsys: pyt
         (UserError("the file is gone"), 2, "error: the file is gone\n"),
         (KeyboardInterrupt(), 130, "interrupted; rerun with --resume\n"),
         (OSError(errno.ENOSPC, "No space left on device", "out/x"), 2, "error: out/x: No space left on device\n"),
-        (MemoryError("no"), 2, "error: out of memory: no; lower the batch size or the token limit, then run again\n"),
+        (
+            MemoryError("no"),
+            2,
+            "error: out of memory: no; lower the batch size (--batch-rows, in training --micro-batch-size), then run again\n",
+        ),
         (ZeroDivisionError("oh"), 1, "error: internal: ZeroDivisionError: oh (rerun with --debug for the traceback)\n"),
         (UserError("two\nlines \x1b[31m"), 2, "error: two lines \\x1b[31m\n"),
     ],
