@@ -71,7 +71,7 @@ def change(manifest: Path, **options: Any) -> tuple[float, float]:
     config = TrainConfig(manifest=manifest, out=manifest, keep_truncated=True, quiet=True, **options)
     contents = read_manifest(manifest)
     loaded = load_student(config, contents, None)
-    sampling = sampling_config(replace(config, num_generations=4), contents)
+    sampling = sampling_config(replace(config, num_generations=2), contents)
     tasks = {task.id: task for task in manifest_tasks(contents, loaded, max_new_tokens=sampling.max_new_tokens)}
     tasks = dict(list(tasks.items())[:QUESTIONS])
     torch.manual_seed(config.seed)
@@ -95,13 +95,13 @@ def change(manifest: Path, **options: Any) -> tuple[float, float]:
 def test_the_divergence_falls_by_half(tiny: Path, divergence: str, clip: str, mean: str, teacher: str) -> None:
     options = {"divergence": divergence, "clip": clip, "loss_mean": mean, "teacher": teacher, "learning_rate": 5e-3}
     before, after = change(tiny, **options)
-    assert before > 0.01 and after < before / 2
+    assert before > 0.005 and after < before / 2
 
 
 @pytest.mark.parametrize(("divergence", "clip"), LOSSES)
 def test_the_divergence_falls_by_half_on_the_organism(organism: Path, divergence: str, clip: str) -> None:
     before, after = change(organism, divergence=divergence, clip=clip, learning_rate=1e-3)
-    assert before > 0.01 and after < before / 2
+    assert before > 0.005 and after < before / 2
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -109,4 +109,4 @@ def test_a_preset_lowers_the_divergence(organism: Path, preset: str) -> None:
     """Its loss, teacher and adapter, at the organism's learning rate: larger models need smaller ones."""
     options = {**PRESETS[preset], "learning_rate": PRESETS["organism"]["learning_rate"]}
     before, after = change(organism, **options)
-    assert before > 0.01 and after < before / 2
+    assert before > 0.005 and after < before / 2

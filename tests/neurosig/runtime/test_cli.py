@@ -145,7 +145,8 @@ def test_the_help_page_lists_required_options_first_and_presets_last(capsys: pyt
         (
             MemoryError("no"),
             2,
-            "error: out of memory: no; lower the batch size (--batch-rows, in training --micro-batch-size), then run again\n",
+            "error: out of memory: no; lower the batch size (--batch-rows, in training --micro-batch-size), "
+            "then continue with --resume\n",
         ),
         (ZeroDivisionError("oh"), 1, "error: internal: ZeroDivisionError: oh (rerun with --debug for the traceback)\n"),
         (UserError("two\nlines \x1b[31m"), 2, "error: two lines \\x1b[31m\n"),
