@@ -86,6 +86,7 @@ trust: setup ## faults, kills, mutants, fuzzing and fresh installs at full lengt
 	$(RUN) tests.trust.fuzz questions --seconds 300
 	$(RUN) tests.trust.fuzz manifest --seconds 300
 	TORCH="$(TORCH)" $(RUN) tests.trust.installs
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) -m slow
 	TEST_DEVICE=cpu $(RUN) pytest -m gpu -o addopts=--strict-markers -q tests/promises/test_gpu.py
 
 lint: setup ## ruff, mypy and the import contracts

@@ -98,6 +98,7 @@ def test_the_divergence_falls_by_half(tiny: Path, divergence: str, clip: str, me
     assert before > 0.005 and after < before / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("divergence", "clip"), LOSSES)
 def test_the_divergence_falls_by_half_on_the_organism(organism: Path, divergence: str, clip: str) -> None:
     before, after = change(organism, divergence=divergence, clip=clip, learning_rate=1e-3)
