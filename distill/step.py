@@ -153,11 +153,15 @@ def _update(config: TrainConfig, teacher: Teacher, optimizer: torch.optim.Optimi
 
 
 def _micro_batches(config: TrainConfig, rows: Sequence[_Row], ranks: Ranks) -> Iterator[Sequence[_Row]]:
-    """This rank's rows: all rollouts of a question are on one rank."""
+    """This rank's rows, questions with short rollouts first, so that little is padding; a question is on one rank."""
     owners = {
         question: index % ranks.world for index, question in enumerate(dict.fromkeys(row.task.id for row in rows))
     }
     own = [row for row in rows if owners[row.task.id] == ranks.rank]
+    longest: dict[str, int] = {}
+    for row in own:
+        longest[row.task.id] = max(longest.get(row.task.id, 0), len(row.rollout.completion_ids))
+    own.sort(key=lambda row: longest[row.task.id])
     n = len(own)
     if ranks.sharded and rows:  # all ranks run as many batches as the one with the most rows
         most = math.ceil(max(Counter(owners[row.task.id] for row in rows).values()) / config.micro_batch_size)

@@ -146,3 +146,22 @@ def test_flash_attention_gives_way_while_sampling() -> None:
         with sampling_attention(model):
             assert model.config._attn_implementation == "sdpa"
         assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_micro_batches_hold_rollouts_of_like_length() -> None:
+    """Long and short rollouts in turn, in micro-batches of 2: only the pair of a long and a short one is padded."""
+    tasks = [Task(str(n), (5, 6, 7), (9, 5, 6, 7)) for n in range(6)]
+    lengths = [3, 11, 3, 11, 3, 11]
+    pairs = [
+        (task, Rollout(task.id, 0, "", (*range(20, 20 + n), 2), "stop", -1.0))
+        for task, n in zip(tasks, lengths, strict=True)
+    ]
+    model, widths = tiny_model("qwen3"), []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, __, inputs: widths.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    config = TrainConfig(manifest=Path(), out=Path(), micro_batch_size=2)
+    learn(config, model, Teacher("live", model, None), torch.optim.SGD(model.parameters(), lr=0.0), pairs)
+    hook.remove()
+    prompts = 3 * (3 + 4)  # student's and teacher's, once per micro-batch
+    assert sum(widths) - prompts == 2 * (2 * 3 + 2 * 11 + 2 * 11)
