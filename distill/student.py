@@ -100,8 +100,13 @@ def sampling_weights(model: PreTrainedModel, adapter: PeftModel | None) -> Itera
     if adapter is None or not all(map(packs, merge)):
         yield own_weight
         return
+    factors = {module for name, module in model.named_modules() if ".lora_" in name}
+
+    def effective(linear: nn.Linear) -> Tensor | None:
+        return None if linear in factors else merge.get(linear, own_weight)(linear)
+
     with adapter.disable_adapter(), torch.no_grad():
-        yield lambda linear: merge.get(linear, own_weight)(linear)
+        yield effective
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-WeightOf = Callable[[nn.Linear], Tensor]
-"""Gives the weight by which a linear layer is to multiply."""
+WeightOf = Callable[[nn.Linear], Tensor | None]
+"""Gives the weight by which a linear layer is to multiply; None for one that is not used."""
 
 
 def own_weight(linear: nn.Linear) -> Tensor:
@@ -43,13 +43,17 @@ class PackedWeights(TorchFunctionMode):
 
     def __init__(self, modules: Iterable[nn.Module], rows: int, weight_of: WeightOf = own_weight):
         super().__init__()
-        pack: Any = torch.ops.mkldnn._reorder_linear_weight  # used by torch.compile's freezing; no public name
         self._packed: dict[int, Tensor] = {}
         self._weights: list[Tensor] = []  # keeps them alive, so that no other tensor gets one of their ids
         for module in modules:
             if isinstance(module, nn.Linear) and packs(module) and id(module.weight) not in self._packed:
-                self._packed[id(module.weight)] = pack(weight_of(module).detach(), rows)
-                self._weights.append(module.weight)
+                self._pack(module.weight, weight_of(module), rows)
+
+    def _pack(self, own: Tensor, weight: Tensor | None, rows: int) -> None:
+        pack: Any = torch.ops.mkldnn._reorder_linear_weight  # used by torch.compile's freezing; no public name
+        if weight is not None:
+            self._packed[id(own)] = pack(weight.detach(), rows)
+            self._weights.append(own)
 
     def __enter__(self) -> PackedWeights:
         if self._packed:

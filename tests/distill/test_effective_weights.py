@@ -76,10 +76,10 @@ def test_packing_merges_one_layer_at_a_time(tmp_path: Path) -> None:
     merged: list[weakref.ref[Tensor]] = []
     with sampling_weights(loaded.model, adapter) as weight_of:
 
-        def watched(linear: torch.nn.Linear) -> Tensor:
+        def watched(linear: torch.nn.Linear) -> Tensor | None:
             assert not any(reference() is not None for reference in merged)
             weight = weight_of(linear)
-            if weight is not linear.weight:
+            if weight is not None and weight is not linear.weight:
                 merged.append(weakref.ref(weight))
             return weight
 
@@ -87,6 +87,7 @@ def test_packing_merges_one_layer_at_a_time(tmp_path: Path) -> None:
         with torch.no_grad(), packed:
             inside = loaded.model(IDS).logits
     assert len(merged) == len(dict(effective_weights(loaded.model, adapter))) > 0
+    assert len(packed._packed) == len(merged) + 1  # and the head
     with torch.no_grad():
         torch.testing.assert_close(inside, loaded.model(IDS).logits, rtol=1e-4, atol=1e-4)
 
