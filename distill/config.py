@@ -216,9 +216,16 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": {
         **{"steps": 100, "questions_per_step": 32, "num_generations": 1, "micro_batch_size": 4, "save_steps": 25},
-        **{"learning_rate": 5e-6, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128},
+        **{"learning_rate": 2e-5, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128},
     },
 }
+
+BASIS: Mapping[str, str] = {
+    "qwen3-4b": "not run at full size; public recipes have learning rates of 2.5e-6 (reverse KL) to 2e-4 (JSD); with "
+    "this loss and adapter in bfloat16, 40 steps changed the model organism's divergence by -5% at 5e-6, -26% at 2e-5, "
+    "-71% at 1e-4 and +245% at 1e-3",
+}
+"""What the numbers of a preset rest on; printed before training."""
 
 
 def check_options(config: TrainConfig) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.config import BASELINES, PRESETS, TrainConfig, check_options, resume_key
+from distill.config import BASELINES, BASIS, PRESETS, TrainConfig, check_options, resume_key
 from distill.metrics_log import METRICS, MetricsLog, check_finite
 from distill.output import write_final
 from neurosig.models.trained import RECORD
@@ -47,6 +47,8 @@ def main(config: TrainConfig) -> None:
     with ranks.together():
         check_options(config)
         ranks.check(config)
+        if basis := BASIS.get(config.preset or ""):
+            logger.info("preset %s: %s", config.preset, basis)
     owned = [METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served"]
     owned += ["rollouts", "tensorboard", "wandb"]
     with contextlib.ExitStack() as stack:

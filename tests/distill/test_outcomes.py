@@ -27,6 +27,7 @@ from neurosig.models.load import LoadedModel
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import make_manifest
 from tests.support.parsers import UNCUT
+from tests.support.processes import run_training, train_arguments
 
 LOSSES = [
     *itertools.product(("forward_kl", "reverse_kl", "jsd"), ("none", "token", "entry")),
@@ -103,6 +104,11 @@ def test_the_divergence_falls_by_half(tiny: Path, divergence: str, clip: str, me
 def test_the_divergence_falls_by_half_on_the_organism(organism: Path, divergence: str, clip: str) -> None:
     before, after = change(organism, divergence=divergence, clip=clip, learning_rate=1e-3)
     assert before > 0.005 and after < before / 2
+
+
+def test_a_preset_says_what_it_rests_on(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_training(train_arguments(tiny, tmp_path / "run", preset="qwen3-4b", steps=1)) == 0
+    assert "preset qwen3-4b: not run at full size; public recipes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", PRESETS)
