@@ -23,7 +23,6 @@ GROWTH = 1.5
 Mask = Tensor | dict[str, Tensor | None] | None
 """What a model takes as ``attention_mask``; a dict has one mask per kind of layer, None masks nothing."""
 
-
 _versions = itertools.count()
 
 
@@ -172,9 +171,8 @@ class _Layer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.end = 0
         self.column: Tensor | None = None
-        self._free: list[
-            tuple[Tensor, Tensor]
-        ] = []  # views of the free columns, the next one last: cheaper than slices
+        # views of the free columns, the next one last: cheaper than a slice at each token
+        self._free: list[tuple[Tensor, Tensor]] = []
 
     @property
     def capacity(self) -> int:
