@@ -96,3 +96,19 @@ def test_nothing_is_uploaded_unless_asked_and_a_failed_upload_loses_nothing(
         main(config(manifest, tmp_path / "pushed", push_to_hub="me/it"))
     assert f"`hf upload me/it {tmp_path / 'pushed' / 'adapter'}`" in str(failure.value)
     assert (tmp_path / "pushed" / "train.json").is_file()
+
+
+@pytest.mark.parametrize(("full", "dtype"), [(False, "bfloat16"), (False, "float32"), (True, "float32")])
+def test_the_card_loads_the_weights_in_the_dtype_of_the_run(
+    tmp_path: Path, manifest: Path, full: bool, dtype: str
+) -> None:
+    """Its code, with the folder filled in, gives the trained model; half precision comes with a word on merging."""
+    main(config(manifest, tmp_path / "run", full=full, dtype="bfloat16" if full else dtype))
+    folder = tmp_path / "run" / ("model" if full else "adapter")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    place: dict[str, Any] = {"FOLDER": str(folder)}
+    exec(code, place)
+    base = place["model"] if full else place["model"].get_base_model()
+    assert str(base.dtype) == f"torch.{dtype}"
+    assert ("would be rounded away" in card) == (dtype == "bfloat16")
