@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 from neurosig.report.html import visible
 from neurosig.runtime.cli import printable
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.extras import check_installed
+from neurosig.runtime.extras import absent
 
 TEMPLATE = "views.html.jinja"
 LONGEST = 2000
@@ -90,9 +90,10 @@ class Choice(View):
         Raises:
             UserError: ipywidgets is not installed.
         """
-        check_installed("a slider", "ipywidgets")
-        import ipywidgets
-
+        try:
+            import ipywidgets
+        except ImportError as error:
+            raise UserError(f"a slider: {absent('ipywidgets')}") from error
         options = [(short(label, 90), label) for label in self.views]
         style: dict[str, Any] = {"options": options, "value": self.first, "description": short(self.name, 20)}
         wide = ipywidgets.Layout(width="min(100%, 44rem)")

@@ -72,7 +72,8 @@ def change(manifest: Path, **options: Any) -> tuple[float, float]:
     config = TrainConfig(manifest=manifest, out=manifest, keep_truncated=True, quiet=True, **options)
     contents = read_manifest(manifest)
     loaded = load_student(config, contents, None)
-    sampling = sampling_config(replace(config, num_generations=2), contents)
+    few = loaded.info.id == "organism"
+    sampling = sampling_config(replace(config, num_generations=2 if few else 4), contents)
     tasks = {task.id: task for task in manifest_tasks(contents, loaded, max_new_tokens=sampling.max_new_tokens)}
     tasks = dict(list(tasks.items())[:QUESTIONS])
     torch.manual_seed(config.seed)

@@ -31,6 +31,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tests.support.flow import export_config, save_tiny, write_questions
+from tests.support.runs import result_bytes
 
 END = "end"
 
@@ -158,13 +159,13 @@ def undisturbed(job: Job) -> Straight:
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the files of a run without logs, checkpoints, command line and machine."""
+    """Name -> content of the files of a run without logs, checkpoints, command line, machine and times."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if not path.is_file() or "checkpoints/" in name or path.name in ("log.txt", "run.json"):
             continue
-        data = path.read_bytes()
+        data = result_bytes(path)
         if path.name in ("train.json", "summary.json"):
             record = json.loads(data)
             record["config"].pop("resume", None)

@@ -58,14 +58,14 @@ DENSE = "value_and_gradient_equal_dense or two_entries"
 
 MUTANTS = (
     # the divergence
-    Mutant("forward KL the other way round", LOSSES, "Terms((log_t - log_s).mul_(t), s - t, -1)", "Terms((log_s - log_t).mul_(s), s - t, -1)", "distill/test_losses.py", DENSE),
+    Mutant("forward KL the other way round", LOSSES, "Terms((log_t - log_s).mul_(t), s - t, 1)", "Terms((log_s - log_t).mul_(s), s - t, 1)", "distill/test_losses.py", DENSE),
     Mutant("teacher and student swapped", LOSSES, "log_s, log_t = _log_softmax(logits, options), _log_softmax(teacher_logits, options)", "log_t, log_s = _log_softmax(logits, options), _log_softmax(teacher_logits, options)", "distill/test_losses.py", DENSE),
     Mutant("logarithms to the base 2", LOSSES, "return torch.log_softmax(scaled, dim=1)", "return torch.log_softmax(scaled, dim=1) / math.log(2)", "distill/test_losses.py", DENSE),
     Mutant("JSD with beta on the wrong side", LOSSES, "torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))", "torch.logaddexp(log_s + math.log(beta), log_t + math.log1p(-beta))", "distill/test_losses.py", "jsd"),
     Mutant("gradient without its centring", LOSSES, "gradient = slope.addcmul_(s, slope.sum(dim=1, keepdim=True), value=-1)", "gradient = slope", "distill/test_losses.py", "dense_autograd"),
     Mutant("gradient at the wrong temperature", LOSSES, 'gradient.mul_(rearrange(weights / options.temperature, "rows -> rows 1"))', 'gradient.mul_(rearrange(weights, "rows -> rows 1"))', "distill/test_losses.py", "dense_autograd"),
     Mutant("clip of the wrong sign", LOSSES, "value.clamp_(max=options.clip_value)", "value.clamp_(min=-options.clip_value)", "distill/test_losses.py", "dense_autograd or clip"),
-    Mutant("clipped entries keep their gradient", LOSSES, "slope = torch.where(above, s * -gauge, slope)", "pass", "distill/test_losses.py", "dense_autograd"),
+    Mutant("clipped entries keep their gradient", LOSSES, "slope.masked_fill_(value > options.clip_value, 0)", "pass", "distill/test_losses.py", "dense_autograd"),
     Mutant("masked tokens counted", LOSSES, "kept = weights.nonzero().squeeze(1)", "kept = torch.arange(tokens, device=weights.device); weights = torch.ones_like(weights)", "distill/test_losses.py", "masked"),
     Mutant("last chunk dropped", LOSSES, "for start in range(0, tokens, max(1, chunk)):", "for start in range(0, tokens - 1, max(1, chunk)):", "distill/test_losses.py", "chunk_size"),
     Mutant("entropy without its sign", LOSSES, "torch.sum(s * log_s, dim=1, out=student_entropy).neg_()", "torch.sum(s * log_s, dim=1, out=student_entropy)", "distill/test_losses.py", "by_hand"),
@@ -79,11 +79,11 @@ MUTANTS = (
     Mutant("teacher sees the bare question", STEP, "[row.task.teacher_prompt for row in batch]", "[row.task.student_prompt for row in batch]", "distill/test_train.py", "context_teaches or plain_mean_kl"),
     Mutant("mean over rollouts for mean over tokens", STEP, 'if config.loss_mean == "token" else', 'if config.loss_mean != "token" else', "distill/test_train.py", "plain_mean_kl"),
     Mutant("cut-off rollouts in the loss", STEP, "config.keep_truncated or rollout.finish_reason", "not config.keep_truncated or rollout.finish_reason", "distill/test_train.py", "cut_off"),
-    Mutant("first tokens not skipped", STEP, "(position >= config.skip_first)", "(position >= 0)", "distill/test_train.py", "plain_mean_kl"),
+    Mutant("first tokens not skipped", STEP, "in_loss = position >= config.skip_first", "in_loss = position >= 0", "distill/test_train.py", "plain_mean_kl"),
     Mutant("teacher is the trained model", TEACHER, 'if self.name != "live" and self._adapter is not None:', "if False:", "distill/test_train.py", "stays_the_untrained"),
     Mutant("average the wrong way round", TEACHER, "1 - self._decay", "self._decay", "distill/test_train.py", "ema_teacher_averages"),
     Mutant("weights of questions ignored", TASKS, "builder.teacher(question, context), row.weight)", "builder.teacher(question, context))", "trust/test_numeric_core.py", "weights"),
-    Mutant("every step the same questions", TASKS, "first = (step - 1) * per_step", "first = 0", "distill/test_train.py", "every_epoch"),
+    Mutant("every step the same questions", TASKS, "first = (step - 1) * size", "first = 0", "distill/test_train.py", "every_epoch"),
     # votes and answers
     Mutant("non-answers win votes", VOTE, "counts = Counter(answer for answer in answers if answer is not None)", "counts = Counter(str(answer) for answer in answers)", "neurosig/questions/test_answers.py", "never_wins"),
     Mutant("non-answers leave the denominator", VOTE, "return Vote(winner, most, tied, len(answers))", "return Vote(winner, most, tied, sum(counts.values()))", "neurosig/questions/test_answers.py", "never_wins"),
