@@ -111,7 +111,7 @@ def test_the_memory_table_is_the_arithmetic() -> None:
         "adapter, gradient": [terms["adapter, gradient, Adam"]] * 2 + [terms["adapter, gradient, Adam"] / 8],
         "sampling: the weights": [0, 0, 7 / 8 * decoder],
         "sampling: keys": [terms["sampling: keys and values"] / ranks for ranks in (1, 8, 8)],
-        "`--dev-questions`": [terms["measuring: keys and values"]] * 3,
+        "`--dev-questions`": [terms["measuring: keys and values"] * rows / 256 for rows in (256, 64, 64)],
         "learning: student's": [terms["learning: student's activations"]] * 3,
         "learning: the same": [terms["learning: with --gradient-checkpointing"]] * 3,
         "learning: teacher's": [terms["learning: teacher's keys and values"]] * 3,
