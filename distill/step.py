@@ -13,7 +13,7 @@ from distill.distributed import ALONE, Ranks, whole_tensor
 from distill.losses import Divergence, chunked_divergence, cut_share
 from distill.metrics_log import rollout_metrics
 from distill.student import TrainingForward, autocast
-from distill.tasks import Task
+from distill.tasks import Task, is_in_loss
 from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import logit_softcap
 from neurosig.runtime.cli import PhaseTimer
@@ -123,9 +123,7 @@ def _rows_in_loss(
     kept = [
         (task, rollout, len(rollout.completion_ids) - config.skip_first)
         for task, rollout in pairs
-        if (config.keep_truncated or rollout.finish_reason == "stop")
-        and len(rollout.completion_ids) > config.skip_first
-        and (rollout.question_id, rollout.rollout_id) not in left_out
+        if is_in_loss(config, rollout, left_out)
     ]
     shares = [task.weight * (1.0 if config.loss_mean == "token" else 1.0 / length) for task, _, length in kept]
     mass = sum(share * length for share, (_, _, length) in zip(shares, kept, strict=True))

@@ -160,6 +160,15 @@ def check_majority_context(manifest: Manifest) -> None:
         )
 
 
+def is_in_loss(config: TrainConfig, rollout: Rollout, left_out: Collection[tuple[str, int]]) -> bool:
+    """Whether a rollout is learned from: neither cut off, nor skipped whole, nor in ``left_out``."""
+    return (
+        (config.keep_truncated or rollout.finish_reason == "stop")
+        and len(rollout.completion_ids) > config.skip_first
+        and (rollout.question_id, rollout.rollout_id) not in left_out
+    )
+
+
 def keep_rollouts(
     config: TrainConfig,
     manifest: Manifest,
@@ -177,10 +186,9 @@ def keep_rollouts(
     rows, reader = {row.question_id: row for row in manifest.rows}, manifest.header.answer_reader()
     kept = []
     for rollout in rollouts:
-        row, whole = rows.get(rollout.question_id), config.keep_truncated or rollout.finish_reason == "stop"
+        row = rows.get(rollout.question_id)
         answer = reader.extract(rollout.text, rollout.finish_reason, row.as_question()) if row is not None else None
-        taught = whole and len(rollout.completion_ids) > config.skip_first
-        kept.append((rollout, answer, taught and (rollout.question_id, rollout.rollout_id) not in left_out))
+        kept.append((rollout, answer, is_in_loss(config, rollout, left_out)))
     write_rollouts(config.out / "rollouts" / f"step-{step:06d}.parquet", step, kept)
 
 

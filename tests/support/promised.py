@@ -92,12 +92,12 @@ def steps(install: str, folder: Path, base_url: str = "") -> list[Step]:
         code += "print(nearest_sets(sets, 2, backend='usearch'))"
         return [Step(("-c", code))]
     if install == "server":
-        options = {**_asked(folder), "sampler": "openai", "base_url": base_url, "out": folder / install / "eval"}
+        options = {**_evaluated(folder), "sampler": "openai", "base_url": base_url, "out": folder / install / "eval"}
         return [command("distill.evaluate", **options)]
     return made[install](folder, folder / install)
 
 
-def _asked(folder: Path) -> dict[str, object]:
+def _evaluated(folder: Path) -> dict[str, object]:
     quick = {"max_new_tokens": 4, "num_generations": 2, "temperature": 1.0}
     return {"model": folder / "model", "questions": folder / "questions.jsonl", **quick}
 
@@ -108,9 +108,9 @@ def _trained(folder: Path, out: Path) -> dict[str, object]:
 
 
 def _base(folder: Path, out: Path) -> list[Step]:
-    asked, train, evals = _asked(folder), _trained(folder, out / "nopsd"), out / "eval"
+    evaluated, train, evals = _evaluated(folder), _trained(folder, out / "nopsd"), out / "eval"
     scored = {"model": folder / "model", "questions": folder / "choices.jsonl", "scoring": "loglikelihood"}
-    lmsi, other = {**train, "method": "lmsi", "out": out / "lmsi"}, {**asked, "out": out / "other"}
+    lmsi, other = {**train, "method": "lmsi", "out": out / "lmsi"}, {**evaluated, "out": out / "other"}
     runs, gold = {"manifest": folder / "manifest", "out": out / "other"}, {"questions": folder / "questions.jsonl"}
     return [
         Step(("-m", "neurosig"), shown="python -m neurosig.export"),
@@ -118,8 +118,8 @@ def _base(folder: Path, out: Path) -> list[Step]:
         *(Step(("-m", module, "--help"), shown="--debug") for module in COMMANDS),
         command("distill.train", **train),
         command("distill.train", **{**train, "out": out / "whole", "full": True}),
-        command("distill.evaluate", **asked, out=evals / "base"),
-        command("distill.evaluate", **asked, adapter=out / "nopsd" / "adapter", out=evals / "nopsd"),
+        command("distill.evaluate", **evaluated, out=evals / "base"),
+        command("distill.evaluate", **evaluated, adapter=out / "nopsd" / "adapter", out=evals / "nopsd"),
         command("distill.evaluate", **scored, out=evals / "scored", mutual_info=True),
         command(
             "distill.compare", base=evals / "base", trained=evals / "nopsd", train=out / "nopsd", out=out / "report",
@@ -146,11 +146,11 @@ def _base(folder: Path, out: Path) -> list[Step]:
 
 
 def _signals(folder: Path, out: Path) -> list[Step]:
-    asked = _asked(folder)
+    evaluated = _evaluated(folder)
     found = {"manifest": out / "manifest", "questions": folder / "questions.jsonl"}
     neurons = {"neurons": "all", "controls": 1, "num_generations": 2, "max_new_tokens": 4}
     return [
-        command("neurosig.export", **asked, out=out / "manifest", set_size=16, question_filter="all"),
+        command("neurosig.export", **evaluated, out=out / "manifest", set_size=16, question_filter="all"),
         command("neurosig.verify", str(out / "manifest"), shown="ok"),
         command("neurosig.check", model=folder / "model", shown="nnsight = plain hooks"),
         command("neurosig.intervene", **found, **neurons, out=out / "intervene",
@@ -195,9 +195,9 @@ def _trackers(folder: Path, out: Path) -> list[Step]:
 
 
 def _hub(folder: Path, out: Path) -> list[Step]:
-    return [command("distill.evaluate", **{**_asked(folder), "questions": folder / "dataset"}, out=out / "eval")]
+    return [command("distill.evaluate", **{**_evaluated(folder), "questions": folder / "dataset"}, out=out / "eval")]
 
 
 def _gguf(folder: Path, out: Path) -> list[Step]:
-    asked = {**_asked(folder), "model": "smollm2-135m", "limit": 1}
-    return [command("distill.evaluate", **asked, out=out / "eval")]
+    evaluated = {**_evaluated(folder), "model": "smollm2-135m", "limit": 1}
+    return [command("distill.evaluate", **evaluated, out=out / "eval")]

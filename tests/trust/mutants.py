@@ -78,7 +78,7 @@ MUTANTS = (
     Mutant("student sees the context", STEP, "prompts = [row.task.student_prompt for row in batch]", "prompts = [row.task.teacher_prompt for row in batch]", "distill/test_train.py", "plain_mean_kl or context_teaches"),
     Mutant("teacher sees the bare question", STEP, "[row.task.teacher_prompt for row in batch]", "[row.task.student_prompt for row in batch]", "distill/test_train.py", "context_teaches or plain_mean_kl"),
     Mutant("mean over rollouts for mean over tokens", STEP, 'if config.loss_mean == "token" else', 'if config.loss_mean != "token" else', "distill/test_train.py", "plain_mean_kl"),
-    Mutant("cut-off rollouts in the loss", STEP, "config.keep_truncated or rollout.finish_reason", "not config.keep_truncated or rollout.finish_reason", "distill/test_train.py", "cut_off"),
+    Mutant("cut-off rollouts in the loss", TASKS, "config.keep_truncated or rollout.finish_reason", "not config.keep_truncated or rollout.finish_reason", "distill/test_train.py", "cut_off"),
     Mutant("first tokens not skipped", STEP, "in_loss = position >= config.skip_first", "in_loss = position >= 0", "distill/test_train.py", "plain_mean_kl"),
     Mutant("teacher is the trained model", TEACHER, 'if self.name != "live" and self._adapter is not None:', "if False:", "distill/test_train.py", "stays_the_untrained"),
     Mutant("average the wrong way round", TEACHER, "1 - self._decay", "self._decay", "distill/test_train.py", "ema_teacher_averages"),

@@ -40,7 +40,7 @@ def traced_in_threes(work: Any, arguments: list[str]) -> int:
 
 
 def broken_off(work: Any, arguments: list[str], fault: BaseException, groups: dict[str, int]) -> int:
-    """A command whose process of each rank (by name) raises ``fault`` after so many questions; -1: never."""
+    """A command whose process of each rank (by name) raises ``fault`` after N questions; -1: never."""
     after = groups[os.environ["RANK"]]
     for module, name in ((neurosig.sampling.sampler, "sample"), (neurosig.sampling.choice_scoring, "score_choices")):
         draw = getattr(module, name)
@@ -85,11 +85,11 @@ def said(folder: Path, rank: int) -> list[str]:
 def commands(made: Path, out: Path, **changes: Any) -> dict[str, tuple[Any, list[str]]]:
     """What is run and with which arguments, by name."""
     model = {"model": made / "model", **changes}
-    asked = {**model, "questions": made / "questions.jsonl"}
+    common = {**model, "questions": made / "questions.jsonl"}
     scored = {**model, "questions": made / "choices.jsonl", "scoring": "loglikelihood", "mutual_info": True}
     return {
-        "export": (run_export, command_words({**asked, "out": out / "export", **EXPORT})),
-        "evaluate": (run_evaluate, command_words({**asked, "out": out / "evaluate", **QUICK})),
+        "export": (run_export, command_words({**common, "out": out / "export", **EXPORT})),
+        "evaluate": (run_evaluate, command_words({**common, "out": out / "evaluate", **QUICK})),
         "scored": (run_evaluate, command_words({**scored, "out": out / "scored", "batch_rows": 6})),
     }
 
