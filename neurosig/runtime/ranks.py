@@ -122,8 +122,9 @@ class Ranks:
         return returned
 
     def close(self) -> None:
-        """End the process group."""
+        """End the process group, once every process is here."""
         if self._state is not None:
+            self._state.wait_for_everyone()
             self._state.destroy_process_group()
 
 
