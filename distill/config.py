@@ -53,7 +53,10 @@ class TrainConfig(SamplerOptions):
     num_generations: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 2
     """Rollouts per question and step."""
     micro_batch_size: Annotated[int, Shapes.RESOURCES, AtLeast(1)] = 16
-    """Rollouts per forward and backward pass; memory and speed only."""
+    """Most rollouts per forward and backward pass; memory and speed only."""
+    micro_batch_tokens: Annotated[int | None, Shapes.RESOURCES | Shapes.DISTILLATION, AtLeast(1)] = None
+    """Most tokens of the student per pass, prompts (once per question) and completions, padding included; a single
+    rollout may have more. Default: no limit."""
     learning_rate: Annotated[float, Shapes.TRAINING, Above0] = 5e-4
     """Peak learning rate of AdamW."""
     warmup_steps: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 3
@@ -215,7 +218,8 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
     "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": {
-        **{"steps": 100, "questions_per_step": 32, "num_generations": 1, "micro_batch_size": 4, "save_steps": 25},
+        **{"steps": 100, "questions_per_step": 32, "num_generations": 1, "save_steps": 25},
+        **{"micro_batch_size": 8, "micro_batch_tokens": 5120},
         **{"learning_rate": 2e-5, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128},
     },
 }

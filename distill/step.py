@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -150,22 +149,30 @@ def _update(config: TrainConfig, teacher: Teacher, optimizer: torch.optim.Optimi
     return norm
 
 
-def _micro_batches(config: TrainConfig, rows: Sequence[_Row], ranks: Ranks) -> Iterator[Sequence[_Row]]:
+def _micro_batches(config: TrainConfig, rows: Sequence[_Row], ranks: Ranks) -> list[list[_Row]]:
     """This rank's rows, questions with short rollouts first, so that little is padding; a question is on one rank."""
-    owners = {
-        question: index % ranks.world for index, question in enumerate(dict.fromkeys(row.task.id for row in rows))
-    }
-    own = [row for row in rows if owners[row.task.id] == ranks.rank]
     longest: dict[str, int] = {}
-    for row in own:
+    for row in rows:
         longest[row.task.id] = max(longest.get(row.task.id, 0), len(row.rollout.completion_ids))
-    own.sort(key=lambda row: longest[row.task.id])
-    n = len(own)
-    if ranks.sharded and rows:  # all ranks run as many batches as the one with the most rows
-        most = math.ceil(max(Counter(owners[row.task.id] for row in rows).values()) / config.micro_batch_size)
-        n = max(n, (most - 1) * config.micro_batch_size + 1)
-    for start in range(0, n, config.micro_batch_size):
-        yield own[start : start + config.micro_batch_size] or [_IDLE]
+    parts: list[list[list[_Row]]] = []
+    for rank in range(ranks.world):
+        questions = {*list(longest)[rank :: ranks.world]}
+        own = sorted((row for row in rows if row.task.id in questions), key=lambda row: longest[row.task.id])
+        parts.append([])
+        for row in own:
+            if parts[-1] and _fits(config, [*parts[-1][-1], row]):
+                parts[-1][-1].append(row)
+            else:
+                parts[-1].append([row])
+    most = max(map(len, parts)) if ranks.sharded else 0
+    return parts[ranks.rank] + [[_IDLE]] * (most - len(parts[ranks.rank]))
+
+
+def _fits(config: TrainConfig, batch: Sequence[_Row]) -> bool:
+    """Whether the rows are one micro-batch, by their number and by the student's tokens with padding."""
+    prompts = {row.task.id: len(row.task.student_prompt) for row in batch}
+    tokens = len(prompts) * max(prompts.values()) + len(batch) * max(len(row.rollout.completion_ids) for row in batch)
+    return len(batch) <= config.micro_batch_size and tokens <= (config.micro_batch_tokens or math.inf)
 
 
 def _backward(
@@ -188,7 +195,7 @@ def _backward(
     with timer.phase("student", synchronize=True):
         prompts = [row.task.student_prompt for row in batch]
         with forward.active(), autocast(config, model):
-            student_hidden = completion_hidden(model, prompts, completions, forward.share_prompts)
+            student_hidden = completion_hidden(model, prompts, completions)
         head, device = model.get_output_embeddings().weight, student_hidden.device
         token_ids = torch.tensor([token for ids in completions for token in ids], device=device)
         position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(device)

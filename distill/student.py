@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.distributed import Ranks, decoder_layers
 from distill.served_student import ServedStudent
 from neurosig.models.adapter import LearningDropout, lora_targets
+from neurosig.models.prefix import on_a_copy
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.packed_weights import WeightOf, own_weight, packs
 from neurosig.sampling.rollouts import Rollout
@@ -144,9 +146,6 @@ class TrainingForward:
         compile: Compile each layer.
         dropout: Recompute with the same dropout masks.
 
-    Attributes:
-        share_prompts: Whether `completion_hidden` may use a cache: a layer that is recomputed would fill it twice, and
-            a compiled one would be compiled for each layer's place in it.
     """
 
     def __init__(
@@ -157,16 +156,12 @@ class TrainingForward:
         compile: bool = False,
         dropout: bool = False,
     ):
-        self.share_prompts = not (gradient_checkpointing or compile)
-        self._layers = [] if self.share_prompts else decoder_layers(model)
-        self._forwards = []
-        for layer in self._layers:
-            forward = layer.forward
-            if compile:
-                forward = torch.compile(forward, dynamic=True)
-            if gradient_checkpointing:
-                forward = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=dropout)
-            self._forwards.append(forward)
+        self._layers = decoder_layers(model) if gradient_checkpointing or compile else []
+        forwards = [torch.compile(layer.forward, dynamic=True) if compile else layer.forward for layer in self._layers]
+        run = operator.call
+        if gradient_checkpointing:
+            run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout)
+        self._forwards = [on_a_copy(forward, index, run) for index, forward in enumerate(forwards)]
 
     @classmethod
     def of(cls, config: TrainConfig, model: PreTrainedModel) -> TrainingForward:

@@ -10,45 +10,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neurosig.models.load import logit_softcap
-from neurosig.models.prefix import distinct_rows, pad, run_prompts
+from neurosig.models.prefix import distinct_rows, run_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def completion_hidden(
-    model: PreTrainedModel,
-    prompts: Sequence[tuple[int, ...]],
-    completions: Sequence[Sequence[int]],
-    share_prompts: bool = True,
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
 ) -> Float[Tensor, "tokens d_model"]:
     """Hidden states, after the final norm, at the positions that predict each completion token.
 
     A few-shot prefix is computed once per question instead of once per rollout; gradients flow through it. The rows are
-    concatenated, each as long as its completion. Every call makes two forward passes, or one without sharing, so that
-    ranks stay in step.
+    concatenated, each as long as its completion. Every call makes two forward passes, so that ranks stay in step.
 
     Args:
         model: Causal language model; its head is not computed.
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
-        share_prompts: Off where a KV cache is not possible; each row then contains its prompt.
     """
+    distinct, owners = distinct_rows(prompts)
+    prefix = run_prompts(model, distinct).rows(torch.tensor(owners, device=model.device))
+    shown = [completion[:-1] or completion for completion in completions]
+    rest = model.base_model(**prefix.inputs(shown)).last_hidden_state
+    hidden = torch.cat([prefix.last_hidden[:, None], rest], dim=1)
     lengths = torch.tensor([[len(completion)] for completion in completions], device=model.device)
-    if share_prompts:
-        distinct, owners = distinct_rows(prompts)
-        prefix = run_prompts(model, distinct).rows(torch.tensor(owners, device=model.device))
-        shown = [completion[:-1] or completion for completion in completions]
-        rest = model.base_model(**prefix.inputs(shown)).last_hidden_state
-        hidden = torch.cat([prefix.last_hidden[:, None], rest], dim=1)
-        first = torch.zeros_like(lengths)
-    else:
-        rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
-        ids, mask = pad(rows, side="right", device=model.device)
-        hidden = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        first = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
-    position = torch.arange(hidden.shape[1], device=hidden.device)
-    return hidden[(position >= first) & (position < first + lengths)]
+    return hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths]
 
 
 def head_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocab"]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,6 @@ class Prefix:
 
 def run_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefix:
     """Run prompts through a causal language model, without its head."""
-    from transformers import DynamicCache
-
     ids, mask = pad(prompts, side="left", device=model.device)
     cache = DynamicCache(config=model.config)
     hidden = model.base_model(
@@ -64,6 +63,45 @@ def run_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Pre
         use_cache=True,
     ).last_hidden_state
     return Prefix(cache, mask, hidden[:, -1])
+
+
+class _OneLayer(Cache):
+    """The cache of one layer, whatever its place."""
+
+    @no_type_check  # checking types at run time would cut the compiled layer in two
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return self.layers[0].update(key_states, value_states, *args, **kwargs)
+
+
+def on_a_copy(forward: Callable[..., Any], index: int, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder layer's forward pass that gives the same again, although it adds to a cache.
+
+    It sees a cache of its own layer alone, with what was there before, and what it adds goes into the model's cache
+    afterwards. So it can be recomputed, and compiled once for all layers.
+
+    Args:
+        forward: The layer's forward pass, or a compiled one.
+        index: The layer's place in the cache.
+        run: Calls what it gets as ``checkpoint`` does, at once and perhaps again in the backward pass.
+    """
+
+    def layer_forward(*args: Any, **kwargs: Any) -> Any:
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        if not caches:
+            return run(forward, *args, **kwargs)
+        before, own = caches[0].layers[index], _OneLayer(layers=[])
+
+        def again(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            own.layers = [copy.copy(before)]
+            output = forward(*args, **kwargs)
+            return output, own.layers.pop()
+
+        args = tuple(own if value is caches[0] else value for value in args)
+        kwargs = {name: own if value is caches[0] else value for name, value in kwargs.items()}
+        output, caches[0].layers[index] = run(again, *args, **kwargs)
+        return output
+
+    return layer_forward
 
 
 def distinct_rows(prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:

@@ -53,7 +53,7 @@ def option_names(config_class: type, *marks: Shapes) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Mark of an option's smallest value, written as ``steps: Annotated[int, AtLeast(1)] = 20``."""
+    """Mark of an option's smallest value but for None, written as ``steps: Annotated[int, AtLeast(1)] = 20``."""
 
     value: int
 
@@ -74,7 +74,7 @@ def check_config(config: Any) -> None:
         check_choice(name, value, hint)
         for mark in getattr(hint, "__metadata__", ()):
             flag = f"--{name.replace('_', '-')}"
-            if isinstance(mark, AtLeast) and not value >= mark.value:
+            if isinstance(mark, AtLeast) and value is not None and not value >= mark.value:
                 raise UserError(f"{flag}: expected at least {mark.value}, got {value}")
             if mark is Above0 and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{flag}: expected a number above 0, got {value}")

@@ -118,6 +118,7 @@ def measure(shape: str, options: Options) -> Iterator[tuple[str, float]]:
     arithmetic = Arithmetic(
         shape=shape, prompt=options.prompt, teacher_prompt=options.teacher_prompt, new_tokens=options.tokens,
         rows=options.questions * options.k, micro=options.micro, rank=64,
+        micro_tokens=options.micro * (options.prompt + options.tokens),
     )  # fmt: skip
     yield "step: ours, peak by the README's arithmetic (GB)", peak(gigabytes(arithmetic))
     if options.trl:

@@ -39,8 +39,10 @@ class Arithmetic:
     """Rollouts sampled together, as in the qwen3-4b preset."""
     dev_rows: int = 256
     """Rollouts of --dev-questions sampled together: 64 questions x 8, at most --batch-rows."""
-    micro: int = 4
-    """Rollouts in one forward and backward pass, as in the preset."""
+    micro: int = 8
+    """Most rollouts in one forward and backward pass, as in the preset."""
+    micro_tokens: int = 5120
+    """Most tokens of the student in it, as in the preset."""
     rank: int = 64
     """LoRA rank, as in the preset."""
 
@@ -48,15 +50,17 @@ class Arithmetic:
 def gigabytes(options: Arithmetic) -> dict[str, float]:
     """Term -> GB (10^9 bytes)."""
     shape = config(options.shape)
-    rows, micro = options.rows, options.micro
+    rows = options.rows
     heads, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     d, d_mlp, layers, vocab = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers, shape.vocab_size
     linear = [(d, heads), (d, kv), (d, kv), (heads, d), (d, d_mlp), (d, d_mlp), (d_mlp, d)]
     projections = layers * sum(a * b for a, b in linear)
     adapter = layers * sum(options.rank * (a + b) for a, b in linear)
     cached = layers * 2 * kv * 2
-    student = micro * (options.prompt + options.new_tokens)
-    teacher = micro * (options.teacher_prompt + options.new_tokens)
+    student, learned = options.micro_tokens, options.micro_tokens // (options.prompt + options.new_tokens)
+    most_context = options.micro * (options.teacher_prompt - options.prompt) + options.micro_tokens
+    teacher = max(learned * (options.teacher_prompt + options.new_tokens), most_context)
+    checkpointed = layers * student * d * 2 + 2 * cached * learned * options.prompt
     return {
         "weights": 2 * (projections + vocab * d) / 1e9,
         "adapter, gradient, Adam": 16 * adapter / 1e9,
@@ -64,7 +68,7 @@ def gigabytes(options: Arithmetic) -> dict[str, float]:
         "measuring: keys and values": cached * options.dev_rows * (options.prompt + options.new_tokens) / 1e9,
         "learning: teacher's keys and values": cached * teacher / 1e9,
         "learning: student's activations": layers * activations(options) / 1e9,
-        "learning: with --gradient-checkpointing": (layers * student * d * 2 + activations(options)) / 1e9,
+        "learning: with --gradient-checkpointing": (checkpointed + activations(options)) / 1e9,
         "loss: two chunks of logits": 2 * 256 * vocab * 4 / 1e9,
     }
 
@@ -89,9 +93,10 @@ def _saved_bytes(options: Arithmetic, layers: int) -> int:
             saved[place] = tensor  # a reference keeps later tensors from its address
         return tensor
 
-    prompts = [tuple(range(row, row + options.prompt // SCALE)) for row in range(options.micro)]
+    rows = options.micro_tokens // (options.prompt + options.new_tokens)
+    prompts = [tuple(range(row, row + options.prompt // SCALE)) for row in range(rows)]
     with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
-        hidden = completion_hidden(model, prompts, [[1] * (options.new_tokens // SCALE)] * options.micro)
+        hidden = completion_hidden(model, prompts, [[1] * (options.new_tokens // SCALE)] * rows)
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) if hidden.requires_grad else 0
 
 

@@ -182,9 +182,8 @@ def test_recomputed_activations_have_the_masks_of_the_first_pass(manifest: Path)
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         forward = TrainingForward(model, gradient_checkpointing=recomputed, dropout=True)
-        forward.share_prompts = False
         with forward.active():
-            completion_hidden(model, [(5, 6), (7, 8, 9)], [[10, 11], [12, 13, 14]], False).sum().backward()
+            completion_hidden(model, [(5, 6), (7, 8, 9)], [[10, 11], [12, 13, 14]]).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) > 0
     for plain, again in zip(*gradients, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
 import json
 import math
 import shutil
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.profiler import profile
+from transformers import AutoModelForCausalLM
 
 from distill.config import TrainConfig
 from distill.distributed import decoder_layers
@@ -39,28 +43,23 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_manifest(tmp_path_factory.mktemp("export"))
 
 
-def step_of(
-    arch: Arch | OtherArch, share_prompts: bool, **options: bool
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def step_of(arch: Arch | OtherArch, **options: bool) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     model = tiny_model(arch)
     config = TrainConfig(manifest=Path(), out=Path(), max_grad_norm=1e9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     forward = TrainingForward(model, **options)
-    forward.share_prompts = share_prompts
     metrics = learn(config, model, Teacher("live", model, None), optimizer, PAIRS, forward)
     return metrics, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_equal_steps(arch: Arch | OtherArch, **options: bool) -> None:
-    """To 1e-6 against the same rows; to 1e-4 against prompts that are shared, whose sums differ in their last bits."""
-    found, gradients = step_of(arch, False, **options)
-    for share_prompts, tolerance in ((False, 1e-6), (True, 1e-4)):
-        plain, expected = step_of(arch, share_prompts)
-        assert found == pytest.approx(plain, rel=tolerance, abs=tolerance)
-        assert plain["loss"] > 0.01 and set(gradients) == set(expected)
-        for name, gradient in expected.items():
-            largest = max(gradient.abs().max().item(), 1e-2)
-            assert (gradients[name] - gradient).abs().max() <= tolerance * largest, name
+    found, gradients = step_of(arch, **options)
+    plain, expected = step_of(arch)
+    assert found == pytest.approx(plain, rel=1e-6, abs=1e-6)
+    assert plain["loss"] > 0.01 and set(gradients) == set(expected)
+    for name, gradient in expected.items():
+        largest = max(gradient.abs().max().item(), 1e-2)
+        assert (gradients[name] - gradient).abs().max() <= 1e-6 * largest, name
 
 
 @pytest.mark.parametrize("arch", ALL_ARCHS)
@@ -76,17 +75,47 @@ def test_gradient_checkpointing_changes_no_gradient(arch: Arch | OtherArch, monk
     monkeypatch.setattr(layer, "forward", counted)
     assert_equal_steps(arch, gradient_checkpointing=True)
     layers = len(decoder_layers(tiny_model(arch)))
-    # of the student: one pass and one in the backward pass; without recomputation one; with shared prompts two
-    assert calls.count(True) == (2 + 1 + 2) * layers
+    # the student's passes over prompts and completions, both again in the backward pass, and without recomputation
+    assert calls.count(True) == (2 + 2 + 2) * layers
 
 
-def test_compiled_layers_change_no_gradient_and_share_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def kept_bytes(recomputed: bool) -> int:
+    """What remains allocated after the student's forward pass over 4 rollouts of one prompt."""
+    model = tiny_model("qwen3")
+    prompts, completions = [tuple(range(3, 67))] * 4, [[*range(5, 69)]] * 4
+    gc.collect()
+    forward = TrainingForward(model, gradient_checkpointing=recomputed)
+    with profile(profile_memory=True) as profiled, forward.active():
+        hidden = completion_hidden(model, prompts, completions)
+    assert hidden.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profiled.key_averages())
+
+
+def test_recomputed_layers_keep_a_fraction_of_the_activations() -> None:
+    assert 0 < kept_bytes(True) < kept_bytes(False) / 4
+
+
+def test_compiled_layers_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     assert_equal_steps("qwen3", compile=True)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (1, 2)
     assert_equal_steps("qwen3", compile=True, gradient_checkpointing=True)
+
+
+def test_layers_share_their_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    graphs = []
+    for n_layers in (2, 4):
+        config = copy.deepcopy(tiny_model("qwen3").config)
+        config.num_hidden_layers, config.layer_types = n_layers, ["full_attention"] * n_layers
+        model = AutoModelForCausalLM.from_config(config)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        with TrainingForward(model, compile=True).active():
+            for length in (3, 4, 5):
+                completion_hidden(model, [(5, 6, 7)] * 2, [[8] * length] * 2)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] <= 3
 
 
 @pytest.mark.parametrize("arch", ["qwen3", "gemma3", "gpt2"])
@@ -95,11 +124,13 @@ def test_rows_with_their_own_prompt_have_the_shared_hidden_states(arch: Arch) ->
     prompts = [(5, 6, 7), (5, 6, 7), tuple(range(10, 24))]
     completions = [(8, 9, 10), (11,), (12, 13)]
     with torch.no_grad():
-        apart = completion_hidden(model, prompts, completions, False)
-        torch.testing.assert_close(apart, completion_hidden(model, prompts, completions), rtol=1e-4, atol=1e-5)
-        assert apart.shape[0] == 6
-        alone = completion_hidden(model, [prompts[1]], [completions[1]])
-        torch.testing.assert_close(apart[3:4], alone, rtol=1e-4, atol=1e-5)
+        shared = completion_hidden(model, prompts, completions)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = torch.tensor([[*prompt, *completion]])
+            alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+            torch.testing.assert_close(shared[: len(completion)], alone, rtol=1e-4, atol=1e-5)
+            shared = shared[len(completion) :]
+    assert shared.shape[0] == 0
 
 
 @pytest.mark.bench  # minutes of C++ compilation
@@ -148,20 +179,35 @@ def test_flash_attention_gives_way_while_sampling() -> None:
         assert model.config._attn_implementation == "flash_attention_2"
 
 
-def test_micro_batches_hold_rollouts_of_like_length() -> None:
-    """Long and short rollouts in turn, in micro-batches of 2: only the pair of a long and a short one is padded."""
-    tasks = [Task(str(n), (5, 6, 7), (9, 5, 6, 7)) for n in range(6)]
-    lengths = [3, 11, 3, 11, 3, 11]
+PROMPT, CONTEXT = (5, 6, 7), (9, 5, 6, 7)
+
+
+def passes(lengths: list[int], **options: Any) -> list[int]:
+    """Token positions of the student's and the teacher's passes, in order; a rollout of each length, one per task."""
+    tasks = [Task(str(n), PROMPT, CONTEXT) for n in range(len(lengths))]
     pairs = [
         (task, Rollout(task.id, 0, "", (*range(20, 20 + n), 2), "stop", -1.0))
         for task, n in zip(tasks, lengths, strict=True)
     ]
     model, widths = tiny_model("qwen3"), []
-    hook = model.base_model.register_forward_pre_hook(
+    model.base_model.register_forward_pre_hook(
         lambda _, __, inputs: widths.append(inputs["input_ids"].numel()), with_kwargs=True
     )
-    config = TrainConfig(manifest=Path(), out=Path(), micro_batch_size=2)
+    config = TrainConfig(manifest=Path(), out=Path(), **options)
     learn(config, model, Teacher("live", model, None), torch.optim.SGD(model.parameters(), lr=0.0), pairs)
-    hook.remove()
-    prompts = 3 * (3 + 4)  # student's and teacher's, once per micro-batch
+    return widths
+
+
+def test_micro_batches_hold_rollouts_of_like_length() -> None:
+    """Long and short rollouts in turn, in micro-batches of 2: only the pair of a long and a short one is padded."""
+    widths = passes([3, 11, 3, 11, 3, 11], micro_batch_size=2)
+    prompts = 3 * (len(PROMPT) + len(CONTEXT))  # once per micro-batch, as all are alike
     assert sum(widths) - prompts == 2 * (2 * 3 + 2 * 11 + 2 * 11)
+
+
+def test_micro_batches_hold_as_many_rollouts_as_their_tokens_allow() -> None:
+    """24 tokens: four short rollouts after their prompts, or one long one; a longer one goes alone."""
+    widths = passes([29, 2, 2, 2, 2, 14], micro_batch_tokens=24)
+    assert widths == [4, 4 * 2, 3, 4 * 2, 4, 14, 3, 14, 4, 29, 3, 29]
+    with pytest.raises(UserError, match="--micro-batch-tokens: expected at least 1, got 0"):
+        passes([2], micro_batch_tokens=0)

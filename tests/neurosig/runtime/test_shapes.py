@@ -61,7 +61,8 @@ def test_marks_decide_reuse_resume_and_records() -> None:
         *server,
     }
     assert {*option_names(TrainConfig, Shapes.RESOURCES)} == {
-        *("micro_batch_size", "batch_rows", "device", "attn_implementation", "gradient_checkpointing", "compile"),
+        *("micro_batch_size", "micro_batch_tokens", "batch_rows", "device", "attn_implementation"),
+        *("gradient_checkpointing", "compile"),
         "compile_decoding",
     }
     assert {"teacher", "divergence", "replay", "sampler", "base_url"} < {
