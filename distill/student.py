@@ -145,7 +145,6 @@ class TrainingForward:
             switch needs train mode, which turns dropout on.)
         compile: Compile each layer.
         dropout: Recompute with the same dropout masks.
-
     """
 
     def __init__(
