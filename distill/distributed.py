@@ -81,7 +81,7 @@ class Ranks(ranks.Ranks):
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(model.device.type, (self.world,))
-        whole = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        whole = {model.get_input_embeddings().weight, *model.get_output_embeddings().parameters()}
         for module in [*decoder_layers(model), model.base_model]:
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         for unit in _units(model):

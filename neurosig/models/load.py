@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -101,8 +102,8 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int:
-        """Positions of the model."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """Positions of the model; see `max_positions`."""
+        return max_positions(self.model)
 
 
 def load_model(
@@ -168,6 +169,11 @@ def load_model(
         attn_implementation=str(model.config._attn_implementation),
     )
     return LoadedModel(model, tokenizer, info)
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Longest sequence that the configuration allows; ``sys.maxsize`` where it names no limit (ALiBi has none)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def logit_softcap(model: PreTrainedModel) -> float | None:
