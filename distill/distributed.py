@@ -145,7 +145,7 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The transformer blocks of a causal language model."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _units(model: PreTrainedModel) -> list[FSDPModule]:

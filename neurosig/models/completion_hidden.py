@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -11,9 +12,15 @@ from torch import Tensor, nn
 
 from neurosig.models.load import logit_softcap
 from neurosig.models.prefix import distinct_rows, has_states, pad, run_prompts
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+SCALE_TOLERANCE = 0.05
+"""Largest share by which rounding to bfloat16 moves logits."""
+
+_SCALES: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
 
 
 def completion_hidden(
@@ -61,14 +68,41 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocab d_head"]:
 
 
 def logit_scale(model: PreTrainedModel) -> float:
-    """By what the head's logits are multiplied: ``logit_scale`` of Cohere's configuration, ``1 / logits_scaling`` of
-    Granite's."""
+    """By what the model multiplies its head's output, as Cohere's ``logit_scale`` or one over Granite's
+    ``logits_scaling``: some divide by that number, others multiply, so a few tokens are run, once per model.
+
+    Raises:
+        UserError: None of the numbers of its configuration explains its logits.
+    """
     config = model.config.get_text_config()
-    return float(getattr(config, "logit_scale", 1) or 1) / float(getattr(config, "logits_scaling", 1) or 1)
+    numbers = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")]
+    named = {float(number) for number in numbers if isinstance(number, int | float) and number not in (0, 1)}
+    if named and model not in _SCALES:
+        _SCALES[model] = _measured_scale(model, {1.0, *named, *(1 / number for number in named)})
+    return _SCALES.get(model, 1.0)
+
+
+@torch.no_grad()
+def _measured_scale(model: PreTrainedModel, scales: Collection[float]) -> float:
+    ids = torch.arange(1, 6, device=model.device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    raw = model.get_output_embeddings()(hidden).float()
+    errors = {scale: float((_capped(model, raw * scale) - logits).norm() / logits.norm()) for scale in scales}
+    best = min(errors, key=lambda scale: errors[scale])
+    if not errors[best] <= SCALE_TOLERANCE:
+        raise UserError(
+            f"model type {model.config.model_type!r}: its logits are not its head's output times a number of its "
+            "configuration; learning and scoring need that"
+        )
+    return best
+
+
+def _capped(model: PreTrainedModel, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    cap = logit_softcap(model)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def head_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_head"]) -> Float[Tensor, "tokens vocab"]:
     """Float32 logits of `completion_hidden`, after the model's softcap if it has one."""
-    logits = nn.functional.linear(hidden, head_weight(model)).float()
-    cap = logit_softcap(model)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return _capped(model, nn.functional.linear(hidden, head_weight(model)).float())

@@ -26,8 +26,6 @@ TOKENS = 5
 """Length of the forward pass."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference, as a share of the norm, that rounding explains (TF32 included); a wrong reading gives 0.5."""
-MOST_TRIED = 6
-"""Linear layers that a refusal names."""
 
 
 class FFN(NamedTuple):
@@ -118,7 +116,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
         if len(ffns) != 1:
             what = "more than one feed-forward network" if ffns else "no feed-forward network"
             raise UserError(
-                f"{kind}: {what} recognised in {path} (tried {'; '.join(tried[:MOST_TRIED])}); say with "
+                f"{kind}: {what} recognised in {path} (tried {'; '.join(tried)}); say with "
                 "neurosig.register_layout where it is, or use another model"
             )
         found.update(ffns)
@@ -137,11 +135,9 @@ def find_layout(model: PreTrainedModel) -> Layout:
 
 def _refuse_experts(model: PreTrainedModel, kind: str) -> None:
     """Refuse a mixture of experts by its parameters: all experts of a layer are one of three dimensions."""
-    for path, module in model.get_decoder().named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            continue
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 3 and min(parameter.shape) > 1:
+            if parameter.ndim == 3 and "expert" in f"{path} {type(module).__name__}".lower():
                 raise UserError(
                     f"{kind}: its FFN neurons cannot be located, since its experts are no modules but slices of one "
                     f"parameter ({path}.{name}); use a dense text model"
@@ -165,13 +161,13 @@ def _blocks(model: PreTrainedModel, kind: str, described: tuple[str, FFN] | None
             for name, module in modules.items()
             if isinstance(module, nn.ModuleList) and len(module) == count and module in decoder
         ]
-        first = min(lists, key=lambda name: name.count("."), default="a list of transformer blocks")
-        paths = [f"{first}.{layer}" for layer in range(count)]
-    missing = [path for path in paths if path not in modules]
+        first = min(lists, key=lambda name: name.count("."), default=None)
+        paths = [] if first is None else [f"{first}.{layer}" for layer in range(count)]
+    missing = next((path for path in paths if path not in modules), None if paths else f"list of {count} blocks")
     if missing:
         raise UserError(
-            f"{kind}: {type(model).__name__} has no module {missing[0]}; say with neurosig.register_layout where its "
-            "blocks are"
+            f"{kind}: {type(model).__name__} has no {missing}; say with neurosig.register_layout where its "
+            "transformer blocks are"
         )
     return {path: modules[path] for path in paths}
 
@@ -234,18 +230,20 @@ def _recognised(
     """The FFNs among these calls, and for each linear layer into the residual stream what speaks against it."""
     width = calls[-1].output.shape[-1]
     factors = [part for call in linear for part in _parts(call.output)]
-    ffns, tried = [], []
+    ffns, tried, others = [], [], []
     for down in linear:
         if down.output.shape[-1] != width:
             continue
         read = _read(down.given[0], calls, factors)
         if read is None:
-            tried.append(f"{down.name}: reads no activation's output, alone or times a linear layer's")
+            others.append(down.name)
         elif reason := _not_all(block, calls, down):
             tried.append(f"{down.name}: {reason}")
         else:
             tried.append(down.name)
             ffns.append(FFN(down.name, *read))
+    if others:
+        tried.append(f"{', '.join(others)}: input is no activation's output, alone or times a linear layer's")
     return ffns, tried or ["no linear layer gives the block's width"]
 
 
