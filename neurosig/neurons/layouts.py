@@ -130,7 +130,12 @@ def find_layout(model: PreTrainedModel) -> Layout:
     if len(found) != 1:
         why = "differ from one another" if found else "give values that are not finite"
         raise UserError(f"{kind}: its blocks {why}, so its neurons cannot be located; check the weights")
-    return Layout(tuple(blocks), *found)
+    (ffn,) = found
+    modules = [dict(block.named_modules()) for block in blocks.values()]
+    kinds = {tuple(type(inside.get(part)) for part in (ffn.down, ffn.act)) for inside in modules}
+    if len(kinds) > 1:  # on the meta device, where one block was judged
+        raise UserError(f"{kind}: its blocks differ from one another, so its neurons cannot be located")
+    return Layout(tuple(blocks), ffn)
 
 
 def _refuse_experts(model: PreTrainedModel, kind: str) -> None:
@@ -336,49 +341,24 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a.to(exact) - b.to(exact)).norm() <= TOLERANCE[b.dtype] * size) & (size > 0))
 
 
-class _Started(Exception):
-    """Ends a forward pass where its first block would begin."""
-
-
 def _run_first_alone(
     model: PreTrainedModel, blocks: Mapping[str, nn.Module], judge: Callable[[str, Sequence[_Call]], None]
 ) -> None:
-    """Judge a copy of the first block with random weights on the CPU; the others need only have the same modules."""
-    (path, block), *others = blocks.items()
-    given: list[Any] = []
-
-    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
-        given.extend((args, kwargs))
-        raise _Started
-
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with _evaluating(model), contextlib.suppress(_Started):
-            ids = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
-            model.base_model(input_ids=ids, use_cache=False)
-    finally:
-        handle.remove()
-    twin = copy.deepcopy(block).to_empty(device="cpu").eval()
+    """Judge the first block in a copy of the decoder with random weights on the CPU, without the other blocks and the
+    embeddings."""
+    path = next(iter(blocks))
+    decoder, around = model.get_decoder(), model.get_submodule(path.rpartition(".")[0])
+    inside = next(name for name, module in decoder.named_modules() if module is around)
+    twin = copy.deepcopy(decoder).eval()
+    del twin.get_submodule(inside)[1:]
+    embeddings = twin.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    args, kwargs = (_with_numbers(part, generator) for part in given)
-    with torch.no_grad(), _watched({path: twin}, judge):
-        for tensor in (*twin.parameters(), *twin.buffers()):
-            tensor.copy_(_with_numbers(tensor, generator) * (tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 1))
-        twin(*args, **kwargs)
-    names = [name for name, _ in block.named_modules()]
-    for other, module in others:
-        if [name for name, _ in module.named_modules()] != names:
-            raise UserError(f"model type {model.config.model_type!r}: {other} has other modules than {path}")
-
-
-def _with_numbers(value: Any, generator: torch.Generator) -> Any:
-    """Tensors on the meta device replaced by random ones, or ones if they are no floats, in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return torch.ones(value.shape, dtype=value.dtype)
-        return torch.randn(value.shape, generator=generator).to(value.dtype)
-    if isinstance(value, dict):
-        return {key: _with_numbers(item, generator) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_with_numbers(item, generator) for item in value)
-    return value
+    with torch.no_grad(), _watched({path: twin.get_submodule(inside)[0]}, judge):
+        for module in twin.modules():
+            if module is not embeddings:
+                module.to_empty(device="cpu", recurse=False)
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    scale = tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 1
+                    tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+        given = torch.randn(1, TOKENS, embeddings.weight.shape[1], generator=generator)
+        twin(inputs_embeds=given.to(model.dtype), use_cache=False)
