@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedModel, PeftModel | None]:
-    """Make the loaded model trainable in place: LoRA as the options say, or every weight of the decoder but the embeddings.
+    """Make the loaded model trainable in place: LoRA as the options say, or every weight but the embeddings.
 
     Returns:
         The model with its adapter layers, and the peft wrapper around it, ``None`` under full fine-tuning.

@@ -93,7 +93,9 @@ def main(config: CheckConfig) -> None:
     )
 
     agreements, unchanged, reason = compare(loaded, prompts, completions, config.set_size, quiet=config.quiet)
-    print(_table(agreements, tolerance, sites.n_layers * neurons_per_layer(sites.n_layers, sites.d_mlp, config.set_size)))
+    print(
+        _table(agreements, tolerance, sites.n_layers * neurons_per_layer(sites.n_layers, sites.d_mlp, config.set_size))
+    )
     print(f"{'logits after = before':<31}{'the same to the bit' if unchanged else 'they differ'}")
     if reason:
         print(f"\nTransformerLens was not compared: {reason}")

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -102,7 +101,9 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int:
-        """Positions of the model; see `max_positions`."""
+        """See `neurosig.models.prefix.max_positions`."""
+        from neurosig.models.prefix import max_positions
+
         return max_positions(self.model)
 
 
@@ -169,11 +170,6 @@ def load_model(
         attn_implementation=str(model.config._attn_implementation),
     )
     return LoadedModel(model, tokenizer, info)
-
-
-def max_positions(model: PreTrainedModel) -> int:
-    """Longest sequence that the configuration allows; ``sys.maxsize`` where it names no limit (ALiBi has none)."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def logit_softcap(model: PreTrainedModel) -> float | None:

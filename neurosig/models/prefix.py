@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,6 +82,11 @@ def run_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Pre
         use_cache=True,
     ).last_hidden_state
     return Prefix(cache, mask, hidden[:, -1])
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Longest sequence that the configuration allows; ``sys.maxsize`` where it names no limit, as ALiBi has none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def distinct_rows(prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:

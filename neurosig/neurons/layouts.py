@@ -49,7 +49,7 @@ class _Call:
     """One call of a module in a block. ``given``: its tensor arguments; all tensors have one row per token."""
 
     name: str
-    module: nn.Module
+    module: Any
     given: tuple[Tensor, ...]
     output: Tensor
 
@@ -125,8 +125,8 @@ def find_layout(model: PreTrainedModel) -> Layout:
         _run_first_alone(model, blocks, judge)
     else:
         with _evaluating(model), _watched(blocks, judge):
-            device = model.get_input_embeddings().weight.device
-            model.base_model(input_ids=torch.arange(1, TOKENS + 1, device=device)[None], use_cache=False)
+            ids = torch.arange(1, TOKENS + 1, device=model.device)
+            model.base_model(input_ids=ids[None], use_cache=False)
     if len(found) != 1:
         why = "differ from one another" if found else "give values that are not finite"
         raise UserError(f"{kind}: its blocks {why}, so its neurons cannot be located; check the weights")
@@ -229,9 +229,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().flatten(end_dim=-2)
 
 
-def _recognised(
-    block: nn.Module, calls: Sequence[_Call], linear: Sequence[_Call]
-) -> tuple[list[FFN], list[str]]:
+def _recognised(block: nn.Module, calls: Sequence[_Call], linear: Sequence[_Call]) -> tuple[list[FFN], list[str]]:
     """The FFNs among these calls, and for each linear layer into the residual stream what speaks against it."""
     width = calls[-1].output.shape[-1]
     factors = [part for call in linear for part in _parts(call.output)]
@@ -273,9 +271,9 @@ def _read(values: Tensor, calls: Sequence[_Call], factors: Sequence[Tensor]) -> 
         if _same(call.output, values) and _pointwise(call):
             return call.name, False
     for call in calls:
-        if call.output.shape == values.shape and any(_same(call.output * factor, values) for factor in alike):
-            if _pointwise(call):
-                return call.name, True
+        same = call.output.shape == values.shape and any(_same(call.output * factor, values) for factor in alike)
+        if same and _pointwise(call):
+            return call.name, True
     return None
 
 
@@ -322,14 +320,17 @@ def _not_all(block: nn.Module, calls: Sequence[_Call], down: _Call) -> str | Non
 def _projects_otherwise(down: _Call) -> str | None:
     """Whether values times weight, plus bias, are another thing than the layer's output; quantised ones are let pass:
     `neurosig.neurons.sites.w_out` refuses them in its own words."""
-    weight, bias = down.module.weight, down.module.bias
+    module = down.module
+    weight, bias = module.weight, module.bias
     if not weight.is_floating_point():
         return None
-    rows = weight if isinstance(down.module, Conv1D) else weight.T
+    rows = weight if isinstance(module, Conv1D) else weight.T
     exact = torch.promote_types(weight.dtype, torch.float32)
     expected = down.given[0].to(exact) @ rows.to(exact)
     expected = expected if bias is None else expected + bias.to(exact)
-    return None if _same(expected.to(down.output.dtype), down.output) else "its output is not its input times its weight"
+    return (
+        None if _same(expected.to(down.output.dtype), down.output) else "its output is not its input times its weight"
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

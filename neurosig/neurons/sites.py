@@ -63,9 +63,7 @@ def ffn_sites(model: PreTrainedModel) -> FFNSites:
     if known is not None and known[0] == described:
         return known[1]
     layout = find_layout(model)
-    layers, acts = (
-        tuple(f"{block}.{path}" for block in layout.blocks) for path in (layout.ffn.down, layout.ffn.act)
-    )
+    layers, acts = (tuple(f"{block}.{path}" for block in layout.blocks) for path in (layout.ffn.down, layout.ffn.act))
     shapes = {tuple(w_out(model, path).shape) for path in layers}
     if len(shapes) > 1 or len({model.get_submodule(path) for path in acts}) < len(acts):
         why = "have FFNs of several widths" if len(shapes) > 1 else "share one activation module"

@@ -23,8 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from neurosig.models.load import max_positions
-from neurosig.models.prefix import Prefix, distinct_rows, pad, run_prompts
+from neurosig.models.prefix import Prefix, distinct_rows, max_positions, pad, run_prompts
 from neurosig.neurons.config import NeuronValue, TraceConfig
 from neurosig.neurons.contributions import ActiveSets, concat_sets, neurons_per_layer
 from neurosig.neurons.reduction import finish, pool, reduce_layer

@@ -48,7 +48,7 @@ class RowCache(Cache):
                     f"{config.model_type}: sampling supports full, sliding-window and linear attention, this model has "
                     f"a {type(kind).__name__}; sample elsewhere and pass the rollouts as a file"
                 )
-        layers = [
+        layers: list[Any] = [
             _States(kind.number_of_states)
             if isinstance(kind, LinearAttentionLayer)
             else _Layer(getattr(kind, "sliding_window", None))
@@ -149,7 +149,7 @@ class RowCache(Cache):
         for layer in self._layers:
             layer.keep(rows)
         for states in self._states:
-            states.reorder_cache(rows)
+            states.keep(rows)
 
     def shift(self, columns: int) -> None:
         """Move every row to the right, or (negative) to the left, which drops the first columns."""
@@ -180,11 +180,19 @@ class RowCache(Cache):
 class _States(LinearAttentionLayer):
     """The states of a layer of linear attention or convolution: they have no columns."""
 
+    def keep(self, rows: Int[Tensor, " rows"]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({index: state[rows] for index, state in states.items() if state is not None})
+
     def put(self, slots: Int[Tensor, " slots"], other: _States, rows: Int[Tensor, " slots"]) -> None:
-        for own, given in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
-            for index, state in given.items():
-                if state is not None:
-                    own[index][slots] = state[rows]
+        for states, others in (
+            (self.conv_states, other.conv_states),
+            (self.recurrent_states, other.recurrent_states),
+        ):
+            for index, state in states.items():
+                new = others[index]
+                if state is not None and new is not None:
+                    state[slots] = new[rows]
 
 
 class _Layer(CacheLayerMixin):

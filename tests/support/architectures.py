@@ -136,7 +136,7 @@ EAGER = ("bloom", "gemma2")
 """Types without sdpa attention, which the loader is asked for by name."""
 
 
-def random_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def model_of(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random two-layer model of this architecture, fp32, eval, with the weights of `tests.support.tiny`."""
     one = ARCHITECTURES[name]
     config = AutoConfig.for_model(one.model_type, **one.config | changes)
@@ -145,7 +145,7 @@ def random_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 def save(name: str, folder: Path, ends: list[int] | None = None) -> Path:
     """A folder with such a model, and a tokenizer, that every command can load; ``ends``: its end tokens."""
-    model = random_model(name)
+    model = model_of(name)
     if ends is not None:
         model.generation_config.eos_token_id = ends
     model.save_pretrained(folder)
@@ -163,13 +163,16 @@ def models_table() -> str:
     """The README's table: families with the same neurons, read at the same place and checked in the same ways."""
     rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for one in _LISTED:
-        sites = ffn_sites(random_model(one.model_type))
+        sites = ffn_sites(model_of(one.model_type))
         value = "act(gate) · up" if sites.gated else "act(x)"
         place = sites.layers[0].removeprefix(f"{sites.blocks[0]}.")
         checked = f"reading{', TransformerLens' if one.lens else ''}, sampling, learning"
         rows[value, f"`{place}`", checked].append(f"{one.family} `{one.model_type}`")
-    lines = ["| models and their `model_type` | a neuron's value | read at the input of | checked |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {', '.join(names)} | {' | '.join(row)} |" for row, names in rows.items())])
+    lines = [
+        "| models and their `model_type` | a neuron's value | read at the input of | checked |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(f"| {'; '.join(names)} | {' | '.join(row)} |" for row, names in rows.items())])
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ CHAT_TEMPLATE = """\
 
 
 def tiny_model(arch: Arch | OtherArch | MixtureArch, seed: int = 0) -> PreTrainedModel:
-    """A random two-layer model, fp32, eval; gemma3 has three layers. Where there is a sliding window, it is 8 tokens."""
+    """A random two-layer model, fp32, eval; gemma3 has three layers. Sliding windows are of 8 tokens."""
     return with_random_weights(_model(arch), seed)
 
 

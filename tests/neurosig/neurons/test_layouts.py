@@ -17,7 +17,7 @@ from neurosig.neurons import layouts
 from neurosig.neurons.layouts import find_layout, register_layout
 from neurosig.neurons.sites import ffn_sites
 from neurosig.runtime.errors import UserError
-from tests.support.architectures import ARCHITECTURES, GROUPED, SHARED, random_model
+from tests.support.architectures import ARCHITECTURES, GROUPED, SHARED, model_of
 from tests.support.tiny import D_MLP, D_MODEL, VOCAB_SIZE, tiny_model
 
 IDS = torch.arange(5, 17).view(2, 6)
@@ -94,16 +94,16 @@ def test_the_meta_device_shows_the_same_sites(name: str) -> None:
     with torch.device("meta"):
         hollow = AutoModelForCausalLM.from_config(AutoConfig.for_model(one.model_type, **one.config)).eval()
     devices = {name: parameter.device.type for name, parameter in hollow.named_parameters()}
-    assert ffn_sites(hollow) == ffn_sites(random_model(name)) and "meta" in devices.values()
+    assert ffn_sites(hollow) == ffn_sites(model_of(name)) and "meta" in devices.values()
     assert {name: parameter.device.type for name, parameter in hollow.named_parameters()} == devices
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "phi3", "gemma3", "apertus", "opt"])
 def test_rounding_hides_no_network(name: str, dtype: torch.dtype) -> None:
-    model = random_model(name)
+    model = model_of(name)
     expected = ffn_sites(model)
-    assert ffn_sites(random_model(name).to(dtype)) == expected
+    assert ffn_sites(model_of(name).to(dtype)) == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "qwen3_5_text"])
@@ -113,7 +113,7 @@ def test_nothing_else_passes_for_a_network(name: str) -> None:
     width = {"n_inner": D_MODEL} if name == "gpt2" else {"intermediate_size": D_MODEL}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(one.model_type, **one.config | width)).eval()
-    sites, expected = ffn_sites(model), ffn_sites(random_model(name))
+    sites, expected = ffn_sites(model), ffn_sites(model_of(name))
     assert (sites.layers, sites.acts, sites.gated) == (expected.layers, expected.acts, expected.gated)
     assert sites.d_mlp == D_MODEL
 
@@ -142,7 +142,10 @@ def test_the_model_stays_as_it_was() -> None:
     ("model", "message"),
     [
         ({"mlp": Scaled}, r"mlp\.down_proj: mlp gives something else than its output"),
-        ({"mlp": Normed}, r"self_attn\.o_proj, mlp\.down_proj: input is no activation's output, alone or times a linear"),
+        (
+            {"mlp": Normed},
+            r"self_attn\.o_proj, mlp\.down_proj: input is no activation's output, alone or times a linear",
+        ),
         ({"mlp": WithoutModule}, r"mlp\.down_proj: input is no activation's output"),
         ({"mlp": Two}, r"mlp\.first\.down_proj: mlp gives something else than its output; mlp\.second\.down_proj: "),
         ({"mlp": Routed}, r"mlp\.first\.down_proj: the block has several LlamaMLP"),
@@ -191,7 +194,10 @@ def test_a_description_is_of_one_of_several_networks() -> None:
         ({"down": "mlp"}, "tried mlp as a linear layer and mlp.act_fn as an activation, each called once"),
         ({"act": "mlp.gelu"}, "tried mlp.down_proj as a linear layer and mlp.gelu as an activation, each called once"),
         ({"act": "input_layernorm"}, r"mlp\.down_proj: its input is not the output of input_layernorm"),
-        ({"block": "model.blocks.{}"}, "LlamaForCausalLM has no model.blocks.0; say with neurosig.register_layout where"),
+        (
+            {"block": "model.blocks.{}"},
+            "LlamaForCausalLM has no model.blocks.0; say with neurosig.register_layout where",
+        ),
     ],
 )
 def test_a_wrong_description_is_found_out(wrong: dict[str, Any], message: str) -> None:
