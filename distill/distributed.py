@@ -81,7 +81,7 @@ class Ranks(ranks.Ranks):
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(model.device.type, (self.world,))
-        whole = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        whole = {model.get_input_embeddings().weight, *model.get_output_embeddings().parameters()}
         for module in [*decoder_layers(model), model.base_model]:
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         for unit in _units(model):
@@ -145,7 +145,7 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The transformer blocks of a causal language model."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _units(model: PreTrainedModel) -> list[FSDPModule]:

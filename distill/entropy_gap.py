@@ -17,7 +17,7 @@ from jaxtyping import Float
 from distill.losses import Divergence, chunked_divergence
 from distill.tasks import manifest_tasks
 from neurosig.manifest import Manifest
-from neurosig.models.completion_hidden import completion_hidden
+from neurosig.models.completion_hidden import completion_hidden, head_weight
 from neurosig.models.load import LoadedModel, logit_softcap
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
@@ -64,7 +64,7 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
         UserError: Nothing is selected, or a prompt does not fit the model.
     """
     model = loaded.model
-    head = model.get_output_embeddings().weight
+    head = head_weight(model)
     divergence = Divergence(softcap=logit_softcap(model))
     tasks = manifest_tasks(manifest, loaded, max_new_tokens=manifest.header.options["max_new_tokens"])
     answers = {row.question_id: len(row.answers) for row in manifest.rows}

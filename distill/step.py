@@ -13,7 +13,7 @@ from distill.losses import Divergence, chunked_divergence, cut_share
 from distill.metrics_log import rollout_metrics
 from distill.student import TrainingForward, autocast
 from distill.tasks import Task, is_in_loss
-from neurosig.models.completion_hidden import completion_hidden
+from neurosig.models.completion_hidden import completion_hidden, head_weight
 from neurosig.models.load import logit_softcap
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
@@ -196,7 +196,7 @@ def _backward(
         prompts = [row.task.student_prompt for row in batch]
         with forward.active(), autocast(config, model):
             student_hidden = completion_hidden(model, prompts, completions)
-        head, device = model.get_output_embeddings().weight, student_hidden.device
+        head, device = head_weight(model), student_hidden.device
         token_ids = torch.tensor([token for ids in completions for token in ids], device=device)
         position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(device)
         length = torch.tensor([len(ids) for ids in completions], device=device)

@@ -43,7 +43,8 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
     if model.device.type == "cuda" and _product_dtype(config, model).itemsize < 4:
         torch.set_float32_matmul_precision("high")  # TF32 where LoRA's factors or master weights are float32
     if config.full:
-        model.requires_grad_(True)
+        model.requires_grad_(False)
+        model.get_decoder().requires_grad_(True)
         model.get_input_embeddings().requires_grad_(False)
         model.get_output_embeddings().requires_grad_(False)
         return model, None

@@ -12,12 +12,22 @@ if TYPE_CHECKING:
     from neurosig.manifest import read_manifest
     from neurosig.models.load import load_model
     from neurosig.neurons.backends import trace_neurons
+    from neurosig.neurons.layouts import register_layout
     from neurosig.neurons.tracer import NeuronTracer
     from neurosig.questions.load import load_questions
     from neurosig.sampling.sampler import sample
 
 __version__ = "0.1.0"
-__all__ = ["NeuronTracer", "__version__", "load_model", "load_questions", "read_manifest", "sample", "trace_neurons"]
+__all__ = [
+    "NeuronTracer",
+    "__version__",
+    "load_model",
+    "load_questions",
+    "read_manifest",
+    "register_layout",
+    "sample",
+    "trace_neurons",
+]
 
 _HOME = {
     "load_model": "neurosig.models.load",
@@ -25,6 +35,7 @@ _HOME = {
     "sample": "neurosig.sampling.sampler",
     "NeuronTracer": "neurosig.neurons.tracer",
     "read_manifest": "neurosig.manifest",
+    "register_layout": "neurosig.neurons.layouts",
     "trace_neurons": "neurosig.neurons.backends",
 }
 

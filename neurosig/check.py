@@ -75,7 +75,6 @@ def main(config: CheckConfig) -> None:
     """
     from neurosig.models.load import load_model
     from neurosig.neurons.contributions import neurons_per_layer
-    from neurosig.neurons.parity import agreement, hooked_means
     from neurosig.neurons.sites import ffn_sites
     from neurosig.runtime.extras import check_installed
 
@@ -93,8 +92,41 @@ def main(config: CheckConfig) -> None:
         f"tokens, seed {config.seed}\n"
     )
 
-    lens, reason = None, ""
-    with progress(total=4, desc="read", quiet=config.quiet) as bar:
+    agreements, unchanged, reason = compare(loaded, prompts, completions, config.set_size, quiet=config.quiet)
+    print(
+        _table(agreements, tolerance, sites.n_layers * neurons_per_layer(sites.n_layers, sites.d_mlp, config.set_size))
+    )
+    print(f"{'logits after = before':<31}{'the same to the bit' if unchanged else 'they differ'}")
+    if reason:
+        print(f"\nTransformerLens was not compared: {reason}")
+    failed = [name for name, one in agreements.items() if one is not None and not one.max_rel <= tolerance]
+    failed += [] if unchanged else ["logits after = before"]
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}")
+        raise SystemExit(1)
+    print(f"\nall within tolerance ({tolerance:g} of a contribution in {loaded.info.dtype})")
+
+
+def compare(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    set_size: int,
+    *,
+    quiet: bool = True,
+) -> tuple[dict[str, Agreement | None], bool, str]:
+    """Read the rollouts' contributions in four ways.
+
+    Returns:
+        How far they agree, by what is compared (None: TransformerLens cannot read the model); whether the model's
+        logits are the same to the bit afterwards; and why TransformerLens was not compared, if it was not.
+    """
+    from neurosig.neurons.contributions import neurons_per_layer
+    from neurosig.neurons.parity import agreement, hooked_means
+    from neurosig.neurons.sites import ffn_sites
+
+    sites, lens, reason = ffn_sites(loaded.model), None, ""
+    with progress(total=4, desc="read", quiet=quiet) as bar:
         before = _logits(loaded, prompts[0])
         hooks = hooked_means(loaded.model, sites, prompts, completions)
         bar.update()
@@ -108,8 +140,7 @@ def main(config: CheckConfig) -> None:
         except UserError as error:
             reason = str(error)
         bar.update()
-
-    share = neurons_per_layer(sites.n_layers, sites.d_mlp, config.set_size)
+    share = neurons_per_layer(sites.n_layers, sites.d_mlp, set_size)
     pairs = {
         "nnsight = plain hooks": (single, hooks),
         "padded batch = alone": (batched, single),
@@ -119,16 +150,7 @@ def main(config: CheckConfig) -> None:
         name: None if traced is None else agreement(traced, reference, share)
         for name, (traced, reference) in pairs.items()
     }
-    print(_table(agreements, tolerance, share * sites.n_layers))
-    print(f"{'logits after = before':<31}{'the same to the bit' if unchanged else 'they differ'}")
-    if reason:
-        print(f"\nTransformerLens was not compared: {reason}")
-    failed = [name for name, one in agreements.items() if one is not None and not one.max_rel <= tolerance]
-    failed += [] if unchanged else ["logits after = before"]
-    if failed:
-        print(f"\nfailed: {', '.join(failed)}")
-        raise SystemExit(1)
-    print(f"\nall within tolerance ({tolerance:g} of a contribution in {loaded.info.dtype})")
+    return agreements, unchanged, reason
 
 
 def _rollouts(config: CheckConfig, loaded: LoadedModel) -> tuple[list[list[int]], list[list[int]]]:

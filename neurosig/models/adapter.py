@@ -78,22 +78,30 @@ def lora_targets(targets: Sequence[str], model: PreTrainedModel) -> str | list[s
     from peft.tuners.tuners_utils import check_target_module_exists
     from transformers.pytorch_utils import Conv1D
 
+    modules, head, decoder = dict(model.named_modules()), model.get_output_embeddings(), model.get_decoder()
+    every = [name for name, m in modules.items() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
+    text = next(name for name, module in modules.items() if module is decoder)
+    linear = [name for name in every if name.startswith(text)]
+    names = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    # a multimodal model's other towers get no gradient from text
+    inside = "" if len(linear) == len(every) else rf"{re.escape(text)}\.(.*\.)?"
     if (*targets,) == ("all-linear",):
-        return "all-linear"
+        if not inside:
+            return "all-linear"
+        targets = [*names]
     alone = len(targets) == 1 and re.search(r"[^\w.]", targets[0]) is not None
-    modules, head = dict(model.named_modules()), model.get_output_embeddings()
-    linear = [name for name, m in modules.items() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
     for target in targets:
-        lora = LoraConfig(target_modules=target if alone else [target])
+        lora = LoraConfig(target_modules=target if alone else inside + target if inside else [target])
         try:
             found = [name for name in modules if check_target_module_exists(lora, name)]
         except re.error as error:
             raise UserError(f"--lora-targets {target}: not a regular expression ({error})") from error
         wrong = sorted({*found} - {*linear})
         if wrong or not found:
-            names = dict.fromkeys(name.rpartition(".")[2] for name in linear)
             raise UserError(
                 f"--lora-targets {target}: matches {wrong[0] or 'the whole model' if wrong else 'nothing'}; the "
                 f"model's linear modules are {', '.join(names)}"
             )
+    if inside and not alone:
+        return f"{inside}({'|'.join(targets)})"
     return targets[0] if alone else [*targets]

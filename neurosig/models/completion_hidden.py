@@ -2,44 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from neurosig.models.load import logit_softcap
-from neurosig.models.prefix import distinct_rows, run_prompts
+from neurosig.models.prefix import distinct_rows, has_states, pad, run_prompts
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SCALE_TOLERANCE = 0.05
+"""Largest share by which rounding to bfloat16 moves logits."""
+
+_SCALES: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
+
 
 def completion_hidden(
     model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
-) -> Float[Tensor, "tokens d_model"]:
-    """Hidden states, after the final norm, at the positions that predict each completion token.
+) -> Float[Tensor, "tokens d_head"]:
+    """Hidden states, after the final norm, at the positions that predict each completion token, as `head_weight`
+    takes them.
 
     A few-shot prefix is computed once per question instead of once per rollout; gradients flow through it. The rows are
-    concatenated, each as long as its completion. Every call makes two forward passes, so that ranks stay in step.
+    concatenated, each as long as its completion. Every call makes two forward passes, so that
+    ranks stay in step; with linear attention and gradients one, where each row contains its prompt.
 
     Args:
         model: Causal language model; its head is not computed.
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
     """
-    distinct, owners = distinct_rows(prompts)
-    prefix = run_prompts(model, distinct).rows(torch.tensor(owners, device=model.device))
-    shown = [completion[:-1] or completion for completion in completions]
-    rest = model.base_model(**prefix.inputs(shown)).last_hidden_state
-    hidden = torch.cat([prefix.last_hidden[:, None], rest], dim=1)
     lengths = torch.tensor([[len(completion)] for completion in completions], device=model.device)
-    return hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths]
+    if torch.is_grad_enabled() and has_states(model):  # linear attention overwrites its state in place
+        rows = [[*prompt, *completion[:-1]] for prompt, completion in zip(prompts, completions, strict=True)]
+        ids, mask = pad(rows, side="right", device=model.device)
+        hidden = model.base_model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        first = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
+    else:
+        distinct, owners = distinct_rows(prompts)
+        prefix = run_prompts(model, distinct).rows(torch.tensor(owners, device=model.device))
+        shown = [completion[:-1] or completion for completion in completions]
+        rest = model.base_model(**prefix.inputs(shown)).last_hidden_state
+        hidden = torch.cat([prefix.last_hidden[:, None], rest], dim=1)
+        first = torch.zeros_like(lengths)
+    position = torch.arange(hidden.shape[1], device=hidden.device)
+    hidden = hidden[(position >= first) & (position < first + lengths)] * logit_scale(model)
+    return hidden if model.get_output_embeddings().bias is None else nn.functional.pad(hidden, (0, 1), value=1)
 
 
-def head_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens vocab"]:
-    """Float32 logits of hidden states, after the model's softcap if it has one."""
-    logits = model.get_output_embeddings()(hidden).float()
+def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocab d_head"]:
+    """What gives the logits, before a softcap, of `completion_hidden`: the head's weight, its bias as last column."""
+    head = model.get_output_embeddings()
+    return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """By what the model multiplies its head's output, as Cohere's ``logit_scale`` or one over Granite's
+    ``logits_scaling``: some divide by that number, others multiply, so a few tokens are run, once per model.
+
+    Raises:
+        UserError: None of the numbers of its configuration explains its logits.
+    """
+    config = model.config.get_text_config()
+    numbers = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "lm_head_multiplier")]
+    named = {float(number) for number in numbers if isinstance(number, int | float) and number not in (0, 1)}
+    if named and model not in _SCALES:
+        _SCALES[model] = _measured_scale(model, {1.0, *named, *(1 / number for number in named)})
+    return _SCALES.get(model, 1.0)
+
+
+@torch.no_grad()
+def _measured_scale(model: PreTrainedModel, scales: Collection[float]) -> float:
+    ids = torch.arange(1, 6, device=model.device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    raw = model.get_output_embeddings()(hidden).float()
+    errors = {scale: float((_capped(model, raw * scale) - logits).norm() / logits.norm()) for scale in scales}
+    best = min(errors, key=lambda scale: errors[scale])
+    if not errors[best] <= SCALE_TOLERANCE:
+        raise UserError(
+            f"model type {model.config.model_type!r}: its logits are not its head's output times a number of its "
+            "configuration; learning and scoring need that"
+        )
+    return best
+
+
+def _capped(model: PreTrainedModel, logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
     cap = logit_softcap(model)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def head_logits(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_head"]) -> Float[Tensor, "tokens vocab"]:
+    """Float32 logits of `completion_hidden`, after the model's softcap if it has one."""
+    return _capped(model, nn.functional.linear(hidden, head_weight(model)).float())

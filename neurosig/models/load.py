@@ -101,8 +101,10 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int:
-        """Positions of the model."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """See `neurosig.models.prefix.max_positions`."""
+        from neurosig.models.prefix import max_positions
+
+        return max_positions(self.model)
 
 
 def load_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, no_type_check
@@ -34,8 +35,7 @@ class Prefix:
     def rows(self, index: Int[Tensor, " n"]) -> Prefix:
         """The rows ``index`` in this order, repeats included; this prefix is unchanged and gradients flow."""
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(index)
+        cache.layers = [_selected(layer, index) for layer in self.cache.layers]
         return Prefix(cache, self.mask[index], self.last_hidden[index])
 
     def inputs(self, completions: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -49,6 +49,22 @@ class Prefix:
             "past_key_values": self.cache,
             "use_cache": True,
         }
+
+
+def _selected(layer: Any, index: Int[Tensor, " n"]) -> Any:
+    """A copy of a cache's layer with these rows; a layer of linear attention writes into its states in place."""
+    layer = copy.copy(layer)
+    if hasattr(layer, "conv_states"):
+        vars(layer).update({name: copy.copy(value) for name, value in vars(layer).items() if isinstance(value, dict)})
+        layer.reorder_cache(index)
+    else:
+        layer.batch_select_indices(index)
+    return layer
+
+
+def has_states(model: PreTrainedModel) -> bool:
+    """Whether some of the model's layers keep a state (linear attention, convolutions) instead of keys and values."""
+    return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=model.config).layers)
 
 
 def run_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefix:
@@ -102,6 +118,11 @@ def on_a_copy(forward: Callable[..., Any], index: int, run: Callable[..., Any]) 
         return output
 
     return layer_forward
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """Longest sequence that the configuration allows; ``sys.maxsize`` where it names no limit, as ALiBi has none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def distinct_rows(prompts: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:

@@ -7,6 +7,7 @@ its output direction is the matching slice of that projection's weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from neurosig.neurons.layouts import find_layout, registered
 from neurosig.runtime.errors import UserError
 
 
@@ -44,72 +46,39 @@ class FFNSites:
         return len(self.layers)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    block: str
-    down: str
-    act: str
-    gated: bool
-
-
-_GATED = _Layout("model.layers.{}", "mlp.down_proj", "mlp.act_fn", gated=True)
-
-_LAYOUTS: dict[str, _Layout] = {
-    "gemma2": _GATED,
-    "gemma3_text": _GATED,
-    "gpt2": _Layout("transformer.h.{}", "mlp.c_proj", "mlp.act", gated=False),
-    "gpt_neox": _Layout("gpt_neox.layers.{}", "mlp.dense_4h_to_h", "mlp.act", gated=False),
-    "llama": _GATED,
-    "mistral": _GATED,
-    "olmo2": _GATED,
-    "opt": _Layout("model.decoder.layers.{}", "fc2", "activation_fn", gated=False),
-    "phi3": _Layout("model.layers.{}", "mlp.down_proj", "mlp.activation_fn", gated=True),
-    "qwen2": _GATED,
-    "qwen3": _GATED,
-    "smollm3": _GATED,
-    "starcoder2": _Layout("model.layers.{}", "mlp.c_proj", "mlp.act", gated=False),
-}
+_KNOWN: WeakKeyDictionary[PreTrainedModel, tuple[object, FFNSites]] = WeakKeyDictionary()
 
 
 def ffn_sites(model: PreTrainedModel) -> FFNSites:
-    """Locate the FFN neurons of a causal language model.
+    """Locate and verify the FFN neurons of a causal language model, once per model: see `neurosig.neurons.layouts`.
 
-    OPT's FFN runs on flattened tokens: there the down projection and the activation see ``[batch * seq, d]``,
-    elsewhere ``[batch, seq, d]``. Reshaping to the batch's own shape serves both.
+    The down projection and the activation may see flattened tokens, ``[batch * seq, d]``, or ``[batch, seq, d]``:
+    reshaping to the batch's own shape serves both.
 
     Raises:
-        UserError: The model type is not supported; the model is a mixture of experts, whose neurons have no module;
-            or it is wrapped or has no language-model head, so that its modules are not where the table says.
+        UserError: No FFN can be verified; the layers are of several widths or share an activation; the weights are
+            quantised; or the model is a mixture of experts, whose neurons have no module, or has no head.
     """
-    model_type = model.config.model_type
-    layout = _LAYOUTS.get(model_type)
-    if layout is None:
-        raise UserError(
-            f"model type {model_type!r}: its FFN neurons cannot be located{_why_not(model)}; "
-            f"use a dense text model of type {', '.join(sorted(_LAYOUTS))}"
-        )
-    blocks = tuple(layout.block.format(layer) for layer in range(model.config.num_hidden_layers))
-    layers = tuple(f"{block}.{layout.down}" for block in blocks)
-    acts = tuple(f"{block}.{layout.act}" for block in blocks)
-    for path in (*layers, *acts):
-        _module_at(model, path)
-    d_mlp, d_model = w_out(model, layers[0]).shape
+    described, known = registered(model), _KNOWN.get(model)
+    if known is not None and known[0] == described:
+        return known[1]
+    layout = find_layout(model)
+    layers, acts = (tuple(f"{block}.{path}" for block in layout.blocks) for path in (layout.ffn.down, layout.ffn.act))
+    shapes = {tuple(w_out(model, path).shape) for path in layers}
+    if len(shapes) > 1 or len({model.get_submodule(path) for path in acts}) < len(acts):
+        why = "have FFNs of several widths" if len(shapes) > 1 else "share one activation module"
+        raise UserError(f"model type {model.config.model_type!r}: its layers {why}, which is not supported")
+    ((d_mlp, d_model),) = shapes
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    return FFNSites(layers, acts, blocks, head, d_mlp, d_model, layout.gated)
+    sites = FFNSites(layers, acts, layout.blocks, head, d_mlp, d_model, layout.ffn.gated)
+    _KNOWN[model] = described, sites
+    return sites
 
 
 @torch.no_grad()
 def w_out_norms(model: PreTrainedModel, sites: FFNSites) -> Float[Tensor, "n_layers d_mlp"]:
     """L2 norm of each neuron's output direction ``W_down[:, j]``, in fp32 on the CPU."""
     return torch.stack([w_out(model, path).float().norm(dim=1).cpu() for path in sites.layers])
-
-
-def _why_not(model: PreTrainedModel) -> str:
-    """The obstacle in a mixture of experts: all experts of a layer are one 3-D parameter."""
-    for name, parameter in model.named_parameters():
-        if ".experts." in name and parameter.ndim == 3:
-            return f", since its experts are no modules but slices of one parameter ({name})"
-    return ""
 
 
 def _module_at(model: PreTrainedModel, path: str) -> nn.Module:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from neurosig.models.prefix import Prefix, distinct_rows, pad, run_prompts
+from neurosig.models.prefix import Prefix, distinct_rows, max_positions, pad, run_prompts
 from neurosig.neurons.config import NeuronValue, TraceConfig
 from neurosig.neurons.contributions import ActiveSets, concat_sets, neurons_per_layer
 from neurosig.neurons.reduction import finish, pool, reduce_layer
@@ -243,8 +243,8 @@ class NeuronTracer:
             raise UserError(f"{len(masks)} token masks but {len(completion_ids)} completions; pass one each")
         if self.model.training:
             raise UserError("the model is in training mode; call model.eval() first")
-        context = self.model.config.max_position_embeddings
-        vocab = self.model.config.vocab_size
+        context = max_positions(self.model)
+        vocab = self.model.config.get_text_config().vocab_size
         for i, (prompt, completion, mask) in enumerate(zip(prompt_ids, completion_ids, masks, strict=True)):
             if not prompt or not completion:
                 raise UserError(f"rollout {i}: the {'completion' if prompt else 'prompt'} is empty; leave it out")

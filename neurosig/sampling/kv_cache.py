@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from neurosig.runtime.errors import UserError
 
@@ -37,24 +37,34 @@ class RowCache(Cache):
         version: A number that is new whenever keys and values have moved to other addresses.
 
     Raises:
-        UserError: The model has layers that are neither full nor sliding attention.
+        UserError: The model has other layers than full, sliding and linear attention, or no attention.
     """
 
     def __init__(self, config: PreTrainedConfig):
-        layers = DynamicCache(config=config).layers
-        for layer in layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        kinds = DynamicCache(config=config).layers
+        for kind in kinds:
+            if type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer):
                 raise UserError(
-                    f"{config.model_type}: sampling supports full and sliding-window attention, this model has a "
-                    f"{type(layer).__name__}; sample elsewhere and pass the rollouts as a file"
+                    f"{config.model_type}: sampling supports full, sliding-window and linear attention, this model has "
+                    f"a {type(kind).__name__}; sample elsewhere and pass the rollouts as a file"
                 )
-        self._layers = [_Layer(getattr(layer, "sliding_window", None)) for layer in layers]
-        # Falcon derives position biases (ALiBi) from the two-dimensional mask
-        alibi = bool(getattr(config, "alibi", False))
+        layers: list[Any] = [
+            _States(kind.number_of_states)
+            if isinstance(kind, LinearAttentionLayer)
+            else _Layer(getattr(kind, "sliding_window", None))
+            for kind in kinds
+        ]
+        self._layers = [layer for layer in layers if isinstance(layer, _Layer)]
+        self._states = [layer for layer in layers if isinstance(layer, _States)]
+        if not self._layers:
+            raise UserError(f"{config.model_type}: sampling needs a model with attention; pass the rollouts as a file")
+        text = config.get_text_config()
+        # without a limit of positions, or where it says so, a model derives ALiBi from the two-dimensional mask
+        alibi = getattr(text, "alibi", False) or not getattr(text, "max_position_embeddings", None)
         self._takes_masks = not alibi and str(config._attn_implementation) in ("sdpa", "eager")
         self._column: Tensor | None = None
         self.version = next(_versions)
-        super().__init__(layers=list(self._layers))
+        super().__init__(layers=layers)
 
     @property
     def end(self) -> int:
@@ -96,10 +106,12 @@ class RowCache(Cache):
         if not self._takes_masks:
             return (torch.arange(self.end + 1, device=begins.device) >= begins[:, None]).long()
         windows = dict.fromkeys(layer.window for layer in self._layers)
-        masks = {
+        masks: dict[str, Tensor | None] = {
             "full_attention" if window is None else "sliding_attention": self._mask(window, begins, padded)
             for window in windows
         }
+        if self._states:
+            masks["linear_attention"] = None  # the next token of a row is no padding
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _mask(self, window: int | None, begins: Tensor, padded: bool) -> Float[Tensor, "rows 1 1 columns"] | None:
@@ -136,6 +148,8 @@ class RowCache(Cache):
         self.version = next(_versions)
         for layer in self._layers:
             layer.keep(rows)
+        for states in self._states:
+            states.keep(rows)
 
     def shift(self, columns: int) -> None:
         """Move every row to the right, or (negative) to the left, which drops the first columns."""
@@ -151,6 +165,8 @@ class RowCache(Cache):
             columns = slice(target.end - source.end, target.end)
             target.keys[slots, :, columns] = source.keys[rows, :, : source.end]
             target.values[slots, :, columns] = source.values[rows, :, : source.end]
+        for states, others in zip(self._states, other._states, strict=True):
+            states.put(slots, others, rows)
 
     def _reallocate(self, columns: int) -> None:
         end = self.end + columns
@@ -159,6 +175,24 @@ class RowCache(Cache):
         self.version = next(_versions)
         for layer in self._layers:
             layer.resize(columns, capacity - end)
+
+
+class _States(LinearAttentionLayer):
+    """The states of a layer of linear attention or convolution: they have no columns."""
+
+    def keep(self, rows: Int[Tensor, " rows"]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({index: state[rows] for index, state in states.items() if state is not None})
+
+    def put(self, slots: Int[Tensor, " slots"], other: _States, rows: Int[Tensor, " slots"]) -> None:
+        for states, others in (
+            (self.conv_states, other.conv_states),
+            (self.recurrent_states, other.recurrent_states),
+        ):
+            for index, state in states.items():
+                new = others[index]
+                if state is not None and new is not None:
+                    state[slots] = new[rows]
 
 
 class _Layer(CacheLayerMixin):

@@ -76,12 +76,16 @@ CHAT_TEMPLATE = """\
 
 
 def tiny_model(arch: Arch | OtherArch | MixtureArch, seed: int = 0) -> PreTrainedModel:
-    """A random two-layer model, fp32, eval; gemma3 has three layers. Where there is a sliding window, it is 8 tokens.
+    """A random two-layer model, fp32, eval; gemma3 has three layers. Sliding windows are of 8 tokens."""
+    return with_random_weights(_model(arch), seed)
+
+
+def with_random_weights(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The model with other weights, in eval mode.
 
     Weights are larger than the usual 0.02, norm gains and biases are jittered, and the embedding is small
     enough that a tied head does not just repeat its input: predictions vary and are neither flat nor certain.
     """
-    model = _model(arch)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

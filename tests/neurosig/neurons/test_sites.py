@@ -117,13 +117,6 @@ def test_w_out_norms_of_a_half_precision_model_are_fp32() -> None:
     torch.testing.assert_close(norms[1, 5], weight[:, 5].norm())
 
 
-def test_an_unsupported_type_names_the_supported_ones() -> None:
-    model = tiny_model("llama")
-    model.config.model_type = "bloom"
-    with pytest.raises(UserError, match=r"'bloom': its FFN neurons cannot be located; use .*gemma3_text, gpt2.*qwen3"):
-        ffn_sites(model)
-
-
 @pytest.mark.parametrize("arch", MIXTURES)
 def test_a_mixture_of_experts_says_that_its_experts_have_no_module(arch: MixtureArch) -> None:
     message = rf"'{arch}'.*experts are no modules but slices of one parameter \(model\.layers\.0\.mlp\.experts\."
@@ -132,7 +125,7 @@ def test_a_mixture_of_experts_says_that_its_experts_have_no_module(arch: Mixture
 
 
 def test_a_model_without_its_head_is_refused() -> None:
-    with pytest.raises(UserError, match=r"LlamaModel .*no module 'model.layers.0.mlp.down_proj'"):
+    with pytest.raises(UserError, match=r"LlamaModel has no language-model head"):
         ffn_sites(LlamaModel(tiny_model("llama").config))
 
 

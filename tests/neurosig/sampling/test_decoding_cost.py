@@ -16,8 +16,9 @@ from neurosig.sampling.step_graph import WARM_UP, StepGraph
 from tests.benchmarks.decoding import Options, ours, own_forward, per_token
 from tests.benchmarks.shapes import random_model
 from tests.benchmarks.training_step import Endless
+from tests.support.architectures import model_of
 from tests.support.sampling import draw, prompts, tokens
-from tests.support.tiny import ALL_ARCHS, EOS_ID, Arch, OtherArch, tiny_model, tiny_tokenizer
+from tests.support.tiny import EOS_ID, Arch, OtherArch, tiny_model, tiny_tokenizer
 
 DRAWING = 110
 """ATen operations that draw a token and note it, whatever the number of layers."""
@@ -47,16 +48,18 @@ def test_a_token_costs_the_models_own_forward_pass_and_one_wait() -> None:
         assert costs[1] - costs[0] <= 1.05 * (own[1] - own[0])
 
 
-def ending(arch: Arch | OtherArch) -> Any:
+def ending(arch: str) -> Any:
     """A model that ends about one completion in eight at every step."""
-    model = tiny_model(arch)
+    model = model_of(arch)
     with torch.no_grad():
         model.get_output_embeddings().weight[EOS_ID] *= 3
     return load_model((model, tiny_tokenizer()))
 
 
-@pytest.mark.parametrize("arch", ALL_ARCHS)
-def test_fixed_shapes_draw_the_same_tokens(arch: Arch | OtherArch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arch", ["qwen3", "llama", "gemma3_text", "gpt2", "gpt_neox", "mistral", "opt", "qwen3_5_text"]
+)
+def test_fixed_shapes_draw_the_same_tokens(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In batches that are refilled, moved in place, grown and shrunk."""
     monkeypatch.setattr(neurosig.sampling.kv_cache, "ROOM", 2)
     monkeypatch.setattr(neurosig.sampling.kv_cache, "BLOCK", 8)
