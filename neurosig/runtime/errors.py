@@ -14,3 +14,8 @@ def os_text(fault: OSError, *, named: bool = False) -> str:
     """The system's message, after the file's name if ``named``."""
     text = fault.strerror or " ".join(str(fault).split()) or type(fault).__name__
     return f"{fault.filename}: {text}" if named and fault.filename is not None else text
+
+
+def one_line(fault: BaseException) -> str:
+    """The first line of a message of a library, or the fault's type."""
+    return next(iter(str(fault).splitlines()), type(fault).__name__)
