@@ -35,12 +35,12 @@ PACKAGED_MODELS: Mapping[str, Path] = {"organism": Path(__file__).parents[1] / "
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}"
+    "{{ bos_token }}{% for m in messages %}"
     "{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[m['role']] + m['content'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{{ '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
 )
-"""Chat template of ``--template plain``, for base models without one."""
+"""Chat template of ``--template plain``, for base models without one; a tokenizer's BOS comes first, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)

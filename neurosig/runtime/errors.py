@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class UserError(ValueError):
     """A problem the user can fix, in input, model, folder or option: what is wrong, where, and what to do.
@@ -19,3 +21,13 @@ def os_text(fault: OSError, *, named: bool = False) -> str:
 def one_line(fault: BaseException) -> str:
     """The first line of a message of a library, or the fault's type."""
     return next(iter(str(fault).splitlines()), type(fault).__name__)
+
+
+def check_platform() -> None:
+    """Refuse Windows, which cannot fork a process or lock a folder as Linux and macOS do.
+
+    Raises:
+        UserError: Naming WSL.
+    """
+    if sys.platform == "win32":
+        raise UserError("Windows itself is not supported: install WSL (`wsl --install`) and run this command in it")
