@@ -122,7 +122,7 @@ def pack_sets(
 
 
 def neurons_per_layer(n_layers: int, d_mlp: int, set_size: int | float) -> int:
-    """Each layer's part of a set of about ``set_size`` neurons, or of this share of all: rounded up, at most ``d_mlp``."""
+    """Each layer's part of a set of about ``set_size`` neurons, or below 1 of this share of all; rounded up."""
     if isinstance(set_size, float):
         return math.ceil(round(set_size * d_mlp, 6))  # .07 * 100 is a little above 7
     return min(-(-set_size // n_layers), d_mlp)
