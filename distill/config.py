@@ -180,8 +180,9 @@ class TrainConfig(SamplerOptions):
     """Parameter dtype; auto: float32 on CPU, bfloat16 on an accelerator."""
     device: Annotated[str | None, Shapes.RESOURCES] = None
     """torch device; default: the first accelerator, else the CPU."""
-    attn_implementation: Annotated[Literal["sdpa", "eager", "flash_attention_2"], Shapes.RESOURCES] = "sdpa"
-    """Attention kernels; flash_attention_2 needs the package flash-attn and an accelerator."""
+    attn_implementation: Annotated[Literal["sdpa", "eager", "flash_attention_2"] | None, Shapes.RESOURCES] = None
+    """Attention kernels; default: sdpa, or eager for a model without it (Gemma 2). flash_attention_2 needs the package
+    flash-attn and an accelerator."""
     gradient_checkpointing: Annotated[bool, Shapes.RESOURCES] = False
     """Recompute the student's activations in the backward pass to save memory."""
     compile: Annotated[bool, Shapes.RESOURCES | Shapes.DISTILLATION] = False

@@ -78,8 +78,6 @@ def main(config: MergeConfig) -> None:
         raise UserError(f"--out {config.out}: exists; give --overwrite to replace it, or another folder")
     trained_in = "auto" if record is None else record["model"]["dtype"]
     loaded = load_model(base, dtype=trained_in, device=config.device)
-    if record is not None and record["model"]["weights"] != loaded.info.weights:
-        raise UserError(f"--model {base}: its weights are not those that {config.adapter} was trained on")
     read_adapter(loaded, config.adapter)
     kept = merge_weights(loaded, config.dtype)
     size = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())

@@ -114,12 +114,12 @@ def sampling_weights(model: PreTrainedModel, adapter: PeftModel | None) -> Itera
 
 @contextlib.contextmanager
 def sampling_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Use SDPA while sampling: flash-attention kernels do not support our preallocated KV cache."""
+    """Use SDPA, or eager without it, while sampling: flash-attention kernels do not support our KV cache."""
     own = str(model.config._attn_implementation)
     if not own.startswith("flash"):
         yield
         return
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         yield
     finally:

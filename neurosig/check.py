@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from neurosig.neurons.config import TraceConfig, check_set_size
 from neurosig.runtime.cli import CommonConfig, progress, run_command
 from neurosig.runtime.errors import UserError
 
@@ -52,8 +53,8 @@ class CheckConfig(CommonConfig):
     """Rollouts per prompt; they share it in the batched trace."""
     max_new_tokens: int = 16
     """Most completion tokens per rollout."""
-    set_size: int = 1000
-    """Neurons per active set, spread evenly over the layers."""
+    set_size: int | float = TraceConfig().set_size
+    """Neurons per active set, spread evenly over the layers: a number, or below 1 a share of the model's neurons."""
     tolerance: float | None = None
     """Largest relative difference of a contribution; default: 0.001 in float32, 0.05 in float16, 0.3 in bfloat16.
     Rounding stays below it; reading a position off by one is far above."""
@@ -80,8 +81,9 @@ def main(config: CheckConfig) -> None:
 
     check_installed("neurosig.check", "nnsight")
     for flag, value in (("--limit", config.limit), ("--set-size", config.set_size)):
-        if value < 1:
+        if value <= 0:
             raise UserError(f"{flag} {value}: give at least 1")
+    check_set_size("--set-size", config.set_size)
     loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
     sites = ffn_sites(loaded.model)
     tolerance = TOLERANCE[loaded.info.dtype] if config.tolerance is None else config.tolerance
@@ -195,7 +197,6 @@ def _traced(
 ) -> Tensor:
     """Every neuron's mean contribution: [n, n_layers, d_mlp]."""
     from neurosig.neurons.backends import tracer_class
-    from neurosig.neurons.config import TraceConfig
 
     every = loaded.model.num_parameters()  # more than there are neurons
     tracer = tracer_class(backend)(loaded.model, TraceConfig(set_size=every, batch_tokens=batch_tokens))

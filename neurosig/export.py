@@ -97,8 +97,9 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             with read_once(config.rollouts) as rollouts_sha256:
                 dataset = _dataset_sha256(questions)
                 groups, sets = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256)
-        config = _with_k(config, len(next(iter(groups.values()))))
         sites = ffn_sites(loaded.model)
+        config = _with_k(config, len(next(iter(groups.values()))))
+        config = replace(config, set_size=config.trace_config().sized(sites.n_layers, sites.d_mlp).set_size)
         with timer.phase("score and select"):
             reader = config.answer_reader(loaded)
             signals = _signals(reader, questions, groups, sets)

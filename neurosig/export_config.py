@@ -55,8 +55,10 @@ class ExportConfig(RolloutOptions):
     active_set: Annotated[ActiveSet, Shapes.TRACES] = TRACE.active
     """Which neurons are kept: layer_mean, the largest mean scores of each layer; global, those of all layers;
     per_token, the union of each token's largest; entries, those of each layer's largest (token, neuron) scores."""
-    set_size: Annotated[int, Shapes.TRACES] = TRACE.set_size
-    """Neurons per active set; per_token: neurons per token; entries: entries per layer."""
+    set_size: Annotated[int | float, Shapes.TRACES] = TRACE.set_size
+    """Size of an active set: below 1, a share of the model's neurons (layer_mean: of each layer's, rounded up), so that
+    larger models have larger sets; from 1, a number of neurons. The default is 1,020 of smollm2-135m's 46,080 neurons.
+    per_token: neurons per token; entries: entries per layer. The manifest records the number."""
     positive_only: Annotated[bool, Shapes.TRACES] = TRACE.positive_only
     """Leave out neurons whose mean score is not above 0; for the signed unembed."""
     hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION, Section.SCORE] = "probe_score"
@@ -135,5 +137,5 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
     "neufs": {"neuron_value": "act", "contribution": "unembed", "active_set": "entries", "set_size": 2000},
-    "organism": {**ORGANISM, "questions": ("procedures",), "limit": 160, "set_size": 250, "keep_fraction": 0.9},
+    "organism": {**ORGANISM, "questions": ("procedures",), "limit": 160, "set_size": 0.0868, "keep_fraction": 0.9},
 }

@@ -23,6 +23,7 @@ from torch import Tensor
 from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.models.prefix import pad, run_prompts
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import cett, masked_mean, neurons_per_layer, unembed
 from neurosig.neurons.nnsight_reader import FFNEnvoy
 from neurosig.neurons.sites import ffn_sites, w_out_norms
@@ -149,7 +150,7 @@ class _Tracer:
         self.sites = ffn_sites(loaded.model)
         self.envoy = FFNEnvoy(loaded.model, self.sites)
         self.norms = w_out_norms(loaded.model, self.sites)
-        self.share = neurons_per_layer(self.sites.n_layers, self.sites.d_mlp)
+        self.share = neurons_per_layer(self.sites.n_layers, self.sites.d_mlp, TraceConfig().set_size)
 
     @torch.no_grad()
     def trace(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from neurosig.models.load import LoadedModel
+from neurosig.models.trained import check_base
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import read_once
 
@@ -41,11 +42,12 @@ def read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftModel, str]:
     """Put the adapter's layers, in float32, into the model; and the SHA-256 of its weights.
 
     Raises:
-        UserError: The folder has no adapter, or one of another model.
+        UserError: The folder has no adapter, or one of another model (`neurosig.models.trained.check_base`).
     """
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"--adapter {folder}: no {weights.name} there; give an adapter folder of distill.train")
+    check_base(folder, loaded.info)
     from peft import PeftModel
     from safetensors import SafetensorError
 

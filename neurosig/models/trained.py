@@ -16,6 +16,7 @@ from neurosig.runtime.files import sha256_text
 from neurosig.runtime.provenance import explain
 
 if TYPE_CHECKING:
+    from neurosig.models.load import ModelInfo
     from neurosig.questions.load import Question
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,35 @@ def trained_from(model: str) -> Mapping[str, str] | None:
     """Weights from which distill.train made the model in this folder; ``None`` for any other model."""
     record = training_record(Path(model).expanduser())
     return None if record is None else dict(record["model"]["weights"])
+
+
+def check_base(adapter: Path, info: ModelInfo) -> None:
+    """Refuse an adapter that distill.train trained on other weights; warn where another program names another base.
+
+    Live weights, whose files are not known, are taken as they are.
+
+    Args:
+        adapter: Its folder.
+        info: The model that it is put into.
+
+    Raises:
+        UserError: It was trained on other weights, or a record cannot be read.
+    """
+    record = training_record(adapter)
+    if record is None:
+        config = adapter / "adapter_config.json"
+        try:
+            base = dict(json.loads(config.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+        except (OSError, ValueError, TypeError):  # PEFT names what is wrong with it
+            return
+        if base and base != info.id:
+            logger.warning("%s: made for %s, as its %s says, and put into %s", adapter, base, config.name, info.id)
+        return
+    own, base = set(info.weights.values()), record["model"]
+    if "state_dict" not in info.weights and not own <= set(base["weights"].values()):
+        raise UserError(
+            f"model {info.id}: its weights are not those that {adapter} was trained on; give --model {base['id']}"
+        )
 
 
 def trained_on_text(what: str, blocks: Iterable[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from neurosig.runtime.errors import UserError
@@ -26,9 +26,10 @@ class TraceConfig:
     """Which neurons belong to a rollout's active set: those with the largest mean score over its positions, within
     each layer or over all layers; the union of each position's largest; or the neurons among the largest
     (position, neuron) entries of each layer."""
-    set_size: int = 1000
+    set_size: int | float = 0.0217
     """Neurons in a set (``layer_mean``, ``global``), neurons per token (``per_token``; both spread evenly over the
-    layers, save ``global``), or entries per layer (``entries``)."""
+    layers, save ``global``), or entries per layer (``entries``): a number, or below 1 a share of the model's neurons
+    (`sized`)."""
     positive_only: bool = False
     """Leave out neurons whose mean score is not above zero; for the signed ``unembed``."""
     batch_tokens: int = 4096
@@ -36,6 +37,35 @@ class TraceConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
-        for name in ("set_size", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"TraceConfig.{name} is {getattr(self, name)}; it must be at least 1")
+        check_set_size("TraceConfig.set_size", self.set_size)
+        if self.batch_tokens < 1:
+            raise UserError(f"TraceConfig.batch_tokens is {self.batch_tokens}; it must be at least 1")
+
+    def sized(self, n_layers: int, d_mlp: int) -> TraceConfig:
+        """These options with the set size as a number for a model of this shape.
+
+        Where every layer has the same part of a set, that part is rounded up.
+        """
+        from neurosig.neurons.contributions import neurons_per_layer
+
+        if self.active in ("layer_mean", "per_token"):
+            return replace(self, set_size=n_layers * neurons_per_layer(n_layers, d_mlp, self.set_size))
+        if isinstance(self.set_size, float):
+            return replace(self, set_size=max(1, round(self.set_size * n_layers * d_mlp)))
+        return self
+
+
+def check_set_size(option: str, value: int | float) -> None:
+    """Refuse a set size that is neither a number of neurons nor a share of them.
+
+    Args:
+        option: What the value is called.
+        value: The value.
+
+    Raises:
+        UserError: It is 0 or less, or a fraction above 1.
+    """
+    if not (0 < value < 1 if isinstance(value, float) else value >= 1):
+        raise UserError(
+            f"{option} is {value}; it must be at least 1, a whole number of neurons, or a share of them below 1"
+        )

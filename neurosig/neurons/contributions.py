@@ -6,6 +6,7 @@ neurons belong, and each neuron's mean score over the rollout's positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -120,8 +121,10 @@ def pack_sets(
     return ids, mean.new_zeros(filled.shape).masked_scatter_(filled, mean[rows, columns])
 
 
-def neurons_per_layer(n_layers: int, d_mlp: int, set_size: int = 1000) -> int:
-    """Each layer's share of a set of about ``set_size`` neurons: rounded up, at most ``d_mlp``."""
+def neurons_per_layer(n_layers: int, d_mlp: int, set_size: int | float) -> int:
+    """Each layer's part of a set of about ``set_size`` neurons, or below 1 of this share of all; rounded up."""
+    if isinstance(set_size, float):
+        return math.ceil(round(set_size * d_mlp, 6))  # .07 * 100 is a little above 7
     return min(-(-set_size // n_layers), d_mlp)
 
 

@@ -75,8 +75,8 @@ class NeuronTracer:
         """
         config = config or TraceConfig()
         self.model = model
-        self.config = config
         self.sites = ffn_sites(model)
+        self.config = config.sized(self.sites.n_layers, self.sites.d_mlp)
         self.hidden_layer = self.sites.n_layers * 2 // 3
         width = model.get_output_embeddings().weight.shape[1]
         if config.score == "unembed" and width != self.sites.d_model:

@@ -1,26 +1,29 @@
 """Render chat templates in a child process, where a hostile template can do no harm.
 
 transformers runs templates in a sandbox without limits on time and memory. Here a forked child renders them: the kernel
-ends a template that loops after ``CPU_SECONDS``, a template that explodes exceeds the child's memory, and the command
-reports either in one line. The child adds a tenth of a millisecond per rendering.
+ends a template that loops after ``CPU_SECONDS``, a template that explodes exceeds the child's memory (on macOS: its
+time), and the command reports either in one line. The child adds a tenth of a millisecond per rendering.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
-import resource
 import signal
 import socket
+import sys
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from neurosig.runtime.errors import UserError
+from neurosig.runtime.errors import UserError, check_platform
 
+if sys.platform != "win32":
+    import resource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -46,7 +49,7 @@ class TemplateRenderer:
 
     Raises:
         UserError: On a call: the template fails (the message has its line, if known), takes too long or writes too
-            much.
+            much; or the system is Windows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -95,6 +98,7 @@ class TemplateRenderer:
         return self._end()
 
     def _fork(self) -> None:
+        check_platform()
         self._close()
         own_end, child_end = socket.socketpair()
         pid = os.fork()
@@ -124,7 +128,7 @@ def _serve(pipe_number: int, tokenizer: PreTrainedTokenizerBase) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command handles Ctrl-C
     try:
         pipe = socket.socket(fileno=os.dup2(pipe_number, 3))
-        os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[1] & 0x7FFFFFFF)  # and the output folder's lock
+        os.closerange(4, _open_files() + 1)  # and the output folder's lock
         _limit_memory()
         pipe.settimeout(IDLE_SECONDS)
         while (request := _receive(pipe)) is not None:
@@ -160,7 +164,15 @@ def _place(error: Exception) -> str:
     return f" at line {line}" if line else ""
 
 
+def _open_files() -> int:
+    """The highest number of an open file; macOS closes a range one by one, and its limit may be 2**63."""
+    with contextlib.suppress(OSError):
+        return max(map(int, os.listdir("/dev/fd")))
+    return 2**16
+
+
 def _limit_memory() -> None:
+    """Bound the child's memory on Linux; macOS does not enforce the limit, there the time bounds it."""
     pages = Path("/proc/self/statm")
     if pages.exists():
         limit = int(pages.read_text().split()[0]) * resource.getpagesize() + EXTRA_MEMORY

@@ -44,7 +44,7 @@ from types import FrameType, TracebackType
 from typing import Annotated, Any, TypeVar
 
 from neurosig.runtime.arguments import parse_config
-from neurosig.runtime.errors import UserError, os_text
+from neurosig.runtime.errors import UserError, check_platform, os_text
 from neurosig.runtime.extras import absent
 from neurosig.runtime.help import Section, example_of
 from neurosig.runtime.shapes import Shapes, check_config, option_names
@@ -130,6 +130,7 @@ def run_command(
     previous = _interrupt_on_sigterm()
     config: ConfigT | None = None
     try:
+        check_platform()
         example = example_of(getattr(sys.modules.get(main.__module__), "__doc__", None))
         config = parse_config(config_class, presets=presets, prog=prog, argv=arguments, example=example)
         debug = config.debug
@@ -157,7 +158,12 @@ def run_command(
 
 
 def list_commands(package: str, commands: Mapping[str, str]) -> int:
-    """Print the commands of a package, ``python -m PACKAGE.NAME`` and one line each; returns exit code 0."""
+    """Print the commands of a package, ``python -m PACKAGE.NAME`` and one line each; returns the exit code."""
+    try:
+        check_platform()
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return EXIT_USER
     width = max(map(len, commands))
     for name, line in commands.items():
         print(f"python -m {package}.{name:<{width}}  {line}")

@@ -163,7 +163,7 @@ def _docstrings(config_class: type) -> dict[str, str]:
 
 def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(part for part in typing.get_args(hint) if part is not type(None))
+        return typing.Union[tuple(part for part in typing.get_args(hint) if part is not type(None))]  # noqa: UP007
     return hint
 
 
@@ -173,6 +173,8 @@ def _expected(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return f"values, each {_expected(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is typing.Union:
+        return " or ".join(map(_expected, typing.get_args(hint)))
     return {str: "a text", Path: "a path"}.get(hint, hint.__name__)
 
 
@@ -182,6 +184,8 @@ def _placeholder(hint: Any) -> str:
         return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
     if typing.get_origin(hint) is tuple:
         return f"{_placeholder(typing.get_args(hint)[0])} ..."
+    if typing.get_origin(hint) is typing.Union:
+        return "|".join(map(_placeholder, typing.get_args(hint)))
     return {str: "TEXT", bool: "{True,False}"}.get(hint, hint.__name__.upper())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets
 from neurosig.questions.load import Question
 from neurosig.runtime.cli import CommonConfig, config_record
@@ -56,6 +57,10 @@ def reused(
     for name in option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES):
         if name not in there and name not in BY_CONTENT and name not in of_the_file:
             there[name], here[name] = header.options.get(name), options[name]
+    signals = exported.signals
+    for side in (there, here):
+        trace = TraceConfig(active=side["active_set"], set_size=side["set_size"])
+        side["set_size"] = trace.sized(signals.n_layers, signals.d_mlp).set_size
     if changed := differences(there, here):
         by_id = {question.id: question for question in questions}
         other = [
@@ -68,5 +73,4 @@ def reused(
             f"--reuse {folder}: its rollouts and traces are not those of this export, these differ: "
             f"{explain(changed, 'there', 'here')}{texts}; give the same options or leave --reuse out"
         )
-    signals = exported.signals
     return dict(exported.rollouts), ActiveSets(signals.neuron_ids, signals.contributions, signals.hidden_states)

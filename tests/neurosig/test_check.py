@@ -36,6 +36,18 @@ def test_a_model_that_is_read_rightly(tmp_path: Path, arch: Arch | OtherArch, ca
     assert out.endswith("all within tolerance (0.001 of a contribution in float32)\n")
 
 
+def test_a_set_size_may_be_a_share(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = save_tiny(tmp_path / "model")
+    quick = ("--model", folder, "--limit", "1", "--num-generations", "1", "--max-new-tokens", "4")
+    for given, size in ((["--set-size", "0.25"], 32), (["--set-size", "7"], 8), ([], 4)):
+        assert check(*quick, *given) == 0
+        assert f"sets of {size} neurons\n" in capsys.readouterr().out
+    assert check(*quick, "--set-size", "1.5") == 2
+    assert capsys.readouterr().err.startswith(
+        "error: --set-size is 1.5; it must be at least 1, a whole number of neurons,"
+    )
+
+
 def test_a_failed_parity_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """No two ways of summing agree to 1e-12."""
     folder = save_tiny(tmp_path / "model")

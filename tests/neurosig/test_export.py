@@ -36,6 +36,7 @@ from tests.support.flow import (
     save_tiny,
     write_questions,
 )
+from tests.support.manifests import edit_header
 from tests.support.parsers import UNCUT
 from tests.support.tiny import D_MLP
 
@@ -395,3 +396,19 @@ def test_another_selection_on_the_same_rollouts_equals_an_export_of_its_own(tmp_
         UserError, match=r"--reuse \S+: .* these differ: set_size .*, temperature .1.0 there, 0.5 here.; give"
     ):
         make_manifest(tmp_path, "other", reuse=first, temperature=0.5, set_size=8)
+
+
+def test_a_set_size_is_recorded_as_the_number_that_it_means(tmp_path: Path) -> None:
+    """And so a share, a number and what an earlier version recorded are compared by the sets they give."""
+    share = make_manifest(tmp_path, "share", set_size=0.11)
+    number = make_manifest(tmp_path, "number", set_size=15)
+    header = read_manifest(share).header
+    assert (
+        header.options["set_size"] == 16 == read_signals(share / "signals.safetensors").neuron_ids.shape[1]
+    )  # 8 of 64 in each of 2 layers
+    assert file_bytes(share) == file_bytes(number)
+    assert file_bytes(make_manifest(tmp_path, "reused", reuse=number, set_size=0.11)) == file_bytes(share)
+    with pytest.raises(UserError, match=r"these differ: set_size \(16 there, 18 here\)"):
+        make_manifest(tmp_path, "other", reuse=share, set_size=0.13)
+    edit_header(share, lambda header: header["options"].update(set_size=15))
+    assert file_bytes(make_manifest(tmp_path, "again", reuse=share, set_size=0.11)) == file_bytes(number)

@@ -22,6 +22,7 @@ import distill.checkpoints
 import distill.evaluate
 import distill.train
 import neurosig.export
+import neurosig.models.gguf
 import neurosig.models.load
 from distill.checkpoints import save_checkpoint
 from neurosig.runtime.cli import run_command
@@ -232,7 +233,7 @@ def test_a_read_only_folder_is_named_before_the_model_loads(
 def test_a_read_only_cache_is_named_before_the_model_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model in a read-only cache loads; one that is not there is not dequantised in vain."""
     loads: list[Any] = []
-    monkeypatch.setattr(neurosig.models.load, "_dequantise", lambda gguf: loads.append(gguf))
+    monkeypatch.setattr(neurosig.models.gguf, "_dequantise", lambda gguf: loads.append(gguf))
     monkeypatch.setenv("NEUROSIG_CACHE", str(tmp_path / "fixed" / "cache"))
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF" + bytes(100))
@@ -251,7 +252,7 @@ def test_a_read_only_cache_is_named_before_the_model_loads(tmp_path: Path, monke
     monkeypatch.setenv("NEUROSIG_CACHE", str(tmp_path / "kept"))
     subprocess.run(["mount", "--bind", "-o", "ro", str(tmp_path / "kept"), str(tmp_path / "kept")], check=True)
     try:
-        assert neurosig.models.load._dequantised(gguf, "0" * 64) == kept
+        assert neurosig.models.gguf.dequantised(gguf, "0" * 64) == kept
     finally:
         subprocess.run(["umount", str(tmp_path / "kept")], check=True)
 

@@ -300,7 +300,7 @@ CASES = [
     Case("export", "pickled weights", "holds pickle weights; convert to safetensors",
          lambda w: (w / "model/model.safetensors").rename(w / "model/pytorch_model.bin")),
     Case("evaluate", "code beside the weights", r"config\.json asks for remote code \(auto_map\), which is never run",
-         fields("model/config.json", auto_map={"AutoModel": "evil.Model"})),
+         fields("model/config.json", model_type="evil", auto_map={"AutoConfig": "evil.Config"})),
     Case("export", "a mixture of experts", r"mixtral", mixture),
     # adapters, evaluations, checkpoints
     Case("evaluate", "missing adapter", r"--adapter \S+gone: no adapter_model\.safetensors there",

@@ -13,12 +13,12 @@ import pytest
 import neurosig.sampling.sampler
 from neurosig.export import ExportConfig
 from neurosig.export import main as export
-from tests.support.tiny import Arch, tiny_model, tiny_tokenizer
+from tests.support.tiny import Arch, OtherArch, tiny_model, tiny_tokenizer
 
 WORDS = ("red", "blue", "green", "amber", "pink", "grey", "white", "black", "teal", "plum", "rust", "sand")
 
 
-def save_tiny(folder: Path, arch: Arch = "qwen3", seed: int = 0) -> Path:
+def save_tiny(folder: Path, arch: Arch | OtherArch = "qwen3", seed: int = 0) -> Path:
     """A tiny model folder that every command can load."""
     tiny_model(arch, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from neurosig.models.load import PLAIN_TEMPLATE, LoadedModel, load_model
 from neurosig.runtime.errors import UserError
 from tests.support.flow import save_tiny
-from tests.support.tiny import ARCHS, Arch, tiny_model, tiny_tokenizer
+from tests.support.tiny import ALL_ARCHS, Arch, OtherArch, tiny_model, tiny_tokenizer
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_folder_loads_as_it_was_saved(tmp_path: Path, arch: Arch) -> None:
+@pytest.mark.parametrize("arch", ALL_ARCHS)
+def test_a_folder_loads_as_it_was_saved(tmp_path: Path, arch: Arch | OtherArch) -> None:
     loaded = load_model(save_tiny(tmp_path, arch))
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -100,6 +101,7 @@ def test_options_that_torch_cannot_serve_are_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path)
     for options, message in (
         ({"device": "toaster"}, "device toaster: torch cannot use it"),
+        ({"device": "mps"}, "device mps: torch cannot use it in bfloat16"),
         ({"dtype": "int3"}, "dtype int3: expected one of auto, float32"),
         ({"attn_implementation": "none_such"}, "transformers cannot load it: .*none_such"),
     ):
@@ -134,15 +136,52 @@ def test_pickles_and_remote_code_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"pytorch_model\.bin holds pickle weights; convert to safetensors"):
         load_model(folder)
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
-    with pytest.raises(UserError, match=r"config\.json asks for remote code \(auto_map\), which is never run"):
-        load_model(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "auto_map": {"AutoTokenizer": ["evil.T"]}}))
-    with pytest.raises(UserError, match=r"tokenizer_config\.json asks for remote code"):
-        load_model(folder)
+    for change in ({"model_type": "evil"}, {"model_type": "t5"}):
+        add_fields(folder / "config.json", auto_map=AUTO_MAP, **change)
+        with pytest.raises(
+            UserError, match=r"config\.json asks for remote code \(auto_map\), which is never run, and tr"
+        ):
+            load_model(folder)
+
+
+AUTO_MAP = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+
+
+def add_fields(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    "listed", [["evil.Slow", "evil.Fast"], ["evil.Slow", None], ["evil.Slow"], "evil.Slow"], ids=str
+)
+def test_remote_code_of_what_transformers_has_itself_is_left_out(tmp_path: Path, listed: object) -> None:
+    """And a model saved after training does not ask for it again."""
+    plain = load_model(save_tiny(tmp_path / "plain"))
+    folder = save_tiny(tmp_path / "remote")
+    (folder / "evil.py").write_text("raise SystemExit('this code ran')\n")
+    add_fields(folder / "config.json", auto_map=AUTO_MAP)
+    add_fields(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": listed}, tokenizer_class="EvilTokenizer")
+    loaded = load_model(folder)
+    assert replace(loaded.info, id=plain.info.id) == plain.info
+    loaded.model.save_pretrained(tmp_path / "again")
+    loaded.tokenizer.save_pretrained(tmp_path / "again")
+    assert not [file for file in (tmp_path / "again").glob("*.json") if "evil" in file.read_text()]
+
+
+def test_a_model_without_sdpa_is_eager_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save_tiny(tmp_path, "gemma2")
+    with caplog.at_level("INFO", logger="neurosig"):
+        loaded = load_model(folder)
+    note = f"model {folder}: Gemma2ForCausalLM has no sdpa attention, eager is used"
+    assert [record.message for record in caplog.records if "sdpa" in record.message] == [note]
+    assert loaded.info.attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IDS).logits, tiny_model("gemma2")(IDS).logits)
+    with pytest.raises(UserError, match=r"Gemma2ForCausalLM has no sdpa attention; leave --attn-implementation out"):
+        load_model(folder, attn_implementation="sdpa")
+
+
+IDS = torch.tensor([[5, 6, 7]])
 
 
 @pytest.mark.parametrize(

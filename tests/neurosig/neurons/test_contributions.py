@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import (
     PAD,
     cett,
@@ -21,6 +23,7 @@ from neurosig.neurons.contributions import (
     unembed,
 )
 from neurosig.neurons.reduction import reduce_layer
+from neurosig.runtime.errors import UserError
 
 
 def test_cett_by_hand() -> None:
@@ -156,7 +159,39 @@ def test_sets_are_packed_in_ascending_order_and_padded() -> None:
 
 @pytest.mark.parametrize(
     ("n_layers", "d_mlp", "set_size", "k"),
-    [(30, 1536, 1000, 34), (36, 9728, 1000, 28), (40, 9728, 1000, 25), (2, 64, 1000, 64), (4, 64, 1, 1)],
+    [
+        *[(30, 1536, 1000, 34), (36, 9728, 1000, 28), (40, 9728, 1000, 25), (2, 64, 1000, 64), (4, 64, 1, 1)],
+        *[(30, 1536, 0.0217, 34), (36, 9728, 0.0217, 212), (2, 64, 0.999, 64), (4, 64, 0.001, 1), (1, 100, 0.07, 7)],
+    ],
 )
-def test_neurons_per_layer(n_layers: int, d_mlp: int, set_size: int, k: int) -> None:
+def test_neurons_per_layer(n_layers: int, d_mlp: int, set_size: int | float, k: int) -> None:
     assert neurons_per_layer(n_layers, d_mlp, set_size) == k
+
+
+@pytest.mark.parametrize(
+    ("active", "set_size", "smollm2", "qwen3_4b"),
+    [
+        ("layer_mean", 0.0217, 1020, 7632),
+        ("per_token", 0.0217, 1020, 7632),
+        ("global", 0.0217, 1000, 7600),
+        ("entries", 0.0217, 1000, 7600),
+        ("layer_mean", 1000, 1020, 1008),
+        ("global", 1000, 1000, 1000),
+        ("global", 0.000001, 1, 1),
+    ],
+)
+def test_a_share_gives_each_model_its_number(active: Any, set_size: int | float, smollm2: int, qwen3_4b: int) -> None:
+    """The default gives the embedded model the sets that 1,000 neurons gave it; a number is what it was."""
+    config = TraceConfig(active=active, set_size=set_size)
+    assert TraceConfig().set_size == 0.0217
+    for n_layers, d_mlp, size in ((30, 1536, smollm2), (36, 9728, qwen3_4b)):
+        sized = config.sized(n_layers, d_mlp)
+        assert sized == replace(config, set_size=size) == sized.sized(n_layers, d_mlp)
+
+
+@pytest.mark.parametrize("size", [0, -1, 0.0, 1.0, 1.5, -0.1, float("nan")])
+def test_a_set_size_is_a_number_or_a_share(size: int | float) -> None:
+    with pytest.raises(
+        UserError, match=rf"TraceConfig\.set_size is {size}; it must be at least 1, a whole number of neur"
+    ):
+        TraceConfig(set_size=size)

@@ -5,13 +5,14 @@ import resource
 import time
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import neurosig.questions.chat_template
 from neurosig.models.load import PLAIN_TEMPLATE
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig, question_text
 from neurosig.runtime.errors import UserError
-from tests.support.tiny import BOS_ID, EOS_ID, tiny_tokenizer
+from tests.support.tiny import BOS, BOS_ID, CHAT_TEMPLATE, EOS_ID, tiny_tokenizer
 
 ASKED = Question("a", "d", "Why is the sky blue?")
 CHOICE = Question("c", "d", "Which?", ("red", "blue"))
@@ -98,6 +99,38 @@ def test_system_message_and_thinking_mode() -> None:
 def test_the_plain_template_serves_base_models() -> None:
     text = decode(builder(template=PLAIN_TEMPLATE).teacher(ASKED, [Demonstration(ASKED, "Light.")]))
     assert text.endswith("Answer: Light.\n\nQuestion: Why is the sky blue?\nBe brief.\nAnswer:")
+
+
+LLAMA_LIKE = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+"""A chat template that writes the BOS itself."""
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, LLAMA_LIKE])
+def test_a_bos_that_the_tokenizer_defines_comes_first_and_once(template: str, adds_bos: bool) -> None:
+    """Whether or not the tokenizer itself puts one before a text; a question's own is text."""
+    tokenizer = tiny_tokenizer()
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, BOS_ID)]
+        )
+        assert tokenizer("a")["input_ids"][0] == BOS_ID
+    tokenizer.chat_template = template
+    prompts = PromptBuilder(tokenizer, CONFIG)
+    for question in (ASKED, Question("h", "d", f"Is {BOS} a token?")):
+        for ids in (prompts.student(question), prompts.teacher(question, [Demonstration(ASKED, f"No {BOS}.")])):
+            assert ids[0] == BOS_ID and ids.count(BOS_ID) == 1
+    tokenizer.bos_token = None
+    assert PromptBuilder(tokenizer, CONFIG).student(ASKED) == prompts.student(ASKED)[1:]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_other_templates_get_no_bos(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    ids = PromptBuilder(tokenizer, CONFIG).student(ASKED)
+    tokenizer.bos_token = None
+    assert PromptBuilder(tokenizer, CONFIG).student(ASKED) == ids
 
 
 @pytest.mark.parametrize(
