@@ -145,6 +145,8 @@ class TrainConfig(SamplerOptions):
     """Newest checkpoints to keep, at least 1."""
     keep_rollouts: Annotated[int, Shapes.PLACE, AtLeast(0)] = 1
     """Keep the sampled rollouts of every Nth step in --out/rollouts, about 3 bytes per token; 0: none."""
+    fields: Annotated[tuple[str, ...], Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = ()
+    """FIELD=COLUMN for columns of --replay and --dev-questions with other names, as in neurosig.export."""
     replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
     """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
     answering them as before."""

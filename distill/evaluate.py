@@ -173,7 +173,7 @@ def _questions(config: EvaluateConfig) -> list[Question]:
             f"--limit: {len(limits)} numbers for {len(config.questions)} --questions; give one, or one per source"
         )
     by_source = [
-        load_questions(source, split=config.split, limit=limit)
+        load_questions(source, split=config.split, limit=limit, fields=config.fields)
         for source, limit in zip(config.questions, limits, strict=True)
     ]
     questions = [question for group in by_source for question in group]

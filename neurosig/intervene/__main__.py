@@ -141,7 +141,7 @@ def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
 def _questions(config: InterveneConfig) -> list[Question]:
     from neurosig.questions.load import load_questions
 
-    questions = load_questions(config.questions, split=config.split, limit=config.limit)
+    questions = load_questions(config.questions, split=config.split, limit=config.limit, fields=config.fields)
     for question in questions:
         if question.answer is None:
             raise UserError(

@@ -261,7 +261,8 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
         rollout = json.loads(line)
         rollouts.setdefault(rollout["question_id"], []).append(rollout)
     try:
-        gold = {question.id: question for question in load_questions(config["questions"], split=config.get("split"))}
+        read = load_questions(config["questions"], split=config.get("split"), fields=config.get("fields", ()))
+        gold = {question.id: question for question in read}
     except UserError:
         gold = {}
     known = all(row["question_id"] in gold for row in rows)
