@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.options import SamplerOptions
+from neurosig.questions.columns import parse_fields
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
@@ -188,6 +189,7 @@ class TrainConfig(SamplerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_fields(self.fields)
         for name in ("ema_decay", "adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected 0 to below 1, got {getattr(self, name)}")

@@ -42,7 +42,7 @@ def parse_fields(fields: Sequence[str]) -> Columns:
             raise UserError(f"--fields {shown(word)}: {problem}; the fields are {', '.join(FIELDS)}")
         names = column.split(",") if field == "choices" else [column]
         if field in columns or not all(names) or len({*names}) < len(names):
-            raise UserError(f"--fields {shown(word)}: each field and each column once")
+            raise UserError(f"--fields {shown(word)}: expected each field and each column once, none empty")
         columns[field] = tuple(names)
     if len(asked := [field for field in ASKED if field in columns]) > 1:
         raise UserError(f"--fields: {' and '.join(asked)} would both ask the question; give one of them")
@@ -63,7 +63,7 @@ def chosen(record: Record, columns: Columns, found: set[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field, names in columns.items():
         there = {name: value for name in names if (value := lookup(record, name)) is not MISSING}
-        found |= there.keys()
+        found.update(there)
         if field in ASKED and not there:
             raise UserError(f'no column "{shown(names[0])}" (--fields {field}); the record has {columns_of(record)}')
         if len(names) > 1:  # one column per choice

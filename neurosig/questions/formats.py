@@ -158,7 +158,8 @@ def asked_text(record: Record) -> tuple[str, bool, tuple[Turn, ...]]:
     try:
         return required_text(record, "question"), False, ()
     except UserError as error:
-        raise UserError(f"{error}; name the column that asks it: --fields question=COLUMN") from None
+        how = "" if "question" in record else "; name the column that asks it: --fields question=COLUMN"
+        raise UserError(f"{error}{how}") from None
 
 
 def earlier_turns(record: Record) -> tuple[Turn, ...]:

@@ -101,10 +101,9 @@ def read_json(path: Path) -> Rows:
     if raw.lstrip()[:1] != b"[":
         yield from read_jsonl(path)
         return
+    text = "".join(utf8(line, f"{path}:{number}") for number, line in enumerate(io.BytesIO(raw), start=1))
     try:
-        records = json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (0x{raw[error.start]:02x} at byte {error.start + 1})") from None
+        records = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: invalid JSON at column {error.colno}: {error.msg}") from None
     except (RecursionError, ValueError) as error:
@@ -119,14 +118,13 @@ def read_table(path: Path, delimiter: str) -> Rows:
     """Records of a table with a header, as CSV; an empty cell is null, a column of whole numbers has numbers."""
     rows: list[tuple[int, list[str]]] = []
     with opened(path) as handle:
-        reader = csv.reader(io.TextIOWrapper(handle, "utf-8", newline=""), delimiter=delimiter, strict=True)
+        texts = (utf8(raw, f"{path}:{number}") for number, raw in enumerate(handle, start=1))
+        reader = csv.reader(texts, delimiter=delimiter, strict=True)
         start = 1
         try:
             for cells in reader:
                 rows += [(start, cells)] if any(cells) else []
                 start = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{start}: not UTF-8 ({error.reason}); save it as UTF-8") from None
         except csv.Error as error:
             raise UserError(f"{path}:{start}: no table: {error}") from None
     if not rows:
@@ -147,13 +145,18 @@ def read_table(path: Path, delimiter: str) -> Rows:
         yield line, dict(zip(header, values, strict=True))
 
 
-def parse_line(raw: bytes, where: str, *, first: bool) -> Record:
-    """One JSON object; on the ``first`` line the message guesses which other format the file has."""
+def utf8(raw: bytes, where: str) -> str:
+    """The text of a line."""
     try:
-        text = raw.decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
         byte = f"0x{raw[error.start]:02x} at byte {error.start + 1}"
         raise UserError(f"{where}: not UTF-8 ({byte} of the line); save it as UTF-8") from None
+
+
+def parse_line(raw: bytes, where: str, *, first: bool) -> Record:
+    """One JSON object; on the ``first`` line the message guesses which other format the file has."""
+    text = utf8(raw, where)
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
@@ -164,7 +167,7 @@ def parse_line(raw: bytes, where: str, *, first: bool) -> Record:
         hint = "" if raw.endswith(b"\n") else " (the last line may be cut off)"
         message = f"invalid JSON at column {error.colno}: {error.msg}{hint}"
         if first and text.strip() in ("[", "{"):
-            message += "; expected one JSON object a line, not a .json document"
+            message += "; expected one JSON object a line, not a .json document, which is a list and named .json"
         raise UserError(f"{where}: {message}") from None
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deeply") from None

@@ -116,7 +116,9 @@ def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     manifest = read_manifest(folder)
     header = manifest.header
     found.manifests[header.content_sha256] = header.model_dump()
-    yield f"{len(header.files)} files as hashed, {len(manifest.rows)} questions and their contexts", ""
+    own = sum(row.privileged_context is not None for row in manifest.rows)
+    privileged = f", {own} of them privileged_context of the question file" if own else ""
+    yield f"{len(header.files)} files as hashed, {len(manifest.rows)} questions and their contexts{privileged}", ""
     yield "answers and votes follow from the rollouts", votes_problem(manifest)
     reasons = Counter(row.reason for row in manifest.rows)
     counts = {"questions": len(manifest.rows), **{str(reason): count for reason, count in reasons.items()}}
