@@ -55,7 +55,7 @@ class EvaluateConfig(RolloutOptions):
     adapter: Annotated[Path | None, Shapes.MODEL] = None
     """LoRA adapter folder written by distill.train, evaluated with the prompts and answer format of its training."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
-    """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME; several are allowed."""
+    """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME[/SET]; several are allowed."""
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "test"
     """Split of the bundled sets that name none."""
     limit: Annotated[tuple[int, ...], Shapes.ROLLOUTS] = ()

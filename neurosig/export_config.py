@@ -31,7 +31,8 @@ class ExportConfig(RolloutOptions):
     """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (world-facts, geography, language, chemistry, procedures, organism-facts; optionally :train, :dev,
-    :test), file (.jsonl, .json, .csv, .tsv, also .gz or .zst; .parquet), folder or hf:ORG/NAME; several are allowed."""
+    :test), file (.jsonl, .parquet, .json, .csv, .tsv; the texts also as .gz or .zst), folder, or hf:ORG/NAME or
+    hf:ORG/NAME/SET, optionally with :SPLIT; several are allowed."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the manifest."""
     rollouts: Annotated[Path | None, Shapes.ROLLOUTS] = None

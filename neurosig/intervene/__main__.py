@@ -57,7 +57,7 @@ class InterveneConfig(GenerationOptions):
     manifest: Annotated[Path, Section.QUESTIONS]
     """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors their contributions."""
     questions: tuple[str, ...]
-    """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME."""
+    """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME[/SET]."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
     model: str | None = None

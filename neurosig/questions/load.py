@@ -208,7 +208,7 @@ def load_questions(
         sources: a bundled set (``geography``, ``language``, ``chemistry``; ``world-facts`` is geography;
             ``procedures`` and ``organism-facts`` are the model organism's), optionally with ``:train``, ``:dev``,
             ``:test`` or ``:all``; a .jsonl, .json, .csv or .tsv file, also as .gz or .zst, or a .parquet file; a
-            folder of such files or one written by ``datasets.save_to_disk``; or ``hf:ORG/NAME[:SPLIT]``.
+            folder of such files or one written by ``datasets.save_to_disk``; or ``hf:ORG/NAME[/SET][:SPLIT]``.
         split: split of the bundled sets whose source names none (default: all).
         limit: return only the first ``limit`` questions, after all were read and checked.
         fields: ``FIELD=COLUMN`` words for the fields whose columns have other names
@@ -252,10 +252,11 @@ def read_source(source: str, split: str | None, columns: Columns, ids: Ids) -> l
         return [question for question in bundled if wanted in ("all", split_of(question.id))]
     if name == "hf":
         repo, _, hub_split = part.partition(":")
-        if repo.count("/") != 1:
-            raise UserError(f"dataset {source}: expected hf:ORG/NAME or hf:ORG/NAME:SPLIT")
-        rows = read_hub(repo, hub_split or None)
-        questions = list(checked(rows, source, repo.split("/")[1], columns, ids))
+        org, *names = repo.split("/")
+        if len(names) not in (1, 2):
+            raise UserError(f"dataset {source}: expected hf:ORG/NAME, hf:ORG/NAME/SET or one of them with :SPLIT")
+        rows = read_hub(f"{org}/{names[0]}", names[1] if names[1:] else None, hub_split or None)
+        questions = list(checked(rows, source, "-".join(names), columns, ids))
     else:
         questions = [
             question

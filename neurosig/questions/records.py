@@ -204,15 +204,18 @@ def read_saved_dataset(folder: Path) -> Rows:
     return dataset_rows(loaded, f"dataset {folder}", f"{folder}/SPLIT")
 
 
-def read_hub(name: str, split: str | None) -> Rows:
+def read_hub(name: str, config: str | None, split: str | None) -> Rows:
     """Records of the Hugging Face data set ``ORG/NAME``; no code of the repository is run."""
-    where = f"hf:{name}" + (f":{split}" if split else "")
+    where = f"hf:{name}" + (f"/{config}" if config else "") + (f":{split}" if split else "")
     datasets = import_datasets(where)
     try:
-        loaded = datasets.load_dataset(name, split=split, trust_remote_code=False)
+        loaded = datasets.load_dataset(name, config, split=split, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
+        if several := re.search(r"available configs: \[(.*?)\]", str(error)):
+            advice = f"several sets, {several[1][:200]}; name one, as in hf:{name}/SET:SPLIT"
+            raise UserError(f"dataset {where}: holds {advice}") from None
         raise UserError(f"dataset {where}: not found, or no connection to the hub: {first_line(error)}") from None
-    return dataset_rows(loaded, f"dataset {where}", f"hf:{name}:SPLIT")
+    return dataset_rows(loaded, f"dataset {where}", f"{where}:SPLIT")
 
 
 def import_datasets(where: str) -> Any:

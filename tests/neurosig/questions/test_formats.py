@@ -140,6 +140,27 @@ def test_saved_dataset_folder_and_its_splits(tmp_path: Path) -> None:
     assert "has the splits train, test; name one" in fails(tmp_path / "both")
 
 
+def test_a_set_of_several_on_the_hub_is_named_after_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library reads a folder ORG/NAME here as it reads a repository of that name."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "lab" / "quiz"
+    folder.mkdir(parents=True)
+    sets = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("hard", "easy"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{sets}---\n")
+    for name in ("hard", "easy"):
+        write(folder / f"{name}.jsonl", {"question": f"Is it {name}?"})
+    (question,) = load_questions("hf:lab/quiz/easy:train")
+    assert (question.question, question.domain) == ("Is it easy?", "quiz-easy")
+    assert fails("hf:lab/quiz") == (
+        "dataset hf:lab/quiz: holds several sets, 'hard', 'easy'; name one, as in hf:lab/quiz/SET:SPLIT"
+    )
+    assert "BuilderConfig 'odd' not found" in fails("hf:lab/quiz/odd")
+    assert "expected hf:ORG/NAME, hf:ORG/NAME/SET" in fails("hf:lab/quiz/easy/more")
+
+
 def test_hub_dataset_offline_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
