@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.options import SamplerOptions
+from neurosig.questions.columns import parse_fields
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
@@ -148,6 +149,8 @@ class TrainConfig(SamplerOptions):
     """Newest checkpoints to keep, at least 1."""
     keep_rollouts: Annotated[int, Shapes.PLACE, AtLeast(0)] = 1
     """Keep the sampled rollouts of every Nth step in --out/rollouts, about 3 bytes per token; 0: none."""
+    fields: Annotated[tuple[str, ...], Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = ()
+    """FIELD=COLUMN for columns of --replay and --dev-questions with other names, as in neurosig.export."""
     replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
     """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
     answering them as before."""
@@ -190,6 +193,7 @@ class TrainConfig(SamplerOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_fields(self.fields)
         for name in ("ema_decay", "adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected 0 to below 1, got {getattr(self, name)}")

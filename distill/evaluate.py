@@ -55,7 +55,7 @@ class EvaluateConfig(RolloutOptions):
     adapter: Annotated[Path | None, Shapes.MODEL] = None
     """LoRA adapter folder written by distill.train, evaluated with the prompts and answer format of its training."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
-    """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME; several are allowed."""
+    """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME[/SET]; several are allowed."""
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "test"
     """Split of the bundled sets that name none."""
     limit: Annotated[tuple[int, ...], Shapes.ROLLOUTS] = ()
@@ -173,7 +173,7 @@ def _questions(config: EvaluateConfig) -> list[Question]:
             f"--limit: {len(limits)} numbers for {len(config.questions)} --questions; give one, or one per source"
         )
     by_source = [
-        load_questions(source, split=config.split, limit=limit)
+        load_questions(source, split=config.split, limit=limit, fields=config.fields)
         for source, limit in zip(config.questions, limits, strict=True)
     ]
     questions = [question for group in by_source for question in group]

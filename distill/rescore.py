@@ -43,6 +43,8 @@ class RescoreConfig(RereadOptions):
     """Evaluations of distill.evaluate by sampling, or manifests of neurosig.export."""
     questions: tuple[str, ...] = ()
     """Sources of an evaluation's questions, which may have other gold answers; default: those recorded, unchanged."""
+    fields: tuple[str, ...] = ()
+    """FIELD=COLUMN for columns of --questions with other names, as in neurosig.export; default: as recorded."""
     out: Path | None = None
     """Folder that gets one new folder for each given one, of the same name; default: NAME-rescored beside each."""
     overwrite: bool = False
@@ -115,7 +117,7 @@ def _evaluation(config: RescoreConfig, folder: Path) -> Graded:
     rows = [sampled_row(question, groups[question.id], reader) for question in questions]
     blocks = summarise(rows, seed=options["seed"])
     known = {name: value for name, value in reader.record().items() if name in options}
-    given = {"questions": list(config.questions)} if config.questions else {}
+    given = {name: list(value) for name in ("questions", "fields") if (value := getattr(config, name))}
     record = {
         **summary,
         "domains": {domain: {**summary["domains"].get(domain, {}), **block} for domain, block in blocks.items()},
@@ -137,7 +139,8 @@ def _questions(config: RescoreConfig, folder: Path, options: Mapping[str, Any], 
     from neurosig.questions.load import load_questions
 
     sources = list(config.questions or options["questions"])
-    by_id = {question.id: question for question in load_questions(sources, split=options.get("split"))}
+    fields = config.fields or options.get("fields", ())
+    by_id = {question.id: question for question in load_questions(sources, split=options.get("split"), fields=fields)}
     for name in ids:
         if name not in by_id or by_id[name].answer is None:
             lacks = "has no answer" if name in by_id else "is not"

@@ -116,7 +116,9 @@ class Development:
         main: bool,
     ):
         assert config.dev_questions is not None
-        self._questions = load_questions(config.dev_questions, split="dev", limit=config.dev_limit)
+        self._questions = load_questions(
+            config.dev_questions, split="dev", limit=config.dev_limit, fields=config.fields
+        )
         for question in self._questions:
             if question.answer is None:
                 raise UserError(f'--dev-questions {config.dev_questions}: question "{question.id}" has no answer')

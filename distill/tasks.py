@@ -12,7 +12,7 @@ import numpy as np
 from neurosig.manifest import Header, Manifest, QuestionRow
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.questions.load import load_questions
-from neurosig.questions.prompts import Demonstration, PromptBuilder
+from neurosig.questions.prompts import PRIVILEGED_WORDING, Demonstration, PromptBuilder, privileged_question
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout, write_rollouts
@@ -72,7 +72,12 @@ def training_tasks(config: TrainConfig, manifest: Manifest, loaded: LoadedModel,
     tasks = manifest_tasks(manifest, loaded, max_new_tokens=max_new_tokens)
     if config.replay is not None:
         tasks += replay_tasks(
-            config.replay, manifest.header, loaded, weight=config.replay_weight, max_new_tokens=max_new_tokens
+            config.replay,
+            manifest.header,
+            loaded,
+            weight=config.replay_weight,
+            max_new_tokens=max_new_tokens,
+            fields=config.fields,
         )
     return tasks
 
@@ -85,6 +90,7 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
     """
     builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
     by_id = {row.question_id: row.as_question() for row in manifest.rows}
+    wording = manifest.header.options.get("privileged_wording", PRIVILEGED_WORDING)
     tasks = []
     for row in trained_rows(manifest):
         context = [
@@ -92,7 +98,8 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
             for item in row.context
         ]
         question = by_id[row.question_id]
-        tasks.append(Task(question.id, builder.student(question), builder.teacher(question, context), row.weight))
+        shown = privileged_question(question, builder.config, wording)
+        tasks.append(Task(question.id, builder.student(question), builder.teacher(shown, context), row.weight))
     return _fitting(tasks, loaded, max_new_tokens)
 
 
@@ -113,7 +120,9 @@ def trained_rows(manifest: Manifest) -> list[QuestionRow]:
     return [row for row in selected if row.weight]
 
 
-def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: float, max_new_tokens: int) -> list[Task]:
+def replay_tasks(
+    source: str, header: Header, loaded: LoadedModel, *, weight: float, max_new_tokens: int, fields: Sequence[str] = ()
+) -> list[Task]:
     """General prompts, without the manifest's instruction line, that the student should keep answering as before.
 
     Raises:
@@ -121,7 +130,7 @@ def replay_tasks(source: str, header: Header, loaded: LoadedModel, *, weight: fl
     """
     wording = replace(header.prompt_config(), instruction="", choice_instruction="")
     builder = PromptBuilder(loaded.tokenizer, wording)
-    prompts = {question.id: builder.student(question) for question in load_questions(source)}
+    prompts = {question.id: builder.student(question) for question in load_questions(source, fields=fields)}
     tasks = [Task(f"replay:{name}", prompt, prompt, weight, replay=True) for name, prompt in prompts.items()]
     return _fitting(tasks, loaded, max_new_tokens)
 
@@ -153,6 +162,8 @@ def check_majority_context(manifest: Manifest) -> None:
         UserError: The manifest has other contexts.
     """
     policy = manifest.header.options.get("context_policy")
+    if any(row.privileged_context is not None for row in manifest.selected):
+        policy = "a privileged_context from the question file"
     if policy != "majority_solution":
         raise UserError(
             f"manifest {manifest.folder}: --method u-opsd shows each question its own majority solution, but the "

@@ -47,6 +47,8 @@ class CheckConfig(CommonConfig):
     """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
     questions: tuple[str, ...] = ()
     """Bundled set (such as world-facts:dev) or file of questions; default: four sentences to continue."""
+    fields: tuple[str, ...] = ()
+    """FIELD=COLUMN for columns of --questions with other names, as in neurosig.export."""
     limit: int = 4
     """Use only the first N questions or sentences."""
     num_generations: int = 2
@@ -184,7 +186,7 @@ def _question_prompts(config: CheckConfig, loaded: LoadedModel) -> list[Prompt]:
     from neurosig.sampling.sampler import Prompt
 
     builder = PromptBuilder(loaded.tokenizer, PromptConfig())
-    questions = load_questions(config.questions, limit=config.limit)
+    questions = load_questions(config.questions, limit=config.limit, fields=config.fields)
     return [Prompt(question.id, builder.student(question)) for question in questions]
 
 

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neurosig.export_config import PRESETS, ExportConfig
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
@@ -75,7 +75,8 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         check_installed("neurosig.export", *EXTRAS["signals"])
         config.server_config(config.model)  # refuse options out of range before the model loads
         config.check_answer_parser()
-        questions = without_answers(load_questions(config.questions, split=config.split, limit=config.limit))
+        read = load_questions(config.questions, split=config.split, limit=config.limit, fields=config.fields)
+        questions = without_answers(read)
         groups_of_folds = fold_groups(questions, config.probe_groups)
         with timer.phase("load model"):
             device = ranks.device or config.device
@@ -130,14 +131,23 @@ def _with_k(config: ExportConfig, k: int) -> ExportConfig:
 def _prompts(
     questions: Sequence[Question], builder: PromptBuilder, loaded: LoadedModel, config: ExportConfig
 ) -> dict[str, Prompt]:
-    """Student prompts of the questions whose prompt and full completion fit the model's positions."""
+    """Student prompts of the questions that fit the model's positions with a full completion.
+
+    So must the teacher's prompt of a question that has its own privileged context.
+    """
+    from neurosig.questions.prompts import privileged_question
     from neurosig.sampling.sampler import Prompt
 
     prompts = {question.id: Prompt(question.id, builder.student(question)) for question in questions}
+    lengths = {name: len(prompt.token_ids) for name, prompt in prompts.items()}
+    for question in questions:
+        if question.privileged_context is not None:
+            seen = privileged_question(question, builder.config, config.privileged_wording)
+            lengths[question.id] = max(lengths[question.id], len(builder.teacher(seen, ())))
     room = loaded.max_length - config.max_new_tokens
-    fitting = {name: prompt for name, prompt in prompts.items() if len(prompt.token_ids) <= room}
+    fitting = {name: prompt for name, prompt in prompts.items() if lengths[name] <= room}
     if not fitting:
-        shortest = min(len(prompt.token_ids) for prompt in prompts.values())
+        shortest = min(lengths.values())
         raise UserError(
             f"every question is too long: the shortest prompt has {shortest} tokens, the model's {loaded.max_length} "
             f"positions less --max-new-tokens leave {room}"
@@ -291,7 +301,7 @@ def _write(
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
     external = None if rollouts_sha256 is None else {"rollouts_sha256": rollouts_sha256}
-    header: dict[str, object] = {
+    header: dict[str, Any] = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
         "model": info,
         "tokenizer": tokenizer,
@@ -300,9 +310,11 @@ def _write(
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
         "answers": reader.record(),
     }
-    if note:
-        logger.warning("%s", note)
-        header["notes"] = [note]
+    own = sum(row.privileged_context is not None for row in rows)
+    of_teacher = f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees" if own else ""
+    header["notes"] = [*filter(None, (note, of_teacher))]
+    for text in header["notes"]:
+        logger.warning("%s", text)
     write_manifest(
         config.out,
         rows,
@@ -316,7 +328,12 @@ def _write(
 def _dataset_sha256(questions: Sequence[Question]) -> str:
     from neurosig.runtime.files import sha256_text
 
-    return sha256_text("".join(f"{question.id}\x00{question.text_sha256}\n" for question in questions))
+    parts = []
+    for question in questions:
+        own = question.privileged_context
+        privileged = "" if own is None else f"\x00{sha256_text(own)}"
+        parts.append(f"{question.id}\x00{question.text_sha256}{privileged}\n")
+    return sha256_text("".join(parts))
 
 
 def _report(config: ExportConfig, rows: Sequence[QuestionRow], groups: Mapping[str, Sequence[Rollout]]) -> None:

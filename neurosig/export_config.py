@@ -11,6 +11,7 @@ from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, P
 from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
 from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
 from neurosig.patterns import Signature
+from neurosig.questions.prompts import PRIVILEGED_WORDING, check_privileged_wording
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
 from neurosig.selection.config import ContextPolicy, QuestionFilter, QuestionWeight, SelectionConfig
@@ -30,7 +31,8 @@ class ExportConfig(RolloutOptions):
     """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (world-facts, geography, language, chemistry, procedures, organism-facts; optionally :train, :dev,
-    :test), file, folder or hf:ORG/NAME; several are allowed."""
+    :test), file (.jsonl, .parquet, .json, .csv, .tsv; the texts also as .gz or .zst), folder, or hf:ORG/NAME or
+    hf:ORG/NAME/SET, optionally with :SPLIT; several are allowed."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the manifest."""
     rollouts: Annotated[Path | None, Shapes.ROLLOUTS] = None
@@ -96,13 +98,16 @@ class ExportConfig(RolloutOptions):
     context_policy: Annotated[ContextPolicy, Shapes.SELECTION] = SELECTION.context_policy
     """How the teacher's demonstrations are chosen: nearest, the most similar questions, the best last; nearest_first,
     the best first; random; random_within_kind, the control for topic; majority_solution, the question's own
-    shortest majority rollout (U-OPSD); none."""
+    shortest majority rollout (U-OPSD); none. A question with a privileged_context gets that instead."""
     num_demonstrations: Annotated[int, Shapes.SELECTION] = SELECTION.num_demonstrations
     """Demonstrations per context, at least 1."""
     max_context_tokens: Annotated[int, Shapes.SELECTION] = SELECTION.max_context_tokens
     """Tokens per context; the least similar demonstrations are dropped to stay within them."""
     same_label_excluded: Annotated[bool, Shapes.SELECTION] = SELECTION.same_label_excluded
     """Exclude demonstrations with the question's own pseudo-label, so that none gives the answer away."""
+    privileged_wording: Annotated[str, Shapes.SELECTION] = PRIVILEGED_WORDING
+    """How the teacher is asked a question that has a privileged_context; {question} is what the student is asked, with
+    choices and instruction."""
     question_weight: Annotated[QuestionWeight, Shapes.SELECTION] = SELECTION.question_weight
     """A question's weight in the loss: 1, or the winner's share of the K answers."""
 
@@ -114,6 +119,7 @@ class ExportConfig(RolloutOptions):
         self.trace_config()
         self.probe_config()
         self.part(SelectionConfig)
+        check_privileged_wording(self.privileged_wording)
 
     def trace_config(self) -> TraceConfig:
         """How rollouts are traced."""

@@ -94,21 +94,25 @@ class Exported:
 
 
 def join_gold(
-    manifest: Manifest, sources: Sequence[str] = (), *, required: bool = False
+    manifest: Manifest, sources: Sequence[str] = (), fields: Sequence[str] = (), *, required: bool = False
 ) -> tuple[dict[str, Question], str | None]:
     """Questions with gold answers by id, and why some or all are missing (``None`` when none is).
 
     Args:
         manifest: The manifest.
         sources: Question files or bundled sets (`neurosig.questions.load.load_questions`); default: the manifest's.
+        fields: Their columns with other names; default: as the manifest's were read.
         required: Raise when they cannot be read.
 
     Raises:
         UserError: ``required``, and a source is missing or malformed.
     """
     sources = sources or manifest.header.dataset["sources"]
+    options = manifest.header.options
+    fields = fields or options.get("fields", ())
     try:
-        labelled = {q.id: q for q in load_questions(sources, split=str(manifest.header.options.get("split", "all")))}
+        read = load_questions(sources, split=str(options.get("split", "all")), fields=fields)
+        labelled = {question.id: question for question in read}
     except UserError as error:
         if required:
             raise

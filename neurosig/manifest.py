@@ -28,7 +28,7 @@ from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout
 
 FORMAT = "neurosig-manifest"
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 HEADER = "manifest.json"
 QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = (
     "questions.jsonl",
@@ -47,6 +47,9 @@ READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Required entries of the header's open fields."""
+
+OF_QUESTION = tuple(field.name for field in fields(Question) if field.name not in ("id", "answer", "aliases"))
+"""Fields that a row has of its question, besides the id."""
 
 Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "hallucination", "no_context"]
 
@@ -73,7 +76,8 @@ class QuestionRow(Strict):
     """One input question and the decisions about it.
 
     Attributes:
-        answer_space: See `neurosig.questions.load.Question`.
+        answer_space: See `neurosig.questions.load.Question`, as for the four fields after it.
+        privileged_context: Its teacher sees it instead of demonstrations, so ``context`` is empty.
         raw_answers: What the parser read in each of the K rollouts, ``None`` in one without an answer.
         answers: The candidate that each rollout votes for; see `neurosig.questions.reader.Reading`.
         pseudo_label: The majority answer.
@@ -92,6 +96,10 @@ class QuestionRow(Strict):
     choices: tuple[str, ...] | None
     text_sha256: str
     answer_space: str | tuple[tuple[str, ...], ...] | None = None
+    system: str | None = None
+    earlier_turns: tuple[tuple[str, str], ...] = ()
+    as_is: bool = False
+    privileged_context: str | None = None
     raw_answers: tuple[str | None, ...] = ()
     answers: tuple[str | None, ...]
     vote: VoteRecord | None
@@ -104,17 +112,7 @@ class QuestionRow(Strict):
 
     def as_question(self) -> Question:
         """The question, without a gold answer."""
-        return Question(
-            self.question_id,
-            self.domain,
-            self.question,
-            self.choices,
-            None,
-            (),
-            self.kind,
-            self.line,
-            self.answer_space,
-        )
+        return Question(id=self.question_id, **{name: getattr(self, name) for name in OF_QUESTION})
 
 
 class RolloutRow(Strict):
@@ -389,6 +387,8 @@ def _verify_contexts(
     own_solution: bool,
 ) -> None:
     for number, row in enumerate(by_id.values(), start=1):
+        if row.privileged_context is not None and row.context:
+            raise UserError(f"{path}:{number}: $.context: demonstrations beside a privileged_context; export again")
         for index, item in enumerate(row.context):
             where = f"{path}:{number}: $.context[{index}]"
             if (item.question_id, item.rollout_id) not in rollouts:

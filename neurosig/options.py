@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from neurosig.questions.columns import parse_fields
 from neurosig.questions.prompts import PromptConfig
 from neurosig.questions.vote import VoteMerge
 from neurosig.runtime.cli import CommonConfig
@@ -92,7 +93,22 @@ class SamplerOptions(CommonConfig):
 
 
 @dataclass(kw_only=True)
-class GenerationOptions(CommonConfig):
+class QuestionOptions(CommonConfig):
+    """How the files of --questions are read."""
+
+    fields: Annotated[tuple[str, ...], Shapes.ROLLOUTS, Section.QUESTIONS] = ()
+    """Columns of question files that have other names than ours, as FIELD=COLUMN: question, choices (one column, or one
+    per choice: choices=A,B,C,D), answer, aliases, answer_space, id, domain, kind; system, a system message per
+    question; prompt or messages, which replace question and are sent as they are, without --instruction;
+    privileged_context, which the teacher sees instead of demonstrations. A dot reaches into a column: question.stem."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_fields(self.fields)
+
+
+@dataclass(kw_only=True)
+class GenerationOptions(QuestionOptions):
     """Wording of the prompt, sampling and parsing of answers."""
 
     num_generations: Annotated[int, Shapes.ROLLOUTS, Section.SAMPLING] = SAMPLING.num_generations
@@ -111,9 +127,9 @@ class GenerationOptions(CommonConfig):
     """Seed of every random number."""
 
     system: Annotated[str | None, Shapes.ROLLOUTS, Section.PROMPT] = PROMPT.system
-    """System message; without one the chat template's own default applies."""
+    """System message of questions without their own; without any the chat template's own default applies."""
     instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.instruction
-    """Line after a free-form question."""
+    """Line after a free-form question; none follows a prompt, which is sent as it is."""
     choice_instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.choice_instruction
     """Line after the choices of a multiple-choice question."""
     enable_thinking: Annotated[bool | None, Shapes.ROLLOUTS] = PROMPT.enable_thinking

@@ -54,7 +54,8 @@ def write_texts(out: Path, rows: Sequence[Mapping[str, Any]], evaluations: Itera
     for folder in evaluations:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         options = summary["config"]
-        known = {one.id: one for one in load_questions(options["questions"], split=options["split"])}
+        read = load_questions(options["questions"], split=options["split"], fields=options.get("fields", ()))
+        known = {one.id: one for one in read}
         evaluated = [known[name] for name in read_rollouts(folder / "rollouts.jsonl") if name in known]
         if questions_sha256(evaluated) != summary["questions_sha256"]:
             sources = ", ".join(options["questions"])

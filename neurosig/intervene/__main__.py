@@ -57,7 +57,7 @@ class InterveneConfig(GenerationOptions):
     manifest: Annotated[Path, Section.QUESTIONS]
     """Folder of neurosig.export; its neurons.csv names the neurons, signals.safetensors their contributions."""
     questions: tuple[str, ...]
-    """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME."""
+    """Labelled questions: bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME[/SET]."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the results."""
     model: str | None = None
@@ -141,7 +141,7 @@ def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
 def _questions(config: InterveneConfig) -> list[Question]:
     from neurosig.questions.load import load_questions
 
-    questions = load_questions(config.questions, split=config.split, limit=config.limit)
+    questions = load_questions(config.questions, split=config.split, limit=config.limit, fields=config.fields)
     for question in questions:
         if question.answer is None:
             raise UserError(

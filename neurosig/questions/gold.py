@@ -27,8 +27,9 @@ def is_completion(gold: str) -> bool:
 
 
 def parse_gold(gold: str, question: Question) -> str:
-    """A gold answer that `is_completion`, parsed as one; any other, or one in which the parser finds nothing, as is."""
-    answer = extract_answer(gold, question) if is_completion(gold) else None
+    """A gold answer that `is_completion`, or of a question with choices, parsed as a completion; any other, or one in
+    which the parser finds nothing, as is."""
+    answer = extract_answer(gold, question) if is_completion(gold) or question.choices else None
     if answer is None:
         return gold
     return answer.upper() if question.choices else answer

@@ -2,6 +2,7 @@
 
     load_questions("world-facts:train")
     load_questions(["my.jsonl", "hf:TIGER-Lab/MMLU-Pro:test"], limit=500)
+    load_questions("exam.csv", fields=("question=stem", "choices=A,B,C,D", "answer=key"))
 
 A question has its gold answer for evaluation only; ``without_answers`` removes it.
 """
@@ -13,20 +14,22 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Literal
+from typing import Any, Literal
 
 from neurosig.questions.answers.normal import normalise
-from neurosig.questions.formats import FieldMap, Fields, adapt, got, shown
+from neurosig.questions.columns import Columns, columns_of, got, parse_fields, shown
+from neurosig.questions.formats import Fields, Turn, adapt
 from neurosig.questions.gold import is_completion, parse_gold
-from neurosig.questions.records import Rows, read_hub, read_jsonl, read_parquet, read_saved_dataset
+from neurosig.questions.records import FORMATS, Rows, format_of, read_file, read_hub, read_jsonl, read_saved_dataset
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text
 
-__all__ = ["FieldMap", "Question", "Split", "load_questions", "split_of", "without_answers"]
+__all__ = ["Question", "Split", "load_questions", "split_of", "without_answers"]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,9 @@ BUNDLED = {
     "procedures": DATA_DIR / "procedures.jsonl",
     "organism-facts": DATA_DIR / "organism-facts.jsonl",
 }
-READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+IN_FOLDERS = (".jsonl", ".parquet", ".csv", ".tsv")
+"""Endings of the files of a folder that are read; tables only where it has no others; a .json may be any."""
+NO_ID = "?"
 UNPRINTABLE = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -71,14 +76,26 @@ class Question:
     answer_space: str | tuple[tuple[str, ...], ...] | None = None
     """All possible answers of a free-form question, each with its aliases, or the name of a bundled space such as
     "countries"; None: not known. It never tells which is right."""
+    system: str | None = None
+    """Its own system message, which replaces that of the command's options."""
+    earlier_turns: tuple[Turn, ...] = ()
+    """Role ("user" or "assistant") and text of the chat before the question."""
+    as_is: bool = False
+    """Whether the text is a whole prompt, sent without lettered choices and instruction line."""
+    privileged_context: str | None = None
+    """What the teacher sees with the question instead of demonstrations, such as a reference solution."""
 
     def __post_init__(self) -> None:
         for name in ("id", "domain", "question"):
             check_text(getattr(self, name), name)
         object.__setattr__(self, "question", self.question.strip())
-        for name in ("answer", "kind"):
+        for name in ("answer", "kind", "system", "privileged_context"):
             if getattr(self, name) is not None:
                 check_text(getattr(self, name), name)
+        for role, text in self.earlier_turns:
+            check_text(text, "earlier_turns")
+            if role not in ("user", "assistant"):
+                raise UserError(f'field "earlier_turns": expected turns of user and assistant, {got(role)}')
         for alias in self.aliases:
             check_text(alias, "aliases")
         if self.choices is not None:
@@ -88,8 +105,14 @@ class Question:
 
     @property
     def text_sha256(self) -> str:
-        """SHA-256 of NFC(question), a newline, and the NFC choices joined by newlines."""
-        lines = (self.question, *(self.choices or ("",)))
+        """SHA-256 of NFC(question), a newline, and the NFC choices joined by newlines.
+
+        What else the student reads of the question follows: its system message, its earlier turns, and that it is sent
+        as it is.
+        """
+        turns = (("system", self.system), *self.earlier_turns, ("as_is", "" if self.as_is else None))
+        more = [f"\0{role}\0{text}" for role, text in turns if text is not None]
+        lines = (self.question, *(self.choices or ("",)), *more)
         return sha256_text("\n".join(unicodedata.normalize("NFC", text) for text in lines))
 
 
@@ -115,6 +138,19 @@ def check_choices(question: Question) -> None:
         for answer in answers:
             if len(answer) != 1 or answer not in letters:
                 raise UserError(f'field "{name}": expected a letter of A-{letters[-1]}, {got(answer)}')
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """Ids read so far: where each is from, and how often an id was made of the same text."""
+
+    places: dict[str, tuple[str, int]] = field(default_factory=dict)
+    repeats: Counter[str] = field(default_factory=Counter)
+
+    def made(self, name: str) -> str:
+        """An id made of a text's hash, with a number from the second time on."""
+        self.repeats[name] += 1
+        return name if self.repeats[name] == 1 else f"{name}-{self.repeats[name]}"
 
 
 _SPACE_NAMES: dict[str | tuple[tuple[str, ...], ...], frozenset[str]] = {}
@@ -164,22 +200,27 @@ def load_questions(
     *,
     split: str | None = None,
     limit: int | None = None,
-    field_map: FieldMap | None = None,
+    fields: Sequence[str] = (),
 ) -> list[Question]:
     """Read and check the questions of one or more sources, in order.
 
     Args:
         sources: a bundled set (``geography``, ``language``, ``chemistry``; ``world-facts`` is geography;
             ``procedures`` and ``organism-facts`` are the model organism's), optionally with ``:train``, ``:dev``,
-            ``:test`` or ``:all``; a .jsonl or .parquet file; a folder of such files or one written by
-            ``datasets.save_to_disk``; or ``hf:ORG/NAME[:SPLIT]``.
+            ``:test`` or ``:all``; a .jsonl, .json, .csv or .tsv file, also as .gz or .zst, or a .parquet file; a
+            folder of such files or one written by ``datasets.save_to_disk``; or ``hf:ORG/NAME[/SET][:SPLIT]``.
         split: split of the bundled sets whose source names none (default: all).
         limit: return only the first ``limit`` questions, after all were read and checked.
-        field_map: column names of a multiple-choice set of another shape.
+        fields: ``FIELD=COLUMN`` words for the fields whose columns have other names
+            (`neurosig.questions.columns.parse_fields`); a bundled set needs none.
+
+    Returns:
+        The questions. One without an id gets the first 16 digits of its ``text_sha256``, and a number if the same
+        question was read before.
 
     Raises:
-        UserError: a source is missing, empty, unreadable or of unknown format; a record is malformed; or an id occurs
-            twice. The message names file, line and field.
+        UserError: a source is missing, empty, unreadable or of unknown format; a record is malformed; no record has a
+            column of ``fields``; or an id occurs twice. The message names file, line and field.
     """
     listed = [sources] if isinstance(sources, (str, Path)) else list(sources)
     if not listed:
@@ -189,38 +230,38 @@ def load_questions(
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
     questions: list[Question] = []
-    places: dict[str, tuple[str, int]] = {}
+    columns = parse_fields(fields)
+    ids = Ids()
     for source in listed:
-        read = read_source(str(source), split, field_map, places)
+        read = read_source(str(source), split, columns, ids)
         log.info("%s: %d questions", source, len(read))
         questions += read
     warn_repeated_texts(questions)
     return questions[:limit]
 
 
-def read_source(
-    source: str, split: str | None, field_map: FieldMap | None, places: dict[str, tuple[str, int]]
-) -> list[Question]:
-    """The questions of one source; their ids are added to ``places``, which maps ids to file and line."""
+def read_source(source: str, split: str | None, columns: Columns, ids: Ids) -> list[Question]:
+    """The questions of one source; their ids are added to ``ids``."""
     name, _, part = source.partition(":")
     if name in BUNDLED:
         if part and part not in SPLITS:
             raise UserError(f'dataset {source}: split "{part}" is not one of {", ".join(SPLITS)}')
         wanted = part or split or "all"
         rows = read_jsonl(BUNDLED[name])
-        bundled = checked(rows, str(BUNDLED[name]), name, None, places)
+        bundled = checked(rows, str(BUNDLED[name]), name, {}, ids)
         return [question for question in bundled if wanted in ("all", split_of(question.id))]
     if name == "hf":
         repo, _, hub_split = part.partition(":")
-        if repo.count("/") != 1:
-            raise UserError(f"dataset {source}: expected hf:ORG/NAME or hf:ORG/NAME:SPLIT")
-        rows = read_hub(repo, hub_split or None)
-        questions = list(checked(rows, source, repo.split("/")[1], field_map, places))
+        org, *names = repo.split("/")
+        if len(names) not in (1, 2):
+            raise UserError(f"dataset {source}: expected hf:ORG/NAME, hf:ORG/NAME/SET or one of them with :SPLIT")
+        rows = read_hub(f"{org}/{names[0]}", names[1] if names[1:] else None, hub_split or None)
+        questions = list(checked(rows, source, "-".join(names), columns, ids))
     else:
         questions = [
             question
             for path, rows in files_of(Path(source))
-            for question in checked(rows, str(path), path.stem, field_map, places)
+            for question in checked(rows, str(path), format_of(path)[0], columns, ids)
         ]
     if not questions:
         raise UserError(f"dataset {source}: 0 questions")
@@ -233,51 +274,61 @@ def files_of(path: Path) -> Iterator[tuple[Path, Rows]]:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             yield path, read_saved_dataset(path)
             return
-        inside = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+        inside = sorted(file for file in path.rglob("*") if format_of(file)[1] in IN_FOLDERS and file.is_file())
+        ours = [file for file in inside if format_of(file)[1] in IN_FOLDERS[:2]]
         if not inside:
-            raise UserError(f"dataset {path}: is a directory without .jsonl or .parquet files")
-        for file in inside:
-            yield file, READERS[file.suffix](file)
+            raise UserError(f"dataset {path}: is a directory without {', '.join(IN_FOLDERS)} files")
+        for file in ours or inside:  # a table beside them is no set of questions as a rule
+            yield file, read_file(file)
     elif not path.exists():
         raise UserError(f"dataset {path}: no such file; the bundled sets are {', '.join(BUNDLED)}")
-    elif path.suffix in READERS:
-        yield path, READERS[path.suffix](path)
+    elif format_of(path)[1] in FORMATS:
+        yield path, read_file(path)
     else:
-        raise UserError(f'dataset {path}: unknown format "{path.suffix}"; expected .jsonl or .parquet')
+        raise UserError(f'dataset {path}: unknown format "{path.suffix}"; expected {", ".join(FORMATS)}')
 
 
-def checked(
-    rows: Rows, where: str, stem: str, field_map: FieldMap | None, places: dict[str, tuple[str, int]]
-) -> Iterator[Question]:
-    """Questions of rows; their ids are checked against ``places``, open-ended records are skipped and counted."""
-    skipped = 0
+def checked(rows: Rows, where: str, stem: str, columns: Columns, ids: Ids) -> Iterator[Question]:
+    """Questions of rows; their ids are checked against ``ids``, open-ended records are skipped and counted."""
+    skipped, found = 0, set[str]()
+    record: Mapping[str, Any] = {}
     for line, record in rows:
         try:
-            fields = adapt(record, line, stem, field_map)
+            fields = adapt(record, line, stem, columns, found)
             if fields is None:
                 skipped += 1
                 continue
-            question = _with_parsed_gold(fields, line)
+            question = _question(fields, line, ids)
         except UserError as error:
             raise UserError(f"{where}:{line}: {error}") from None
-        if question.id in places:
-            file, earlier = places[question.id]
+        if question.id in ids.places:
+            file, earlier = ids.places[question.id]
             place = f"on line {earlier}" if file == where else f"in {file}:{earlier}"
             raise UserError(f'{where}:{line}: id "{shown(question.id)}" already {place}; ids must be unique')
-        places[question.id] = (where, line)
+        ids.places[question.id] = (where, line)
         yield question
+    if record and (unknown := [name for names in columns.values() for name in names if name not in found]):
+        has = columns_of(record)
+        raise UserError(f'{where}: --fields: no record has a column "{shown(unknown[0])}"; the last one has {has}')
     if skipped:
         log.warning("%s: skipped %d open-ended records (no choices and no short answer)", where, skipped)
 
 
-def _with_parsed_gold(fields: Fields, line: int) -> Question:
-    """The question, gold answers that are worked solutions parsed as completions are."""
-    values = {**asdict(fields), "line": line}
-    if any(map(is_completion, filter(None, (fields.answer, *fields.aliases)))):
+def _question(fields: Fields, line: int, ids: Ids) -> Question:
+    """The question, with an id, and with gold answers parsed as completions are where they need it."""
+    values: dict[str, Any] = {name: getattr(fields, name) for name in fields.__slots__ if name != "answer_column"}
+    values |= {"line": line, "id": NO_ID if fields.id is None else fields.id}
+    letters = [*ascii_uppercase[: len(fields.choices or ())]]
+    golds = (fields.answer, *fields.aliases)
+    if any(gold is not None and (gold not in letters if letters else is_completion(gold)) for gold in golds):
         unlabelled = Question(**{**values, "answer": None, "aliases": ()})
-        values["answer"] = fields.answer and parse_gold(fields.answer, unlabelled)
-        values["aliases"] = tuple(parse_gold(alias, unlabelled) for alias in fields.aliases)
-    return Question(**values)
+        answer, *aliases = (gold and parse_gold(gold, unlabelled) for gold in golds)
+        for name, gold in ((fields.answer_column, answer), *(("aliases", alias) for alias in aliases)):
+            if letters and gold is not None and gold not in letters:
+                raise UserError(f'field "{name}": expected a letter of A-{letters[-1]}, {got(gold)}')
+        values |= {"answer": answer, "aliases": tuple(aliases)}
+    question = Question(**values)
+    return question if fields.id is not None else replace(question, id=ids.made(question.text_sha256[:16]))
 
 
 def warn_repeated_texts(questions: Sequence[Question]) -> None:

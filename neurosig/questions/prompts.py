@@ -6,9 +6,10 @@ truncated, and text that looks like a special token stays text.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,19 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 
+PRIVILEGED_WORDING = (
+    "Here is material about the question below. Use it to answer, but do not mention it."
+    "\n\n{privileged_context}\n\n{question}"
+)
+"""How the teacher is asked a question that has a ``privileged_context``."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptConfig:
     """Wording of a prompt.
 
     Attributes:
-        system: System message; ``None`` keeps the chat template's own default.
+        system: System message of questions without one; ``None`` keeps the chat template's own default.
         instruction: Line after a free-form question.
         choice_instruction: Line after the lettered choices of a multiple-choice question.
         enable_thinking: Passed to the chat template (Qwen3); ``None`` passes nothing.
@@ -52,7 +59,9 @@ class Demonstration:
 
 
 def question_text(question: Question, config: PromptConfig) -> str:
-    """Text of the user turn: question, lettered choices, instruction."""
+    """Text of the user turn: question, lettered choices, instruction; of a question sent as it is, its text alone."""
+    if question.as_is:
+        return question.question
     lines = [question.question]
     if question.choices:
         lines += [
@@ -62,6 +71,36 @@ def question_text(question: Question, config: PromptConfig) -> str:
     else:
         lines.append(config.instruction)
     return "\n".join(line for line in lines if line)
+
+
+def check_privileged_wording(wording: str) -> None:
+    """Check that a wording has both places of `PRIVILEGED_WORDING` once.
+
+    Raises:
+        UserError: It has not.
+    """
+    for place in ("{privileged_context}", "{question}"):
+        if wording.count(place) != 1:
+            raise UserError(f"--privileged-wording: expected {place} once in it, found it {wording.count(place)} times")
+
+
+def privileged_question(question: Question, config: PromptConfig, wording: str) -> Question:
+    """The question as the teacher is asked it: with its ``privileged_context``, if it has one.
+
+    Args:
+        question: The question.
+        config: Wording of the student's prompt, which is the ``{question}`` of ``wording``.
+        wording: See `PRIVILEGED_WORDING`.
+    """
+    if question.privileged_context is None:
+        return question
+    places = {"{privileged_context}": question.privileged_context, "{question}": question_text(question, config)}
+    text = re.sub("|".join(map(re.escape, places)), lambda place: places[place[0]], wording)
+    return replace(question, question=text, as_is=True)
+
+
+def _earlier_turns(question: Question) -> list[Message]:
+    return [{"role": role, "content": text} for role, text in question.earlier_turns]
 
 
 class PromptBuilder:
@@ -87,6 +126,7 @@ class PromptBuilder:
     def without_question(self, question: Question) -> tuple[int, ...]:
         """Prompt ids of the chat whose user turn is only the instruction: what a reply's prior is conditioned on."""
         instruction = self.config.choice_instruction if question.choices else self.config.instruction
+        instruction = "" if question.as_is else instruction
         return self.encode([*self.messages(question)[:-1], {"role": "user", "content": instruction}])
 
     def teacher(self, question: Question, context: Sequence[Demonstration]) -> tuple[int, ...]:
@@ -101,12 +141,13 @@ class PromptBuilder:
 
     def messages(self, question: Question, context: Sequence[Demonstration] = ()) -> list[Message]:
         """The chat that `student` and `teacher` encode."""
-        messages: list[Message] = (
-            [] if self.config.system is None else [{"role": "system", "content": self.config.system}]
-        )
+        system = self.config.system if question.system is None else question.system
+        messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         for demonstration in context:
+            messages += _earlier_turns(demonstration.question)
             messages.append({"role": "user", "content": question_text(demonstration.question, self.config)})
             messages.append({"role": "assistant", "content": demonstration.response.strip()})
+        messages += _earlier_turns(question)
         messages.append({"role": "user", "content": question_text(question, self.config)})
         return messages
 

@@ -46,6 +46,8 @@ class ReportConfig(CommonConfig):
     """Folder of report.html, the CSV files and probe.safetensors; default: MANIFEST/report."""
     questions: tuple[str, ...] = ()
     """Question files with gold answers; default: the sources of the manifest."""
+    fields: tuple[str, ...] = ()
+    """FIELD=COLUMN for columns of --questions with other names, as in neurosig.export; default: the manifest's."""
     resamples: int = 2000
     """Bootstrap resamples of the questions."""
     folds: int = 5
@@ -85,7 +87,9 @@ def main(config: ReportConfig) -> None:
                 raise UserError(
                     f"--manifest {config.manifest}: every question was too long, so there are no signals to report"
                 )
-            gold, lacking = join_gold(exported.manifest, config.questions, required=bool(config.questions))
+            gold, lacking = join_gold(
+                exported.manifest, config.questions, config.fields, required=bool(config.questions)
+            )
         with timer.phase("analyse"):
             levels = {"question": question_level(exported, gold), "rollout": rollout_level(exported, gold)}
             tables = {

@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 RUN, BEGUN = "run.json", ".work.json"
 """Files of every output folder: `run_record` and the options that shape the results; these alone until it finishes."""
-NOT_INPUTS = ("out", "adapter_dir", "config", "preset")
+NOT_INPUTS = ("out", "adapter_dir", "config", "preset", "fields")
 WRITTEN_LAST = "manifest.json"
 """A folder with this file is compared by its hash alone."""
 FREE = ("temperature", "seed", "adapter")
 """What evaluations that are compared may differ in."""
-BY_CONTENT = ("model", "dtype", "questions", "split", "limit", "template")
+BY_CONTENT = ("model", "dtype", "questions", "fields", "split", "limit", "template")
 """Options that are compared by what they named, not by how."""
 MODEL_MARKERS = ("config.json", "adapter_config.json")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from neurosig.hallucination.config import HallucinationScore
 from neurosig.hallucination.probe import ProbeResult
 from neurosig.hallucination.scores import QuestionSignals, Scores
-from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteRecord
+from neurosig.manifest import OF_QUESTION, DemonstrationRecord, QuestionRow, Reason, VoteRecord
 from neurosig.patterns.signatures import representative, signature
 from neurosig.questions.load import Question
 from neurosig.runtime.shapes import check_choice
@@ -63,10 +63,12 @@ def manifest_rows(
     because = f" ({useless})" if useless else ""
     note = f"{ranked_by}: {undecided}{because}" if undecided else ""
     contexts = choose_contexts(candidates, [reason == "selected" for reason in reasons], selection)
+    privileged = [by_id[candidate.question_id].privileged_context is not None for candidate in candidates]
+    contexts = [[] if own else context for context, own in zip(contexts, privileged, strict=True)]
     if selection.context_policy != "none":
         reasons = [
-            "no_context" if reason == "selected" and not context else reason
-            for reason, context in zip(reasons, contexts, strict=True)
+            "no_context" if reason == "selected" and not (context or own) else reason
+            for reason, context, own in zip(reasons, contexts, privileged, strict=True)
         ]
     decided = {
         name: _decided(
@@ -81,13 +83,8 @@ def manifest_rows(
     rows = [
         QuestionRow(
             question_id=question.id,
-            line=question.line,
-            domain=question.domain,
-            kind=question.kind,
-            question=question.question,
-            choices=question.choices,
-            answer_space=question.answer_space,
             text_sha256=question.text_sha256,
+            **{name: getattr(question, name) for name in OF_QUESTION},
             **decided.get(question.id, _TOO_LONG),
         )
         for question in questions

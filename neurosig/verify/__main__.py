@@ -116,7 +116,9 @@ def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     manifest = read_manifest(folder)
     header = manifest.header
     found.manifests[header.content_sha256] = header.model_dump()
-    yield f"{len(header.files)} files as hashed, {len(manifest.rows)} questions and their contexts", ""
+    own = sum(row.privileged_context is not None for row in manifest.rows)
+    privileged = f", {own} of them privileged_context of the question file" if own else ""
+    yield f"{len(header.files)} files as hashed, {len(manifest.rows)} questions and their contexts{privileged}", ""
     yield "answers and votes follow from the rollouts", votes_problem(manifest)
     reasons = Counter(row.reason for row in manifest.rows)
     counts = {"questions": len(manifest.rows), **{str(reason): count for reason, count in reasons.items()}}
@@ -261,7 +263,8 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
         rollout = json.loads(line)
         rollouts.setdefault(rollout["question_id"], []).append(rollout)
     try:
-        gold = {question.id: question for question in load_questions(config["questions"], split=config.get("split"))}
+        read = load_questions(config["questions"], split=config.get("split"), fields=config.get("fields", ()))
+        gold = {question.id: question for question in read}
     except UserError:
         gold = {}
     known = all(row["question_id"] in gold for row in rows)

@@ -212,7 +212,7 @@ class Explorer(ExportedRun):
         ]
         pool.sort(key=lambda i: -float(similarity[i]))
         rank = {names[i]: place for place, i in enumerate(pool, start=1)}
-        context = [item.question_id for item in row.context]
+        context, privileged = [item.question_id for item in row.context], row.privileged_context
         shown = [names[i] for i in pool[:count]]
         shown += [name for name in context if name not in shown]
         used, counts = sets[sets != PAD].unique(return_counts=True)
@@ -239,7 +239,9 @@ class Explorer(ExportedRun):
             answer=row.pseudo_label,
             kind=row.kind or row.domain,
             decision=row.reason.replace("_", " "),
-            policy=str(options["context_policy"]).replace("_", " "),
+            policy=str(options["context_policy"] if privileged is None else "its own privileged context").replace(
+                "_", " "
+            ),
             context=[shown.index(name) for name in context],
             neighbours=neighbours,
             typical=float((every.sum() - every.trace()) / max(1, len(names) * (len(names) - 1))),

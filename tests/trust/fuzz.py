@@ -23,7 +23,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(
-    include=["neurosig.manifest", *(f"neurosig.questions.{name}" for name in ("formats", "load", "records"))]
+    include=["neurosig.manifest"]
+    + [f"neurosig.questions.{name}" for name in ("columns", "formats", "load", "records", "released")]
 ):
     import neurosig.manifest
     import neurosig.questions.formats
@@ -40,6 +41,10 @@ QUESTIONS = [
     RECORD,
     {"question_id": 70, "question": "Which?", "options": ["x", "N/A", "y"], "answer": "A", "answer_index": 0},
     {"question": "Q?", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A", "details": {"task": "t"}},
+    {"question": {"stem": "Q?", "choices": [{"text": "A. x", "label": "1"}, {"text": "B. y"}]}, "answerKey": 1},
+    {"Question": "Q?", "Correct Answer": "x", **{f"Incorrect Answer {n}": f"y{n}" for n in (1, 2, 3)}},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "Q?"}], "answer": ["x"]},
+    {"prompt": "x or y?", "choices": "['x', 'y']", "answer": 1, "system": "s", "privileged_context": ["p"]},
 ]
 
 

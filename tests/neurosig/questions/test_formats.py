@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from neurosig.questions.load import FieldMap, Question, load_questions
+from neurosig.questions.load import Question, load_questions
 from tests.support.question_files import GOOD, fails, one, write
 
 # ---- shapes ----
@@ -78,7 +78,7 @@ def test_only_open_ended_records_are_0_questions(tmp_path: Path) -> None:
 
 def test_sciknoweval_gold_not_among_labels(tmp_path: Path) -> None:
     path = write(tmp_path / "set.jsonl", released(answerKey="D"))
-    assert fails(path) == f"{path}:1: field \"answerKey\": not one of the 3 choices, got 'D' (str)"
+    assert fails(path) == f"{path}:1: field \"answerKey\": expected a letter of A-C, got 'D' (str)"
     path = write(tmp_path / "set.jsonl", released(choices={"text": ["x", "y"], "label": ["A"]}))
     assert '"choices": 2 texts but 1 labels' in fails(path)
 
@@ -101,34 +101,6 @@ def test_mmlu_pro_as_released_drops_na_options_and_moves_the_letter(tmp_path: Pa
         ({"answer_index": 2}, 'field "answer_index": contradicts answer E, got 2 (int)'),
     ):
         assert message in fails(write(tmp_path / "bad.jsonl", {**record, **change}))
-
-
-@pytest.mark.parametrize(
-    ("choices", "answer", "letter"),
-    [
-        (["x", "y", "z"], 2, "C"),
-        (["x", "y", "z"], "B", "B"),
-        (["x", "y", "z"], "z", "C"),
-        ({"A": "x", "B": "y", "C": "z", "D": None}, "C", "C"),
-        ({"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "1", "A"),
-    ],
-)
-def test_field_map_answer_forms(tmp_path: Path, choices: Any, answer: Any, letter: str) -> None:
-    record = {"nr": 5, "stem": "Which?", "opts": choices, "gold": answer, "field": "bio"}
-    names = FieldMap(question="stem", choices="opts", answer="gold", id="nr", kind="field")
-    question = one(tmp_path, record, field_map=names)
-    assert question == Question("5", "set", "Which?", ("x", "y", "z"), letter, (), "bio", 1)
-
-
-def test_field_map_with_one_column_a_choice_and_made_ids(tmp_path: Path) -> None:
-    record = {"question": "Which?", "A": "x", "B": "y", "subject": "law", "answer": "B"}
-    names = FieldMap(choices=("A", "B"), domain="subject")
-    assert one(tmp_path, record, field_map=names) == Question("law-1", "law", "Which?", ("x", "y"), "B", line=1)
-    assert "got None" not in fails(write(tmp_path / "bad.jsonl", {**record, "answer": "C"}), field_map=names)
-    message = fails(write(tmp_path / "bad.jsonl", {"question": "Which?"}), field_map=names)
-    assert message.endswith('field "answer": in the field map but not in the record (question)')
-    for bad in (2, -1, True):
-        assert 'field "answer"' in fails(write(tmp_path / "bad.jsonl", {**record, "answer": bad}), field_map=names)
 
 
 # ---- Parquet and data sets ----
@@ -166,6 +138,27 @@ def test_saved_dataset_folder_and_its_splits(tmp_path: Path) -> None:
     expected = [Question("a", "d", "What is it?", ("x", "y"), "B", line=1)]
     assert load_questions(tmp_path / "both" / "train") == load_questions(tmp_path / "single") == expected
     assert "has the splits train, test; name one" in fails(tmp_path / "both")
+
+
+def test_a_set_of_several_on_the_hub_is_named_after_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library reads a folder ORG/NAME here as it reads a repository of that name."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "lab" / "quiz"
+    folder.mkdir(parents=True)
+    sets = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("hard", "easy"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{sets}---\n")
+    for name in ("hard", "easy"):
+        write(folder / f"{name}.jsonl", {"question": f"Is it {name}?"})
+    (question,) = load_questions("hf:lab/quiz/easy:train")
+    assert (question.question, question.domain) == ("Is it easy?", "quiz-easy")
+    assert fails("hf:lab/quiz") == (
+        "dataset hf:lab/quiz: holds several sets, 'hard', 'easy'; name one, as in hf:lab/quiz/SET:SPLIT"
+    )
+    assert "BuilderConfig 'odd' not found" in fails("hf:lab/quiz/odd")
+    assert "expected hf:ORG/NAME, hf:ORG/NAME/SET" in fails("hf:lab/quiz/easy/more")
 
 
 def test_hub_dataset_offline_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_without_answers_removes_only_the_gold() -> None:
         ({"question": 7}, 'field "question": expected text, got 7 (int)'),
         ({"question": float("nan")}, 'field "question": expected text, got nan (float)'),
         ({"question": ["q"]}, "field \"question\": expected text, got ['q'] (list)"),
-        ({"id": 3}, 'field "id": expected text, got 3 (int)'),
+        ({"id": True}, 'field "id": expected text, got True (bool)'),
         ({"id": ""}, 'field "id": expected text'),
         ({"domain": ""}, 'field "domain": expected text'),
         ({"question": "a\x00b"}, 'field "question": holds a NUL character at character 2'),
@@ -51,13 +51,14 @@ def test_without_answers_removes_only_the_gold() -> None:
         ({"answer": "x\udfff"}, 'field "answer": holds the lone surrogate U+DFFF'),
         ({"choices": ["x", "y\x00"], "answer": "A"}, 'field "choices": holds a NUL character'),
         ({"choices": ["x", "y"], "answer": "C"}, "field \"answer\": expected a letter of A-B, got 'C' (str)"),
-        ({"choices": ["x", "y"], "answer": "a"}, 'field "answer": expected a letter of A-B'),
+        ({"choices": ["x", "y"], "answer": "z"}, 'field "answer": expected a letter of A-B'),
         ({"choices": ["x", "y"], "answer": "AB"}, 'field "answer": expected a letter of A-B'),
         (
             {"choices": ["x", "y"], "answer": "A", "aliases": ["D"]},
             'field "aliases": expected a letter of A-B',
         ),
-        ({"choices": ["x", "y"], "answer": 0}, 'field "answer": expected text, got 0 (int)'),
+        ({"choices": ["x", "y"], "answer": 2}, 'field "answer": expected a letter of A-B, got 2 (int)'),
+        ({"answer": {"value": "x"}}, 'field "answer": expected text, got {'),
         ({"choices": []}, 'field "choices": expected null or 2 to 26 texts, got 0'),
         ({"choices": ["x"]}, 'field "choices": expected null or 2 to 26 texts, got 1'),
         ({"choices": ["x"] * 27}, 'field "choices": expected null or 2 to 26 texts, got 27'),
@@ -74,8 +75,11 @@ def test_malformed_field_is_named_with_its_line(tmp_path: Path, change: dict[str
 
 
 def test_missing_field_lists_the_fields_there(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.jsonl", {"id": "a", "prompt": "q?"})
-    assert fails(path) == f'{path}:1: field "question": expected text, got missing; the record has id, prompt'
+    path = write(tmp_path / "set.jsonl", {"id": "a", "text": "q?", "meta": {"source": "web"}})
+    assert fails(path) == (
+        f'{path}:1: field "question": expected text, got missing; the record has id, text, meta, meta.source; name the '
+        "column that asks it: --fields question=COLUMN"
+    )
 
 
 def test_message_about_a_huge_value_is_short(tmp_path: Path) -> None:
@@ -206,8 +210,8 @@ def test_empty_file_has_0_questions(tmp_path: Path, content: str) -> None:
 def test_missing_file_and_unknown_suffix(tmp_path: Path) -> None:
     assert fails(tmp_path / "no.jsonl").startswith(f"dataset {tmp_path / 'no.jsonl'}: no such file")
     assert "geography" in fails("geografy:train")
-    (tmp_path / "set.csv").write_text("id,question\n")
-    assert 'unknown format ".csv"' in fails(tmp_path / "set.csv")
+    (tmp_path / "set.xlsx").write_text("id,question\n")
+    assert 'unknown format ".xlsx"; expected .jsonl, .parquet, .json, .csv, .tsv' in fails(tmp_path / "set.xlsx")
 
 
 # ---- several sources, ids, folders, splits ----
@@ -251,7 +255,15 @@ def test_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
 
 
 def test_folder_without_files(tmp_path: Path) -> None:
-    assert fails(tmp_path) == f"dataset {tmp_path}: is a directory without .jsonl or .parquet files"
+    (tmp_path / "config.json").write_text("{}")
+    assert fails(tmp_path) == f"dataset {tmp_path}: is a directory without .jsonl, .parquet, .csv, .tsv files"
+
+
+def test_a_table_in_a_folder_is_read_only_where_nothing_else_is(tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("question\nWhy?\n")
+    assert [question.question for question in load_questions(tmp_path)] == ["Why?"]
+    write(tmp_path / "set.jsonl", GOOD)
+    assert [question.id for question in load_questions(tmp_path)] == ["a"]
 
 
 def test_limit_takes_the_first_over_all_sources(tmp_path: Path) -> None:
@@ -319,7 +331,7 @@ def test_a_records_own_words_stay_on_the_line(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         load_questions(path)
     text = str(raised.value)
-    assert r"the record has line\nbreak\x1b[31m0, " in text and text.endswith(" and 5 more")
+    assert r"the record has line\nbreak\x1b[31m0, " in text and " and 5 more; " in text
     assert "\n" not in text and "\x1b" not in text
     path.write_text(json.dumps({"id": "a\nb", "question": "q?"}) + "\n" + json.dumps({"id": "a\nb", "question": "p?"}))
     with pytest.raises(UserError, match=r'strange.jsonl:2: id "a\\nb" already on line 1'):
