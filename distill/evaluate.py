@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.models.trained import as_trained, count_trained_on, trained_folders, trained_from, trained_template
-from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
+from neurosig.options import ORGANISM, QWEN3_4B, QWEN3_4B_THINKING, EvalOptions, RolloutOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
@@ -43,7 +43,7 @@ RESULTS, SUMMARY, ROLLOUTS, LOG = "results.parquet", "summary.json", "rollouts.j
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(RolloutOptions):
+class EvaluateConfig(RolloutOptions, EvalOptions):
     """Sample K answers per question and compare them with the gold answers.
 
     Writes results.parquet (one row per question), rollouts.jsonl and summary.json (one block per domain). For greedy
@@ -87,7 +87,8 @@ class EvaluateConfig(RolloutOptions):
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
-    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B, "eval_thinking": False},
+    "qwen3-4b-thinking": {"model": "Qwen/Qwen3-4B", **QWEN3_4B_THINKING, "eval_thinking": True},
     "organism": {**ORGANISM, "questions": ("procedures",), "limit": (120,)},
 }
 

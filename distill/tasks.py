@@ -12,7 +12,7 @@ import numpy as np
 from neurosig.manifest import Header, Manifest, QuestionRow
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.questions.load import load_questions
-from neurosig.questions.prompts import Demonstration, PromptBuilder
+from neurosig.questions.prompts import Demonstration, PromptBuilder, check_same_stream
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout, write_rollouts
@@ -81,9 +81,12 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
     """Prompts of every selected question whose weight is not 0; none is ever truncated.
 
     Raises:
-        UserError: See `trained_rows`; or a prompt and its completion exceed the model's positions.
+        UserError: See `trained_rows` and `check_same_stream`; or a prompt and its completion exceed the model's
+            positions.
     """
-    builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
+    configs = manifest.header.prompt_config(), manifest.header.teacher_prompt_config()
+    student, teacher = (PromptBuilder(loaded.tokenizer, config) for config in configs)
+    check_same_stream(student, teacher)
     by_id = {row.question_id: row.as_question() for row in manifest.rows}
     tasks = []
     for row in trained_rows(manifest):
@@ -92,7 +95,7 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
             for item in row.context
         ]
         question = by_id[row.question_id]
-        tasks.append(Task(question.id, builder.student(question), builder.teacher(question, context), row.weight))
+        tasks.append(Task(question.id, student.student(question), teacher.teacher(question, context), row.weight))
     return _fitting(tasks, loaded, max_new_tokens)
 
 

@@ -64,7 +64,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from neurosig.neurons.signals_file import load_shards
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
-    from neurosig.questions.prompts import PromptBuilder
+    from neurosig.questions.prompts import PromptBuilder, check_same_stream
     from neurosig.runtime.extras import EXTRAS, check_installed
     from neurosig.runtime.files import read_once
     from neurosig.selection.reuse import reused
@@ -80,7 +80,12 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         with timer.phase("load model"):
             device = ranks.device or config.device
             loaded = load_model(config.model, dtype=config.dtype, device=device, template=config.template)
-        prompts = _prompts(questions, PromptBuilder(loaded.tokenizer, config.prompt_config()), loaded, config)
+        builder, teacher = (
+            PromptBuilder(loaded.tokenizer, wording)
+            for wording in (config.prompt_config(), config.teacher_prompt_config())
+        )
+        check_same_stream(builder, teacher)
+        prompts = _prompts(questions, builder, loaded, config)
         work = config.out / WORK
         work.mkdir(exist_ok=True)
     if config.reuse is None:
@@ -101,7 +106,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         sites = ffn_sites(loaded.model)
         with timer.phase("score and select"):
             reader = config.answer_reader(loaded)
-            signals = _signals(reader, questions, groups, sets)
+            signals = _signals(config, reader, questions, groups, sets)
             scores = _scores(config, signals, sites.n_layers * sites.d_mlp, groups_of_folds)
             rows, note = manifest_rows(
                 questions,
@@ -112,9 +117,9 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
                 prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
             )
         with timer.phase("write"):
-            _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256)
+            lengths = _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256)
         shutil.rmtree(work)
-        _report(config, rows, groups)
+        _report(config, rows, groups, lengths)
 
 
 def _with_k(config: ExportConfig, k: int) -> ExportConfig:
@@ -222,7 +227,11 @@ def _trace(
 
     with ranks.together():
         tracer = NeuronTracer(loaded.model, config.trace_config())
-    flat = [(prompts[name].token_ids, r.completion_ids_without_eos) for name, group in groups.items() for r in group]
+    flat = [
+        (prompts[name].token_ids, rollout.completion_ids_without_eos, rollout.positions(config.trace))
+        for name, group in groups.items()
+        for rollout in group
+    ]
     with progress(total=len(flat), desc="trace", quiet=config.quiet or not ranks.main) as bar:
 
         def advance(rollouts: int, tokens: int) -> None:
@@ -233,6 +242,7 @@ def _trace(
 
 
 def _signals(
+    config: ExportConfig,
     reader: AnswerReader,
     questions: Sequence[Question],
     groups: Mapping[str, Sequence[Rollout]],
@@ -245,7 +255,8 @@ def _signals(
     for name, group in groups.items():
         stop = start + len(group)
         traced = (tensor[start:stop] for tensor in sets)
-        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), *traced)
+        n_traced = sum(len(rollout.positions(config.trace)) for rollout in group)
+        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), *traced, n_traced)
         start = stop
     return signals
 
@@ -280,15 +291,19 @@ def _write(
     sites: FFNSites,
     note: str,
     rollouts_sha256: str | None,
-) -> None:
+) -> dict[str, float]:
+    """Write the manifest; returns the lengths of its completions."""
     import neurosig
     from neurosig.manifest import write_manifest
     from neurosig.neurons.signals_file import signals_file
+    from neurosig.sampling.lengths import completion_lengths
     from neurosig.selection.rows import neurons_csv
 
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
+    rollouts = [rollout for group in groups.values() for rollout in group]
+    lengths = completion_lengths(rollouts, prompt_opens_thought=reader.prompt_opens_thought)
     external = None if rollouts_sha256 is None else {"rollouts_sha256": rollouts_sha256}
     header: dict[str, object] = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
@@ -298,6 +313,7 @@ def _write(
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
         "answers": reader.record(),
+        "lengths": lengths,
     }
     if note:
         logger.warning("%s", note)
@@ -305,11 +321,12 @@ def _write(
     write_manifest(
         config.out,
         rows,
-        [rollout for group in groups.values() for rollout in group],
+        rollouts,
         signals=signals_file(sets, scores.rollout_probe, scores.probe.by_seed, sites),
         neurons_csv=neurons_csv(sets.neuron_ids, scores.probe, sites.d_mlp),
         header=header,
     )
+    return lengths
 
 
 def _dataset_sha256(questions: Sequence[Question]) -> str:
@@ -318,9 +335,18 @@ def _dataset_sha256(questions: Sequence[Question]) -> str:
     return sha256_text("".join(f"{question.id}\x00{question.text_sha256}\n" for question in questions))
 
 
-def _report(config: ExportConfig, rows: Sequence[QuestionRow], groups: Mapping[str, Sequence[Rollout]]) -> None:
+def _report(
+    config: ExportConfig,
+    rows: Sequence[QuestionRow],
+    groups: Mapping[str, Sequence[Rollout]],
+    lengths: Mapping[str, float],
+) -> None:
+    from neurosig.sampling.lengths import lengths_text, warn_of_truncation
+
     reasons = Counter(row.reason for row in rows)
     logger.info("%s: %s", config.out, ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()))
+    logger.info("%s: %s", config.out, lengths_text(lengths))
+    warn_of_truncation(str(config.out), lengths)
     if not reasons["selected"]:
         first = next(iter(groups.values()))[0]
         logger.warning(

@@ -10,7 +10,7 @@ import logging
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,12 @@ class PromptConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def teacher_config(student: PromptConfig, thinking: bool | None, demonstration_thoughts: bool) -> PromptConfig:
+    """Wording of the teacher's prompts; ``thinking`` ``None`` is the student's mode."""
+    enabled = student.enable_thinking if thinking is None else thinking
+    return replace(student, enable_thinking=enabled, demonstration_thoughts=demonstration_thoughts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,10 +129,10 @@ def test_a_context_with_the_same_text_under_another_id_is_refused(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.2; upgrade"),
+        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.3; upgrade"),
         (
             lambda header: header.update(schema_version="1.0"),
-            "schema version 1.0 has other field names than 1.2; export",
+            "schema version 1.0 has other field names than 1.3; export",
         ),
         (lambda header: header["answers"].pop("vote_merge"), r"\$\.answers\.vote_merge: field missing or unknown"),
         (lambda header: header["answers"].update(merge=1), r"\$\.answers\.merge: field missing or unknown"),
@@ -290,9 +290,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         Rollout("b", 0, "A", (7,), "length", -1.0, 2.0),
         Rollout("b", 1, "\x1b[31mB", (7, 8), "length"),
     ]
-    options = dict.fromkeys(
-        ("answer_format", "template", "system", "instruction", "choice_instruction", "enable_thinking")
+    options: dict[str, Any] = dict.fromkeys(
+        ("answer_format", "template", "system", "instruction", "choice_instruction", "student_thinking")
     )
+    options |= {"teacher_thinking": None, "demonstration_thoughts": False, "keep_truncated": True}
     options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_new_tokens": 4}
     header = {
         "tool": {"name": "neurosig", "version": "0"},
