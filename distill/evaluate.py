@@ -109,6 +109,8 @@ def main(config: EvaluateConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer, ranks: Ranks) -> None:
+    from neurosig.sampling.lengths import lengths_text, warn_of_truncation
+
     scored = config.scoring == "loglikelihood"
     with ranks.together():
         ranks.check(config)
@@ -138,6 +140,9 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             k, avg, maj = block["k"], block["avg_at_k"]["estimate"], block["maj_at_k"]["estimate"]
             values = f"Avg@{k} {avg:.3f}, maj@{k} {maj:.3f}"
         logger.info("%s: %s, ECE %.3f (n=%d)", domain, values, block["ece"]["estimate"], block["n"])
+        if not scored:
+            logger.info("%s: %s", domain, lengths_text(block))
+            warn_of_truncation(domain, block)
 
 
 def _judged(
@@ -231,6 +236,11 @@ def _rollouts(
         **config.server_record(loaded.info.id),
     }
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
+    if scored and builder.opens_thought:
+        raise UserError(
+            "--scoring loglikelihood scores the reply right after the prompt, which ends inside a thought; give "
+            "--eval-thinking False, or --scoring sampling"
+        )
     by_id = {question.id: question for question in questions}
     priors = {question.id: builder.without_question(question) for question in questions} if config.mutual_info else {}
 

@@ -183,17 +183,31 @@ class PromptBuilder:
             UserError: The template fails, or leaves out the text of a turn.
         """
         hostile = any(token in message["content"] for message in messages for token in self._special)
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
         if not hostile:
             text = self._render(messages)
-            answers = [message["content"] for message in messages if message["role"] == "assistant"]
-            if not answers or (self._shows_answers and all(answer in text for answer in answers)):
+            if not answers or (self._before_answers is not None and all(answer in text for answer in answers)):
+                self._check_thoughts(answers)
                 return self._tokenise(text)
-        return self._encode_pieces(messages)  # where the template sees no thought, it leaves none out
+        ids = self._encode_pieces(messages)  # where the template sees no thought, it leaves none out
+        self._check_thoughts(answers)
+        return ids
+
+    def _check_thoughts(self, answers: Sequence[str]) -> None:
+        written = thought_of(self._before_answers or "").closed if answers else 0
+        if written and any(thought_of(answer).closed for answer in answers):
+            raise UserError(
+                "the chat template writes an empty thought before earlier answers, so demonstrations cannot show "
+                f"theirs; leave out --demonstration-thoughts, or {ADVICE}"
+            )
 
     @cached_property
-    def _shows_answers(self) -> bool:
+    def _before_answers(self) -> str | None:
+        """What the template writes between an earlier question and its answer; ``None`` if it leaves answers out."""
         turns = [("user", PROBE), ("assistant", f"{PROBE}x"), ("user", PROBE)]
-        return f"{PROBE}x" in self._render([{"role": role, "content": text} for role, text in turns])
+        text = self._render([{"role": role, "content": content} for role, content in turns])
+        before, shown, _ = text.partition(f"{PROBE}x")
+        return before.rpartition(PROBE)[2] if shown else None
 
     def _render(self, messages: Sequence[Message]) -> str:
         options: dict[str, Any] = (
@@ -220,11 +234,6 @@ class PromptBuilder:
             if not here:
                 raise UserError(f"the chat template leaves out a message; {ADVICE}")
             content = message["content"].strip()
-            if message["role"] == "assistant" and thought_of(content).closed and thought_of(before).closed:
-                raise UserError(
-                    "the chat template writes an empty thought before earlier answers, so demonstrations cannot show "
-                    f"theirs; leave out --demonstration-thoughts, or {ADVICE}"
-                )
             ids += [*self._tokenise(before), *self._tokenise_content(content, message["role"])]
         return (*ids, *self._tokenise(rest))
 

@@ -15,8 +15,7 @@ MARKS: tuple[tuple[str, str], ...] = (
     ("\u25c1think\u25b7", "\u25c1/think\u25b7"),  # Kimi
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThinker
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
-    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
-    ("<|channel|>analysis", "<|channel|>final"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),  # gpt-oss
 )
 """Texts that open and close a thought, in any case. Source: the models' chat templates."""
 

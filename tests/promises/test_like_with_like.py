@@ -292,6 +292,7 @@ def test_an_adapter_is_evaluated_as_it_was_trained(copied: Path, capsys: pytest.
     """Wording, format and template of its manifest, though a preset has others; a contradicting flag is refused."""
     (copied / "mine.jinja").write_text(CHAT_TEMPLATE.replace("assistant", "helper"))
     own = {"--template": "{w}/mine.jinja", "--system": "Yes.", "--answer-format": "letter", "--answer-parser": UNCUT}
+    own |= {"--student-thinking": "True"}
     assert call(copied, "export", {"--out": "{w}/mine", **own}) == 0
     assert call(copied, "train", {"--out": "{w}/ours", "--manifest": "{w}/mine", "--steps": "1"}) == 0
     (copied / "mine.jinja").unlink()
@@ -301,7 +302,7 @@ def test_an_adapter_is_evaluated_as_it_was_trained(copied: Path, capsys: pytest.
     assert summary["model"]["chat_template_sha256"] == header["tokenizer"]["chat_template_sha256"]
     for name in ("system", "instruction", "choice_instruction", "answer_format"):
         assert summary["config"][name] == header["options"][name], name
-    assert summary["config"]["eval_thinking"] is header["options"]["student_thinking"] is None  # the preset says False
+    assert summary["config"]["eval_thinking"] is header["options"]["student_thinking"] is True  # the preset says False
     capsys.readouterr()
     for flag, value in (("--system", "No."), ("--template", "plain"), ("--answer-format", "short")):
         adapter = {"--adapter": "{w}/ours/adapter", "--out": "{w}/two"}
@@ -309,7 +310,8 @@ def test_an_adapter_is_evaluated_as_it_was_trained(copied: Path, capsys: pytest.
         error = capsys.readouterr().err
         assert flag.strip("-").replace("-", "_") in error and value in error and "in training" in error
         assert not (copied / "two").exists()
-    assert call(copied, "evaluate", {**adapter, "--system": "Yes."}) == 0
+    assert call(copied, "evaluate", {**adapter, "--system": "Yes.", "--eval-thinking": "False"}) == 0
+    assert json.loads((copied / "two" / "summary.json").read_text())["config"]["eval_thinking"] is False
     (copied / "run.toml").write_text('answer_format = "short"\n')
     assert call(copied, "evaluate", {**adapter, "--overwrite": "", "--config": "{w}/run.toml"}) == 2
 
