@@ -60,8 +60,7 @@ def sampled_row(question: Question, group: Sequence[Rollout], reader: AnswerRead
         "truncated": round(lengths["truncated_rate"] * len(group)),
         "unclosed": round(lengths["unclosed_rate"] * len(group)),
         "mean_length": lengths["mean_thought_length"] + lengths["mean_answer_length"],
-        "mean_thought_length": lengths["mean_thought_length"],
-        "mean_answer_length": lengths["mean_answer_length"],
+        **{name: lengths[name] for name in ("mean_thought_length", "mean_answer_length")},
         "mean_entropy": _mean([rollout.mean_entropy for rollout in group]),
         "mean_logprob": _mean([rollout.mean_logprob for rollout in group]),
     }

@@ -81,8 +81,7 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
     """Prompts of every selected question whose weight is not 0; none is ever truncated.
 
     Raises:
-        UserError: See `trained_rows` and `check_same_stream`; or a prompt and its completion exceed the model's
-            positions.
+        UserError: See `trained_rows` and `check_same_stream`; or a prompt and its completion do not fit the model.
     """
     configs = manifest.header.prompt_config(), manifest.header.teacher_prompt_config()
     student, teacher = (PromptBuilder(loaded.tokenizer, config) for config in configs)

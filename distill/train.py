@@ -91,8 +91,7 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         if config.method == "u-opsd":
             check_majority_context(manifest)
         loaded = load_student(config, manifest, ranks.device or config.device)
-        sampling = sampling_config(config, manifest)
-        opens = manifest.header.answer_reader().prompt_opens_thought
+        sampling, opens = sampling_config(config, manifest), bool(manifest.header.answers["prompt_opens_thought"])
         tasks = training_tasks(config, manifest, loaded, max_new_tokens=sampling.max_new_tokens)
         torch.manual_seed(config.seed)
         model, adapter = make_student(config, loaded)

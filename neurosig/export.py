@@ -117,7 +117,9 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
                 prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
             )
         with timer.phase("write"):
-            lengths = _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256)
+            lengths = _write(
+                config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256
+            )
         shutil.rmtree(work)
         _report(config, rows, groups, lengths)
 
@@ -254,9 +256,9 @@ def _signals(
     signals, start = {}, 0
     for name, group in groups.items():
         stop = start + len(group)
-        traced = (tensor[start:stop] for tensor in sets)
+        ids, values, hidden = (tensor[start:stop] for tensor in sets)
         n_traced = sum(len(rollout.positions(config.trace)) for rollout in group)
-        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), *traced, n_traced)
+        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), ids, values, hidden, n_traced)
         start = stop
     return signals
 

@@ -25,8 +25,8 @@ PROMPT_OPTIONS = (
     *("system", "instruction", "choice_instruction", "student_thinking"),
     *("template", "answer_format", "vote_merge", "answer_parser"),
 )
-"""Options of a manifest that its training, and an evaluation of the result, share; an evaluation calls the thinking mode
-``eval_thinking`` and may have another."""
+"""Options of a manifest that its training, and an evaluation of the result, share; an evaluation calls the thinking
+mode ``eval_thinking`` and may have another."""
 
 
 def training_record(folder: Path | None) -> Mapping[str, Any] | None:

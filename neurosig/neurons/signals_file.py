@@ -107,7 +107,9 @@ def _trace_own(
         kept = _has_key(shard, key)
         if not kept:
             prompts, completions, positions = zip(*part, strict=True)
-            masks = [[k in counted for k in range(len(ids))] for ids, counted in zip(completions, positions, strict=True)]
+            masks = [
+                [k in counted for k in range(len(ids))] for ids, counted in zip(completions, positions, strict=True)
+            ]
             sets = tracer.trace(prompts, completions, token_masks=masks)
             tensors = {
                 "neuron_ids": sets.neuron_ids,

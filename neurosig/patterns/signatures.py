@@ -13,7 +13,10 @@ from neurosig.runtime.shapes import check_choice
 
 
 def representative(
-    answers: Sequence[str | None], winner: str | None, probe_scores: Sequence[float], usable: Sequence[bool] | None = None
+    answers: Sequence[str | None],
+    winner: str | None,
+    probe_scores: Sequence[float],
+    usable: Sequence[bool] | None = None,
 ) -> int | None:
     """Index of a question's representative: of the rollouts with the majority answer the one with the lowest score.
 

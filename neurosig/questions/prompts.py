@@ -242,8 +242,5 @@ class PromptBuilder:
         kept = {token for token in self._special if role == "assistant" and is_mark(token)}
         parts = re.split(f"({'|'.join(map(re.escape, kept))})", content) if kept else [content]
         return [
-            token
-            for part in parts
-            if part
-            for token in self._tokenise(part, split_special_tokens=part not in kept)
+            token for part in parts if part for token in self._tokenise(part, split_special_tokens=part not in kept)
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from neurosig.questions.thoughts import thought_of
 from neurosig.sampling.rollouts import Rollout
@@ -46,20 +47,21 @@ def is_unclosed(rollout: Rollout, prompt_opens_thought: bool) -> bool:
     return thought_of(rollout.text, prompt_opens_thought=prompt_opens_thought).opened is not None
 
 
-def lengths_text(lengths: Mapping[str, float]) -> str:
+def lengths_text(lengths: Mapping[str, Any]) -> str:
     """`completion_lengths` in words, thoughts only where there are any."""
     text = f"{lengths['truncated_rate']:.1%} of the rollouts cut off"
     if lengths["mean_thought_length"]:
-        text += f", {lengths['unclosed_rate']:.1%} inside a thought; {lengths['mean_thought_length']:.1f} tokens per thought"
+        text += f", {lengths['unclosed_rate']:.1%} inside a thought; "
+        text += f"{lengths['mean_thought_length']:.1f} tokens per thought"
     return f"{text}, {lengths['mean_answer_length']:.1f} tokens per answer"
 
 
-def warn_of_truncation(place: str, lengths: Mapping[str, float]) -> bool:
+def warn_of_truncation(place: str, lengths: Mapping[str, Any]) -> bool:
     """Warn when more than `MOST_TRUNCATED` of the rollouts were cut off; whether that was so."""
     if lengths["truncated_rate"] <= MOST_TRUNCATED:
         return False
     logger.warning(
-        "%s: %.0f%% of the rollouts were cut off at --max-new-tokens%s; raise it, or shorten what --instruction asks for",
+        "%s: %.0f%% of the rollouts were cut off at --max-new-tokens%s; raise it, or ask for less in --instruction",
         place, 100 * lengths["truncated_rate"],
         f", {100 * lengths['unclosed_rate']:.0f}% inside a thought" if lengths["unclosed_rate"] else "",
     )  # fmt: skip

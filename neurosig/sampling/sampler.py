@@ -334,8 +334,8 @@ class _Batch:
             ids = self._tokens[row, :length].tolist()
             ended = ids[-1] in self._loaded.eos_token_ids
             body, decode = ids[:-1] if ended else ids, partial(completion_text, self._loaded.tokenizer)
-            means = torch.from_numpy(self._measures[row, :length]).mean(dim=0).tolist()
+            logprob, entropy, certainty = torch.from_numpy(self._measures[row, :length]).mean(dim=0).tolist()
             reason: FinishReason = "stop" if ended else "length"
-            name, start = self._prompts[question].question_id, answer_start(decode, body)
-            group.append(Rollout(name, rollout_id, decode(body), tuple(ids), reason, *means, start))
+            name, text, start = self._prompts[question].question_id, decode(body), answer_start(decode, body)
+            group.append(Rollout(name, rollout_id, text, tuple(ids), reason, logprob, entropy, certainty, start))
         return group

@@ -13,7 +13,6 @@ from neurosig.questions.prompts import PromptConfig
 from neurosig.sampling.config import SamplingConfig
 from neurosig.selection.config import SelectionConfig
 
-
 THINKING = {"student_thinking", "teacher_thinking", "eval_thinking"}
 
 
@@ -32,5 +31,7 @@ def test_every_field_of_these_configurations_is_an_option() -> None:
     options = {field.name for field in fields(ExportConfig)}
     for part in (SamplingConfig, PromptConfig, SelectionConfig):
         assert {field.name for field in fields(part)} <= {*options, "enable_thinking"}
-    modes = [{f.name for f in fields(command)} & THINKING for command in (ExportConfig, EvaluateConfig, InterveneConfig)]
+    modes = [
+        {f.name for f in fields(command)} & THINKING for command in (ExportConfig, EvaluateConfig, InterveneConfig)
+    ]
     assert modes == [{"student_thinking", "teacher_thinking"}, {"eval_thinking"}, {"eval_thinking"}]

@@ -23,7 +23,6 @@ from tests.support.tiny import tiny_tokenizer
 ASKED, OTHER = Question("a", "d", "Why is it?"), Question("o", "d", "Who was it?")
 
 
-
 def builder(template: str, thinking: bool | None = None, thoughts: bool = False) -> PromptBuilder:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
@@ -98,7 +97,7 @@ def test_marks_that_are_special_tokens_stay_tokens_in_demonstrations_alone() -> 
 def test_a_template_that_cannot_show_demonstrations_is_refused() -> None:
     empty = "('<think></think>' if message.role == 'assistant' else '') + message.content +"
     shown = [Demonstration(OTHER, "<think>Well.</think>Ann.")]
-    with pytest.raises(UserError, match="empty thought before earlier answers.*--demonstration-thoughts"):
+    with pytest.raises(UserError, match=r"empty thought before earlier answers.*--demonstration-thoughts"):
         builder(KEEPS.replace("message.content +", empty), thoughts=True).teacher(ASKED, shown)
     mute = KEEPS.replace("message.content +", "(message.content if message.role == 'user' else '') +")
     with pytest.raises(UserError, match="leaves out a message"):
