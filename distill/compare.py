@@ -9,7 +9,7 @@ gives the gain beyond it.
 
 Training can also teach a model the wording that the parser takes. Every metric is therefore given under the strict and
 the lenient grading (`neurosig.questions.reader.Grades`), a gain is claimed only where both agree, and a second table
-checks the format: the parse rate, and strict minus lenient Avg@K.
+checks the format: the parse rate, strict minus lenient Avg@K, cut-off rollouts and lengths.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 COMPARISON, TABLE = "comparison.json", "table.md"
 METRICS = {"avg_at_k": "Avg@{k}", "maj_at_k": "maj@{k}", "ece": "ECE"}
 FORMAT = {"parse_rate": "parse rate", "strict_minus_lenient": "strict minus lenient Avg@{k}"}
+LENGTHS = {"truncated_rate": "cut off", "mean_answer_length": "tokens per answer"}
+THOUGHTS = {"unclosed_rate": "unclosed thoughts", "mean_thought_length": "tokens per thought"}
+"""Columns of the format check; the last two only where a run has thoughts."""
 
 
 @dataclass(kw_only=True)
@@ -191,9 +194,10 @@ def _compare(
         for name, run in runs.items()
     }
     bootstrap: Any = {"seed": config.seed, "resamples": config.resamples}
+    known = [name for name in (*LENGTHS, *THOUGHTS) if all(name in own.columns for own in votes.values())]
     for name, own in votes.items():
         row = {"run": name, "scope": scope, "n": len(own), "temperature": runs[name]["config"]["temperature"]}
-        for metric in (*(graded(name, grading) for grading in GRADINGS for name in METRICS), *FORMAT):
+        for metric in (*(graded(name, grading) for grading in GRADINGS for name in METRICS), *FORMAT, *known):
             row[metric] = own.interval(metric, **bootstrap)
             for other in ("base", "control"):
                 if other in runs and name not in ("base", other):
@@ -218,8 +222,11 @@ def _table(rows: Sequence[Mapping[str, Any]], k: str) -> str:
 
 
 def _format_check(rows: Sequence[Mapping[str, Any]], k: str) -> str:
-    head = ["scope", "run", *(name for title in FORMAT.values() for name in (title, "change"))]
-    lines = [[row["scope"], row["run"], *(cell for name in FORMAT for cell in _cells(row, name))] for row in rows]
+    columns = FORMAT | {name: title for name, title in LENGTHS.items() if name in rows[0]}
+    if any("mean_thought_length" in row and row["mean_thought_length"].estimate for row in rows):
+        columns |= THOUGHTS
+    head = ["scope", "run", *(name for title in columns.values() for name in (title, "change"))]
+    lines = [[row["scope"], row["run"], *(cell for name in columns for cell in _cells(row, name))] for row in rows]
     return "Format check:\n\n" + _markdown(head, lines, k)
 
 

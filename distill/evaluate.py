@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.models.trained import as_trained, count_trained_on, trained_folders, trained_from, trained_template
-from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
+from neurosig.options import ORGANISM, QWEN3_4B, QWEN3_4B_THINKING, EvalOptions, RolloutOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
@@ -43,7 +43,7 @@ RESULTS, SUMMARY, ROLLOUTS, LOG = "results.parquet", "summary.json", "rollouts.j
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(RolloutOptions):
+class EvaluateConfig(RolloutOptions, EvalOptions):
     """Sample K answers per question and compare them with the gold answers.
 
     Writes results.parquet (one row per question), rollouts.jsonl and summary.json (one block per domain). For greedy
@@ -87,7 +87,8 @@ class EvaluateConfig(RolloutOptions):
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
-    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B, "eval_thinking": False},
+    "qwen3-4b-thinking": {"model": "Qwen/Qwen3-4B", **QWEN3_4B_THINKING, "eval_thinking": True},
     "organism": {**ORGANISM, "questions": ("procedures",), "limit": (120,)},
 }
 
@@ -108,6 +109,8 @@ def main(config: EvaluateConfig) -> None:
 
 
 def _evaluate(config: EvaluateConfig, timer: PhaseTimer, ranks: Ranks) -> None:
+    from neurosig.sampling.lengths import lengths_text, warn_of_truncation
+
     scored = config.scoring == "loglikelihood"
     with ranks.together():
         ranks.check(config)
@@ -137,6 +140,9 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             k, avg, maj = block["k"], block["avg_at_k"]["estimate"], block["maj_at_k"]["estimate"]
             values = f"Avg@{k} {avg:.3f}, maj@{k} {maj:.3f}"
         logger.info("%s: %s, ECE %.3f (n=%d)", domain, values, block["ece"]["estimate"], block["n"])
+        if not scored:
+            logger.info("%s: %s", domain, lengths_text(block))
+            warn_of_truncation(domain, block)
 
 
 def _judged(
@@ -230,6 +236,11 @@ def _rollouts(
         **config.server_record(loaded.info.id),
     }
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
+    if scored and builder.opens_thought:
+        raise UserError(
+            "--scoring loglikelihood scores the reply right after the prompt, which ends inside a thought; give "
+            "--eval-thinking False, or --scoring sampling"
+        )
     by_id = {question.id: question for question in questions}
     priors = {question.id: builder.without_question(question) for question in questions} if config.mutual_info else {}
 

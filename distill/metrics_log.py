@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from neurosig.runtime.cli import PhaseTimer, config_record, peak_memory_gb, progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
+from neurosig.sampling.lengths import completion_lengths, warn_of_truncation
 
 if TYPE_CHECKING:
     from distill.config import TrainConfig
@@ -56,7 +57,7 @@ class MetricsLog(contextlib.ExitStack):
         timer.lap()
         path = config.out / METRICS
         self.history: list[Metrics] = ranks.on_main(lambda: reopen_metrics(path, done))
-        self._main = ranks.main
+        self._main, self._warned = ranks.main, False
         bar = progress(total=config.steps, desc=config.method, quiet=config.quiet or not ranks.main)
         self._bar = self.enter_context(bar)
         self._bar.update(done)
@@ -80,6 +81,7 @@ class MetricsLog(contextlib.ExitStack):
                 "step %d: every rollout was masked (%.0f%% finished with EOS); no update was made; raise "
                 "--max-new-tokens or pass --keep-truncated", metrics["step"], 100 * metrics["eos_rate"],
             )  # fmt: skip
+        self._warned = self._warned or warn_of_truncation(f"step {metrics['step']}", metrics)
         if abs(metrics.get("sampler_kl") or 0.0) > SAMPLER_KL:
             logger.warning(
                 "step %d: sampler_kl %.3f: the rollouts came from another model than the student; check --dtype, the "
@@ -132,9 +134,11 @@ def check_finite(metrics: Metrics, question_ids: Sequence[str]) -> None:
             )
 
 
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float | int]:
-    """Mean length in tokens, share of distinct trigrams and share finished with an end-of-sequence token."""
+def rollout_metrics(rollouts: Sequence[Rollout], prompt_opens_thought: bool = False) -> dict[str, float | int]:
+    """Mean length in tokens, share of distinct trigrams and share finished with an end-of-sequence token; and see
+    `neurosig.sampling.lengths.completion_lengths`."""
     return {
+        **completion_lengths(rollouts, prompt_opens_thought=prompt_opens_thought),
         "mean_length": sum(len(rollout.completion_ids) for rollout in rollouts) / len(rollouts),
         "distinct_3": distinct_3([rollout.completion_ids for rollout in rollouts]),
         "eos_rate": sum(rollout.finish_reason == "stop" for rollout in rollouts) / len(rollouts),

@@ -14,6 +14,7 @@ from neurosig.questions.answers import is_correct, normalise
 from neurosig.questions.answers.spaces import members
 from neurosig.questions.reader import AnswerReader
 from neurosig.questions.vote import n_tied_right, n_tied_right_lenient
+from neurosig.sampling.lengths import completion_lengths
 from neurosig.statistics import metrics
 from neurosig.statistics.vote_table import GRADINGS, VoteTable, graded
 
@@ -37,6 +38,7 @@ def sampled_row(question: Question, group: Sequence[Rollout], reader: AnswerRead
     """
     reading = reader.read(group, question)
     grades, vote, answers = reader.grade(reading, group, question), reading.vote, reading.answers
+    lengths = completion_lengths(group, prompt_opens_thought=reader.prompt_opens_thought)
     return {
         "question_id": question.id,
         "domain": question.domain,
@@ -55,8 +57,10 @@ def sampled_row(question: Question, group: Sequence[Rollout], reader: AnswerRead
         "n_correct_lenient": sum(grades.lenient),
         "unparsed": sum(answer is None for answer in answers),
         "distinct": len({answer for answer in answers if answer is not None}),
-        "truncated": sum(rollout.finish_reason == "length" for rollout in group),
-        "mean_length": sum(len(rollout.completion_ids) for rollout in group) / len(group),
+        "truncated": round(lengths["truncated_rate"] * len(group)),
+        "unclosed": round(lengths["unclosed_rate"] * len(group)),
+        "mean_length": lengths["mean_thought_length"] + lengths["mean_answer_length"],
+        **{name: lengths[name] for name in ("mean_thought_length", "mean_answer_length")},
         "mean_entropy": _mean([rollout.mean_entropy for rollout in group]),
         "mean_logprob": _mean([rollout.mean_logprob for rollout in group]),
     }
@@ -106,7 +110,8 @@ def summarise_choices(rows: Sequence[Row], *, seed: int) -> dict[str, dict[str, 
 def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
     table, n = VoteTable.from_rows(rows), len(rows)
     k, votes, avg, maj = table.k, table.votes, table["avg_at_k"], table["maj_at_k"]
-    names = ("n_correct", "n_tied", "unparsed", "distinct", "truncated", "mean_length")
+    lengths = ("mean_length", "mean_thought_length", "mean_answer_length")
+    names = ("n_correct", "n_tied", "unparsed", "distinct", "truncated", "unclosed", *lengths)
     column = {name: np.array([row[name] for row in rows]) for name in names}
     return {
         "n": n,
@@ -126,8 +131,9 @@ def _summary(rows: Sequence[Row], seed: int) -> dict[str, Any]:
         "parse_rate": float(table["parse_rate"].mean()),
         "unparsed_rate": float(column["unparsed"].sum() / (n * k)),
         "truncated_rate": float(column["truncated"].sum() / (n * k)),
+        "unclosed_rate": float(column["unclosed"].sum() / (n * k)),
         "distinct_answers": float(column["distinct"].mean()),
-        "mean_length": float(column["mean_length"].mean()),
+        **{name: float(column[name].mean()) for name in lengths},
         "mean_entropy": _mean([row["mean_entropy"] for row in rows]),
         "by_kind": _by_kind(rows, avg_at_k=avg, maj_at_k=maj),
     }

@@ -48,6 +48,7 @@ def learn(
     timer: PhaseTimer | None = None,
     ranks: Ranks = ALONE,
     left_out: Collection[tuple[str, int]] = (),
+    prompt_opens_thought: bool = False,
 ) -> dict[str, float | None]:
     """One optimizer step on a global batch; without a rollout in the loss, neither student nor teacher is updated.
 
@@ -65,6 +66,7 @@ def learn(
         timer: Its phases ``teacher``, ``student`` and ``optimizer``.
         ranks: The processes of the run.
         left_out: (question id, rollout id) of rollouts that are counted but not learned from.
+        prompt_opens_thought: The student's prompts end inside a thought, for the metrics.
 
     Returns:
         The step's metrics. Divergence and entropies, in nats, are unweighted means over the tokens in the loss, without
@@ -105,7 +107,7 @@ def learn(
         "clip_fraction": cut_share(sums["loss"], sums["unclipped_loss"]) if total else None,
         "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"] if total > replayed else None,
         "grad_norm": norm,
-        **rollout_metrics(rollouts),
+        **rollout_metrics(rollouts, prompt_opens_thought),
         "rollouts_in_loss": float(len(rows)),
         "tokens_in_loss": float(total),
         "rollouts": len(rollouts),

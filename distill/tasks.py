@@ -12,7 +12,13 @@ import numpy as np
 from neurosig.manifest import Header, Manifest, QuestionRow
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.questions.load import load_questions
-from neurosig.questions.prompts import PRIVILEGED_WORDING, Demonstration, PromptBuilder, privileged_question
+from neurosig.questions.prompts import (
+    PRIVILEGED_WORDING,
+    Demonstration,
+    PromptBuilder,
+    check_same_stream,
+    privileged_question,
+)
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout, write_rollouts
@@ -86,9 +92,11 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
     """Prompts of every selected question whose weight is not 0; none is ever truncated.
 
     Raises:
-        UserError: See `trained_rows`; or a prompt and its completion exceed the model's positions.
+        UserError: See `trained_rows` and `check_same_stream`; or a prompt and its completion do not fit the model.
     """
-    builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
+    configs = manifest.header.prompt_config(), manifest.header.teacher_prompt_config()
+    student, teacher = (PromptBuilder(loaded.tokenizer, config) for config in configs)
+    check_same_stream(student, teacher)
     by_id = {row.question_id: row.as_question() for row in manifest.rows}
     wording = manifest.header.options.get("privileged_wording", PRIVILEGED_WORDING)
     tasks = []
@@ -98,8 +106,8 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
             for item in row.context
         ]
         question = by_id[row.question_id]
-        shown = privileged_question(question, builder.config, wording)
-        tasks.append(Task(question.id, builder.student(question), builder.teacher(shown, context), row.weight))
+        shown = privileged_question(question, teacher.config, wording)
+        tasks.append(Task(question.id, student.student(question), teacher.teacher(shown, context), row.weight))
     return _fitting(tasks, loaded, max_new_tokens)
 
 

@@ -91,7 +91,7 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         if config.method == "u-opsd":
             check_majority_context(manifest)
         loaded = load_student(config, manifest, ranks.device or config.device)
-        sampling = sampling_config(config, manifest)
+        sampling, opens = sampling_config(config, manifest), bool(manifest.header.answers["prompt_opens_thought"])
         tasks = training_tasks(config, manifest, loaded, max_new_tokens=sampling.max_new_tokens)
         torch.manual_seed(config.seed)
         model, adapter = make_student(config, loaded)
@@ -123,7 +123,7 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             torch.manual_seed((config.seed * 1_000_003 + step) * ranks.world + ranks.rank)  # LoRA's dropout
             pairs = [(batch[rollout.question_id], rollout) for rollout in rollouts]
             left_out = agreeing(manifest, rollouts) if config.on_disagreeing else set()
-            learned = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks, left_out)
+            learned = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks, left_out, opens)
             metrics = {"step": step, "learning_rate": rate_of_step(step), **sampler.updated(step), **learned}
             with ranks.together():
                 check_finite(metrics, list(batch))

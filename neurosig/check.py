@@ -115,7 +115,7 @@ def compare(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
-    set_size: int,
+    set_size: int | float,
     *,
     quiet: bool = True,
 ) -> tuple[dict[str, Agreement | None], bool, str]:

@@ -64,7 +64,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from neurosig.neurons.signals_file import load_shards
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
-    from neurosig.questions.prompts import PromptBuilder
+    from neurosig.questions.prompts import PromptBuilder, check_same_stream
     from neurosig.runtime.extras import EXTRAS, check_installed
     from neurosig.runtime.files import read_once
     from neurosig.selection.reuse import reused
@@ -81,7 +81,12 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         with timer.phase("load model"):
             device = ranks.device or config.device
             loaded = load_model(config.model, dtype=config.dtype, device=device, template=config.template)
-        prompts = _prompts(questions, PromptBuilder(loaded.tokenizer, config.prompt_config()), loaded, config)
+        builder, teacher = (
+            PromptBuilder(loaded.tokenizer, wording)
+            for wording in (config.prompt_config(), config.teacher_prompt_config())
+        )
+        check_same_stream(builder, teacher)
+        prompts = _prompts(questions, builder, loaded, config)
         work = config.out / WORK
         work.mkdir(exist_ok=True)
     if config.reuse is None:
@@ -103,7 +108,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         config = replace(config, set_size=config.trace_config().sized(sites.n_layers, sites.d_mlp).set_size)
         with timer.phase("score and select"):
             reader = config.answer_reader(loaded)
-            signals = _signals(reader, questions, groups, sets)
+            signals = _signals(config, reader, questions, groups, sets)
             scores = _scores(config, signals, sites.n_layers * sites.d_mlp, groups_of_folds)
             rows, note = manifest_rows(
                 questions,
@@ -114,9 +119,11 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
                 prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
             )
         with timer.phase("write"):
-            _write(config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256)
+            lengths = _write(
+                config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256
+            )
         shutil.rmtree(work)
-        _report(config, rows, groups)
+        _report(config, rows, groups, lengths)
 
 
 def _with_k(config: ExportConfig, k: int) -> ExportConfig:
@@ -233,7 +240,11 @@ def _trace(
 
     with ranks.together():
         tracer = NeuronTracer(loaded.model, config.trace_config())
-    flat = [(prompts[name].token_ids, r.completion_ids_without_eos) for name, group in groups.items() for r in group]
+    flat = [
+        (prompts[name].token_ids, rollout.completion_ids_without_eos, rollout.positions(config.trace))
+        for name, group in groups.items()
+        for rollout in group
+    ]
     with progress(total=len(flat), desc="trace", quiet=config.quiet or not ranks.main) as bar:
 
         def advance(rollouts: int, tokens: int) -> None:
@@ -244,6 +255,7 @@ def _trace(
 
 
 def _signals(
+    config: ExportConfig,
     reader: AnswerReader,
     questions: Sequence[Question],
     groups: Mapping[str, Sequence[Rollout]],
@@ -255,8 +267,9 @@ def _signals(
     signals, start = {}, 0
     for name, group in groups.items():
         stop = start + len(group)
-        traced = (tensor[start:stop] for tensor in sets)
-        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), *traced)
+        ids, values, hidden = (tensor[start:stop] for tensor in sets)
+        n_traced = sum(len(rollout.positions(config.trace)) for rollout in group)
+        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), ids, values, hidden, n_traced)
         start = stop
     return signals
 
@@ -291,15 +304,19 @@ def _write(
     sites: FFNSites,
     note: str,
     rollouts_sha256: str | None,
-) -> None:
+) -> dict[str, float]:
+    """Write the manifest; returns the lengths of its completions."""
     import neurosig
     from neurosig.manifest import write_manifest
     from neurosig.neurons.signals_file import signals_file
+    from neurosig.sampling.lengths import completion_lengths
     from neurosig.selection.rows import neurons_csv
 
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
+    rollouts = [rollout for group in groups.values() for rollout in group]
+    lengths = completion_lengths(rollouts, prompt_opens_thought=reader.prompt_opens_thought)
     external = None if rollouts_sha256 is None else {"rollouts_sha256": rollouts_sha256}
     header: dict[str, Any] = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
@@ -309,6 +326,7 @@ def _write(
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
         "answers": reader.record(),
+        "lengths": lengths,
     }
     own = sum(row.privileged_context is not None for row in rows)
     of_teacher = f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees" if own else ""
@@ -318,11 +336,12 @@ def _write(
     write_manifest(
         config.out,
         rows,
-        [rollout for group in groups.values() for rollout in group],
+        rollouts,
         signals=signals_file(sets, scores.rollout_probe, scores.probe.by_seed, sites),
         neurons_csv=neurons_csv(sets.neuron_ids, scores.probe, sites.d_mlp),
         header=header,
     )
+    return lengths
 
 
 def _dataset_sha256(questions: Sequence[Question]) -> str:
@@ -336,9 +355,18 @@ def _dataset_sha256(questions: Sequence[Question]) -> str:
     return sha256_text("".join(parts))
 
 
-def _report(config: ExportConfig, rows: Sequence[QuestionRow], groups: Mapping[str, Sequence[Rollout]]) -> None:
+def _report(
+    config: ExportConfig,
+    rows: Sequence[QuestionRow],
+    groups: Mapping[str, Sequence[Rollout]],
+    lengths: Mapping[str, float],
+) -> None:
+    from neurosig.sampling.lengths import lengths_text, warn_of_truncation
+
     reasons = Counter(row.reason for row in rows)
     logger.info("%s: %s", config.out, ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()))
+    logger.info("%s: %s", config.out, lengths_text(lengths))
+    warn_of_truncation(str(config.out), lengths)
     if not reasons["selected"]:
         first = next(iter(groups.values()))[0]
         logger.warning(

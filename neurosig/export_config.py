@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 
 from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig
 from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
-from neurosig.options import ORGANISM, QWEN3_4B, RolloutOptions
+from neurosig.options import ORGANISM, PROMPT, QWEN3_4B, QWEN3_4B_THINKING, RolloutOptions
 from neurosig.patterns import Signature
-from neurosig.questions.prompts import PRIVILEGED_WORDING, check_privileged_wording
+from neurosig.questions.prompts import PRIVILEGED_WORDING, PromptConfig, check_privileged_wording, teacher_config
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
+from neurosig.sampling.rollouts import RolloutPart
 from neurosig.selection.config import ContextPolicy, QuestionFilter, QuestionWeight, SelectionConfig
 
 TRACE, PROBE, SELECTION = TraceConfig(), ProbeConfig(), SelectionConfig()  # the options' defaults
@@ -49,7 +50,21 @@ class ExportConfig(RolloutOptions):
     overwrite: Annotated[bool, Shapes.PLACE] = False
     """Replace an earlier export in --out."""
 
-    neuron_value: Annotated[NeuronValue, Shapes.TRACES, Section.NEURONS] = TRACE.value
+    student_thinking: Annotated[bool | None, Shapes.ROLLOUTS, Section.PROMPT] = PROMPT.enable_thinking
+    """Thinking mode of the student, whose rollouts these are: enable_thinking of the chat template (Qwen3), which by
+    default gets nothing and then decides itself."""
+    teacher_thinking: Annotated[bool | None, Shapes.SELECTION] = None
+    """Thinking mode of the teacher's prompt in training; default: the student's. Both score the same tokens, so a mode
+    that would read the student's answer as a thought, or the reverse, is refused."""
+    demonstration_thoughts: Annotated[bool, Shapes.SELECTION] = SELECTION.demonstration_thoughts
+    """Demonstrations show the thought too, even where the chat template drops those of earlier turns, and it counts in
+    --max-context-tokens, which two thoughts easily exceed. By default they show the answer after it alone."""
+
+    trace: Annotated[RolloutPart, Shapes.TRACES, Section.NEURONS] = "answer"
+    """Tokens whose neurons count: answer, those after the thought; thought, those up to its end; all. A rollout without
+    such a part, such as one without a thought, is traced whole. The other scores are means over the whole completion.
+    thought and all keep every token's neurons while a layer is reduced: about 1 GB per 8,192 tokens of a 4B model."""
+    neuron_value: Annotated[NeuronValue, Shapes.TRACES] = TRACE.value
     """A neuron's value: act(gate)*up, or act(gate) alone."""
     contribution: Annotated[Contribution, Shapes.TRACES] = TRACE.score
     """A neuron's score at a token: cett, its output's norm as a share of the FFN output's; magnitude, that norm alone;
@@ -85,7 +100,8 @@ class ExportConfig(RolloutOptions):
 
     question_filter: Annotated[QuestionFilter, Shapes.SELECTION, Section.SELECTION] = SELECTION.question_filter
     """Questions to train on. neuron: --min-vote-share, then the --keep-fraction with the lowest scores; vote_only and
-    neuron_only: one of these two conditions; threshold: --min-vote-share and --max-score; all: every question."""
+    neuron_only: one of these two conditions; threshold: --min-vote-share and --max-score; all: every question. All but
+    the last need a rollout of the majority that was not cut off."""
     min_vote_share: Annotated[float, Shapes.SELECTION] = SELECTION.min_vote_share
     """Least share of the K answers that the winner needs, 0 to 1."""
     keep_fraction: Annotated[float, Shapes.SELECTION] = SELECTION.keep_fraction
@@ -108,6 +124,9 @@ class ExportConfig(RolloutOptions):
     privileged_wording: Annotated[str, Shapes.SELECTION] = PRIVILEGED_WORDING
     """How the teacher is asked a question that has a privileged_context; {question} is what the student is asked, with
     choices and instruction."""
+    keep_truncated: Annotated[bool, Shapes.SELECTION] = SELECTION.keep_truncated
+    """Let rollouts that were cut off represent their question and serve as demonstrations. By default a question whose
+    majority has no other rollout is left out, with the reason cut_off."""
     question_weight: Annotated[QuestionWeight, Shapes.SELECTION] = SELECTION.question_weight
     """A question's weight in the loss: 1, or the winner's share of the K answers."""
 
@@ -120,6 +139,14 @@ class ExportConfig(RolloutOptions):
         self.probe_config()
         self.part(SelectionConfig)
         check_privileged_wording(self.privileged_wording)
+
+    @property
+    def thinking(self) -> bool | None:
+        return self.student_thinking
+
+    def teacher_prompt_config(self) -> PromptConfig:
+        """Wording of the teacher's prompts in training."""
+        return teacher_config(self.prompt_config(), self.teacher_thinking, self.demonstration_thoughts)
 
     def trace_config(self) -> TraceConfig:
         """How rollouts are traced."""
@@ -141,7 +168,8 @@ class ExportConfig(RolloutOptions):
 
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
-    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B},
+    "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B, "student_thinking": False},
+    "qwen3-4b-thinking": {"model": "Qwen/Qwen3-4B", **QWEN3_4B_THINKING, "student_thinking": True},
     "neufs": {"neuron_value": "act", "contribution": "unembed", "active_set": "entries", "set_size": 2000},
     "organism": {**ORGANISM, "questions": ("procedures",), "limit": 160, "set_size": 0.0868, "keep_fraction": 0.9},
 }

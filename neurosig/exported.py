@@ -83,13 +83,14 @@ class Exported:
         """Question id -> rollout id of its representative, for the questions with a majority answer."""
         from neurosig.patterns.signatures import representative
 
-        probe = self.signals.probe_scores.tolist()
-        chosen = {
-            name: representative(
-                row.answers, row.pseudo_label, [probe[self.place[name, index]] for index in range(len(row.answers))]
-            )
-            for name, row in self.rows.items()
-        }
+        probe, rollouts = self.signals.probe_scores.tolist(), self.manifest.rollouts
+        cut_off_too = self.manifest.header.options["keep_truncated"]
+        chosen = {}
+        for name, row in self.rows.items():
+            keys = [(name, index) for index in range(len(row.answers))]
+            usable = [cut_off_too or rollouts[key].finish_reason == "stop" for key in keys]
+            scores = [probe[self.place[key]] for key in keys]
+            chosen[name] = representative(row.answers, row.pseudo_label, scores, usable)
         return {name: rollout_id for name, rollout_id in chosen.items() if rollout_id is not None}
 
 

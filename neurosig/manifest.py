@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from neurosig.models.load import ModelInfo
 from neurosig.questions.load import Question
-from neurosig.questions.prompts import PromptConfig
+from neurosig.questions.prompts import PromptConfig, teacher_config
 from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file, sha256_text, write_atomic
@@ -30,28 +30,26 @@ from neurosig.sampling.rollouts import Rollout
 FORMAT = "neurosig-manifest"
 SCHEMA_VERSION = "1.3"
 HEADER = "manifest.json"
-QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = (
-    "questions.jsonl",
-    "rollouts.jsonl",
-    "signals.safetensors",
-    "neurons.csv",
-)
+QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = "questions.jsonl", "rollouts.jsonl", "signals.safetensors", "neurons.csv"
 FILES = (QUESTIONS, ROLLOUTS, SIGNALS, NEURONS)
 
 READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
     "model": ("id", "weights"),
     "tokenizer": ("sha256", "chat_template_sha256"),
     "options": (
-        *("answer_format", "template", "system", "instruction", "choice_instruction", "enable_thinking"),
+        *("answer_format", "template", "system", "instruction", "choice_instruction"),
+        *("student_thinking", "teacher_thinking", "demonstration_thoughts", "keep_truncated"),
         *("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"),
     ),
 }
 """Required entries of the header's open fields."""
+BEFORE_1_3 = {"teacher_thinking": None, "demonstration_thoughts": True, "keep_truncated": True, "trace": "all"}
+"""What an export did before these were options; ``student_thinking`` was ``enable_thinking``."""
 
 OF_QUESTION = tuple(field.name for field in fields(Question) if field.name not in ("id", "answer", "aliases"))
 """Fields that a row has of its question, besides the id."""
 
-Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "hallucination", "no_context"]
+Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "cut_off", "hallucination", "no_context"]
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -126,6 +124,7 @@ class RolloutRow(Strict):
     mean_logprob: float | None
     mean_entropy: float | None
     mean_self_certainty: float | None
+    answer_start: Count = 0
 
 
 class FileEntry(Strict):
@@ -141,8 +140,8 @@ NESTED: Mapping[str, type[Strict]] = {"vote": VoteRecord, "context": Demonstrati
 
 class Header(Strict):
     """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts,
-    ``answers`` is the record of their `AnswerReader`; ``notes`` say what an option could not decide, such as a cut
-    through equal scores."""
+    ``answers`` is the record of their `AnswerReader`, ``lengths`` their `neurosig.sampling.lengths.completion_lengths`;
+    ``notes`` say what an option could not decide, such as a cut through equal scores."""
 
     format: Literal["neurosig-manifest"]
     schema_version: str
@@ -155,6 +154,7 @@ class Header(Strict):
     options: dict[str, Any]
     answers: dict[str, Any] = Field(default_factory=dict)
     counts: dict[str, int]
+    lengths: dict[str, float] = Field(default_factory=dict)
     files: dict[str, FileEntry]
     notes: list[str] = Field(default_factory=list)
 
@@ -163,8 +163,14 @@ class Header(Strict):
         return AnswerReader.from_record(self.answers, answer_parser)
 
     def prompt_config(self) -> PromptConfig:
-        """Wording of the prompts."""
-        return PromptConfig(**{field.name: self.options[field.name] for field in fields(PromptConfig)})
+        """Wording of the student's prompts."""
+        names = ("system", "instruction", "choice_instruction", "student_thinking")
+        return PromptConfig(*(self.options[name] for name in names))
+
+    def teacher_prompt_config(self) -> PromptConfig:
+        """Wording of the teacher's prompts."""
+        own = self.options["teacher_thinking"], self.options["demonstration_thoughts"]
+        return teacher_config(self.prompt_config(), *own)
 
     def sampling_config(self, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
         """The export's sampling options with another K and seed, and with ``changes``."""
@@ -230,8 +236,8 @@ def write_manifest(
         rollouts: In the order of ``rows``.
         signals: The bytes of ``signals.safetensors``.
         neurons_csv: The text of ``neurons.csv``.
-        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling``, ``options`` and ``answers``; ``notes``,
-            if any.
+        header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling``, ``options``, ``answers``, ``lengths``;
+            ``notes``, if any.
     """
     rollout_lines = [rollout.to_json() for rollout in rollouts]
     contents: dict[str, tuple[bytes, int | None]] = {
@@ -290,8 +296,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         if key in rollouts:
             raise UserError(f'{place}: $.rollout_id: rollout {row.rollout_id} of "{row.question_id}" appears twice')
         rollouts[key] = Rollout(**row.model_dump())
-    own_solution = header.options.get("context_policy") == "majority_solution"
-    _verify_contexts(folder / QUESTIONS, by_id, rollouts, own_solution=own_solution)
+    _verify_contexts(folder / QUESTIONS, by_id, rollouts, header.options)
     return Manifest(folder, header, tuple(rows), rollouts)
 
 
@@ -313,9 +318,12 @@ def _parse_header(path: Path, text: bytes) -> Header:
         raise UserError(f"{path}: {first_problem(error, Header, NESTED)}") from error
     if header.content_sha256 != _content_sha256(raw):
         raise UserError(f"{path}: content_sha256 differs from the header's content; export again")
+    if version in ("1.1", "1.2"):
+        options = {**BEFORE_1_3, "student_thinking": raw["options"].get("enable_thinking"), **header.options}
+        header = header.model_copy(update={"options": options})
     for part, names in READ_BY_TRAINING.items():
         for name in names:
-            if name not in raw[part]:
+            if name not in getattr(header, part):
                 raise UserError(f"{path}: $.{part}.{name}: field required; export again")
     if version == "1.1":  # it had neither merged answers nor thoughts that the prompt opens
         reader = AnswerReader(header.options["answer_format"], "exact")
@@ -383,9 +391,9 @@ def _verify_contexts(
     path: Path,
     by_id: Mapping[str, QuestionRow],
     rollouts: Mapping[tuple[str, int], Rollout],
-    *,
-    own_solution: bool,
+    options: Mapping[str, Any],
 ) -> None:
+    own_solution = options.get("context_policy") == "majority_solution"
     for number, row in enumerate(by_id.values(), start=1):
         if row.privileged_context is not None and row.context:
             raise UserError(f"{path}:{number}: $.context: demonstrations beside a privileged_context; export again")
@@ -393,6 +401,8 @@ def _verify_contexts(
             where = f"{path}:{number}: $.context[{index}]"
             if (item.question_id, item.rollout_id) not in rollouts:
                 raise UserError(f'{where}: no rollout {item.rollout_id} of question "{item.question_id}"')
+            if rollouts[item.question_id, item.rollout_id].finish_reason == "length" and not options["keep_truncated"]:
+                raise UserError(f"{where}: a rollout that was cut off is no demonstration; export again")
             allowed = own_solution and item.question_id == row.question_id
             if by_id[item.question_id].text_sha256 == row.text_sha256 and not allowed:
                 raise UserError(f"{where}: a question is its own context")

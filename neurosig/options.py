@@ -132,8 +132,6 @@ class GenerationOptions(QuestionOptions):
     """Line after a free-form question; none follows a prompt, which is sent as it is."""
     choice_instruction: Annotated[str, Shapes.ROLLOUTS] = PROMPT.choice_instruction
     """Line after the choices of a multiple-choice question."""
-    enable_thinking: Annotated[bool | None, Shapes.ROLLOUTS] = PROMPT.enable_thinking
-    """Passed to the chat template (Qwen3); by default it gets nothing."""
     template: Annotated[str | None, Shapes.ROLLOUTS] = None
     """'plain' or a Jinja file to use instead of the tokenizer's chat template."""
     answer_format: Annotated[Literal["auto", "letter", "number", "short"], Shapes.SELECTION] = "auto"
@@ -163,9 +161,14 @@ class GenerationOptions(QuestionOptions):
         """The configuration whose fields are all options of this command, such as `SamplingConfig`."""
         return config_class(**{field.name: getattr(self, field.name) for field in fields(config_class)})
 
+    @property
+    def thinking(self) -> bool | None:
+        """``enable_thinking`` of the prompts that are sampled; each command has an option of its own for it."""
+        return None
+
     def prompt_config(self) -> PromptConfig:
-        """Wording of the prompts."""
-        return self.part(PromptConfig)
+        """Wording of the prompts that are sampled."""
+        return PromptConfig(self.system, self.instruction, self.choice_instruction, self.thinking)
 
     def sampling_config(self) -> SamplingConfig:
         """How rollouts are sampled."""
@@ -200,6 +203,19 @@ class GenerationOptions(QuestionOptions):
 
 
 @dataclass(kw_only=True)
+class EvalOptions(GenerationOptions):
+    """Prompts of the commands that judge answers by gold answers."""
+
+    eval_thinking: Annotated[bool | None, Shapes.ROLLOUTS, Section.PROMPT] = PROMPT.enable_thinking
+    """Thinking mode of the prompts: enable_thinking of the chat template (Qwen3). Default: the student's in the
+    training of --adapter or --model, else the template gets nothing and decides itself."""
+
+    @property
+    def thinking(self) -> bool | None:
+        return self.eval_thinking
+
+
+@dataclass(kw_only=True)
 class RolloutOptions(SamplerOptions, GenerationOptions):
     """Options of the commands that sample K rollouts per question."""
 
@@ -228,7 +244,7 @@ class RolloutOptions(SamplerOptions, GenerationOptions):
         from neurosig.sampling.sampler import sample
 
         sampling = self.sampling_config()
-        server = self.server(loaded, enable_thinking=self.enable_thinking)
+        server = self.server(loaded, enable_thinking=self.thinking)
         if server is None:
             return sample(loaded, prompts, sampling, **self.decoding(), salt=salt, done=done)
         builder = PromptBuilder(loaded.tokenizer, self.prompt_config())
@@ -277,11 +293,18 @@ class RereadOptions(CommonConfig):
 QWEN3_4B: dict[str, object] = {
     "max_new_tokens": 1024,
     "temperature": 1.0,
-    "enable_thinking": False,
     "instruction": "Think step by step, then end with one line: Answer: <answer>",
     "choice_instruction": "Think step by step, then end with one line: Answer: <letter>",
 }
-"""Generation options of the Qwen3-4B presets."""
+"""Generation options of the Qwen3-4B presets; without thinking mode."""
+
+QWEN3_4B_THINKING: dict[str, object] = {
+    **{"max_new_tokens": 4096, "batch_rows": 32, "temperature": 0.6, "top_p": 0.95, "top_k": 20},
+    "instruction": "End with one line: Answer: <answer>",
+    "choice_instruction": "End with one line: Answer: <letter>",
+}
+"""The same in thinking mode, sampled as the model's card recommends; 4,096 tokens hold most thoughts about short
+questions, and 32 rows of them take 20 GB of keys and values."""
 
 ORGANISM: dict[str, object] = {"model": "organism", "instruction": "", "choice_instruction": "", "max_new_tokens": 96}
 """Options of the model organism's presets: it was trained on bare questions and needs up to 84 tokens."""

@@ -209,7 +209,7 @@ class Rollouts:
             for s in kept
         )
         return {
-            **rollout_metrics([scored.rollout for scored in kept]),
+            **rollout_metrics([scored.rollout for scored in kept], self.reader.prompt_opens_thought),
             "rollouts_in_loss": sum(any(scored.mask) for scored in kept),
             "tokens_in_loss": sum(sum(scored.mask) for scored in kept),
             "rollouts": len(sampled),

@@ -269,6 +269,7 @@ class Consistent:
     def __init__(self, config: TrainConfig, manifest: Manifest, model: Any, prompts: Mapping[str, tuple[int, ...]]):
         found = consistent_rollouts(manifest, list(prompts), keep_truncated=config.keep_truncated)
         self.model, self.prompts = model, prompts
+        self.opens_thought = manifest.header.answer_reader().prompt_opens_thought
         self.plan = plan_steps(config, found, config.questions_per_step * config.num_generations)
 
     def dataset(self, done: int) -> Dataset:
@@ -285,7 +286,7 @@ class Consistent:
         rollouts = self.plan[step - 1]
         tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
         return {
-            **rollout_metrics(rollouts),
+            **rollout_metrics(rollouts, self.opens_thought),
             "rollouts_in_loss": len(rollouts),
             "tokens_in_loss": tokens,
             "rollouts": 0,

@@ -38,6 +38,7 @@ class QuestionSignals:
         ids: Active set of each rollout (`neurosig.neurons.contributions.ActiveSets`), [K, size].
         values: Contributions of those neurons, [K, size].
         hidden: Mean hidden state of each rollout, [K, d_model].
+        n_traced: Traced tokens of all its rollouts; default: all of their tokens.
     """
 
     rollouts: Sequence[Rollout]
@@ -45,6 +46,13 @@ class QuestionSignals:
     ids: Tensor
     values: Tensor
     hidden: Tensor
+    n_traced: int | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens behind the active sets."""
+        n = sum(len(rollout.completion_ids_without_eos) for rollout in self.rollouts)
+        return n if self.n_traced is None else self.n_traced
 
     @property
     def answers(self) -> Sequence[str | None]:
@@ -158,10 +166,10 @@ def neuron_count(signals: Sequence[QuestionSignals]) -> Float[np.ndarray, " ques
     """Distinct neurons in the union of a question's K active sets, with length regressed out.
 
     The count grows with the number of tokens, so the score is the residual of a least-squares line of log count on
-    log tokens over all questions. Source: the "neuron consensus" of the author's code, length-controlled.
+    log traced tokens over all questions. Source: the "neuron consensus" of the author's code, length-controlled.
     """
     counts = np.log([max(1, int((signal.ids.unique() >= 0).sum())) for signal in signals])
-    tokens = np.log([sum(len(rollout.completion_ids_without_eos) for rollout in signal.rollouts) for signal in signals])
+    tokens = np.log([signal.n_tokens for signal in signals])
     centred = tokens - tokens.mean()
     spread = (centred**2).sum()
     slope = (centred * counts).sum() / spread if spread else 0.0

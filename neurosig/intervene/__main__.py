@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from neurosig.options import QWEN3_4B, GenerationOptions
+from neurosig.options import QWEN3_4B, QWEN3_4B_THINKING, EvalOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
@@ -47,7 +47,7 @@ RESULTS, TABLE, PLAN, CELLS = "results.json", "results.csv", "plan.json", "cells
 
 
 @dataclass(kw_only=True)
-class InterveneConfig(GenerationOptions):
+class InterveneConfig(EvalOptions):
     """Scale a manifest's neurons during generation and measure how the answers change.
 
     Writes results.csv (change with the factor, against the unscaled model and against the controls), results.json
@@ -103,7 +103,11 @@ class InterveneConfig(GenerationOptions):
                 raise UserError(f"{flag}: expected {expected}")
 
 
-PRESETS: Mapping[str, Mapping[str, object]] = {"cpu": {}, "qwen3-4b": QWEN3_4B}
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "cpu": {},
+    "qwen3-4b": {**QWEN3_4B, "eval_thinking": False},
+    "qwen3-4b-thinking": {**QWEN3_4B_THINKING, "eval_thinking": True},
+}
 
 
 def main(config: InterveneConfig) -> None:

@@ -6,11 +6,9 @@ import copy
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from neurosig.questions.prompts import PromptConfig
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text
 from neurosig.runtime.provenance import explain
@@ -25,10 +23,11 @@ ConfigT = TypeVar("ConfigT", bound=Any)
 
 RECORD, TRAINED_ON, TEMPLATE = "train.json", "trained_on.txt", "chat_template.jinja"
 PROMPT_OPTIONS = (
-    *(field.name for field in fields(PromptConfig)),
+    *("system", "instruction", "choice_instruction", "student_thinking"),
     *("template", "answer_format", "vote_merge", "answer_parser"),
 )
-"""Options of a manifest that its training, and an evaluation of the result, share."""
+"""Options of a manifest that its training, and an evaluation of the result, share; an evaluation calls the thinking
+mode ``eval_thinking`` and may have another."""
 
 
 def training_record(folder: Path | None) -> Mapping[str, Any] | None:
@@ -55,7 +54,7 @@ def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
     """The options with prompts and answer format of the training, where the user gave no others.
 
     Args:
-        config: Options of a command, with ``PROMPT_OPTIONS``.
+        config: Options of a command, with ``PROMPT_OPTIONS`` and ``eval_thinking``.
         folders: `trained_folders`; the first decides.
 
     Raises:
@@ -66,6 +65,8 @@ def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
     if record is None or not trained:
         return config
     folder, template = folders[0], record["model"]["chat_template_sha256"]
+    earlier = trained.pop("enable_thinking", None)  # its name before students and teachers had modes of their own
+    trained["eval_thinking"] = trained.pop("student_thinking", earlier)
     if trained["template"] not in (None, "plain"):
         trained["template"] = str(folder / TEMPLATE)
     changed = {
@@ -74,6 +75,8 @@ def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
         if getattr(config, name) != value
         and not (name == "template" and config.template is not None and _template_sha256(config.template) == template)
     }
+    if config.is_explicit("eval_thinking") and (other := changed.pop("eval_thinking", None)):
+        logger.info("%s: --eval-thinking %s, the student's in training was %s", folder, other[1], other[0])
     if wrong := {name: pair for name, pair in changed.items() if config.is_explicit(name)}:
         raise UserError(
             f"{folder}: trained with other options: {explain(wrong, 'in training', 'here')}; leave them out, the "

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CHUNK = 512
 """Rollouts per shard."""
+Traced = tuple[Sequence[int], Sequence[int], range]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +66,21 @@ class Signals:
 
 def trace_to_shards(
     tracer: NeuronTracer,
-    rollouts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    rollouts: Sequence[Traced],
     folder: Path,
     weights: str,
     *,
     advance: Callable[[int, int], object] = lambda rollouts, tokens: None,
     ranks: Ranks = ALONE,
 ) -> list[Path]:
-    """Trace (prompt ids, completion ids) pairs and write each chunk as soon as it is done.
+    """Trace rollouts and write each chunk as soon as it is done.
 
     A shard of an interrupted run is kept if its rollouts, model and trace options are the same. Memory does not grow
     with the number of rollouts. Several processes take turns: every shard is traced by one of them, as in one process.
 
     Args:
         tracer: The tracer.
-        rollouts: Pairs of prompt and completion ids.
+        rollouts: Prompt ids, completion ids, and the indices of the completion tokens that count.
         folder: An existing folder.
         weights: Fingerprint of the model's weights.
         advance: Called after each shard with its number of rollouts and of traced completion tokens (0 if it was kept).
@@ -93,7 +94,7 @@ def trace_to_shards(
 
 def _trace_own(
     tracer: NeuronTracer,
-    rollouts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    rollouts: Sequence[Traced],
     shards: Sequence[Path],
     weights: str,
     advance: Callable[[int, int], object],
@@ -105,14 +106,18 @@ def _trace_own(
         key = sha256_text(repr((weights, replace(tracer.config, batch_tokens=1), part)))
         kept = _has_key(shard, key)
         if not kept:
-            sets = tracer.trace(*zip(*part, strict=True))
+            prompts, completions, positions = zip(*part, strict=True)
+            masks = [
+                [k in counted for k in range(len(ids))] for ids, counted in zip(completions, positions, strict=True)
+            ]
+            sets = tracer.trace(prompts, completions, token_masks=masks)
             tensors = {
                 "neuron_ids": sets.neuron_ids,
                 "contributions": _compact(sets.contributions),
                 "hidden_states": _compact(sets.hidden_states),
             }
             write_atomic(shard, save(tensors, metadata={"key": key}))
-        advance(len(part), 0 if kept else sum(len(completion) for _, completion in part))
+        advance(len(part), 0 if kept else sum(len(counted) for *_, counted in part))
 
 
 def load_shards(shards: Sequence[Path]) -> ActiveSets:

@@ -156,7 +156,10 @@ class NeuronTracer:
         completions: Sequence[Sequence[int]],
         masks: Sequence[Sequence[bool]],
     ) -> Iterator[tuple[list[int], ActiveSets]]:
-        """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths."""
+        """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths.
+
+        A thought that does not count runs with its prompt, so that no neuron of it is kept.
+        """
         shift = 1 if self.config.score == "unembed" else 0  # a score about the next token is one position earlier
         if self.reader.whole:
             lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -165,6 +168,8 @@ class NeuronTracer:
                 counted = [[False] * (len(prompts[i]) - shift) + list(masks[i]) for i in indices]
                 yield indices, self._trace_batch(None, traced, counted, indices)
             return
+        rows = [_untraced_first(*row) for row in zip(prompts, completions, masks, strict=True)]
+        prompts, completions, masks = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
         distinct, owners = distinct_rows(prompts)
         rollouts_of: list[list[int]] = [[] for _ in distinct]
         for index, owner in enumerate(owners):
@@ -177,9 +182,9 @@ class NeuronTracer:
             width = prefix.mask.shape[1]
             for batch in _pack([width + len(completions[index]) for index in members], self.config.batch_tokens):
                 indices = [members[place] for place in batch]
-                rows = torch.tensor([row_of[owners[index]] for index in indices], device=self.model.device)
+                places = torch.tensor([row_of[owners[index]] for index in indices], device=self.model.device)
                 traced = [[*prompts[i][len(prompts[i]) - shift :], *completions[i]] for i in indices]
-                yield indices, self._trace_batch(prefix.rows(rows), traced, [masks[i] for i in indices], indices)
+                yield indices, self._trace_batch(prefix.rows(places), traced, [masks[i] for i in indices], indices)
 
     @torch.no_grad()
     def _trace_batch(
@@ -266,6 +271,19 @@ def _whole_inputs(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Forward arguments of whole sequences, padded on the right, where causal attention never looks back at."""
     ids, mask = pad(tokens, side="right", device="cpu")
     return {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
+
+
+def _untraced_first(
+    prompt: tuple[int, ...], completion: Sequence[int], mask: Sequence[bool]
+) -> tuple[tuple[int, ...], Sequence[int], Sequence[bool]]:
+    """The tokens before the first that counts as part of the prompt, if they are more than the prompt's.
+
+    The prompt then runs again for each of its rollouts, which costs less than reading neurons at so many tokens.
+    """
+    first = list(mask).index(True)
+    if first <= len(prompt):
+        return prompt, completion, mask
+    return (*prompt, *completion[:first]), completion[first:], mask[first:]
 
 
 def _pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

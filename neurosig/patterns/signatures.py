@@ -12,18 +12,25 @@ from neurosig.patterns import Signature
 from neurosig.runtime.shapes import check_choice
 
 
-def representative(answers: Sequence[str | None], winner: str | None, probe_scores: Sequence[float]) -> int | None:
+def representative(
+    answers: Sequence[str | None],
+    winner: str | None,
+    probe_scores: Sequence[float],
+    usable: Sequence[bool] | None = None,
+) -> int | None:
     """Index of a question's representative: of the rollouts with the majority answer the one with the lowest score.
 
     Args:
         answers: The K parsed answers.
         winner: The majority answer.
         probe_scores: Probe score of each rollout, higher is less trustworthy; on ties the first rollout is chosen.
+        usable: Which rollouts may be one; those that were cut off may not. All by default.
 
     Returns:
-        The index; ``None`` without a majority answer.
+        The index; ``None`` without such a rollout.
     """
-    majority = [index for index, answer in enumerate(answers) if answer is not None and answer == winner]
+    allowed = [True] * len(answers) if usable is None else usable
+    majority = [k for k, answer in enumerate(answers) if answer is not None and answer == winner and allowed[k]]
     return min(majority, key=lambda index: probe_scores[index], default=None)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import unicodedata
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from neurosig.questions.thoughts import MARKS, thought_of
 from neurosig.runtime.cli import PhaseTimer, progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, write_atomic, write_parquet
@@ -22,8 +24,8 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THOUGHT_MARKS = ("<think>", "</think>")
 FinishReason = Literal["stop", "length"]
+RolloutPart = Literal["answer", "thought", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Rollout:
         mean_entropy: Mean entropy of the model's next-token distribution at temperature 1, in nats.
         mean_self_certainty: Mean KL divergence of that distribution from the uniform one, KL(U || p), in nats
             (Intuitor, arXiv 2505.19590).
+        answer_start: Index of the first completion token after the last thought that was closed; 0 without one.
     """
 
     question_id: str
@@ -50,6 +53,7 @@ class Rollout:
     mean_logprob: float | None = None
     mean_entropy: float | None = None
     mean_self_certainty: float | None = None
+    answer_start: int = 0
 
     def __post_init__(self) -> None:
         check_choice("finish_reason", self.finish_reason, FinishReason)
@@ -60,14 +64,20 @@ class Rollout:
         ended = self.finish_reason == "stop" and len(self.completion_ids) > 1
         return self.completion_ids[:-1] if ended else self.completion_ids
 
+    def positions(self, part: RolloutPart) -> range:
+        """Indices of the part's tokens in `completion_ids_without_eos`; of all of them where it has no such part."""
+        n = len(self.completion_ids_without_eos)
+        found = {"answer": range(self.answer_start, n), "thought": range(min(self.answer_start, n))}.get(part)
+        return found or range(n)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence[int]) -> str:
-    """Text of a completion without special tokens, but with ``<think>`` and ``</think>``.
+    """Text of a completion without special tokens, but with the marks of a thought (`neurosig.questions.thoughts`).
 
-    Some tokenizers count these two as special, and without them a thought would read like the answer.
+    Some tokenizers count these as special, and without them a thought would read like the answer.
 
     Args:
         tokenizer: The model's.
@@ -77,7 +87,7 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    named = {tokenizer.backend_tokenizer.token_to_id(mark): mark for mark in THOUGHT_MARKS}
+    named = {tokenizer.backend_tokenizer.token_to_id(mark): mark for pair in MARKS for mark in pair}
     lost = {token: mark for token, mark in named.items() if token in completion_ids and not decode([token])}
     parts, start = [], 0
     for place, token in enumerate(completion_ids):
@@ -85,6 +95,19 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence
             parts += [decode(completion_ids[start:place]), lost[token]]
             start = place + 1
     return "".join([*parts, decode(completion_ids[start:])])
+
+
+def answer_start(decode: Callable[[Sequence[int]], str], completion_ids: Sequence[int]) -> int:
+    """Index of the first token after the last thought that is closed; 0 without one.
+
+    Args:
+        decode: Token ids -> text with the marks of a thought.
+        completion_ids: The completion without its end-of-sequence token.
+    """
+    closed = thought_of(decode(completion_ids)).closed
+    if not closed:
+        return 0
+    return bisect_left(range(len(completion_ids)), closed, key=lambda n: thought_of(decode(completion_ids[:n])).closed)
 
 
 class RolloutLog:
@@ -217,7 +240,8 @@ def read_external_rollouts(
         group = groups.setdefault(question_id, [])
         first_line.setdefault(question_id, number)
         ids, reason = _completion(place, fields, encode, decode, eos_token_ids, vocabulary)
-        group.append(Rollout(question_id, len(group), fields["text"], ids, reason))
+        start = answer_start(lambda part: decode(part, False), ids)
+        group.append(Rollout(question_id, len(group), fields["text"], ids, reason, answer_start=start))
     if others:
         logger.info(
             "%s: %d rollouts of %d other questions are left out; the first is \"%s\"",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -22,7 +23,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.next_token import next_tokens, seen_tokens, uniforms
 from neurosig.sampling.packed_weights import PackedWeights, WeightOf, own_weight
-from neurosig.sampling.rollouts import FinishReason, Rollout, completion_text
+from neurosig.sampling.rollouts import FinishReason, Rollout, answer_start, completion_text
 from neurosig.sampling.step_graph import StepGraph
 
 if TYPE_CHECKING:
@@ -332,8 +333,9 @@ class _Batch:
             length = int(self._lengths[row])
             ids = self._tokens[row, :length].tolist()
             ended = ids[-1] in self._loaded.eos_token_ids
-            text = completion_text(self._loaded.tokenizer, ids[:-1] if ended else ids)
-            means = torch.from_numpy(self._measures[row, :length]).mean(dim=0).tolist()
+            body, decode = ids[:-1] if ended else ids, partial(completion_text, self._loaded.tokenizer)
+            logprob, entropy, certainty = torch.from_numpy(self._measures[row, :length]).mean(dim=0).tolist()
             reason: FinishReason = "stop" if ended else "length"
-            group.append(Rollout(self._prompts[question].question_id, rollout_id, text, tuple(ids), reason, *means))
+            name, text, start = self._prompts[question].question_id, decode(body), answer_start(decode, body)
+            group.append(Rollout(name, rollout_id, text, tuple(ids), reason, logprob, entropy, certainty, start))
         return group

@@ -19,6 +19,8 @@ import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.http import Endpoint, ServerConfig, in_thread
-from neurosig.sampling.rollouts import Rollout, completion_text
+from neurosig.sampling.rollouts import Rollout, answer_start, completion_text
 from neurosig.sampling.sampler import Prompt
 
 if TYPE_CHECKING:
@@ -106,12 +108,12 @@ class Server:
             raise UserError(f"--server-api {self.config.api} gives no token ids; use completions")
         if not todo:
             return
-        name = model or self.config.model
+        name, decode = model or self.config.model, partial(completion_text, self._loaded.tokenizer)
         for prompt, group, logprobs in in_thread(lambda: self._answers(todo, config, salt, messages, name)):
             if compare and logprobs is not None:
                 self._compare(prompt, group[0], logprobs, config.temperature)
                 compare = False
-            yield group
+            yield [replace(one, answer_start=answer_start(decode, one.completion_ids_without_eos)) for one in group]
 
     def load_adapter(self, name: str, path: str) -> None:
         """Serve the PEFT adapter in the folder ``path`` under ``name`` (vLLM's runtime loading).

@@ -28,11 +28,12 @@ class Candidate:
         kind: Its kind or, without one, its domain.
         vote: Majority vote.
         score: Hallucination score, higher is less trustworthy; ``None`` where it holds no information.
-        representative: Index of the majority rollout with the lowest hallucination score; ``None`` without a vote.
-        shortest: Index of the shortest majority rollout.
+        representative: Index of the majority rollout with the lowest hallucination score, of those that may be one;
+            ``None`` without a vote, or where every one was cut off.
+        shortest: Index of the one among them whose demonstration is the shortest.
         signature: Neurons of its signature.
         hidden: Mean hidden state of the representative.
-        num_tokens: Tokens of its prompt and representative: its cost as a demonstration.
+        num_tokens: Tokens of its prompt and of what its representative shows: its cost as a demonstration.
     """
 
     question_id: str
@@ -51,7 +52,7 @@ def selection_reasons(candidates: Sequence[Candidate], config: SelectionConfig) 
     """For each candidate ``selected`` or the reason against it, and what the score could not decide (`score_cut`)."""
     if config.question_filter == "all":
         return ["selected"] * len(candidates), ""
-    reasons: list[Reason] = [_vote_reason(candidate.vote, config) for candidate in candidates]
+    reasons: list[Reason] = [_reason(candidate, config) for candidate in candidates]
     if config.question_filter == "vote_only":
         return reasons, ""
     passed = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if reason == "selected"]
@@ -96,11 +97,13 @@ def score_cut(candidates: Sequence[Candidate], config: SelectionConfig) -> tuple
     return set(ranked[kept:]), note
 
 
-def _vote_reason(vote: Vote, config: SelectionConfig) -> Reason:
+def _reason(candidate: Candidate, config: SelectionConfig) -> Reason:
+    vote = candidate.vote
     if vote.winner is None:
         return "no_parse"
-    if config.question_filter == "neuron_only":
-        return "selected"
-    if vote.n_tied > 1:
-        return "tie"
-    return "selected" if vote.share >= config.min_vote_share else "low_agreement"
+    if config.question_filter != "neuron_only":
+        if vote.n_tied > 1:
+            return "tie"
+        if vote.share < config.min_vote_share:
+            return "low_agreement"
+    return "cut_off" if candidate.representative is None else "selected"

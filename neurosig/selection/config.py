@@ -22,7 +22,7 @@ class SelectionConfig:
         question_filter: ``neuron`` requires ``min_vote_share`` and selects, of the remaining questions, the
             ``keep_fraction`` with the lowest hallucination scores; ``vote_only`` and ``neuron_only`` use one of the two
             conditions; ``threshold`` requires ``min_vote_share`` and a score of at most ``max_score``; ``all`` selects
-            every question.
+            every question. All but ``all`` need a representative: a rollout of the majority that was not cut off.
         min_vote_share: Least share of the K answers that the winner needs.
         keep_fraction: Share of the questions to select by score.
         max_score: Largest score that ``threshold`` selects.
@@ -33,6 +33,8 @@ class SelectionConfig:
         num_demonstrations: Demonstrations per context.
         max_context_tokens: Tokens per context; the least similar demonstrations are dropped to stay within them.
         same_label_excluded: No demonstration has the question's own pseudo-label, so that none gives the answer away.
+        demonstration_thoughts: Demonstrations show the thought, which then counts in ``max_context_tokens``.
+        keep_truncated: Rollouts that were cut off may be representatives and demonstrations.
         question_weight: A selected question's weight in the loss: 1, or the winner's share of the K answers.
         seed: Seed of the random policies.
 
@@ -49,6 +51,8 @@ class SelectionConfig:
     num_demonstrations: int = 2
     max_context_tokens: int = 2048
     same_label_excluded: bool = False
+    demonstration_thoughts: bool = False
+    keep_truncated: bool = False
     question_weight: QuestionWeight = "uniform"
     seed: int = 0
 

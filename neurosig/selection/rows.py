@@ -15,6 +15,7 @@ from neurosig.manifest import OF_QUESTION, DemonstrationRecord, QuestionRow, Rea
 from neurosig.patterns.signatures import representative, signature
 from neurosig.questions.load import Question
 from neurosig.runtime.shapes import check_choice
+from neurosig.sampling.rollouts import RolloutPart
 from neurosig.selection.choose import DECIMALS, Candidate, selection_reasons
 from neurosig.selection.config import SelectionConfig
 from neurosig.selection.contexts import choose_contexts
@@ -53,7 +54,7 @@ def manifest_rows(
             by_id[name],
             signal,
             None if useless else float(scores.by_name[ranked_by][index]),
-            representative(signal.answers, signal.vote.winner, scores.rollout_probe[index].tolist()),
+            scores.rollout_probe[index].tolist(),
             selection,
             prompt_tokens[name],
         )
@@ -66,10 +67,11 @@ def manifest_rows(
     privileged = [by_id[candidate.question_id].privileged_context is not None for candidate in candidates]
     contexts = [[] if own else context for context, own in zip(contexts, privileged, strict=True)]
     if selection.context_policy != "none":
-        reasons = [
-            "no_context" if reason == "selected" and not (context or own) else reason
-            for reason, context, own in zip(reasons, contexts, privileged, strict=True)
-        ]
+        majority, lacking = selection.context_policy == "majority_solution", []
+        for candidate, reason, context, own in zip(candidates, reasons, contexts, privileged, strict=True):
+            cut = majority and candidate.vote.winner is not None  # under the filter all, every question comes this far
+            lacking.append(reason if context or own or reason != "selected" else "cut_off" if cut else "no_context")
+        reasons = lacking
     decided = {
         name: _decided(
             signal,
@@ -96,12 +98,15 @@ def _candidate(
     question: Question,
     signal: QuestionSignals,
     score: float | None,
-    chosen: int | None,
+    probe_scores: Sequence[float],
     selection: SelectionConfig,
     prompt_tokens: int,
 ) -> Candidate:
-    lengths = [len(rollout.completion_ids_without_eos) for rollout in signal.rollouts]
-    majority = [] if chosen is None else signal.majority
+    usable = [selection.keep_truncated or rollout.finish_reason == "stop" for rollout in signal.rollouts]
+    chosen = representative(signal.answers, signal.vote.winner, probe_scores, usable)
+    majority = [] if chosen is None else [index for index in signal.majority if usable[index]]
+    part: RolloutPart = "all" if selection.demonstration_thoughts else "answer"
+    lengths = [len(rollout.positions(part)) for rollout in signal.rollouts]
     return Candidate(
         question_id=question.id,
         text_sha256=question.text_sha256,

@@ -32,7 +32,9 @@ class VoteTable:
         columns: Metric -> its value for each question; a metric's mean is its estimate. ``from_rows`` has
             ``avg_at_k``, the share of the samples that are right, ``maj_at_k``, the expected correctness of the
             majority vote, both also graded leniently (`graded`), ``parse_rate``, the share of the samples that have an
-            answer, and ``strict_minus_lenient``, the difference of the two ``avg_at_k``.
+            answer, and ``strict_minus_lenient``, the difference of the two ``avg_at_k``. Where the rows have them:
+            ``truncated_rate`` and ``unclosed_rate``, the shares that were cut off and that end inside a thought, and
+            the tokens per thought and answer.
     """
 
     k: int
@@ -62,6 +64,12 @@ class VoteTable:
             columns[graded("maj_at_k", grading)] = maj_at_k(count[graded("n_tied_right", grading)], count["n_tied"])
         columns["parse_rate"] = 1 - count["unparsed"] / k
         columns["strict_minus_lenient"] = columns["avg_at_k"] - columns["avg_at_k_lenient"]
+        for name in ("truncated", "unclosed"):
+            if name in rows[0]:
+                columns[f"{name}_rate"] = np.array([row[name] for row in rows]) / k
+        for name in ("mean_thought_length", "mean_answer_length"):
+            if name in rows[0]:
+                columns[name] = np.array([row[name] for row in rows])
         return cls(k, count["votes"], columns)
 
     def interval(self, metric: str, *, minus: VoteTable | None = None, seed: int, resamples: int) -> Interval:

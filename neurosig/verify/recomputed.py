@@ -20,6 +20,7 @@ from neurosig.questions.answers.spaces import members
 from neurosig.questions.custom_parser import MissingParser
 from neurosig.questions.load import Question
 from neurosig.questions.reader import AnswerReader
+from neurosig.questions.thoughts import thought_of
 from neurosig.questions.vote import majority_vote
 from neurosig.sampling.rollouts import Rollout, parse_rollout
 from neurosig.statistics import metrics
@@ -55,6 +56,17 @@ def votes_problem(manifest: Manifest) -> str:
     return ""
 
 
+def lengths_problem(manifest: Manifest) -> str:
+    """The first of the header's lengths that does not follow from the rollouts, or an empty string."""
+    found = manifest.header.lengths
+    if not found:
+        return f"{SKIPPED}an earlier version kept none"
+    opens = bool(manifest.header.answers["prompt_opens_thought"])
+    rows = [asdict(rollout) for rollout in manifest.rollouts.values()]
+    cut = sum(rollout["finish_reason"] == "length" for rollout in rows) / len(rows)
+    return difference(_lengths(rows, opens) | {"truncated_rate": cut}, found)
+
+
 def row_problem(
     row: Row, rollouts: Sequence[Mapping[str, Any]], question: Question | None, reader: AnswerReader
 ) -> str:
@@ -80,11 +92,30 @@ def row_problem(
         "mean_length": sum(len(rollout["completion_ids"]) for rollout in rollouts) / max(1, len(rollouts)),
         "mean_logprob": sum(rollout["mean_logprob"] or 0.0 for rollout in rollouts) / max(1, len(rollouts)),
     }
+    if "unclosed" in row:  # not in evaluations of earlier versions
+        lengths = _lengths(rollouts, reader.prompt_opens_thought)
+        expected["unclosed"] = round(lengths.pop("unclosed_rate") * len(rollouts))
+        expected |= lengths
     if len(rollouts) != len(answers):
         return f"{len(answers)} answers of {len(rollouts)} rollouts"
     if question is not None:
         expected |= _graded([parse_rollout(rollout) for rollout in rollouts], question, reader)
     return difference(expected, {name: row.get(name) for name in expected})
+
+
+def _lengths(rollouts: Sequence[Mapping[str, Any]], prompt_opens_thought: bool) -> dict[str, float]:
+    """Share of rollouts that end inside a thought, and the tokens per thought and answer."""
+    thoughts = []
+    for rollout in rollouts:
+        is_open = thought_of(rollout["text"], prompt_opens_thought=prompt_opens_thought).opened is not None
+        thoughts.append((is_open, len(rollout["completion_ids"]) if is_open else rollout.get("answer_start", 0)))
+    total, n = sum(len(rollout["completion_ids"]) for rollout in rollouts), max(1, len(rollouts))
+    thought = sum(length for _, length in thoughts)
+    return {
+        "unclosed_rate": sum(is_open for is_open, _ in thoughts) / n,
+        "mean_thought_length": thought / n,
+        "mean_answer_length": (total - thought) / n,
+    }
 
 
 def _graded(group: Sequence[Rollout], question: Question, reader: AnswerReader) -> dict[str, Any]:
@@ -142,6 +173,10 @@ def aggregates(rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
     }
     for name, column in (("distinct_answers", "distinct"), ("mean_length",) * 2, ("mean_entropy",) * 2):
         block[name] = sum(float(row[column]) for row in ordered) / n
+    if "unclosed" in ordered[0]:
+        block["unclosed_rate"] = sum(int(row["unclosed"]) for row in ordered) / (n * k)
+        for name in ("mean_thought_length", "mean_answer_length"):
+            block[name] = sum(float(row[name]) for row in ordered) / n
     if n > 1:
         block["avg_at_k"] = asdict(metrics.paired_mean_interval(accuracy, np.zeros(n), seed=seed))
         block["maj_at_k"] = asdict(metrics.paired_mean_interval(majority, np.zeros(n), seed=seed))

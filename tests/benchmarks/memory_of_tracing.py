@@ -17,9 +17,9 @@ from tests.benchmarks.resident import resident_mb
 def main(n: int) -> None:
     loaded = load_model("smollm2-135m")
     ids = torch.randint(1000, 40_000, (n, 24), generator=torch.Generator().manual_seed(0)).tolist()
-    pairs = [(row[:16], row[16:]) for row in ids]
+    rollouts = [(row[:16], row[16:], range(8)) for row in ids]
     with tempfile.TemporaryDirectory() as folder:
-        trace_to_shards(NeuronTracer(loaded.model), pairs, Path(folder), str(loaded.info.weights))
+        trace_to_shards(NeuronTracer(loaded.model), rollouts, Path(folder), str(loaded.info.weights))
     print(resident_mb("VmHWM"))
 
 

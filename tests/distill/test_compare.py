@@ -150,8 +150,9 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
         assert lines[2 + place] == f"| in-domain | base (T=0.8) | 20 | {grading} | 0.625 |  | 0.500 |  | 0.375 |  |"
         assert lines[4 + place].startswith(f"| in-domain | trained (T=0.8) | 20 | {grading} | 1.000 | +0.375 [")
         assert "| 1.000 | +0.500 [" in lines[4 + place] and "| 0.000 | -0.375 [" in lines[4 + place]
-    assert lines[9] == "| scope | run | parse rate | change | strict minus lenient Avg@4 | change |"
-    assert lines[11] == "| in-domain | base | 1.000 |  | 0.000 |  |"
+    head = "| scope | run | parse rate | change | strict minus lenient Avg@4 | change | cut off | change |"
+    assert lines[9] == f"{head} tokens per answer | change |"
+    assert lines[11] == "| in-domain | base | 1.000 |  | 0.000 |  | 0.000 |  | 2.000 |  |"
     assert lines[12].startswith("| in-domain | trained | 1.000 | +0.000 [")
     rows = json.loads((tmp_path / "report" / "comparison.json").read_text())["rows"]
     row = next(row for row in rows if row["run"] == "trained")

@@ -240,9 +240,9 @@ def test_thinking_mode_reaches_every_prompt(tmp_path: Path) -> None:
     """The tiny Qwen3 with thinking on and off: other prompts and rollouts, and training takes the mode over."""
     rollouts, losses = [], []
     for thinking in (False, True):
-        folder = make_manifest(tmp_path, f"thinking-{thinking}", enable_thinking=thinking)
+        folder = make_manifest(tmp_path, f"thinking-{thinking}", student_thinking=thinking)
         rollouts.append((folder / "rollouts.jsonl").read_bytes())
-        assert read_manifest(folder).header.options["enable_thinking"] is thinking
+        assert read_manifest(folder).header.options["student_thinking"] is thinking
         run = tmp_path / f"run-{thinking}"
         train(TrainConfig(manifest=folder, out=run, steps=1, keep_truncated=True, quiet=True))
         losses.append(json.loads((run / "metrics.jsonl").read_text())["loss"])

@@ -290,9 +290,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         Rollout("b", 0, "A", (7,), "length", -1.0, 2.0),
         Rollout("b", 1, "\x1b[31mB", (7, 8), "length"),
     ]
-    options = dict.fromkeys(
-        ("answer_format", "template", "system", "instruction", "choice_instruction", "enable_thinking")
+    options: dict[str, Any] = dict.fromkeys(
+        ("answer_format", "template", "system", "instruction", "choice_instruction", "student_thinking")
     )
+    options |= {"teacher_thinking": None, "demonstration_thoughts": False, "keep_truncated": True}
     options |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_new_tokens": 4}
     header = {
         "tool": {"name": "neurosig", "version": "0"},

@@ -13,6 +13,8 @@ from neurosig.questions.prompts import PromptConfig
 from neurosig.sampling.config import SamplingConfig
 from neurosig.selection.config import SelectionConfig
 
+THINKING = {"student_thinking", "teacher_thinking", "eval_thinking"}
+
 
 @pytest.mark.parametrize("command", [ExportConfig, EvaluateConfig, InterveneConfig])
 @pytest.mark.parametrize("part", [SamplingConfig, PromptConfig, SelectionConfig, ProbeConfig, TraceConfig])
@@ -28,4 +30,8 @@ def test_an_option_and_the_configuration_it_builds_have_one_default(command: typ
 def test_every_field_of_these_configurations_is_an_option() -> None:
     options = {field.name for field in fields(ExportConfig)}
     for part in (SamplingConfig, PromptConfig, SelectionConfig):
-        assert {field.name for field in fields(part)} <= options
+        assert {field.name for field in fields(part)} <= {*options, "enable_thinking"}
+    modes = [
+        {f.name for f in fields(command)} & THINKING for command in (ExportConfig, EvaluateConfig, InterveneConfig)
+    ]
+    assert modes == [{"student_thinking", "teacher_thinking"}, {"eval_thinking"}, {"eval_thinking"}]

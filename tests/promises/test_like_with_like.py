@@ -241,7 +241,7 @@ def evaluated(world: Path, out: str, **options: str) -> dict[str, Any]:
         ({"instruction": "Reply."}, "instruction (Say it. for base, Reply. for trained)"),
         ({"system": "Be_brief."}, "system (none for base, Be_brief. for trained)"),
         ({"template": "plain"}, "template ("),
-        ({"enable_thinking": "False"}, "enable_thinking (none for base, false for trained)"),
+        ({"eval_thinking": "False"}, "eval_thinking (none for base, false for trained)"),
         ({"num_generations": "3"}, "num_generations (2 for base, 3 for trained)"),
         ({"max_new_tokens": "5"}, "max_new_tokens (4 for base, 5 for trained)"),
         ({"top_p": "0.9", "top_k": "7"}, "top_k (0 for base, 7 for trained), top_p (1.0 for base, 0.9 for trained)"),
@@ -292,6 +292,7 @@ def test_an_adapter_is_evaluated_as_it_was_trained(copied: Path, capsys: pytest.
     """Wording, format and template of its manifest, though a preset has others; a contradicting flag is refused."""
     (copied / "mine.jinja").write_text(CHAT_TEMPLATE.replace("assistant", "helper"))
     own = {"--template": "{w}/mine.jinja", "--system": "Yes.", "--answer-format": "letter", "--answer-parser": UNCUT}
+    own |= {"--student-thinking": "True"}
     assert call(copied, "export", {"--out": "{w}/mine", **own}) == 0
     assert call(copied, "train", {"--out": "{w}/ours", "--manifest": "{w}/mine", "--steps": "1"}) == 0
     (copied / "mine.jinja").unlink()
@@ -299,8 +300,9 @@ def test_an_adapter_is_evaluated_as_it_was_trained(copied: Path, capsys: pytest.
     shutil.rmtree(copied / "mine")
     summary = evaluated(copied, "one", adapter="{w}/ours/adapter", preset="qwen3-4b")
     assert summary["model"]["chat_template_sha256"] == header["tokenizer"]["chat_template_sha256"]
-    for name in ("system", "instruction", "choice_instruction", "enable_thinking", "answer_format"):
+    for name in ("system", "instruction", "choice_instruction", "answer_format"):
         assert summary["config"][name] == header["options"][name], name
+    assert summary["config"]["eval_thinking"] is header["options"]["student_thinking"] is True  # the preset says False
     capsys.readouterr()
     for flag, value in (("--system", "No."), ("--template", "plain"), ("--answer-format", "short")):
         adapter = {"--adapter": "{w}/ours/adapter", "--out": "{w}/two"}
@@ -308,7 +310,8 @@ def test_an_adapter_is_evaluated_as_it_was_trained(copied: Path, capsys: pytest.
         error = capsys.readouterr().err
         assert flag.strip("-").replace("-", "_") in error and value in error and "in training" in error
         assert not (copied / "two").exists()
-    assert call(copied, "evaluate", {**adapter, "--system": "Yes."}) == 0
+    assert call(copied, "evaluate", {**adapter, "--system": "Yes.", "--eval-thinking": "False"}) == 0
+    assert json.loads((copied / "two" / "summary.json").read_text())["config"]["eval_thinking"] is False
     (copied / "run.toml").write_text('answer_format = "short"\n')
     assert call(copied, "evaluate", {**adapter, "--overwrite": "", "--config": "{w}/run.toml"}) == 2
 

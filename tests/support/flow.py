@@ -37,13 +37,14 @@ def write_questions(path: Path, n: int = 8, **changes: Any) -> Path:
 
 
 def export_config(tmp_path: Path, model: Path, questions: Path, out: str = "manifest", **changes: Any) -> ExportConfig:
-    """A quick export that selects every question: the answers of a random model never agree."""
+    """A quick export that selects every question: the answers of a random model never agree, and few of them end."""
     defaults: dict[str, Any] = {
         "num_generations": 3,
         "max_new_tokens": 4,
         "temperature": 1.0,
         "set_size": 16,
         "question_filter": "all",
+        "keep_truncated": True,
         "quiet": True,
     }
     return ExportConfig(model=str(model), questions=(str(questions),), out=tmp_path / out, **{**defaults, **changes})

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from neurosig.questions import thoughts
 from neurosig.questions.answers.letters import letter_answer
 from neurosig.questions.answers.markup import answer_part, with_marks
 from neurosig.questions.answers.numbers import number_answer
@@ -76,5 +77,5 @@ def resolved(answer_format: AnswerFormat, question: Question) -> Literal["letter
 @cache
 def parser_sha256() -> str:
     """Hash of the parser's source files: completions that another version read are not compared with this one's."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), Path(thoughts.__file__)]
     return sha256_text("".join(path.read_text(encoding="utf-8") for path in sources))

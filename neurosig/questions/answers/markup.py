@@ -6,16 +6,12 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
+from neurosig.questions.thoughts import thought_of
+
 MARK_OPEN, MARK_CLOSE = "\u27e6", "\u27e7"
 """Brackets around what the completion itself marks as its answer: boxed, ``<answer>``, JSON, ``####``."""
 MOST_MARKS = 8
 
-_THOUGHT = re.compile(
-    r"<(?P<a>/?)(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad)>|\[(?P<b>/?)THINK\]"
-    r"|\u25c1(?P<c>/?)think\u25b7|<\|(?:(?P<open>begin)|end)_of_thought\|>",
-    re.IGNORECASE,
-)
-_HARMONY_THOUGHT, _HARMONY_FINAL = "analysis", "assistantfinal"  # channel names, once special tokens are dropped
 _TURN = re.compile(
     r"(?:^|\n)[ \t#*]*(?P<head>(?:question|q|problem|frage|问题|問題|質問|human|user)[ \t]*\d*[*]*[ \t]*[:\uff1a])",
     re.IGNORECASE,
@@ -52,16 +48,8 @@ def answer_part(text: str, question: str, *, prompt_opens_thought: bool) -> str 
         ``None`` when the thought is not closed: nothing after it is an answer.
     """
     text = text.strip()
-    closed, opened = 0, prompt_opens_thought
-    for tag in _THOUGHT.finditer(text):
-        is_open = "open" in tag.groupdict() and tag["open"] is not None
-        closing = not is_open and (any(tag[name] == "/" for name in "abc") or tag[0].lower().startswith("<|end"))
-        opened = not closing
-        closed = tag.end() if closing else closed
-    if text.startswith(_HARMONY_THOUGHT):
-        thought, opened_final, _ = text.partition(_HARMONY_FINAL)
-        opened, closed = opened or not opened_final, max(closed, len(thought) + len(_HARMONY_FINAL))
-    return None if opened else _first_turn(text[closed:].strip(), question)
+    thought = thought_of(text, prompt_opens_thought=prompt_opens_thought)
+    return None if thought.opened is not None else _first_turn(text[thought.end :].strip(), question)
 
 
 def _first_turn(text: str, question: str) -> str:
