@@ -172,11 +172,6 @@ def load_model(
     return LoadedModel(model, tokenizer, info)
 
 
-def logit_softcap(model: PreTrainedModel) -> float | None:
-    """``final_logit_softcapping`` of Gemma's configuration: the head's logits are ``cap * tanh(logits / cap)``."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-
 def cache_dir() -> Path:
     """Folder of dequantised models: ``$NEUROSIG_CACHE`` or ``~/.cache/neurosig``."""
     return Path(os.environ.get("NEUROSIG_CACHE", "~/.cache/neurosig")).expanduser()
