@@ -17,8 +17,8 @@ from jaxtyping import Float
 from distill.losses import Divergence, chunked_divergence
 from distill.tasks import manifest_tasks
 from neurosig.manifest import Manifest
-from neurosig.models.completion_hidden import completion_hidden, head_weight
-from neurosig.models.load import LoadedModel, logit_softcap
+from neurosig.models.completion_hidden import completion_hidden, head_weight, logit_softcap
+from neurosig.models.load import LoadedModel
 from neurosig.questions.load import Question
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.sampler import Prompt, sample

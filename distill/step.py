@@ -13,8 +13,7 @@ from distill.losses import Divergence, chunked_divergence, cut_share
 from distill.metrics_log import rollout_metrics
 from distill.student import TrainingForward, autocast
 from distill.tasks import Task, is_in_loss
-from neurosig.models.completion_hidden import completion_hidden, head_weight
-from neurosig.models.load import logit_softcap
+from neurosig.models.completion_hidden import completion_hidden, head_weight, logit_softcap
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout

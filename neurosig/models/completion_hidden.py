@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from neurosig.models.load import logit_softcap
 from neurosig.models.prefix import distinct_rows, has_states, pad, run_prompts
 from neurosig.runtime.errors import UserError
 
@@ -60,6 +59,11 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocab d_head"]:
     """What gives the logits, before a softcap, of `completion_hidden`: the head's weight, its bias as last column."""
     head = model.get_output_embeddings()
     return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
+
+
+def logit_softcap(model: PreTrainedModel) -> float | None:
+    """``final_logit_softcapping`` of Gemma's configuration: the head's logits are ``cap * tanh(logits / cap)``."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def logit_scale(model: PreTrainedModel) -> float:

@@ -172,11 +172,6 @@ def load_model(
     return LoadedModel(model, tokenizer, info)
 
 
-def logit_softcap(model: PreTrainedModel) -> float | None:
-    """``final_logit_softcapping`` of Gemma's configuration: the head's logits are ``cap * tanh(logits / cap)``."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-
 def _resolve(spec: str | Path) -> tuple[str, Path]:
     """Name for records and messages, and the path to load from (which does not exist for a hub id)."""
     if str(spec) in EMBEDDED_MODELS:

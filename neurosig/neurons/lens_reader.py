@@ -35,13 +35,13 @@ class LensReader:
         """Build the bridge over a copy of the modules that shares the weights: it replaces modules in place.
 
         Raises:
-            UserError: TransformerLens has no adapter for the architecture.
+            UserError: TransformerLens has no adapter for the architecture, or its adapter fails.
         """
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         twin = copy.deepcopy(model, shared)
         try:
             self.bridge: Any = build_bridge_from_module(twin, type(model).__name__, hf_config=twin.config)
-        except ValueError as error:
+        except Exception as error:  # its adapters raise many kinds, assertions among them
             raise UserError(f"TransformerLens cannot read {type(model).__name__}: {error}") from error
         self._sites = sites
         self._activations = [twin.get_submodule(path) for path in sites.acts]

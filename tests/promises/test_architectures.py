@@ -59,7 +59,7 @@ def test_neurons_are_read_the_same_in_every_way(folder: tuple[str, Path], loaded
     """What `neurosig.check` compares; and of the activations both backends give the same direct effects."""
     lens, errs = ARCHITECTURES[folder[0]].lens, ARCHITECTURES[folder[0]].lens_errs
     agreements, unchanged, reason = compare(loaded, *ROLLOUTS, set_size=20)
-    assert unchanged and ("Unsupported architecture" in reason) == (not lens)
+    assert unchanged and reason.startswith("TransformerLens cannot read") == (not lens)
     assert [name for name, one in agreements.items() if one is None] == ([] if lens else [*agreements][-1:])
     for name, one in agreements.items():
         assert one is None or (one.max_rel > 0.01 if errs and "TransformerLens" in name else one.max_rel < 2e-5)
@@ -90,7 +90,8 @@ def test_greedy_tokens_are_those_of_generate(loaded: LoadedModel) -> None:
 
 def test_a_lora_step_learns_from_what_was_sampled(loaded: LoadedModel) -> None:
     """The student gives the sampled tokens the sampler's probabilities, and the loss falls; text alone is adapted."""
-    config = TrainConfig(manifest=Path(), out=Path(), lora_r=4, max_grad_norm=1e9, keep_truncated=True)
+    config = TrainConfig(manifest=Path(), out=Path(), lora_r=4, max_grad_norm=0.1, keep_truncated=True)
+    torch.manual_seed(0)
     model, adapter = make_student(config, loaded)
     with sampling_weights(model, adapter) as weight_of:
         asked = [Prompt(task.id, task.student_prompt) for task in TASKS]
@@ -99,7 +100,7 @@ def test_a_lora_step_learns_from_what_was_sampled(loaded: LoadedModel) -> None:
     task_of = {task.id: task for task in TASKS}
     pairs = [(task_of[rollout.question_id], rollout) for group in groups for rollout in group]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, teacher = torch.optim.SGD(trained, lr=0.02), Teacher("base", model, adapter)
+    optimizer, teacher = torch.optim.SGD(trained, lr=0.2), Teacher("base", model, adapter)
     first, second = (
         learn(config, model, teacher, optimizer, pairs, TrainingForward.of(config, model)) for _ in range(2)
     )

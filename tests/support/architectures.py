@@ -72,7 +72,7 @@ IMAGES = {
 class Architecture:
     """A model type, as the README names it, and the configuration of a tiny one.
 
-    ``lens``: whether TransformerLens has an adapter; ``lens_errs``: its own forward pass is another function.
+    ``lens``: whether TransformerLens reads it; ``lens_errs``: its own forward pass is another function.
     """
 
     family: str
@@ -125,8 +125,10 @@ _LISTED = (
 )
 _VARIANTS = {
     "falcon, ALiBi": Architecture("Falcon", "falcon", FALCON | {"alibi": True, "parallel_attn": False}, lens_errs=True),
-    "falcon, grouped": Architecture("Falcon", "falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "gpt_bigcode, all heads": Architecture("StarCoder", "gpt_bigcode", GPT | {"multi_query": False}),
+    "falcon, grouped": Architecture(
+        "Falcon", "falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, lens=False
+    ),
+    "gpt_bigcode, all heads": Architecture("StarCoder", "gpt_bigcode", GPT | {"multi_query": False}, lens=False),
     "stablelm, parallel": Architecture("StableLM", "stablelm", GROUPED | {"use_parallel_residual": True}),
 }
 ARCHITECTURES: dict[str, Architecture] = {one.model_type: one for one in _LISTED} | _VARIANTS
