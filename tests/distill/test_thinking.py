@@ -22,7 +22,7 @@ from neurosig.manifest import Manifest, read_manifest
 from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
 from neurosig.verify.recomputed import aggregates, difference
-from tests.support.flow import export_config
+from tests.support.flow import export_config, write_questions
 from tests.support.runs import train
 from tests.support.thinking import DROPS, KEEPS, OPENS, write_world
 
@@ -85,8 +85,9 @@ def test_an_unclosed_thought_is_counted_in_training_and_evaluation(
     assert (
         "| cut off | change | tokens per answer | change | unclosed thoughts | change | tokens per thought |" in table
     )
+    write_questions(tmp_path / "questions.jsonl", choices=["yes", "no"], answer="A")
     with pytest.raises(UserError, match="--eval-thinking False"):
-        evaluate(EvaluateConfig(out=tmp_path / "scored", scoring="loglikelihood", **{**options, "eval_thinking": True}))
+        evaluate(EvaluateConfig(out=tmp_path / "scored", scoring="loglikelihood", **options))
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
