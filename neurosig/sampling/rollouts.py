@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from neurosig.runtime.cli import PhaseTimer, progress
+from neurosig.runtime.cli import progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, write_atomic, write_parquet
 from neurosig.runtime.provenance import check_same_run
@@ -118,18 +119,18 @@ class RolloutLog:
         total: int,
         desc: str,
         quiet: bool = False,
-        timer: PhaseTimer | None = None,
     ) -> dict[str, list[Rollout]]:
-        """Append questions as they finish, with a progress bar of ``total``; returns all rollouts by question.
+        """Append questions as they finish; returns all rollouts by question.
 
-        ``timer`` counts their tokens in its phase ``sample``.
+        A progress bar of ``total`` shows the tokens per second.
         """
         with progress(total=total, desc=desc, quiet=quiet) as bar:
             bar.update(len(self.groups))
+            start, tokens = time.perf_counter(), 0
             for group in groups:
                 self.append(group)
-                if timer is not None:
-                    timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in group))
+                tokens += sum(len(rollout.completion_ids) for rollout in group)
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
                 bar.update(len(self.groups) - bar.n)
         return self.groups
 
