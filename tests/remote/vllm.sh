@@ -56,7 +56,7 @@ curl -sf "$url/v1/load_lora_adapter" -H 'Content-Type: application/json' \
 "$python" "${evaluate[@]}" "${served[@]}" --served-model trained --no-served-seeds --out "$out/eval_served" 2>&1 \
     | tee "$out/evaluate.log"
 "$python" "${evaluate[@]}" --out "$out/eval_local"
-"$python" tests/remote/vllm_checks.py "$out" "$url/v1" "$("$env/bin/pip" freeze | grep -E '^(vllm|torch)')"
+"$python" -m tests.remote.vllm_checks "$out" "$url/v1" "$("$env/bin/pip" freeze | grep -E '^(vllm|torch)')"
 
 echo "per-request seeds, with prompts in chunks:"
 if "$python" "${export_[@]}" "${served[@]}" --max-retries 1 --out "$out/seeds" 2>&1 | tee "$out/seeds.log" | grep error:; then
