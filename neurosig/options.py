@@ -45,6 +45,9 @@ class SamplerOptions(CommonConfig):
     whole sampling configuration (`transformers serve`)."""
     served_logprobs: Annotated[bool, Shapes.ROLLOUTS] = True
     """Record the server's log-probabilities (completions) after comparing the first ones with the model here."""
+    served_seeds: Annotated[bool, Shapes.ROLLOUTS] = True
+    """Send a seed with each request, so that a server that honours seeds repeats its rollouts. Some servers fail on
+    them, such as vLLM's CPU build when it prefills a prompt in chunks: give --no-served-seeds there."""
     request_timeout: Annotated[float, Shapes.PLACE] = 600.0
     """Seconds to wait for an answer before the request is sent again."""
     max_retries: Annotated[int, Shapes.PLACE] = 5
@@ -71,6 +74,7 @@ class SamplerOptions(CommonConfig):
             model=self.served_model or model_id,
             api=self.server_api,
             logprobs=self.served_logprobs and self.server_api == "completions",
+            seeds=self.served_seeds,
             enable_thinking=enable_thinking,
             timeout=self.request_timeout,
             max_retries=self.max_retries,
@@ -247,6 +251,8 @@ class RolloutOptions(SamplerOptions, GenerationOptions):
         server = self.server(loaded, enable_thinking=self.thinking)
         if server is None:
             return sample(loaded, prompts, sampling, **self.decoding(), salt=salt, done=done)
+        if self.server_api == "completions":
+            return server.sample(prompts, sampling, salt=salt, done=done)
         builder = PromptBuilder(loaded.tokenizer, self.prompt_config())
         messages = {question.id: builder.messages(question) for question in questions}
         return server.sample(prompts, sampling, salt=salt, done=done, messages=messages)

@@ -44,6 +44,7 @@ class ServerConfig:
         model: The server's name of the model.
         api: The API to use; see `neurosig.sampling.server`.
         logprobs: Request log-probabilities (``completions``), compare and record them.
+        seeds: Send a seed with each request.
         enable_thinking: Passed to the server's chat template (``chat``, ``transformers``).
         timeout: Seconds to wait for an answer before the request is sent again.
         max_retries: Retries after time-outs, broken connections, 429 and 5xx.
@@ -57,6 +58,7 @@ class ServerConfig:
     model: str
     api: ServerApi = "completions"
     logprobs: bool = True
+    seeds: bool = True
     enable_thinking: bool | None = None
     timeout: float = 600.0
     max_retries: int = 5
@@ -83,14 +85,19 @@ class ServerConfig:
 
     def record(self) -> dict[str, Any]:
         """The fields that shape the rollouts."""
-        return {"sampler": "openai", "api": self.api, "served_model": self.model, "logprobs": self.logprobs}
+        named = {"sampler": "openai", "api": self.api, "served_model": self.model}
+        return {**named, "logprobs": self.logprobs, "seeds": self.seeds}
 
 
 class Endpoint:
-    """Sends requests to one server."""
+    """Sends requests to one server.
+
+    Attributes:
+        reached: The server has accepted a request; what fails later may be the request's fault.
+    """
 
     def __init__(self, config: ServerConfig):
-        self.config = config
+        self.config, self.reached = config, False
 
     def client(self, limit: int) -> openai.AsyncOpenAI:
         """A client that accepts answers of at most ``limit`` bytes."""
@@ -101,7 +108,7 @@ class Endpoint:
             max_retries=self.config.max_retries,
             default_headers={"Accept-Encoding": "identity"},
             http_client=httpx2.AsyncClient(
-                transport=_Limited(limit, self.config.concurrency), timeout=self.config.timeout
+                transport=_Limited(self, limit, self.config.concurrency), timeout=self.config.timeout
             ),
         )
 
@@ -120,12 +127,19 @@ class Endpoint:
             reason = f"no answer within {c.timeout:g} s, {c.max_retries + 1} times; see --request-timeout"
             raise self._gave_up(about, reason) from error
         except openai.APIConnectionError as error:
-            raise self._gave_up(about, f"out of reach ({error.__cause__ or error})") from error
+            hint = self._seed_hint(body) if self.reached else ""
+            raise self._gave_up(about, f"out of reach ({error.__cause__ or error}){hint}") from error
         except openai.APIStatusError as error:
             answer = " ".join(error.response.text.split())[:200]
-            raise self._gave_up(about, f"{path} answers {error.status_code} ({answer})") from error
+            hint = self._seed_hint(body) if error.status_code >= 500 or "seed" in answer.lower() else ""
+            raise self._gave_up(about, f"{path} answers {error.status_code} ({answer}){hint}") from error
         except _UnfitAnswerError as error:
             raise self.fault(about, "answer", str(error)) from error
+
+    @staticmethod
+    def _seed_hint(body: Mapping[str, Any]) -> str:
+        failing = "; if the server fails on per-request seeds, begin again with --no-served-seeds"
+        return failing if "seed" in body else ""
 
     def _gave_up(self, about: str, reason: str) -> UserError:
         return UserError(
@@ -145,12 +159,18 @@ class _UnfitAnswerError(Exception):
 class _Limited(httpx2.AsyncHTTPTransport):
     """Accepts uncompressed answers of at most ``limit`` bytes, so that none can fill the memory."""
 
-    def __init__(self, limit: int, connections: int):
+    def __init__(self, endpoint: Endpoint, limit: int, connections: int):
         super().__init__(limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections))
-        self.limit = limit
+        self.endpoint, self.limit = endpoint, limit
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        response = await super().handle_async_request(request)
+        try:
+            response = await super().handle_async_request(request)
+        except httpx2.TransportError as error:
+            broken = httpx2.ReadError, httpx2.ReadTimeout, httpx2.RemoteProtocolError
+            self.endpoint.reached |= isinstance(error, broken)
+            raise
+        self.endpoint.reached = True
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
             raise _UnfitAnswerError("compressed, although the request forbids it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import unicodedata
 from bisect import bisect_left
 from collections import Counter
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from neurosig.questions.thoughts import MARKS, thought_of
-from neurosig.runtime.cli import PhaseTimer, progress
+from neurosig.runtime.cli import progress
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import append_line, write_atomic, write_parquet
 from neurosig.runtime.provenance import check_same_run
@@ -141,18 +142,18 @@ class RolloutLog:
         total: int,
         desc: str,
         quiet: bool = False,
-        timer: PhaseTimer | None = None,
     ) -> dict[str, list[Rollout]]:
-        """Append questions as they finish, with a progress bar of ``total``; returns all rollouts by question.
+        """Append questions as they finish; returns all rollouts by question.
 
-        ``timer`` counts their tokens in its phase ``sample``.
+        A progress bar of ``total`` shows the tokens per second.
         """
         with progress(total=total, desc=desc, quiet=quiet) as bar:
             bar.update(len(self.groups))
+            start, tokens = time.perf_counter(), 0
             for group in groups:
                 self.append(group)
-                if timer is not None:
-                    timer.add_tokens("sample", sum(len(rollout.completion_ids) for rollout in group))
+                tokens += sum(len(rollout.completion_ids) for rollout in group)
+                bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
                 bar.update(len(self.groups) - bar.n)
         return self.groups
 

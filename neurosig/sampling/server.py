@@ -8,7 +8,7 @@ Three APIs, chosen by name and never guessed:
   keep the server's defaults.
 - ``transformers``: chat with `transformers serve`, which takes the whole sampling configuration in one field.
 
-No answer of a server is trusted: sizes, types and token ids are checked, and its log-probabilities are compared with
+No answer of a server is trusted: `neurosig.sampling.served` checks it, and its log-probabilities are compared with
 those of the model here before any is recorded.
 """
 
@@ -18,14 +18,15 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from torch import Tensor
 
 from neurosig.runtime.errors import UserError
@@ -33,6 +34,7 @@ from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.http import Endpoint, ServerConfig, in_thread
 from neurosig.sampling.rollouts import Rollout, answer_start, completion_text
 from neurosig.sampling.sampler import Prompt
+from neurosig.sampling.served import Answer, ServedAnswers
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Messages = Sequence[Mapping[str, str]]
+Ask = Callable[[str, Mapping[str, Any], str], Awaitable[bytes]]
+"""Sends a body to a path, and gives the bytes of the answer; the third argument names the question in messages."""
 Answered = tuple[Prompt, list[Rollout], list[float] | None]
 """A prompt, its K rollouts, and the log-probability of each token of the first."""
 
@@ -52,6 +56,17 @@ BYTES_A_TOKEN = 1024
 """Most bytes per token in an answer, with its log-probabilities and JSON."""
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What the requests of one call share; ``unfinished`` counts the rollouts that the server left so, by reason."""
+
+    config: SamplingConfig
+    salt: str
+    messages: Mapping[str, Messages] | None
+    model: str
+    unfinished: Counter[str] = field(default_factory=Counter)
+
+
 class Server:
     """A server that samples for ``loaded``.
 
@@ -62,9 +77,7 @@ class Server:
 
     def __init__(self, config: ServerConfig, loaded: LoadedModel):
         self.config, self._endpoint, self._loaded = config, Endpoint(config), loaded
-        self._eos = frozenset(loaded.eos_token_ids)
-        self._longest_token = max(map(len, loaded.tokenizer.get_vocab()))
-        self._vocabulary = loaded.model.get_input_embeddings().get_parameter("weight").shape[0]
+        self._read = ServedAnswers(self._endpoint, loaded)
         logger.info("rollouts come from %s (model %s, %s API)", config.base_url, config.model, config.api)
 
     def sample(
@@ -81,6 +94,8 @@ class Server:
         """Yield each prompt's K rollouts as they finish.
 
         A request's seed comes from ``(seed, salt, question id)``, so a server that honours seeds repeats its rollouts.
+        What the server leaves unfinished (``abort``, ``content_filter``, ``tool_calls``, no content) is asked for once
+        more, then kept as cut off and counted in a warning.
 
         Args:
             prompts: One prompt per question.
@@ -108,12 +123,18 @@ class Server:
             raise UserError(f"--server-api {self.config.api} gives no token ids; use completions")
         if not todo:
             return
-        name, decode = model or self.config.model, partial(completion_text, self._loaded.tokenizer)
-        for prompt, group, logprobs in in_thread(lambda: self._answers(todo, config, salt, messages, name)):
-            if compare and logprobs is not None:
-                self._compare(prompt, group[0], logprobs, config.temperature)
-                compare = False
-            yield [replace(one, answer_start=answer_start(decode, one.completion_ids_without_eos)) for one in group]
+        decode = partial(completion_text, self._loaded.tokenizer)
+        job = _Job(config, salt, messages, model or self.config.model)
+        try:
+            for prompt, group, logprobs in in_thread(lambda: self._groups(todo, job)):
+                if compare and logprobs is not None:
+                    self._compare(prompt, group[0], logprobs, config.temperature)
+                    compare = False
+                yield [replace(one, answer_start=answer_start(decode, one.completion_ids_without_eos)) for one in group]
+        finally:
+            if job.unfinished:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in job.unfinished.most_common())
+                logger.warning("the server left rollouts unfinished twice, which count as cut off: %s", reasons)
 
     def load_adapter(self, name: str, path: str) -> None:
         """Serve the PEFT adapter in the folder ``path`` under ``name`` (vLLM's runtime loading).
@@ -139,44 +160,55 @@ class Server:
         for _ in in_thread(answer):
             pass
 
-    async def _answers(
-        self,
-        prompts: Sequence[Prompt],
-        config: SamplingConfig,
-        salt: str,
-        messages: Mapping[str, Messages] | None,
-        model: str,
-    ) -> AsyncGenerator[Answered, None]:
+    async def _groups(self, prompts: Sequence[Prompt], job: _Job) -> AsyncGenerator[Answered, None]:
+        """The groups as they finish. At most ``concurrency`` questions wait for answers at once, in their order."""
         longest = max(len(prompt.token_ids) for prompt in prompts)
-        limit = (1 << 20) + BYTES_A_TOKEN * config.num_generations * (longest + config.max_new_tokens)
-        slots = asyncio.Semaphore(self.config.concurrency)
+        limit = (1 << 20) + BYTES_A_TOKEN * job.config.num_generations * (longest + job.config.max_new_tokens)
+        slots, waiting = asyncio.Semaphore(self.config.concurrency), iter(prompts)
+        running: set[asyncio.Task[Answered]] = set()
         async with self._endpoint.client(limit) as client:
 
             async def ask(path: str, body: Mapping[str, Any], about: str) -> bytes:
                 async with slots:
                     return await self._endpoint.post(client, path, body, about)
 
-            def group(prompt: Prompt) -> Any:
-                if messages is None or self.config.api == "completions":
-                    return self._complete(ask, prompt, config, salt, model)
-                return self._chat(ask, prompt, messages[prompt.question_id], config, salt, model)
-
-            tasks = [asyncio.create_task(group(prompt)) for prompt in prompts]
             try:
-                for finished in asyncio.as_completed(tasks):
-                    yield await finished
+                while True:
+                    for prompt in islice(waiting, self.config.concurrency - len(running)):
+                        running.add(asyncio.create_task(self._group(ask, prompt, job)))
+                    if not running:
+                        return
+                    finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    for task in sorted(finished, key=lambda task: task.exception() is not None):
+                        yield task.result()
             finally:
-                for task in tasks:
+                for task in running:
                     task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*running, return_exceptions=True)
 
-    async def _complete(
-        self, ask: Callable[..., Any], prompt: Prompt, config: SamplingConfig, salt: str, model: str
-    ) -> Answered:
+    async def _group(self, ask: Ask, prompt: Prompt, job: _Job) -> Answered:
+        """A prompt's rollouts. What is unfinished is asked for once more, with another seed, and then kept."""
+        if self.config.api == "completions":
+            requests = [partial(self._complete, ask, prompt, job)]
+        else:  # few servers return several choices of a chat
+            requests = [partial(self._chat, ask, prompt, job, number) for number in range(job.config.num_generations)]
+
+        async def finished(request: Callable[[str], Awaitable[Answer]]) -> Answer:
+            answer = await request(job.salt)
+            if answer.unfinished:
+                answer = await request(f"{job.salt}\x00again")
+            job.unfinished.update(answer.unfinished)
+            return answer
+
+        answers = await asyncio.gather(*map(finished, requests))
+        return prompt, [rollout for answer in answers for rollout in answer.rollouts], answers[0].logprobs
+
+    async def _complete(self, ask: Ask, prompt: Prompt, job: _Job, salt: str) -> Answer:
         """Token ids out, token ids back. vLLM refuses several greedy samples of one prompt; they are equal anyway."""
+        config = job.config
         wanted = config.num_generations if config.temperature > 0 else 1
         body = {
-            "model": model,
+            "model": job.model,
             "prompt": list(prompt.token_ids),
             "n": wanted,
             "max_tokens": config.max_new_tokens,
@@ -187,81 +219,38 @@ class Server:
             "repetition_penalty": config.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "seed": request_seed(prompt.question_id, config.seed, salt),
+            **self._seed(prompt, config, salt),
             "stop_token_ids": list(self._loaded.eos_token_ids),
             "add_special_tokens": False,
             "return_token_ids": True,
             **({"logprobs": 0} if self.config.logprobs else {}),
         }
-        about = f'question "{prompt.question_id}"'
-        answer = self._parse(_Completion, await ask("/completions", body, about), about)
-        choices = self._ordered(answer.choices, wanted, about)
-        group = [self._from_ids(prompt, number, choice, config, about) for number, choice in enumerate(choices)]
-        first = choices[0].logprobs.token_logprobs if choices[0].logprobs is not None else None
-        if wanted < config.num_generations:
-            group = [self._from_ids(prompt, n, choices[0], config, about) for n in range(config.num_generations)]
-        return prompt, group, first
+        content = await ask("/completions", body, f'question "{prompt.question_id}"')
+        return self._read.completion(content, prompt, config, wanted)
 
-    def _from_ids(self, prompt: Prompt, number: int, choice: _Choice, config: SamplingConfig, about: str) -> Rollout:
-        ids, where = choice.token_ids, f"choices.{choice.index}."
-        if not 1 <= len(ids) <= config.max_new_tokens:
-            raise self._endpoint.fault(about, where + "token_ids", f"{len(ids)} of at most {config.max_new_tokens} ids")
-        if not all(0 <= token < self._vocabulary for token in ids):
-            raise self._endpoint.fault(
-                about, where + "token_ids", f"an id outside the vocabulary of {self._vocabulary}"
-            )
-        if not self._eos.isdisjoint(ids[:-1]):
-            raise self._endpoint.fault(about, where + "token_ids", "it continues after an end-of-sequence token")
-        ended = ids[-1] in self._eos  # vLLM calls it `length` when that token was also the last allowed
-        if choice.finish_reason == "stop" and not ended:
-            raise self._endpoint.fault(
-                about, where + "finish_reason", "stop, without one of the model's end-of-sequence tokens"
-            )
-        if not ended and len(ids) < config.max_new_tokens:
-            raise self._endpoint.fault(
-                about, where + "finish_reason", f"length, after {len(ids)} of {config.max_new_tokens} tokens"
-            )
-        mean_logprob = None
-        if self.config.logprobs:
-            if choice.logprobs is None or len(choice.logprobs.token_logprobs) != len(ids):
-                raise self._endpoint.fault(about, where + "logprobs", f"expected one for each of {len(ids)} tokens")
-            if max(choice.logprobs.token_logprobs) > 1e-3:
-                raise self._endpoint.fault(about, where + "logprobs", "a log-probability above 0")
-            mean_logprob = sum(choice.logprobs.token_logprobs) / len(ids)
-        text = completion_text(self._loaded.tokenizer, ids[:-1] if ended else ids)
-        reason: Literal["stop", "length"] = "stop" if ended else "length"
-        return Rollout(prompt.question_id, number, text, tuple(ids), reason, mean_logprob)
-
-    async def _chat(
-        self,
-        ask: Callable[..., Any],
-        prompt: Prompt,
-        messages: Messages,
-        config: SamplingConfig,
-        salt: str,
-        model: str,
-    ) -> Answered:
-        """Messages out, text back: one request per rollout, as few servers return several choices."""
-        about = f'question "{prompt.question_id}"'
+    async def _chat(self, ask: Ask, prompt: Prompt, job: _Job, number: int, salt: str) -> Answer:
+        """Messages out, text back."""
+        config = job.config
+        assert job.messages is not None
         body: dict[str, Any] = {
-            "model": model,
-            "messages": [dict(message) for message in messages],
+            "model": job.model,
+            "messages": [dict(message) for message in job.messages[prompt.question_id]],
             "max_tokens": config.max_new_tokens,
             "temperature": config.temperature,
             "top_p": config.top_p,
+            **self._seed(prompt, config, salt, number),
         }
         if self.config.enable_thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": self.config.enable_thinking}
         if self.config.api == "transformers":
             body["generation_config"] = json.dumps(self._generation_config(config))
+        content = await ask("/chat/completions", body, f'question "{prompt.question_id}"')
+        return self._read.chat(content, prompt, config, number)
 
-        async def one(number: int) -> Rollout:
-            seed = request_seed(prompt.question_id, config.seed, salt, number)
-            answer = self._parse(_Chat, await ask("/chat/completions", {**body, "seed": seed}, about), about)
-            (choice,) = self._ordered(answer.choices, 1, about)
-            return self._from_text(prompt, number, choice, config, about)
-
-        return prompt, list(await asyncio.gather(*(one(number) for number in range(config.num_generations)))), None
+    def _seed(self, prompt: Prompt, config: SamplingConfig, salt: str, number: int = 0) -> dict[str, int]:
+        if not self.config.seeds:
+            return {}
+        return {"seed": request_seed(prompt.question_id, config.seed, salt, number)}
 
     def _generation_config(self, config: SamplingConfig) -> dict[str, Any]:
         eos = list(self._loaded.eos_token_ids)
@@ -274,22 +263,6 @@ class Server:
             "eos_token_id": eos,
             "pad_token_id": eos[0],
         }
-
-    def _from_text(
-        self, prompt: Prompt, number: int, choice: _ChatChoice, config: SamplingConfig, about: str
-    ) -> Rollout:
-        text, field = choice.message.content, "choices.0.message.content"
-        if len(text) > self._longest_token * config.max_new_tokens:
-            raise self._endpoint.fault(
-                about, field, f"{len(text)} characters, more than {config.max_new_tokens} tokens can spell"
-            )
-        encoded = self._loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = [*encoded, *([self._loaded.eos_token_ids[0]] if choice.finish_reason == "stop" else [])]
-        if not ids:
-            raise self._endpoint.fault(about, field, "empty, although it was cut off")
-        if len(prompt.token_ids) + len(ids) > self._loaded.max_length:  # more than were sampled
-            raise self._endpoint.fault(about, field, f"{len(ids)} tokens, more than the model has positions for")
-        return Rollout(prompt.question_id, number, text, tuple(ids), choice.finish_reason)
 
     def _compare(self, prompt: Prompt, rollout: Rollout, served: Sequence[float], temperature: float) -> None:
         token_ids, served = rollout.completion_ids[:COMPARED], served[:COMPARED]
@@ -312,63 +285,6 @@ class Server:
                 f"{plain:.2g} nats per token from the model's: {cause}, or give --no-served-logprobs to use none"
             )
         logger.info("the server's log-probabilities agree with the model here (%.2g nats per token)", plain)
-
-    def _parse(self, kind: type[_AnswerT], content: bytes, about: str) -> _AnswerT:
-        try:
-            return kind.model_validate_json(content)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "answer"
-            hint = (
-                "; vLLM 0.10.2 and newer returns it, for other servers give --server-api chat"
-                if field.endswith("token_ids")
-                else ""
-            )
-            raise self._endpoint.fault(about, field, first["msg"] + hint) from error
-
-    def _ordered(self, choices: Sequence[_ChoiceT], wanted: int, about: str) -> list[_ChoiceT]:
-        ordered = sorted(choices, key=lambda choice: choice.index)
-        if [choice.index for choice in ordered] != list(range(wanted)):
-            raise self._endpoint.fault(about, "choices", f"expected {wanted}, numbered from 0, got {len(choices)}")
-        return ordered
-
-
-class _Answer(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class _Logprobs(_Answer):
-    token_logprobs: list[FiniteFloat]
-
-
-class _Numbered(_Answer):
-    index: int
-    finish_reason: Literal["stop", "length"]
-
-
-class _Choice(_Numbered):
-    token_ids: list[int]
-    logprobs: _Logprobs | None = None
-
-
-class _Completion(_Answer):
-    choices: list[_Choice]
-
-
-class _Message(_Answer):
-    content: str
-
-
-class _ChatChoice(_Numbered):
-    message: _Message
-
-
-class _Chat(_Answer):
-    choices: list[_ChatChoice]
-
-
-_AnswerT = TypeVar("_AnswerT", _Completion, _Chat)
-_ChoiceT = TypeVar("_ChoiceT", _Choice, _ChatChoice)
 
 
 def request_seed(question_id: str, seed: int, salt: str, number: int = 0) -> int:

@@ -58,25 +58,8 @@ def completions(request: Request, body: dict[str, Any]) -> Response:
     with lock:
         seen.append({"time": time.time(), "path": "completions", "key": request.headers["authorization"], **body})
         kind = _kind_of_this_request()
-        match kind:
-            case "429":
-                return _error(429, "slow down", {"Retry-After": "0.3"})
-            case "500":
-                return _error(500, "a fault of the server")
-            case "hang":
-                time.sleep(1.5)
-            case "die":
-                os._exit(1)
-            case "redirect":
-                return Response(status_code=307, headers={"Location": "/health"})
-            case "html":
-                return Response("<html>busy</html>", media_type="text/html")
-            case "gzip":
-                return Response(gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"})
-            case "huge":
-                return Response(json.dumps({"choices": ["x" * (1 << 23)]}), media_type="application/json")
-            case "nested":
-                return Response("[" * 100_000, media_type="application/json")
+        if (fault := _fault(kind, "seed" in body)) is not None:
+            return fault
         loaded = served.get(body["model"])
         if loaded is None:
             return _error(404, f"The model `{body['model']}` does not exist.")
@@ -87,6 +70,36 @@ def completions(request: Request, body: dict[str, Any]) -> Response:
         answer = _answer(loaded, body, divisor=body["temperature"] if kind == "scaled" else 1.0)
     _spoil(answer, kind)
     return Response(json.dumps(answer), media_type="application/json")
+
+
+def _fault(kind: str, seeded: bool) -> Response | None:
+    """The answer of a server that is broken in this way, if it is no answer to the request; "hang" answers late."""
+    match kind:
+        case "429":
+            return _error(429, "slow down", {"Retry-After": "0.3"})
+        case "500":
+            return _error(500, "a fault of the server")
+        case "hang":
+            time.sleep(1.5)
+        case "die":
+            os._exit(1)
+        case "no seeds" if seeded:
+            return _error(500, "EngineCore encountered an issue.")  # vLLM's words
+        case "truncated":
+            return Response(b'{"choices": [', headers={"Content-Length": "5000"}, media_type="application/json")
+        case "half":
+            return Response('{"choices": [{"index": 0, "token_', media_type="application/json")
+        case "redirect":
+            return Response(status_code=307, headers={"Location": "/health"})
+        case "html":
+            return Response("<html>busy</html>", media_type="text/html")
+        case "gzip":
+            return Response(gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"})
+        case "huge":
+            return Response(json.dumps({"choices": ["x" * (1 << 23)]}), media_type="application/json")
+        case "nested":
+            return Response("[" * 100_000, media_type="application/json")
+    return None
 
 
 def _kind_of_this_request() -> str:
@@ -107,7 +120,7 @@ def _answer(loaded: LoadedModel, body: dict[str, Any], divisor: float) -> dict[s
         top_k=body["top_k"],
         repetition_penalty=body["repetition_penalty"],
         max_new_tokens=body["max_tokens"],
-        seed=body["seed"],
+        seed=body.get("seed", 1000 + len(seen)),
     )
     (group,) = sample(loaded, [Prompt("", tuple(body["prompt"]))], config)
     choices = [_choice(loaded, body, rollout, divisor) for rollout in group]
@@ -150,7 +163,6 @@ def _spoil(answer: dict[str, Any], kind: str) -> None:
         "goes on": {"token_ids": [2, 7, 7, 7]},
         "stops short": {"token_ids": [7], "finish_reason": "length"},
         "no end": {"token_ids": [7, 7, 7, 7], "finish_reason": "stop"},
-        "aborted": {"finish_reason": "abort"},
         "no reason": {"finish_reason": None},
         "no logprobs": {"logprobs": None},
         "few logprobs": {"logprobs": {"token_logprobs": [-1.0] * 99}},
@@ -160,7 +172,10 @@ def _spoil(answer: dict[str, Any], kind: str) -> None:
         "twice": {"index": 1},
     }
     choice.update(changes.get(kind, {}))
-    if kind == "too many":
+    if kind == "abort":
+        choice |= {"finish_reason": "abort", "token_ids": choice["token_ids"][:2]}
+        choice["logprobs"]["token_logprobs"] = choice["logprobs"]["token_logprobs"][:2]
+    elif kind == "too many":
         answer["choices"] *= 2
     elif kind == "too few":
         del answer["choices"][0]
@@ -168,16 +183,35 @@ def _spoil(answer: dict[str, Any], kind: str) -> None:
         answer["choices"] = None
 
 
+CHAT: dict[str, tuple[dict[str, Any], str | None]] = {
+    "number": ({"content": 7}, "stop"),
+    "endless": ({"content": "y" * 50_000}, "stop"),
+    "empty": ({"content": ""}, "stop"),
+    "empty cut off": ({"content": ""}, "length"),
+    "null": ({"content": None}, "stop"),
+    "null cut off": ({"content": None}, "length"),
+    "thought": ({"content": "\n\nyes", "reasoning_content": "\nno\n"}, "stop"),
+    "thought, new name": ({"content": "yes", "reasoning": "no"}, "stop"),
+    "thought cut off": ({"content": None, "reasoning": "no"}, "length"),
+    "abort": ({"content": "ye"}, "abort"),
+    "content_filter": ({"content": ""}, "content_filter"),
+    "tool_calls": ({"content": None, "tool_calls": [{"id": "1"}]}, "tool_calls"),
+    "None": ({"content": "yes"}, None),
+}
+"""Messages and finish reasons by kind."""
+
+
 @app.post("/v1/chat/completions")
-def chat() -> dict[str, Any]:
+def chat(body: dict[str, Any]) -> Response:
     """Fixed text: the tests are about how the client reads it."""
     with lock:
+        seen.append({"time": time.time(), "path": "chat", **body})
         kind = _kind_of_this_request()
-    content: dict[str, Any] = {"reasoning": None, "number": 7, "endless": "y" * 50_000, "cut off empty": ""}
-    reasons: dict[str, Any] = {"tools": "tool_calls", "cut off empty": "length"}
-    message = {"role": "assistant", "content": content.get(kind, "yes")}
-    choice = {"index": 0, "message": message, "finish_reason": reasons.get(kind, "stop")}
-    return {"object": "chat.completion", "choices": [choice] * (2 if kind == "two" else 1)}
+        if (fault := _fault(kind, "seed" in body)) is not None:
+            return fault
+    message, reason = CHAT.get(kind, ({"content": "yes"}, "stop"))
+    choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": reason}
+    return JSONResponse({"object": "chat.completion", "choices": [choice] * (2 if kind == "two" else 1)})
 
 
 @app.post("/v1/load_lora_adapter")

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,27 @@ def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
         assert again.groups == {"a": group("a")}
         again.append(group("b"))
         assert RolloutLog(path, KEY).groups == {"a": group("a"), "b": group("b")}
+
+
+def test_the_bar_shows_questions_and_tokens_per_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    RolloutLog(tmp_path / "log", KEY).append(group("a"))
+    log = RolloutLog(tmp_path / "log", KEY)
+    start = time.perf_counter()
+
+    def draw() -> Iterator[list[Rollout]]:
+        for name in ("b", "c"):
+            time.sleep(0.15)
+            yield group(name, k=10)
+
+    assert list(log.extend(draw(), total=3, desc="sample")) == ["a", "b", "c"]
+    least = 60 / (time.perf_counter() - start)
+    shown = re.findall(r"sample:.* (\d)/3 .* (\d+) tokens/s", terminal.getvalue())
+    assert shown[-1][0] == "3" and least - 1 <= int(shown[-1][1]) <= 60 / 0.3  # the earlier question is not counted
 
 
 def test_a_log_of_another_run_is_never_continued(tmp_path: Path) -> None:
