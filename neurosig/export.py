@@ -328,11 +328,14 @@ def _write(
         "answers": reader.record(),
         "lengths": lengths,
     }
-    own = sum(row.privileged_context is not None for row in rows)
-    of_teacher = f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees" if own else ""
-    header["notes"] = [*filter(None, (note, of_teacher))]
-    for text in header["notes"]:
+    notes = [note] if note else []
+    for text in notes:
         logger.warning("%s", text)
+    if own := sum(row.privileged_context is not None for row in rows):
+        notes.append(f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees")
+        logger.info("%s", notes[-1])
+    if notes:
+        header["notes"] = notes
     write_manifest(
         config.out,
         rows,

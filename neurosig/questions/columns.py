@@ -128,11 +128,13 @@ def text_or_number(record: Record, name: str) -> str | None:
     return optional_text(record, name)
 
 
-def text_list(record: Record, name: str) -> tuple[str, ...] | None:
-    """A list of texts as a tuple, or None if it is absent or null."""
+def text_list(record: Record, name: str, *, numbers: bool = False) -> tuple[str, ...] | None:
+    """A list of texts, or also of ``numbers``, as a tuple, or None if it is absent or null."""
     value = structured(record.get(name))
     if value is None:
         return None
+    if numbers and isinstance(value, list):
+        value = [text_or_number({name: item}, name) for item in value]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise UserError(f'field "{name}": expected a list of texts, {got(value)}')
     return tuple(value)

@@ -121,7 +121,7 @@ def adapt_record(record: Record, stem: str) -> Fields:
         choices=choices or (() if isinstance(record.get("choices"), list) else None),
         answer=answer,
         aliases=tuple(alias for alias in dict.fromkeys(aliases) if alias != answer),
-        kind=text_or_number({"kind": named(record, "kind")}, "kind") or None,
+        kind=kind_of(record),
         answer_space=answer_space(record),
         system=system or None,
         earlier_turns=tuple(turn for turn in turns if turn[0] != "system"),
@@ -135,6 +135,13 @@ def named(record: Record, field: str) -> Any:
     """The value of a field, or of the first of its `OTHER_NAMES` that is not empty."""
     values = (record.get(name) for name in (field, *OTHER_NAMES[field]))
     return next((value for value in values if value not in (None, "")), None)
+
+
+def kind_of(record: Record) -> str | None:
+    """The kind; what replaces it counts where it is a text or a number, as such names have many meanings."""
+    others = (record.get(name) for name in OTHER_NAMES["kind"])
+    other = next((value for value in others if type(value) in (str, int) and value != ""), None)
+    return text_or_number(record, "kind") or text_or_number({"kind": other}, "kind")
 
 
 def asked_text(record: Record) -> tuple[str, bool, tuple[Turn, ...]]:
@@ -227,8 +234,8 @@ def gold_answers(record: Record, column: str, *, has_choices: bool) -> tuple[Any
         answers = answers["text"]
     if isinstance(answer, list):
         answer, answers = None, answer
-    listed = text_list({"answers": answers}, "answers") or ()
-    further = [*(text_list(record, "aliases") or ()), *listed]
+    listed = text_list({"answers": answers}, "answers", numbers=True) or ()
+    further = [*(text_list(record, "aliases", numbers=True) or ()), *listed]
     if answer == "" and column != "answer":  # a released split without gold answers
         answer = None
     if answer is None and listed:

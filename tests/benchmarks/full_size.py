@@ -60,7 +60,7 @@ def main(options: Options) -> None:
     commands = {
         "neurosig.export": ["--model", str(model), "--questions", str(questions), "--out", str(manifest), *common,
                             "--num-generations", str(options.k), "--question-filter", "all", "--temperature", "1",
-                            "--num-demonstrations", "1", "--context-policy", "random",
+                            "--keep-truncated", "--num-demonstrations", "1", "--context-policy", "random",
                             "--answer-parser", "tests.support.parsers:agreeing"],
         "distill.train": ["--manifest", str(manifest), "--out", str(options.out / "run"), *common,
                           "--preset", options.preset, "--steps", "1", "--keep-truncated"],

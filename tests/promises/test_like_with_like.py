@@ -21,7 +21,11 @@ from tests.support.tiny import CHAT_TEMPLATE
 SAMPLING = {"--num-generations": "2", "--max-new-tokens": "4", "--temperature": "1"}
 ASKED = {"--model": "{w}/model", "--questions": "{w}/questions.jsonl", **SAMPLING}
 COMMANDS: Mapping[str, tuple[str, str, Mapping[str, str]]] = {
-    "export": ("neurosig.export", "ExportConfig", {**ASKED, "--set-size": "16", "--question-filter": "all"}),
+    "export": (
+        "neurosig.export",
+        "ExportConfig",
+        {**ASKED, "--set-size": "16", "--question-filter": "all", "--keep-truncated": ""},
+    ),
     "train": (
         "distill.train",
         "TrainConfig",

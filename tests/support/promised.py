@@ -150,7 +150,8 @@ def _signals(folder: Path, out: Path) -> list[Step]:
     found = {"manifest": out / "manifest", "questions": folder / "questions.jsonl"}
     neurons = {"neurons": "all", "controls": 1, "num_generations": 2, "max_new_tokens": 4}
     return [
-        command("neurosig.export", **evaluated, out=out / "manifest", set_size=16, question_filter="all"),
+        command("neurosig.export", **evaluated, out=out / "manifest", set_size=16, question_filter="all",
+                keep_truncated=True),
         command("neurosig.verify", str(out / "manifest"), shown="ok"),
         command("neurosig.check", model=folder / "model", shown="nnsight = plain hooks"),
         command("neurosig.intervene", **found, **neurons, out=out / "intervene",

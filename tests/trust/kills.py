@@ -290,7 +290,7 @@ def jobs(folder: Path) -> dict[str, Job]:
             GridConfig(
                 out=folder / "grid", model=str(model), methods=("nopsd", "nopsd-random"), jobs=2,
                 sources=(f"a={questions}",), targets=(f"a={questions}",), control_temperatures=(),
-                export={**quick, "set_size": 16, "question_filter": "all"},
+                export={**quick, "set_size": 16, "question_filter": "all", "keep_truncated": True},
                 train={"steps": 2, "questions_per_step": 2, "lora_r": 2, "keep_truncated": True, "save_steps": 1},
                 evaluate=quick, quiet=True,
             )

@@ -54,7 +54,7 @@ def grid(folder: Path, **changes: Any) -> GridConfig:
         "targets": named,
         "dev": named[:1],
         "control_temperatures": (0.5,),
-        "export": {**TINY, "set_size": 16, "question_filter": "all"},
+        "export": {**TINY, "set_size": 16, "question_filter": "all", "keep_truncated": True},
         "train": {"steps": 1, "questions_per_step": 2, "lora_r": 2, "keep_truncated": True},
         "evaluate": TINY,
         "quiet": True,

@@ -119,6 +119,7 @@ def test_ids_are_made_of_the_text(tmp_path: Path) -> None:
         ({"answer": 2.5}, "2.5", ()),
         ({"answer": True}, "Yes", ("True",)),
         ({"answer": ["Ann", "Anna"]}, "Ann", ("Anna",)),
+        ({"answer": [18, 18.5], "task": ["x"], "category": {"y": 1}}, "18", ("18.5",)),
         ({"answers": {"text": ["Ann", "Anna"], "answer_start": [3, 3]}}, "Ann", ("Anna",)),
     ],
 )

@@ -26,7 +26,7 @@ from tests.support.flow import save_tiny, write_questions
 from tests.support.processes import exit_codes, run_evaluate, run_export, start_ranks
 
 QUICK: dict[str, Any] = {"num_generations": 3, "max_new_tokens": 4, "temperature": 1.0, "batch_rows": 3}
-EXPORT: dict[str, Any] = {**QUICK, "set_size": 16, "question_filter": "all"}
+EXPORT: dict[str, Any] = {**QUICK, "set_size": 16, "question_filter": "all", "keep_truncated": True}
 SAME = {
     "export": ("questions.jsonl", "rollouts.jsonl", "signals.safetensors", "neurons.csv", "manifest.json"),
     "evaluate": ("results.parquet", "rollouts.jsonl"),
