@@ -189,7 +189,8 @@ def _backward(
         prompts = [row.task.student_prompt for row in batch]
         with forward.active(), autocast(config, model):
             student_hidden = completion_hidden(model, prompts, completions, forward.share_prompts)
-        head, device = model.get_output_embeddings().weight, student_hidden.device
+        heads = [one.get_output_embeddings().weight for one in (model, teacher_model)]
+        rows, device = min(map(len, heads)), student_hidden.device  # one family may pad its heads differently
         token_ids = torch.tensor([token for ids in completions for token in ids], device=device)
         position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(device)
         length = torch.tensor([len(ids) for ids in completions], device=device)
@@ -198,8 +199,8 @@ def _backward(
         output = chunked_divergence(
             student_hidden,
             teacher_hidden,
-            head,
-            head,
+            heads[0][:rows],
+            heads[1][:rows],
             _divergence(config, model),
             token_ids=token_ids,
             weights=in_loss * weight,

@@ -14,9 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neurosig.models.run_folder import find_model, full_checkpoint
+from neurosig.models.template import read_template
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.extras import check_installed
 from neurosig.runtime.files import disk_space, sha256_file, sha256_text
@@ -36,14 +39,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}"
-    "{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[m['role']] + m['content'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{{ '\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
-)
-"""Chat template of ``--template plain``, for base models without one."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -58,6 +53,7 @@ class ModelInfo:
         chat_template_sha256: Hash of the chat template, ``None`` without one.
         dtype: Dtype of the parameters.
         attn_implementation: transformers' attention implementation.
+        adapter: SHA-256 of the adapter's weights, ``None`` without one.
     """
 
     id: str
@@ -68,6 +64,7 @@ class ModelInfo:
     chat_template_sha256: str | None
     dtype: str
     attn_implementation: str
+    adapter: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,23 +110,33 @@ def load_model(
     attn_implementation: str = "sdpa",
     revision: str | None = None,
     template: str | None = None,
+    adapter: str | Path | None = None,
 ) -> LoadedModel:
     """Load a model for sampling, tracing or training.
 
     Args:
-        spec: Hub id, folder, ``.gguf`` file, an embedded name (``smollm2-135m``, ``organism``) or a live pair.
+        spec: Hub id, folder, ``.gguf`` file, an embedded name (``smollm2-135m``, ``organism``), a live pair, or a
+            ``distill.train --full`` run's folder or checkpoint.
         dtype: torch dtype name; ``auto`` is float32 on CPU and bfloat16 on an accelerator.
         device: torch device; default is the first accelerator, else the CPU.
         attn_implementation: ``sdpa``, ``eager`` or another name of transformers.
         revision: Hub revision.
         template: ``plain`` or a Jinja file to use instead of the tokenizer's chat template.
+        adapter: Folder of a distill.train run, its ``adapter/`` or a checkpoint, given to the model as
+            `neurosig.models.adapter.apply_adapter` does.
 
     Raises:
-        UserError: ``spec`` names no model; its weights are incomplete, pickled, of another shape or not weights; its
-            configuration or tokenizer is missing or damaged; torch cannot use the device.
+        UserError: ``spec`` names no model, or an adapter; ``adapter`` is none of this model; its weights are
+            incomplete, pickled, of another shape or not weights; its configuration or tokenizer is missing or damaged;
+            torch cannot use the device.
     """
     import torch
 
+    if adapter is not None or (not isinstance(spec, tuple) and full_checkpoint(Path(spec).expanduser()) is not None):
+        from neurosig.models.adapter import load_trained
+
+        options: Any = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+        return load_trained(partial(load_model, **options, revision=revision, template=template), spec, adapter)
     if isinstance(spec, tuple):
         model, tokenizer = spec
         weights = {"state_dict": _hash_state_dict(model)}
@@ -154,7 +161,7 @@ def load_model(
         tokenizer = _tokenizer_from(source, name)
     model.eval()
     if template is not None:
-        tokenizer.chat_template = PLAIN_TEMPLATE if template == "plain" else _read_template(template)
+        tokenizer.chat_template = read_template(template)
     config = json.dumps(_plain_config(model), sort_keys=True, default=str)
     chat_template = tokenizer.chat_template
     info = ModelInfo(
@@ -194,6 +201,7 @@ def _resolve(spec: str | Path) -> tuple[str, Path]:
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"model {spec}: expected a folder, a .gguf file, a hub id or one of {_embedded()}")
+    path = find_model(path)
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.suffix == ".gguf"):
         raise UserError(f"model {spec}: no such file or folder")
     return str(spec), path
@@ -367,13 +375,6 @@ def _dequantise(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     return model, AutoTokenizer.from_pretrained(gguf.parent, **where)
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--template {path}: give `plain` or a readable Jinja file ({error})") from error
 
 
 def _plain_config(model: PreTrainedModel) -> dict[str, Any]:

@@ -42,6 +42,9 @@ class ReportConfig(CommonConfig):
 
     manifest: Path
     """Manifest folder written by neurosig.export."""
+    adapter: Path | None = None
+    """Refuse a manifest that was not made by this adapter: folder of a distill.train run, its adapter/ or one of its
+    checkpoints/step-N."""
     out: Path | None = None
     """Folder of report.html, the CSV files and probe.safetensors; default: MANIFEST/report."""
     questions: tuple[str, ...] = ()
@@ -85,6 +88,8 @@ def main(config: ReportConfig) -> None:
                 raise UserError(
                     f"--manifest {config.manifest}: every question was too long, so there are no signals to report"
                 )
+            if config.adapter is not None:
+                _check_adapter(config.adapter, exported.manifest)
             gold, lacking = join_gold(exported.manifest, config.questions, required=bool(config.questions))
         with timer.phase("analyse"):
             levels = {"question": question_level(exported, gold), "rollout": rollout_level(exported, gold)}
@@ -121,6 +126,16 @@ def main(config: ReportConfig) -> None:
     for sentence in page["findings"]:
         print(printable(sentence))
     print(printable(str(out / PAGE)))
+
+
+def _check_adapter(adapter: Path, manifest: Manifest) -> None:
+    from neurosig.models.run_folder import find_adapter
+    from neurosig.runtime.files import sha256_file
+
+    made, given = manifest.header.model.get("adapter"), sha256_file(find_adapter(adapter).file)
+    if made != given:
+        by = f"the adapter {made[:12]}" if made else "a model without an adapter"
+        raise UserError(f"--adapter {adapter}: has SHA-256 {given[:12]}, the manifest was made by {by}; export again")
 
 
 def _page(
@@ -179,6 +194,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     where = "made elsewhere" if "rollouts_sha256" in sampling else f"T={options['temperature']:g}"
     facts = {
         "model": f"{header.model['id']} ({header.model['dtype']}; {weights})",
+        **({"adapter": str(header.model["adapter"])[:12]} if header.model.get("adapter") else {}),
         "questions": f"{header.counts['questions']} of {', '.join(header.dataset['sources'])}",
         "rollouts": f"{len(manifest.rollouts)}, K={manifest.k}, {where}, seed {options['seed']}",
         "outcome": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),
