@@ -33,7 +33,7 @@ class TrainConfig(SamplerOptions):
         "nopsd"
     )
     """nopsd: Neuron-OPSD; the others are baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
-    manifest: Annotated[tuple[Path, ...], Shapes.TRAINING]
+    manifest: Annotated[tuple[Path, ...] | Path, Shapes.TRAINING]
     """Folders written by neurosig.export, of the same model and prompts: all of their questions are trained on."""
     manifest_weights: Annotated[tuple[float, ...], Shapes.TRAINING] = ()
     """Factor of each manifest on its questions' weights in the loss, in the order of --manifest; default: 1 each."""
@@ -193,8 +193,6 @@ class TrainConfig(SamplerOptions):
     """Compile the student's layers for training with torch.compile."""
 
     def __post_init__(self) -> None:
-        given: Any = self.manifest
-        self.manifest = (Path(given),) if isinstance(given, (str, Path)) else tuple(given)
         super().__post_init__()
         for name in ("ema_decay", "adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -207,6 +205,11 @@ class TrainConfig(SamplerOptions):
             raise UserError("--full --dtype float16: its gradients would need loss scaling; use bfloat16")
         if self.divergence == "sampled_token" and (self.topk or self.clip != "none"):
             raise UserError("--divergence sampled_token scores one entry per token; leave out --topk and --clip")
+
+    @property
+    def manifests(self) -> tuple[Path, ...]:
+        """The folders of ``--manifest``."""
+        return (self.manifest,) if isinstance(self.manifest, Path) else self.manifest
 
     @property
     def on_disagreeing(self) -> bool:

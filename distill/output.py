@@ -140,7 +140,7 @@ def training_record(config: TrainConfig, manifest: Combined, loaded: LoadedModel
     return {
         "config": config_record(config),
         "manifest_sha256": manifest.header.content_sha256,
-        "manifests": manifest.record(),
+        **({"manifests": several} if (several := manifest.record()) else {}),
         "prompt": {name: options[name] for name in PROMPT_OPTIONS if name in options},
         "domains": sorted({row.domain for row in manifest.rows}),
         "questions_selected": len(manifest.selected),

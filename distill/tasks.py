@@ -114,7 +114,7 @@ def read_manifests(config: TrainConfig) -> Combined:
     Raises:
         UserError: See `neurosig.manifest.read_manifest`, `neurosig.combined.combine` and `check_majority_context`.
     """
-    manifests = [read_manifest(folder) for folder in config.manifest]
+    manifests = [read_manifest(folder) for folder in config.manifests]
     for manifest in manifests if config.method == "u-opsd" else ():
         check_majority_context(manifest)
     given = [name for name in ("temperature", "max_new_tokens") if getattr(config, name) is not None]

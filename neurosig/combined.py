@@ -33,15 +33,11 @@ class Combined(Manifest):
     part_of: Mapping[str, int]
 
     def record(self) -> list[dict[str, Any]]:
-        """What a run's record says of the manifests: path, hash, weight and selected questions of each."""
+        """What a run's record says of several manifests: hash, weight and selected questions of each."""
         return [
-            {
-                "path": str(part.folder),
-                "sha256": part.header.content_sha256,
-                "weight": weight,
-                "selected": len(part.selected),
-            }
+            {"sha256": part.header.content_sha256, "weight": weight, "selected": len(part.selected)}
             for part, weight in zip(self.parts, self.weights, strict=True)
+            if len(self.parts) > 1
         ]
 
     def counts(self, question_ids: Collection[str]) -> dict[str, int]:
@@ -69,9 +65,9 @@ def combine(manifests: Sequence[Manifest], weights: Sequence[float] = (), *, fre
         raise UserError(f"--manifest-weights: expected {len(manifests)} numbers above 0, one per --manifest")
     seen: dict[str, Path] = {}
     for one in manifests:
-        before = seen.setdefault(one.header.content_sha256, one.folder)
-        if before is not one.folder:
-            raise UserError(f"--manifest {one.folder}: has the content of {before}; name each manifest once")
+        if (digest := one.header.content_sha256) in seen:
+            raise UserError(f"--manifest {one.folder}: has the content of {seen[digest]}; name each manifest once")
+        seen[digest] = one.folder
         if pairs := differences(_compared(first.header, free), _compared(one.header, free)):
             raise UserError(
                 f"--manifest {one.folder}: cannot be trained on together with {first.folder}, these differ: "

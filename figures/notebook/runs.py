@@ -63,9 +63,7 @@ def small_run(folder: Path, *parts: Part) -> Path:
         from distill.evaluate import main as evaluate
         from distill.train import main as train
 
-        train(
-            TrainConfig(manifest=(folder / "manifest",), out=folder / "nopsd", resume=True, quiet=True, **SMALL_TRAIN)
-        )
+        train(TrainConfig(manifest=folder / "manifest", out=folder / "nopsd", resume=True, quiet=True, **SMALL_TRAIN))
         variants: Mapping[str, Mapping[str, Any]] = {
             "base": {},
             "control": {"temperature": 0.1},

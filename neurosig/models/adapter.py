@@ -93,7 +93,7 @@ def _from_checkpoint(model: PreTrainedModel, found: TrainedWeights, trainable: b
     from safetensors.torch import load_file
 
     config = LoraConfig.from_pretrained(str(found.folder))
-    config.inference_mode = not trainable
+    config.inference_mode, config.base_model_name_or_path = not trainable, None  # else peft warns of a moved model
     adapter = get_peft_model(model, config)
     _copy_weights(model, load_file(found.file), [name for name, _ in model.named_parameters() if ".lora_" in name])
     return adapter

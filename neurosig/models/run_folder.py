@@ -49,7 +49,7 @@ def find_adapter(place: Path) -> TrainedWeights:
             return TrainedWeights(folder / ADAPTER_WEIGHTS, folder)
     if (place / WEIGHTS).is_file() and (place / STATE).is_file():
         return _adapter_of_checkpoint(place)
-    if (place / "model" / "config.json").is_file() or (place / "config.json").is_file():
+    if (place / "config.json").is_file() or ((place / RECORD).is_file() and (place / "model").is_dir()):
         raise UserError(f"--adapter {place}: a whole model; give it as --model")
     if steps := sorted(place.glob("checkpoints/step-" + "[0-9]" * 6)):
         raise UserError(
@@ -92,7 +92,7 @@ def find_model(place: Path) -> Path:
     """
     if (place / "config.json").is_file():
         return place
-    if (place / "model" / "config.json").is_file():
+    if (place / RECORD).is_file() and (place / "model" / "config.json").is_file():
         return place / "model"
     configs = (place / ADAPTER_CONFIG, place / "adapter" / ADAPTER_CONFIG)
     if (place / STATE).is_file() or any(path.is_file() for path in configs):

@@ -209,21 +209,22 @@ def check_training(folder: Path, found: Found) -> Iterator[Check]:
         changed = [file for file, digest in hashes.items() if sha256_file(state.parent / file) != digest]
         found.runs[hashes["weights.safetensors"]] = record
         yield f"checkpoint {state.parent.name} as hashed", f"{', '.join(changed)} changed" if changed else ""
-    earlier = [{"path": record["config"]["manifest"], "sha256": record["manifest_sha256"]}]  # of one manifest alone
-    for manifest in record.get("manifests", earlier):
-        yield from _manifest_check(manifest, record, found)
+    named = record["config"]["manifest"]
+    hashes = [one["sha256"] for one in record.get("manifests", [])] or [record["manifest_sha256"]]
+    for digest, place in zip(hashes, [named] if isinstance(named, str) else named, strict=True):
+        yield from _manifest_check(digest, Path(place), record, found)
     yield "versions on record", _versions_problem(record["run"])
 
 
-def _manifest_check(manifest: Mapping[str, Any], record: Mapping[str, Any], found: Found) -> Iterator[Check]:
+def _manifest_check(digest: str, place: Path, record: Mapping[str, Any], found: Found) -> Iterator[Check]:
     """Whether a manifest that was trained on is at hand, and made by the model and adapter that training began with."""
-    header = found.manifests.get(manifest["sha256"])
+    header = found.manifests.get(digest)
     if header is None:
-        there = Path(manifest["path"]) / "manifest.json"
+        there = place / "manifest.json"
         header = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else None
-        if header is None or header["content_sha256"] != manifest["sha256"]:
+        if header is None or header["content_sha256"] != digest:
             others = [header["content_sha256"]] if header is not None else list(found.manifests)
-            yield "trained on the manifest in the folder", another("manifest", manifest["sha256"], others)
+            yield "trained on the manifest in the folder", another("manifest", digest, others)
             return
     made, began = ((model["weights"], model.get("adapter")) for model in (header["model"], record["model"]))
     allowed = record["config"].get("allow_model_mismatch")
