@@ -33,9 +33,8 @@ def test_the_student_approaches_the_other_model(folder: Path) -> None:
     metrics, _ = train(folder, folder / "manifest", teacher_model=str(folder / "teacher"), **options)
     assert metrics[0]["divergence"] > 0.05
     assert metrics[-1]["divergence"] < 0.6 * metrics[0]["divergence"]
-    teacher, base, student = (
-        load_model(folder / "teacher"), load_model(folder / "model"), load_model(folder / "model", adapter=folder / "run")
-    )  # fmt: skip
+    teacher, base = load_model(folder / "teacher"), load_model(folder / "model")
+    student = load_model(folder / "model", adapter=folder / "run")
     record = json.loads((folder / "run" / "train.json").read_text())
     assert record["teacher"]["weights"] == teacher.info.weights and record["model"]["weights"] == base.info.weights
     assert "The teacher was" in (folder / "run" / "adapter" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""An adapter is found in a run's folder, its result and its checkpoints, and every reader of neurons sees its effect."""
+"""An adapter is found in a run, its result and its checkpoints, and every reader of neurons sees its effect."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def test_adapters_and_models_in_the_wrong_place_are_told_where_they_belong(folde
         with pytest.raises(UserError, match="give it as --model"):
             load_model(folder / "model", adapter=folder / place)
     shutil.copytree(folder / "run" / "checkpoints" / "step-000002", tmp_path / "step-000002")
-    with pytest.raises(UserError, match="no adapter_config.json in .*; leave the checkpoint in its run's folder"):
+    with pytest.raises(UserError, match=r"no adapter_config.json in .*; leave the checkpoint in its run's folder"):
         find_adapter(tmp_path / "step-000002")
     shutil.copytree(folder / "run" / "checkpoints", tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match="not finished; give a checkpoint of it, such as .*step-000004"):
+    with pytest.raises(UserError, match=r"not finished; give a checkpoint of it, such as .*step-000004"):
         find_adapter(tmp_path / "run")
     weights = tmp_path / "run" / "checkpoints" / "step-000004" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="step-000004: damaged .sha256 differs.; give another checkpoint"):
+    with pytest.raises(UserError, match=r"step-000004: damaged .sha256 differs.; give another checkpoint"):
         find_adapter(weights.parent)
     with pytest.raises(UserError, match="not an adapter of organism"):
         load_model("organism", adapter=folder / "run" / "checkpoints" / "step-000002")
@@ -125,7 +125,7 @@ def test_every_command_takes_it_and_names_it(folder: Path, tmp_path: Path, capsy
     with pytest.raises(UserError, match=f"the manifest was made by the adapter {digest[:12]}"):
         report(ReportConfig(manifest=folder / "again", adapter=folder / "run", out=tmp_path, quiet=True))
     assert ExportedRun(folder / "again").loaded.info.adapter == digest
-    with pytest.raises(UserError, match="made by .* with an adapter, not by .* with this one"):
+    with pytest.raises(UserError, match=r"made by .* with an adapter, not by .* with this one"):
         ExportedRun(folder / "again", adapter=folder / "run")
 
     verify(VerifyConfig(folder=folder))
