@@ -100,10 +100,17 @@ class Teacher:
         self._decay = ema_decay
         frozen = name == "base" and adapter is None and other is None
         self._copy = copy.deepcopy(model).requires_grad_(False).eval() if frozen else other
-        self._continued = continued and name == "base" and other is None
+        self._continued = continued and name == "base" and other is None and adapter is not None
         self._start = self._adapter_now()
         averaged = effective_weights(model, adapter) if name == "ema" else ()
         self.average: Mapping[str, Tensor] = {weight: tensor.detach().clone() for weight, tensor in averaged}
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, student: LoadedModel, adapter: PeftModel | None, other: LoadedModel | None
+    ) -> Teacher:
+        options: Any = {"continued": student.info.adapter is not None, "other": other and other.model}
+        return cls(config.teacher, student.model, adapter, config.ema_decay, **options)
 
     def shard(self, ranks: Ranks) -> None:
         """Under FSDP2, shard the frozen copy, or that of the adapter, like the student."""

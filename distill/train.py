@@ -87,10 +87,8 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         tasks = training_tasks(config, manifest, loaded, max_new_tokens=sampling.max_new_tokens)
         other = load_teacher(config, loaded, tasks, sampling.max_new_tokens)
         torch.manual_seed(config.seed)
-        start = manifest.header.adapter(config.adapter)
-        model, adapter = make_student(config, loaded, start)
-    teaching: Any = {"continued": start is not None, "other": other and other.model}
-    teacher = Teacher(config.teacher, model, adapter, config.ema_decay, **teaching)
+        model, adapter = make_student(config, loaded, manifest.header.adapter(config.adapter))
+    teacher = Teacher.of(config, loaded, adapter, other)
     ranks.shard(model)
     teacher.shard(ranks)
     forward = TrainingForward.of(config, model)
@@ -103,7 +101,6 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     sampler = StudentSampler(config, loaded, model, adapter, ranks, done)
 
     ranks.on_main(lambda: describe_checkpoints(config, manifest, loaded, model, adapter))
-
     with MetricsLog(config, done, ranks, timer) as log:
         development, stop = None, None
         if config.dev_questions is not None:
@@ -121,8 +118,8 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             pairs = [(batch[rollout.question_id], rollout) for rollout in rollouts]
             left_out = agreeing(manifest, rollouts) if config.on_disagreeing else set()
             learned = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks, left_out)
-            metrics = {"step": step, "learning_rate": rate_of_step(step), **sampler.updated(step), **learned}
-            metrics |= manifest.counts(batch)
+            metrics: dict[str, Any] = {"step": step, "learning_rate": rate_of_step(step), **sampler.updated(step)}
+            metrics |= learned | manifest.counts(batch)
             with ranks.together():
                 check_finite(metrics, list(batch))
             if development is not None and config.saves_after(step):

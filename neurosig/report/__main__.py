@@ -45,6 +45,9 @@ class ReportConfig(CommonConfig):
     adapter: Path | None = None
     """Refuse a manifest that was not made by this adapter: folder of a distill.train run, its adapter/ or one of its
     checkpoints/step-N."""
+    against: Path | None = None
+    """Manifest of the same questions from the model after training: the page then shows how answers, scores and the
+    probe's neurons changed."""
     out: Path | None = None
     """Folder of report.html, the CSV files and probe.safetensors; default: MANIFEST/report."""
     questions: tuple[str, ...] = ()
@@ -69,6 +72,7 @@ def main(config: ReportConfig) -> None:
     from neurosig.exported import Exported, join_gold
     from neurosig.hallucination.locate import write_neurons
     from neurosig.manifest import HEADER
+    from neurosig.report.against import against
     from neurosig.report.data import layer_profile, question_level, rollout_level
     from neurosig.report.html import render
     from neurosig.report.patterns import patterns
@@ -108,9 +112,12 @@ def main(config: ReportConfig) -> None:
             located = locate(exported, seed=config.seed, quiet=config.quiet)
         with timer.phase("cluster"):
             clustered = patterns(exported, seed=config.seed)
+        with timer.phase("compare"):
+            compared = None if config.against is None else against(exported, config.against, gold, analysis)
         with timer.phase("write"):
             page = _page(config, exported, levels, tables, lacking, layers, located, clustered, gold, analysis)
-            page |= {"folds": folds, "permutations": config.permutations}
+            page |= {"folds": folds, "permutations": config.permutations, "against": compared}
+            page["most_neurons"] = config.neurons
             page["findings"] += [folds.sentence] if folds.rows else []
             out = config.manifest / "report" if config.out is None else config.out
             out.mkdir(parents=True, exist_ok=True)
