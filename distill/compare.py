@@ -166,7 +166,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _source_domains(config: CompareConfig, base: Mapping[str, Any]) -> list[str]:
-    from neurosig.models.trained import RECORD
+    from neurosig.models.run_folder import RECORD
 
     if config.train is None:
         return [base["domains"][0]]

@@ -13,6 +13,7 @@ from neurosig.options import SamplerOptions
 from neurosig.questions.columns import parse_fields
 from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.extras import check_installed
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Above0, AtLeast, Shapes, option_names
 
@@ -33,12 +34,16 @@ class TrainConfig(SamplerOptions):
         "nopsd"
     )
     """nopsd: Neuron-OPSD; the others are baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
-    manifest: Annotated[Path, Shapes.TRAINING]
-    """Folder written by neurosig.export."""
+    manifest: Annotated[tuple[Path, ...] | Path, Shapes.TRAINING]
+    """Folders written by neurosig.export, of the same model and prompts: all of their questions are trained on."""
+    manifest_weights: Annotated[tuple[float, ...], Shapes.TRAINING] = ()
+    """Factor of each manifest on its questions' weights in the loss, in the order of --manifest; default: 1 each."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of metrics.jsonl, checkpoints/ and the final adapter/ (or model/)."""
     model: Annotated[str | None, Shapes.MODEL] = None
     """Load the model from here instead of the id in the manifest; the weights must match."""
+    adapter: Annotated[Path | None, Shapes.MODEL] = None
+    """Where the manifest's adapter is, if not where it was: training continues it, with its rank and targets."""
     allow_model_mismatch: Annotated[bool, Shapes.TRAINING] = False
     """Train although the weights are not those that made the manifest; the run record says so."""
     resume: Annotated[bool, Shapes.PLACE, Section.OUTPUT] = False
@@ -90,8 +95,11 @@ class TrainConfig(SamplerOptions):
     """Scale LoRA by alpha / sqrt(r) instead of alpha / r (rank-stabilised LoRA)."""
 
     teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION, Section.LOSS] = "base"
-    """base: the model before training; live: the current student, a target that moves away as fast as it is followed;
-    ema: a moving average of the student's weights."""
+    """base: the model before training, the manifest's adapter included; live: the current student, a target that moves
+    away as fast as it is followed; ema: a moving average of the student's weights."""
+    teacher_model: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION] = None
+    """Another model with the same tokenizer as the teacher (hub id or folder), frozen, in --dtype on the student's
+    device. It also sees the context. Memory: its weights, and its keys and values, besides the student's."""
     ema_decay: Annotated[float, Shapes.TRAINING] = 0.99
     """Share of its own weights that the ema teacher keeps per step, 0 to below 1."""
     divergence: Annotated[
@@ -207,6 +215,11 @@ class TrainConfig(SamplerOptions):
             raise UserError("--divergence sampled_token scores one entry per token; leave out --topk and --clip")
 
     @property
+    def manifests(self) -> tuple[Path, ...]:
+        """The folders of ``--manifest``."""
+        return (self.manifest,) if isinstance(self.manifest, Path) else self.manifest
+
+    @property
     def on_disagreeing(self) -> bool:
         """Whether rollouts that agree with the majority leave the loss."""
         return self.method == "u-opsd" or self.loss_on == "disagreeing"
@@ -252,13 +265,16 @@ def check_options(config: TrainConfig) -> None:
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise UserError("--attn-implementation flash_attention_2: the package flash-attn is not installed; use sdpa")
     for name in config.report_to:
-        if find_spec(name) is None:
-            raise UserError(f"--report-to {name}: not installed; run `pip install 'neurosig[trackers]'`")
+        check_installed(f"--report-to {name}", name)
     if "wandb" in config.report_to:
         _check_login()
     _check_method(config)
     if config.replay is not None and config.teacher == "live":
         raise UserError("--replay teaches nothing with --teacher live, which sees the same prompt; choose base or ema")
+    if config.teacher_model is not None and (config.teacher != "base" or config.replay is not None):
+        raise UserError(
+            "--teacher-model is a frozen teacher; leave out --teacher, and --replay, which the student teaches"
+        )
     if config.sampler == "openai" or config.base_url is not None:
         _check_server_options(config)
 
@@ -294,8 +310,8 @@ def _check_method(config: TrainConfig) -> None:
     for field in fields(TrainConfig):
         if field.name in unknown and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name.replace('_', '-')}: --method {method} has no such option; leave it out")
-    if method in BASELINES and find_spec("trl") is None:
-        raise UserError(f"--method {method}: TRL is not installed; run `pip install 'neurosig[baselines]'`")
+    if method in BASELINES:
+        check_installed(f"--method {method}", "trl")
     if method in ("ttrl", "intuitor") and config.num_generations < 2:
         raise UserError(f"--num-generations: --method {method} compares rollouts, expected at least 2")
     if method in ("ttrl", "intuitor") and config.temperature == 0:

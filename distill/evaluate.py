@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from neurosig.models.trained import as_trained, count_trained_on, trained_folders, trained_from, trained_template
+from neurosig.models.trained import as_trained, count_trained_on, load_as_trained, trained_folders, trained_from
 from neurosig.options import ORGANISM, QWEN3_4B, QWEN3_4B_THINKING, EvalOptions, RolloutOptions
 from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
@@ -53,7 +53,8 @@ class EvaluateConfig(RolloutOptions, EvalOptions):
     model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
     """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
     adapter: Annotated[Path | None, Shapes.MODEL] = None
-    """LoRA adapter folder written by distill.train, evaluated with the prompts and answer format of its training."""
+    """Folder of a distill.train run, its adapter/ or one of its checkpoints/step-N, evaluated with the prompts and
+    answer format of its training."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (optionally :train, :dev, :test), file, folder or hf:ORG/NAME[/SET]; several are allowed."""
     split: Annotated[Literal["train", "dev", "test", "all"], Shapes.ROLLOUTS] = "test"
@@ -122,15 +123,15 @@ def _evaluate(config: EvaluateConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             )
         questions = _questions(config)
         with timer.phase("load"):
-            loaded, adapter_sha256 = _load(config, ranks.device or config.device)
+            loaded = load_as_trained(config, ranks.device or config.device)
     with timer.phase("score" if scored else "sample"):
-        groups = _rollouts(config, loaded, questions, adapter_sha256, timer, ranks)
+        groups = _rollouts(config, loaded, questions, timer, ranks)
     with ranks.together():
         if not ranks.main:
             return
         with timer.phase("score"):
             rows, summary = _judged(config, loaded, questions, groups)
-        _write(config, loaded, adapter_sha256, questions, groups, rows, summary)
+        _write(config, loaded, questions, groups, rows, summary)
     for domain, block in summary.items():
         if scored:
             values = f"accuracy {block['accuracy']['estimate']:.3f} (chance {block['chance']:.3f})"
@@ -199,23 +200,10 @@ def _questions(config: EvaluateConfig) -> list[Question]:
     return questions
 
 
-def _load(config: EvaluateConfig, device: str | None) -> tuple[LoadedModel, str | None]:
-    """The model as trained, and the hash of the adapter's weights."""
-    from neurosig.models.adapter import apply_adapter
-    from neurosig.models.load import load_model
-
-    loaded = load_model(config.model, dtype=config.dtype, device=device, template=config.template)
-    template = trained_template(trained_folders(config.model, config.adapter), loaded.info.chat_template_sha256)
-    if template is not None:
-        loaded = load_model(config.model, dtype=config.dtype, device=device, template=template)
-    return loaded, None if config.adapter is None else apply_adapter(loaded, config.adapter)
-
-
 def _rollouts(
     config: EvaluateConfig,
     loaded: LoadedModel,
     questions: Sequence[Question],
-    adapter_sha256: str | None,
     timer: PhaseTimer,
     ranks: Ranks,
 ) -> dict[str, list[Rollout]]:
@@ -229,7 +217,6 @@ def _rollouts(
     choices = {name: getattr(config, name) for name in ("scoring", "choice_form", "mutual_info")}
     key = {
         "model": loaded.info.as_dict(),
-        "adapter": adapter_sha256,
         **config.prompt_config().as_dict(),
         **(choices if scored else config.sampling_config().as_dict()),
         "questions": [question.text_sha256 for question in questions],
@@ -258,7 +245,6 @@ def _rollouts(
 def _write(
     config: EvaluateConfig,
     loaded: LoadedModel,
-    adapter_sha256: str | None,
     questions: Sequence[Question],
     groups: Mapping[str, Sequence[Rollout]],
     rows: Sequence[Mapping[str, Any]],
@@ -272,7 +258,7 @@ def _write(
         "questions_sha256": questions_sha256(questions),
         "model": loaded.info.as_dict(),
         "trained_from": trained_from(config.model),
-        "adapter_sha256": adapter_sha256,
+        "adapter_sha256": loaded.info.adapter,
         "config": config_record(config),
         "answers": config.answer_reader(loaded).record(),
         "run": run_record(),

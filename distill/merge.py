@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from neurosig.models.trained import RECORD, TRAINED_ON, training_record
+from neurosig.models.run_folder import RECORD, find_adapter, read_record
+from neurosig.models.trained import TRAINED_ON
 from neurosig.runtime.cli import CommonConfig, printable, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import Shapes
@@ -33,7 +34,7 @@ class MergeConfig(CommonConfig):
     """Write the model with an adapter merged into its weights, and print the loss of precision."""
 
     adapter: Annotated[Path, Shapes.MODEL]
-    """Adapter folder written by distill.train."""
+    """Folder of a distill.train run, its adapter/ or one of its checkpoints/step-N."""
     out: Annotated[Path, Shapes.PLACE]
     """Folder of the merged model."""
     model: Annotated[str | None, Shapes.MODEL] = None
@@ -70,7 +71,8 @@ def main(config: MergeConfig) -> None:
     from neurosig.models.load import load_model
     from neurosig.runtime.files import atomic_folder, disk_space, sha256_file
 
-    record = training_record(config.adapter)
+    found = find_adapter(config.adapter)
+    record = read_record(found.folder)
     base = config.model or (None if record is None else record["model"]["id"])
     if base is None:
         raise UserError(f"--adapter {config.adapter}: has no {RECORD} that names its base model; give --model")
@@ -78,7 +80,7 @@ def main(config: MergeConfig) -> None:
         raise UserError(f"--out {config.out}: exists; give --overwrite to replace it, or another folder")
     trained_in = "auto" if record is None else record["model"]["dtype"]
     loaded = load_model(base, dtype=trained_in, device=config.device)
-    read_adapter(loaded, config.adapter)
+    _, digest = read_adapter(loaded, config.adapter)
     kept = merge_weights(loaded, config.dtype)
     size = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
     with atomic_folder(config.out) as aside, disk_space(config.out, size, kept="nothing is written"):
@@ -86,10 +88,14 @@ def main(config: MergeConfig) -> None:
         loaded.tokenizer.save_pretrained(aside)
         if record is not None:
             weights = {file.name: sha256_file(file) for file in sorted(aside.glob("*.safetensors"))}
-            merged = {**record, "weights": weights, "merged": {"adapter": record["weights"], "dtype": config.dtype}}
+            merged = {
+                **record,
+                "weights": weights,
+                "merged": {"adapter": {found.file.name: digest}, "dtype": config.dtype},
+            }
             (aside / RECORD).write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-            if (config.adapter / TRAINED_ON).is_file():
-                shutil.copy(config.adapter / TRAINED_ON, aside / TRAINED_ON)
+            if (found.folder / TRAINED_ON).is_file():
+                shutil.copy(found.folder / TRAINED_ON, aside / TRAINED_ON)
     _report(config, kept)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.metrics_log import WANDB_ID
-from neurosig.models.trained import PROMPT_OPTIONS, RECORD, write_trained_on
+from neurosig.models.run_folder import RECORD
+from neurosig.models.trained import PROMPT_OPTIONS, TEMPLATE, trained_folders, write_trained_on
 from neurosig.runtime.cli import config_record, untimed
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import atomic_folder, disk_space, sha256_file, write_atomic
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from distill.config import TrainConfig
     from distill.distributed import Ranks
     from distill.metrics_log import Metrics
+    from neurosig.combined import Combined
     from neurosig.manifest import Manifest
     from neurosig.models.load import LoadedModel
 
@@ -46,13 +48,14 @@ _METHODS = {
 
 def write_final(
     config: TrainConfig,
-    manifest: Manifest,
+    manifest: Combined,
     loaded: LoadedModel,
     model: PreTrainedModel,
     adapter: PeftModel | None,
     history: Sequence[Metrics],
     question_ids: Sequence[Collection[str]],
     ranks: Ranks,
+    teacher: LoadedModel | None = None,
     kept: Mapping[str, Any] | None = None,
     stopped: Mapping[str, Any] | None = None,
 ) -> None:
@@ -60,7 +63,7 @@ def write_final(
 
     ``kept`` has the ``step`` of the weights, by default the last, and the ``reason``: the record's ``last``,
     ``updates`` and ``questions_seen`` and the card describe that step; the budget is what the whole run spent.
-    ``history`` holds the metrics and ``question_ids`` the questions of every step.
+    ``teacher`` is that of ``--teacher-model``; ``history`` has the metrics and ``question_ids`` the questions of steps.
 
     Raises:
         UserError: The disk is full; or the run is complete, but its upload failed.
@@ -82,26 +85,15 @@ def write_final(
             if adapter is None:
                 model.save_pretrained(aside, state_dict=weights)
             else:
-                lora, info = adapter.peft_config["default"], loaded.info
-                # peft finds the base model by hub id or folder
-                lora.base_model_name_or_path = info.id if info.revision is not None else str(model.name_or_path)
-                lora.revision = info.revision
                 adapter.save_pretrained(str(aside), save_embedding_layers=False, state_dict=weights)
             loaded.tokenizer.save_pretrained(aside)
-        rows = manifest.rows if config.questions_of == "all" else manifest.selected
-        used = {row.question_id for row in rows} | {item.question_id for row in rows for item in row.context}
-        write_trained_on(aside, [row.text_sha256 for row in manifest.rows if row.question_id in used])
-        options = manifest.header.options
+        write_questions(config, manifest, aside)
         record: dict[str, Any] = {
-            "config": config_record(config),
-            "manifest_sha256": manifest.header.content_sha256,
-            "prompt": {name: options[name] for name in PROMPT_OPTIONS if name in options},
-            "domains": sorted({row.domain for row in manifest.rows}),
-            "questions_selected": len(manifest.selected),
+            **training_record(config, manifest, loaded),
+            **({} if teacher is None else {"teacher": teacher.info.as_dict()}),
             "questions_seen": len({name for names in question_ids[: len(described)] for name in names}),
             "updates": sum(step["tokens_in_loss"] > 0 for step in described),
             "budget": budget,
-            "model": loaded.info.as_dict(),
             "weights": {file.name: sha256_file(file) for file in sorted(aside.glob("*.safetensors"))},
             "first": history[0],
             "last": described[-1],
@@ -122,6 +114,47 @@ def write_final(
     )  # fmt: skip
     if config.push_to_hub is not None:
         _push(target, config.push_to_hub)
+
+
+def describe_checkpoints(
+    config: TrainConfig, manifest: Combined, loaded: LoadedModel, model: PreTrainedModel, adapter: PeftModel | None
+) -> None:
+    """Write what makes a checkpoint a model: the adapter's configuration, the training's prompts and its questions."""
+    folder = config.out / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    if adapter is not None:
+        lora, info = adapter.peft_config["default"], loaded.info
+        # peft finds the base model by hub id or folder
+        lora.base_model_name_or_path = info.id if info.revision is not None else str(model.name_or_path)
+        lora.revision = info.revision
+        lora.save_pretrained(str(folder))
+    if loaded.tokenizer.chat_template is not None:
+        write_atomic(folder / TEMPLATE, str(loaded.tokenizer.chat_template))
+    write_questions(config, manifest, folder)
+    write_atomic(folder / RECORD, json.dumps(training_record(config, manifest, loaded), indent=1) + "\n")
+
+
+def training_record(config: TrainConfig, manifest: Combined, loaded: LoadedModel) -> dict[str, Any]:
+    """What is known before training; a checkpoint is evaluated by it as the finished run is by ``train.json``."""
+    options = manifest.header.options
+    return {
+        "config": config_record(config),
+        "manifest_sha256": manifest.header.content_sha256,
+        **({"manifests": several} if (several := manifest.record()) else {}),
+        "prompt": {name: options[name] for name in PROMPT_OPTIONS if name in options},
+        "domains": sorted({row.domain for row in manifest.rows}),
+        "questions_selected": len(manifest.selected),
+        "model": loaded.info.as_dict(),
+    }
+
+
+def write_questions(config: TrainConfig, manifest: Manifest, folder: Path) -> None:
+    """Write the hashes of the questions of this training, and of those before it."""
+    rows = manifest.rows if config.questions_of == "all" else manifest.selected
+    used = {row.question_id for row in rows} | {item.question_id for row in rows for item in row.context}
+    header = manifest.header
+    earlier = trained_folders(config.model or header.model["id"], header.adapter(config.adapter))
+    write_trained_on(folder, [row.text_sha256 for row in manifest.rows if row.question_id in used], earlier)
 
 
 def token_budget(manifest: Manifest, history: Sequence[Metrics]) -> dict[str, int]:

@@ -197,7 +197,8 @@ def _backward(
         prompts = [row.task.student_prompt for row in batch]
         with forward.active(), autocast(config, model):
             student_hidden = completion_hidden(model, prompts, completions)
-        head, device = head_weight(model), student_hidden.device
+        heads = [head_weight(one) for one in (model, teacher_model)]
+        rows, device = min(map(len, heads)), student_hidden.device  # one family may pad its heads differently
         token_ids = torch.tensor([token for ids in completions for token in ids], device=device)
         position = torch.cat([torch.arange(len(ids)) for ids in completions]).to(device)
         length = torch.tensor([len(ids) for ids in completions], device=device)
@@ -206,8 +207,8 @@ def _backward(
         output = chunked_divergence(
             student_hidden,
             teacher_hidden,
-            head,
-            head,
+            heads[0][:rows],
+            heads[1][:rows],
             _divergence(config, model),
             token_ids=token_ids,
             weights=in_loss * weight,

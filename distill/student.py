@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.distributed import Ranks, decoder_layers
 from distill.served_student import ServedStudent
-from neurosig.models.adapter import LearningDropout, lora_targets
+from neurosig.models.adapter import LearningDropout, lora_targets, read_adapter
 from neurosig.models.prefix import on_a_copy
+from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.packed_weights import WeightOf, own_weight, packs
 from neurosig.sampling.rollouts import Rollout
@@ -29,15 +32,22 @@ if TYPE_CHECKING:
     from distill.tasks import Task
     from neurosig.models.load import LoadedModel
 
+logger = logging.getLogger(__name__)
 
-def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedModel, PeftModel | None]:
+
+def make_student(
+    config: TrainConfig, loaded: LoadedModel, start: Path | None = None
+) -> tuple[PreTrainedModel, PeftModel | None]:
     """Make the loaded model trainable in place: LoRA as the options say, or every weight but the embeddings.
+
+    ``start`` is an adapter that training continues, with its own rank and targets; under ``--full`` it is in the
+    weights already. In bfloat16 a merged start would lose most of the adapter's change.
 
     Returns:
         The model with its adapter layers, and the peft wrapper around it, ``None`` under full fine-tuning.
 
     Raises:
-        UserError: See `neurosig.models.adapter.lora_targets`.
+        UserError: See `neurosig.models.adapter.lora_targets`; or an option contradicts ``start``.
     """
     model = loaded.model
     if model.device.type == "cuda" and _product_dtype(config, model).itemsize < 4:
@@ -49,8 +59,11 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
         model.get_output_embeddings().requires_grad_(False)
         return model, None
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora import LoraLayer
 
+    if start is not None:
+        adapter, _ = read_adapter(loaded, start, trainable=True)
+        _check_continued(config, adapter.peft_config["default"], start)
+        return model, _with_dropout(config, adapter)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -61,10 +74,28 @@ def make_student(config: TrainConfig, loaded: LoadedModel) -> tuple[PreTrainedMo
     )
     adapter = get_peft_model(model, lora)
     adapter.eval()
+    return model, _with_dropout(config, adapter)
+
+
+def _check_continued(config: TrainConfig, lora: Any, start: Path) -> None:
+    """Refuse explicit options of another adapter than the one that training continues."""
+    own = {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_rslora": lora.use_rslora}
+    for name, value in own.items():
+        if config.is_explicit(name) and getattr(config, name) != value:
+            raise UserError(f"--{name.replace('_', '-')}: training continues {start}, which has {value}; leave it out")
+    if config.is_explicit("lora_targets"):
+        raise UserError(f"--lora-targets: training continues {start}, which has its own; leave it out")
+    lora.lora_dropout = config.lora_dropout
+    logger.info("continuing the adapter %s (r=%d, alpha=%g)", start, lora.r, lora.lora_alpha)
+
+
+def _with_dropout(config: TrainConfig, adapter: PeftModel) -> PeftModel:
+    from peft.tuners.lora import LoraLayer
+
     for module in adapter.modules() if config.lora_dropout else ():
         if isinstance(module, LoraLayer):
             module.lora_dropout["default"] = LearningDropout(config.lora_dropout)
-    return model, adapter
+    return adapter
 
 
 @torch.no_grad()

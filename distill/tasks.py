@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neurosig.manifest import Header, Manifest, QuestionRow
+from neurosig.combined import Combined, combine
+from neurosig.manifest import Header, Manifest, QuestionRow, read_manifest
 from neurosig.models.load import LoadedModel, load_model
+from neurosig.models.run_folder import find_adapter
 from neurosig.questions.load import load_questions
 from neurosig.questions.prompts import (
     PRIVILEGED_WORDING,
@@ -20,6 +22,7 @@ from neurosig.questions.prompts import (
     privileged_question,
 )
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.files import sha256_file
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.rollouts import Rollout, write_rollouts
 
@@ -45,13 +48,19 @@ class Task:
 
 
 def load_student(config: TrainConfig, manifest: Manifest, device: str | None) -> LoadedModel:
-    """Load the manifest's model, or the one of ``--model``.
+    """Load the manifest's model, or the one of ``--model``; under ``--full`` with the manifest's adapter merged.
 
     Raises:
-        UserError: It did not make the manifest, and ``--allow-model-mismatch`` is off (else a warning);
+        UserError: It did not make the manifest, and ``--allow-model-mismatch`` is off (else a warning); GRPO's KL
+            reference would be the model without the manifest's adapter;
             ``--answer-parser`` is not the manifest's; or see `neurosig.models.load.load_model`.
     """
-    header = manifest.header
+    header, start = manifest.header, manifest.header.adapter(config.adapter)
+    if start is not None and not config.full and config.method in ("ttrl", "intuitor"):
+        raise UserError(
+            f"--method {config.method}: its KL reference is the model without an adapter, but {start} made the "
+            "manifest; merge it (python -m distill.merge) and export again, or train with --full"
+        )
     if config.answer_parser is not None:
         header.answer_reader(config.answer_parser)
     loaded = load_model(
@@ -60,7 +69,10 @@ def load_student(config: TrainConfig, manifest: Manifest, device: str | None) ->
         device=device,
         attn_implementation=config.attn_implementation,
         template=header.options["template"],
+        adapter=start if config.full else None,
     )
+    if start is not None and not config.full:  # `distill.student.make_student` continues it
+        loaded = replace(loaded, info=replace(loaded.info, adapter=sha256_file(find_adapter(start).file)))
     for difference in header.differences(loaded.info):
         message = f"the manifest was made by {header.model['id']}, not by {loaded.info.id}: {difference}"
         if not config.allow_model_mismatch:
@@ -108,7 +120,20 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
         question = by_id[row.question_id]
         shown = privileged_question(question, teacher.config, wording)
         tasks.append(Task(question.id, student.student(question), teacher.teacher(shown, context), row.weight))
-    return _fitting(tasks, loaded, max_new_tokens)
+    return check_prompts(tasks, loaded, max_new_tokens)
+
+
+def read_manifests(config: TrainConfig) -> Combined:
+    """All questions of ``--manifest``.
+
+    Raises:
+        UserError: See `neurosig.manifest.read_manifest`, `neurosig.combined.combine` and `check_majority_context`.
+    """
+    manifests = [read_manifest(folder) for folder in config.manifests]
+    for manifest in manifests if config.method == "u-opsd" else ():
+        check_majority_context(manifest)
+    given = [name for name in ("temperature", "max_new_tokens") if getattr(config, name) is not None]
+    return combine(manifests, config.manifest_weights, free=given)
 
 
 def trained_rows(manifest: Manifest) -> list[QuestionRow]:
@@ -140,7 +165,7 @@ def replay_tasks(
     builder = PromptBuilder(loaded.tokenizer, wording)
     prompts = {question.id: builder.student(question) for question in load_questions(source, fields=fields)}
     tasks = [Task(f"replay:{name}", prompt, prompt, weight, replay=True) for name, prompt in prompts.items()]
-    return _fitting(tasks, loaded, max_new_tokens)
+    return check_prompts(tasks, loaded, max_new_tokens)
 
 
 def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
@@ -150,17 +175,21 @@ def sampling_config(config: TrainConfig, manifest: Manifest) -> SamplingConfig:
     return manifest.header.sampling_config(num_generations=config.num_generations, seed=config.seed, **changes)
 
 
-def _fitting(tasks: list[Task], loaded: LoadedModel, max_new_tokens: int) -> list[Task]:
-    """The tasks, all of whose prompts leave room for the completion."""
+def check_prompts(tasks: Sequence[Task], loaded: LoadedModel, max_new_tokens: int) -> list[Task]:
+    """The tasks, all of whose prompts leave room for the completion.
+
+    Raises:
+        UserError: One does not.
+    """
     for task in tasks:
         for who, prompt in (("student", task.student_prompt), ("teacher", task.teacher_prompt)):
             if len(prompt) + max_new_tokens > loaded.max_length:
                 raise UserError(
                     f'question "{task.id}": the {who} prompt of {len(prompt)} tokens and {max_new_tokens} new tokens '
-                    f"exceed the model's {loaded.max_length} positions; lower --max-new-tokens or export with fewer "
-                    "--num-demonstrations"
+                    f"exceed the {loaded.max_length} positions of {loaded.info.id}; lower --max-new-tokens or export "
+                    "with fewer --num-demonstrations"
                 )
-    return tasks
+    return list(tasks)
 
 
 def check_majority_context(manifest: Manifest) -> None:

@@ -15,18 +15,18 @@ vocabulary, a frozen base teacher, cut-off rollouts left out of the loss.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.config import BASELINES, BASIS, PRESETS, TrainConfig, check_options, resume_key
 from distill.metrics_log import METRICS, MetricsLog, check_finite
-from distill.output import write_final
-from neurosig.models.trained import RECORD
-from neurosig.runtime.cli import PhaseTimer, run_command
+from distill.output import describe_checkpoints, write_final
+from neurosig.models.run_folder import RECORD
+from neurosig.runtime.cli import run_command
 from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from distill.distributed import Ranks
     from distill.stopping import Development
+    from neurosig.runtime.cli import PhaseTimer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 def main(config: TrainConfig) -> None:
     """Run the training described by ``config``."""
     from distill.distributed import launched
-    from neurosig.runtime.folder import command_folder
+    from neurosig.runtime.folder import run_in_folder
 
     ranks = launched(config)
     with ranks.together():
@@ -51,18 +52,12 @@ def main(config: TrainConfig) -> None:
             logger.info("preset %s: %s", config.preset, basis)
     owned = [METRICS, RECORD, "development.jsonl", "checkpoints", "adapter", "model", ".final", "served"]
     owned += ["rollouts", "tensorboard", "wandb"]
-    with contextlib.ExitStack() as stack:
-        folder = command_folder(config, finished=RECORD, owned=owned)
-        if ranks.on_main(lambda: stack.enter_context(folder)):
-            logger.info("%s: already complete", config.out)
-        else:
-            if config.method in BASELINES:
-                from distill.baselines.trl import train_baseline as run
-            else:
-                run = _distil
-            with PhaseTimer() as timer:
-                run(config, timer, ranks)
-        ranks.close()
+    if config.method in BASELINES:
+        from distill.baselines.trl import train_baseline as run
+    else:
+        run = _distil
+    run_in_folder(config, partial(run, ranks=ranks), finished=RECORD, owned=owned, ranks=ranks)
+    ranks.close()
 
 
 def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
@@ -75,27 +70,25 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from distill.student import StudentSampler, TrainingForward, make_student
     from distill.tasks import (
         agreeing,
-        check_majority_context,
         keep_rollouts,
         load_student,
         question_ids,
+        read_manifests,
         sampling_config,
         tasks_of_step,
         training_tasks,
     )
-    from distill.teacher import Teacher
-    from neurosig.manifest import read_manifest
+    from distill.teacher import Teacher, load_teacher
 
     with ranks.together(), timer.phase("load"):
-        manifest = read_manifest(config.manifest)
-        if config.method == "u-opsd":
-            check_majority_context(manifest)
+        manifest = read_manifests(config)
         loaded = load_student(config, manifest, ranks.device or config.device)
         sampling, opens = sampling_config(config, manifest), bool(manifest.header.answers["prompt_opens_thought"])
         tasks = training_tasks(config, manifest, loaded, max_new_tokens=sampling.max_new_tokens)
+        other = load_teacher(config, loaded, tasks, sampling.max_new_tokens)
         torch.manual_seed(config.seed)
-        model, adapter = make_student(config, loaded)
-    teacher = Teacher(config.teacher, model, adapter, config.ema_decay)
+        model, adapter = make_student(config, loaded, manifest.header.adapter(config.adapter))
+    teacher = Teacher.of(config, loaded, adapter, other)
     ranks.shard(model)
     teacher.shard(ranks)
     forward = TrainingForward.of(config, model)
@@ -107,6 +100,7 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     done = load_newest(folder, parameters, optimizer, key, **state)
     sampler = StudentSampler(config, loaded, model, adapter, ranks, done)
 
+    ranks.on_main(lambda: describe_checkpoints(config, manifest, loaded, model, adapter))
     with MetricsLog(config, done, ranks, timer) as log:
         development, stop = None, None
         if config.dev_questions is not None:
@@ -124,7 +118,8 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             pairs = [(batch[rollout.question_id], rollout) for rollout in rollouts]
             left_out = agreeing(manifest, rollouts) if config.on_disagreeing else set()
             learned = learn(config, model, teacher, optimizer, pairs, forward, timer, ranks, left_out, opens)
-            metrics = {"step": step, "learning_rate": rate_of_step(step), **sampler.updated(step), **learned}
+            metrics: dict[str, Any] = {"step": step, "learning_rate": rate_of_step(step), **sampler.updated(step)}
+            metrics |= learned | manifest.counts(batch)
             with ranks.together():
                 check_finite(metrics, list(batch))
             if development is not None and config.saves_after(step):
@@ -144,7 +139,7 @@ def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     with ranks.together():
         chosen = _choose_weights(config, len(log.history), stop, development, folder, parameters)
     seen = question_ids(config, tasks, len(log.history))
-    write_final(config, manifest, loaded, model, adapter, log.history, seen, ranks, **chosen)
+    write_final(config, manifest, loaded, model, adapter, log.history, seen, ranks, teacher=other, **chosen)
 
 
 def _choose_weights(

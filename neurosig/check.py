@@ -15,7 +15,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from neurosig.neurons.config import TraceConfig, check_set_size
 from neurosig.runtime.cli import CommonConfig, progress, run_command
@@ -45,6 +46,8 @@ class CheckConfig(CommonConfig):
 
     model: str
     """Hub id, folder, GGUF file, or smollm2-135m (embedded)."""
+    adapter: Path | None = None
+    """Check a trained model: folder of a distill.train run, its adapter/ or one of its checkpoints/step-N."""
     questions: tuple[str, ...] = ()
     """Bundled set (such as world-facts:dev) or file of questions; default: four sentences to continue."""
     fields: tuple[str, ...] = ()
@@ -86,7 +89,8 @@ def main(config: CheckConfig) -> None:
         if value <= 0:
             raise UserError(f"{flag} {value}: give at least 1")
     check_set_size("--set-size", config.set_size)
-    loaded = load_model(config.model, dtype=config.dtype, device=config.device, template=config.template)
+    where: Any = {"dtype": config.dtype, "device": config.device, "template": config.template}
+    loaded = load_model(config.model, **where, adapter=config.adapter)
     sites = ffn_sites(loaded.model)
     tolerance = TOLERANCE[loaded.info.dtype] if config.tolerance is None else config.tolerance
     prompts, completions = _rollouts(config, loaded)
@@ -221,7 +225,7 @@ def _description(loaded: LoadedModel, sites: FFNSites) -> str:
     wide = head.shape[1] == sites.d_model
     rows = {
         "model": f"{info.id}: {type(model).__name__} ({model.config.model_type}), {info.dtype}, "
-        f"{info.attn_implementation} attention",
+        f"{info.attn_implementation} attention" + (f", adapter {info.adapter[:12]}" if info.adapter else ""),
         "layers": f"{sites.n_layers}, {sites.blocks[0]} to {sites.blocks[-1]}",
         "d_mlp": f"{sites.d_mlp} neurons per layer, {sites.n_layers * sites.d_mlp:,} in all",
         "d_model": f"{sites.d_model}",

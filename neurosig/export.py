@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurosig.export_config import PRESETS, ExportConfig
+from neurosig.models.trained import as_trained, load_as_trained, trained_folders
 from neurosig.runtime.cli import PhaseTimer, config_record, printable, progress, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
@@ -48,11 +49,16 @@ WORK = ".work"
 
 
 def main(config: ExportConfig) -> None:
-    """Run the export described by ``config``; processes that a launcher started share sampling and tracing."""
+    """Run the export described by ``config``; processes that a launcher started share sampling and tracing.
+
+    A trained model is asked, and its answers are read, as in its training.
+    """
     from neurosig.manifest import FILES, HEADER
     from neurosig.runtime.ranks import Ranks
 
     ranks = Ranks.launched(config.device)
+    with ranks.together():
+        config = as_trained(config, trained_folders(config.model, config.adapter))
     export = partial(_export, ranks=ranks)
     run_in_folder(config, export, finished=HEADER, owned=(HEADER, *FILES, WORK), temporary=WORK, ranks=ranks)
     ranks.close()
@@ -60,7 +66,6 @@ def main(config: ExportConfig) -> None:
 
 def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from neurosig.hallucination.groups import fold_groups
-    from neurosig.models.load import load_model
     from neurosig.neurons.signals_file import load_shards
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
@@ -80,7 +85,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         groups_of_folds = fold_groups(questions, config.probe_groups)
         with timer.phase("load model"):
             device = ranks.device or config.device
-            loaded = load_model(config.model, dtype=config.dtype, device=device, template=config.template)
+            loaded = load_as_trained(config, device)
         builder, teacher = (
             PromptBuilder(loaded.tokenizer, wording)
             for wording in (config.prompt_config(), config.teacher_prompt_config())
@@ -240,6 +245,7 @@ def _trace(
 
     with ranks.together():
         tracer = NeuronTracer(loaded.model, config.trace_config())
+    weights = f"{loaded.info.weights}{loaded.info.adapter or ''}"
     flat = [
         (prompts[name].token_ids, rollout.completion_ids_without_eos, rollout.positions(config.trace))
         for name, group in groups.items()
@@ -251,7 +257,7 @@ def _trace(
             bar.update(rollouts)
             timer.add_tokens("trace", tokens)
 
-        return trace_to_shards(tracer, flat, work, str(loaded.info.weights), advance=advance, ranks=ranks)
+        return trace_to_shards(tracer, flat, work, weights, advance=advance, ranks=ranks)
 
 
 def _signals(

@@ -30,6 +30,9 @@ class ExportConfig(RolloutOptions):
 
     model: Annotated[str, Shapes.MODEL, Section.QUESTIONS]
     """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
+    adapter: Annotated[Path | None, Shapes.MODEL] = None
+    """Look at a trained model: folder of a distill.train run, its adapter/ or one of its checkpoints/step-N. Training
+    on the manifest then continues this adapter."""
     questions: Annotated[tuple[str, ...], Shapes.ROLLOUTS]
     """Bundled set (world-facts, geography, language, chemistry, procedures, organism-facts; optionally :train, :dev,
     :test), file (.jsonl, .parquet, .json, .csv, .tsv; the texts also as .gz or .zst), folder, or hf:ORG/NAME or

@@ -172,6 +172,11 @@ class Header(Strict):
         own = self.options["teacher_thinking"], self.options["demonstration_thoughts"]
         return teacher_config(self.prompt_config(), *own)
 
+    def adapter(self, given: Path | None = None) -> Path | None:
+        """Where the adapter is that made the manifest: ``given``, or where it was; ``None`` if there was none."""
+        recorded = self.options.get("adapter")
+        return given if given is not None or recorded is None else Path(recorded)
+
     def sampling_config(self, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
         """The export's sampling options with another K and seed, and with ``changes``."""
         names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
@@ -179,13 +184,14 @@ class Header(Strict):
         return SamplingConfig(num_generations=num_generations, seed=seed, **options)
 
     def differences(self, model: ModelInfo) -> list[str]:
-        """What of ``model`` is not that of the model that made the manifest: weights, tokenizer, chat template."""
+        """What of ``model`` is not of the model that made the manifest: weights, adapter, tokenizer, chat template."""
 
         def short(digest: Mapping[str, str] | str | None) -> str:
             return str(next(iter(digest.values()), None) if isinstance(digest, Mapping) else digest)[:12]
 
         pairs = (
             ("weights", self.model["weights"], model.weights),
+            ("adapter", self.model.get("adapter"), model.adapter),
             ("tokenizer", self.tokenizer["sha256"], model.tokenizer_sha256),
             ("chat template", self.tokenizer["chat_template_sha256"], model.chat_template_sha256),
         )

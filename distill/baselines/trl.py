@@ -52,10 +52,10 @@ from distill.config import TrainConfig, resume_key
 from distill.distributed import Ranks
 from distill.metrics_log import MetricsLog, rollout_metrics
 from distill.optimizer import learning_rates, make_optimizer
-from distill.output import write_final
+from distill.output import describe_checkpoints, write_final
 from distill.student import make_student
-from distill.tasks import load_student, questions_of_step, sampling_config, trained_rows
-from neurosig.manifest import Manifest, read_manifest
+from distill.tasks import load_student, questions_of_step, read_manifests, sampling_config, trained_rows
+from neurosig.manifest import Manifest
 from neurosig.models.load import LoadedModel
 from neurosig.questions.prompts import PromptBuilder
 from neurosig.runtime.cli import PhaseTimer
@@ -79,13 +79,13 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
     disable_progress_bars()
     process = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
     with timer.phase("load"):
-        manifest = read_manifest(config.manifest)
+        manifest = read_manifests(config)
         loaded = load_student(config, manifest, _device(config, process))
     sampling = sampling_config(config, manifest)
     prompts = question_prompts(manifest, loaded, config, sampling)
     torch.manual_seed(config.seed)
     disable_dropout_in_model(loaded.model)
-    model, adapter = make_student(config, loaded)
+    model, adapter = make_student(config, loaded, manifest.header.adapter(config.adapter))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(config, parameters.values())
     reference = copy.deepcopy(model).requires_grad_(False) if config.full and config.method != "lmsi" else None
@@ -97,6 +97,7 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
     else:
         plan = plan_steps(config, list(prompts), config.questions_per_step)
         batches = Rollouts(config, manifest, loaded, model, adapter, sampling, prompts, plan, done, timer)
+    ranks.on_main(lambda: describe_checkpoints(config, manifest, loaded, model, adapter))
     with MetricsLog(config, done, ranks, timer) as log:
         if done < config.steps:
             trainer = _trainer(config, batches, loaded, optimizer, reference, done)

@@ -106,7 +106,8 @@ def main(config: ContextsConfig) -> None:
     manifest = read_manifest(config.manifest)
     gold, _ = join_gold(manifest, required=True)
     options = manifest.header.options
-    loaded = load_model(manifest.header.model["id"], dtype=options["dtype"], template=options["template"])
+    where: Any = {"dtype": options["dtype"], "template": options["template"], "adapter": manifest.header.adapter()}
+    loaded = load_model(manifest.header.model["id"], **where)
     names = [name for name in POLICIES if name in {"none", CONTROL, *config.policies}]
     tables = [
         _measured(name, manifest, loaded, gold, config) for name in progress(names, desc="contexts", quiet=config.quiet)

@@ -104,7 +104,8 @@ def _words(text: str) -> Iterator[tuple[str, int, int]]:
 def _trace(exported: Exported, quiet: bool) -> Features:
     header = exported.manifest.header
     options = header.options
-    loaded = load_model(str(header.model["id"]), dtype=options["dtype"], template=options["template"])
+    where: Any = {"dtype": options["dtype"], "template": options["template"], "adapter": header.adapter()}
+    loaded = load_model(str(header.model["id"]), **where)
     builder = PromptBuilder(loaded.tokenizer, header.prompt_config())
     rows, groups = list(exported.rows.values()), list(exported.rollouts.values())
     prompts = [builder.student(row.as_question()) for row in rows]

@@ -62,6 +62,8 @@ class InterveneConfig(EvalOptions):
     """Folder of the results."""
     model: str | None = None
     """Hub id, folder, GGUF file or embedded name; default: the manifest's model."""
+    adapter: Path | None = None
+    """Folder of a distill.train run, its adapter/ or one of its checkpoints/step-N; default: the manifest's adapter."""
     split: Literal["train", "dev", "test", "all"] = "dev"
     """Split of the bundled sets that name none."""
     limit: int | None = None
@@ -162,12 +164,13 @@ def _load(config: InterveneConfig, manifest: Manifest) -> LoadedModel:
 
     header = manifest.header.model
     name = str(header["id"]) if config.model is None else config.model
-    loaded = load_model(name, dtype=config.dtype, device=config.device, template=config.template)
+    where: Any = {"dtype": config.dtype, "device": config.device, "template": config.template}
+    loaded = load_model(name, **where, adapter=manifest.header.adapter(config.adapter))
     if loaded.info.config_sha256 != header.get("config_sha256"):
         raise UserError(
             f"model {name}: not the architecture of the manifest's model ({header['id']}), so its neurons differ"
         )
-    if loaded.info.weights != header["weights"]:
+    if (loaded.info.weights, loaded.info.adapter) != (header["weights"], header.get("adapter")):
         logger.warning("model %s: its weights differ from those the neurons were located in (%s)", name, header["id"])
     return loaded
 

@@ -1,16 +1,17 @@
-"""LoRA adapters: given to a loaded model, the modules they are for, and their dropout."""
+"""LoRA adapters: given to a loaded model, the modules they are for, and their dropout; and a checkpoint's weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from neurosig.models.load import LoadedModel
+from neurosig.models.run_folder import TrainedWeights, find_adapter, full_checkpoint, read_record
 from neurosig.models.trained import check_base
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import read_once
@@ -19,15 +20,34 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from neurosig.models.load import LoadedModel
 
-def apply_adapter(loaded: LoadedModel, folder: Path) -> str:
-    """Make the model in place what it was at the end of the adapter's training.
+
+def load_trained(load: Callable[[Any], LoadedModel], spec: Any, adapter: str | Path | None) -> LoadedModel:
+    """A model with the weights of an adapter, or of a checkpoint of a run with ``--full``.
+
+    Args:
+        load: Loads a base model.
+        spec: See `neurosig.models.load.load_model`; without ``adapter`` such a checkpoint.
+        adapter: See `read_adapter`.
+
+    Raises:
+        UserError: See `read_adapter` and `apply_checkpoint`.
+    """
+    if adapter is not None:
+        find_adapter(Path(adapter))  # before the model loads
+        return apply_adapter(load(spec), Path(adapter))
+    found = full_checkpoint(Path(spec).expanduser())
+    assert found is not None
+    record = read_record(found.folder) or {}
+    return apply_checkpoint(load(record["model"]["id"]), found, str(spec))
+
+
+def apply_adapter(loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """Make the model in place what it was at the end of the adapter's training; its `ModelInfo` then names the adapter.
 
     In float32 the adapter is merged, which is the same function to rounding and samples faster. In half precision it
     stays beside the weights: rounded together with them, most of a small change would be lost.
-
-    Returns:
-        The SHA-256 of its weights.
 
     Raises:
         UserError: See `read_adapter`.
@@ -35,25 +55,31 @@ def apply_adapter(loaded: LoadedModel, folder: Path) -> str:
     adapter, digest = read_adapter(loaded, folder)
     if loaded.model.dtype.itemsize >= 4:
         adapter.merge_and_unload()
-    return digest
+    return replace(loaded, info=replace(loaded.info, adapter=digest))
 
 
-def read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftModel, str]:
+def read_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) -> tuple[PeftModel, str]:
     """Put the adapter's layers, in float32, into the model; and the SHA-256 of its weights.
+
+    Args:
+        loaded: The base model.
+        folder: See `neurosig.models.run_folder.find_adapter`.
+        trainable: Whether the adapter's weights require gradients.
 
     Raises:
         UserError: The folder has no adapter, or one of another model (`neurosig.models.trained.check_base`).
     """
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"--adapter {folder}: no {weights.name} there; give an adapter folder of distill.train")
-    check_base(folder, loaded.info)
+    found = find_adapter(folder)
+    check_base(found.folder, loaded.info)
     from peft import PeftModel
     from safetensors import SafetensorError
 
     try:
-        with read_once(weights) as digest:
-            adapter = PeftModel.from_pretrained(loaded.model, folder)
+        with read_once(found.file) as digest:
+            if found.in_checkpoint:
+                adapter = _from_checkpoint(loaded.model, found, trainable)
+            else:
+                adapter = PeftModel.from_pretrained(loaded.model, found.folder, is_trainable=trainable)
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise UserError(
             f"--adapter {folder}: not an adapter of {loaded.info.id} ({str(error).strip().splitlines()[0]}); give the "
@@ -61,6 +87,52 @@ def read_adapter(loaded: LoadedModel, folder: Path) -> tuple[PeftModel, str]:
         ) from error
     adapter.eval()
     return adapter, str(digest)
+
+
+def _from_checkpoint(model: PreTrainedModel, found: TrainedWeights, trainable: bool) -> PeftModel:
+    """The adapter of a checkpoint, whose weights have the names of the model's parameters."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    config = LoraConfig.from_pretrained(str(found.folder))
+    config.inference_mode, config.base_model_name_or_path = not trainable, None  # else peft warns of a moved model
+    adapter = get_peft_model(model, config)
+    _copy_weights(model, load_file(found.file), [name for name, _ in model.named_parameters() if ".lora_" in name])
+    return adapter
+
+
+def apply_checkpoint(loaded: LoadedModel, found: TrainedWeights, name: str) -> LoadedModel:
+    """Give the base model in place the weights of a checkpoint of a run with ``--full``.
+
+    Args:
+        loaded: The base model.
+        found: See `neurosig.models.run_folder.full_checkpoint`.
+        name: What the model is called in records and messages.
+
+    Raises:
+        UserError: They are weights of another model.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        with read_once(found.file) as digest:
+            stored = load_file(found.file)
+            _copy_weights(loaded.model, stored, [*stored])
+    except (LookupError, RuntimeError) as error:
+        raise UserError(f"model {name}: not a checkpoint of {loaded.info.id} ({error})") from error
+    weights = {**loaded.info.weights, found.file.name: str(digest)}
+    return replace(loaded, info=replace(loaded.info, id=name, weights=weights))
+
+
+@torch.no_grad()
+def _copy_weights(model: PreTrainedModel, stored: dict[str, Tensor], names: Sequence[str]) -> None:
+    parameters = dict(model.named_parameters())
+    if lacking := {*names} ^ stored.keys() | stored.keys() - parameters.keys():
+        raise LookupError(f"{min(lacking)} is in one of them alone")
+    for name in names:
+        if stored[name].shape != parameters[name].shape:
+            raise LookupError(f"{name} has {tuple(stored[name].shape)} instead of {tuple(parameters[name].shape)}")
+        parameters[name].copy_(stored[name])
 
 
 class LearningDropout(torch.nn.Dropout):

@@ -11,12 +11,15 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neurosig.models.folder import attention_of, check_folder, model_class
 from neurosig.models.gguf import dequantised
 from neurosig.models.hub import hub_snapshot
+from neurosig.models.run_folder import find_model, full_checkpoint
+from neurosig.models.template import read_template
 from neurosig.models.tokenizer import check_fast, hash_tokenizer, tokenizer_from
 from neurosig.runtime.errors import UserError, one_line
 from neurosig.runtime.files import sha256_file, sha256_text
@@ -34,14 +37,6 @@ PACKAGED_MODELS: Mapping[str, Path] = {"organism": Path(__file__).parents[1] / "
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{{ {'system': '', 'user': 'Question: ', 'assistant': 'Answer: '}[m['role']] + m['content'] + '\n' }}"
-    "{% if m['role'] == 'assistant' %}{{ '\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
-)
-"""Chat template of ``--template plain``, for base models without one; a tokenizer's BOS comes first, if it has one."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -56,6 +51,7 @@ class ModelInfo:
         chat_template_sha256: Hash of the chat template, ``None`` without one.
         dtype: Dtype of the parameters.
         attn_implementation: transformers' attention implementation.
+        adapter: SHA-256 of the adapter's weights, ``None`` without one.
     """
 
     id: str
@@ -66,6 +62,7 @@ class ModelInfo:
     chat_template_sha256: str | None
     dtype: str
     attn_implementation: str
+    adapter: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,25 +110,35 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     template: str | None = None,
+    adapter: str | Path | None = None,
 ) -> LoadedModel:
     """Load a model for sampling, tracing or training.
 
     Args:
-        spec: Hub id, folder, ``.gguf`` file, an embedded name (``smollm2-135m``, ``organism``) or a live pair.
+        spec: Hub id, folder, ``.gguf`` file, an embedded name (``smollm2-135m``, ``organism``), a live pair, or a
+            ``distill.train --full`` run's folder or checkpoint.
         dtype: torch dtype name; ``auto`` is float32 on CPU and bfloat16 on an accelerator.
         device: torch device; default is the first accelerator, else the CPU.
         attn_implementation: ``sdpa``, ``eager`` or another name of transformers; default: sdpa, or eager for a model
             without it (Gemma 2).
         revision: Hub revision.
         template: ``plain`` or a Jinja file to use instead of the tokenizer's chat template.
+        adapter: Folder of a distill.train run, its ``adapter/`` or a checkpoint, given to the model as
+            `neurosig.models.adapter.apply_adapter` does.
 
     Raises:
-        UserError: ``spec`` names no model; its weights are incomplete, pickled, quantised, of another shape or not
-            weights; its configuration or tokenizer is missing, damaged or needs code of its own; its tokenizer has no
-            fast backend; it lacks the attention implementation; torch cannot use the device.
+        UserError: ``spec`` names no model, or an adapter; ``adapter`` is none of this model; the weights are
+            incomplete, pickled, quantised, of another shape or not weights; the configuration or tokenizer is missing,
+            damaged or needs code of its own; the tokenizer has no fast backend; the model lacks the attention
+            implementation; torch cannot use the device.
     """
     import torch
 
+    if adapter is not None or (not isinstance(spec, tuple) and full_checkpoint(Path(spec).expanduser()) is not None):
+        from neurosig.models.adapter import load_trained
+
+        options: Any = {"dtype": dtype, "device": device, "attn_implementation": attn_implementation}
+        return load_trained(partial(load_model, **options, revision=revision, template=template), spec, adapter)
     if isinstance(spec, tuple):
         model, tokenizer = spec
         check_fast(tokenizer, "live")
@@ -156,7 +163,7 @@ def load_model(
         model.to(torch.device(device))  # type: ignore[arg-type]  # transformers types it as the unbound method
     model.eval()
     if template is not None:
-        tokenizer.chat_template = PLAIN_TEMPLATE if template == "plain" else _read_template(template)
+        tokenizer.chat_template = read_template(template)
     config = json.dumps(_plain_config(model), sort_keys=True, default=str)
     chat_template = tokenizer.chat_template
     info = ModelInfo(
@@ -186,6 +193,7 @@ def _resolve(spec: str | Path) -> tuple[str, Path]:
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"model {spec}: expected a folder, a .gguf file, a hub id or one of {_embedded()}")
+    path = find_model(path)
     if not path.exists() and (path.is_absolute() or len(path.parts) > 2 or path.suffix == ".gguf"):
         raise UserError(f"model {spec}: no such file or folder")
     return str(spec), path
@@ -246,13 +254,6 @@ def _check_device(device: str, dtype: str) -> None:
         torch.empty(0, device=device, dtype=getattr(torch, dtype))
     except (RuntimeError, AssertionError, TypeError) as error:  # TypeError: MPS has no float64
         raise UserError(f"device {device}: torch cannot use it in {dtype} ({one_line(error)}); give another") from error
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--template {path}: give `plain` or a readable Jinja file ({error})") from error
 
 
 def _plain_config(model: PreTrainedModel) -> dict[str, Any]:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from neurosig.models.run_folder import ADAPTER_CONFIG, base_of, find_adapter, find_model, full_checkpoint, read_record
+from neurosig.models.template import PLAIN_TEMPLATE
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text
 from neurosig.runtime.provenance import explain
 
 if TYPE_CHECKING:
-    from neurosig.models.load import ModelInfo
+    from neurosig.models.load import LoadedModel, ModelInfo
     from neurosig.questions.load import Question
 
 logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=Any)
 
-RECORD, TRAINED_ON, TEMPLATE = "train.json", "trained_on.txt", "chat_template.jinja"
+TRAINED_ON, TEMPLATE = "trained_on.txt", "chat_template.jinja"
 PROMPT_OPTIONS = (
     *("system", "instruction", "choice_instruction", "student_thinking"),
     *("template", "answer_format", "vote_merge", "answer_parser"),
@@ -30,24 +32,22 @@ PROMPT_OPTIONS = (
 mode ``eval_thinking`` and may have another."""
 
 
-def training_record(folder: Path | None) -> Mapping[str, Any] | None:
-    """The training record in the folder of weights; ``None`` where distill.train did not write them.
+def trained_folders(model: str, adapter: Path | None) -> list[Path]:
+    """Those of the adapter's and the model's folder that describe a training by distill.train, the adapter's first.
+
+    Args:
+        model: Name, or a folder: of a model, of a run with ``--full``, or one of its checkpoints.
+        adapter: See `neurosig.models.run_folder.find_adapter`.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: There is no adapter at ``adapter``, or an adapter at ``model``.
     """
-    if folder is None or not (folder / RECORD).is_file():
-        return None
-    try:
-        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / RECORD}: cannot be read ({error}); train again or remove it") from error
-
-
-def trained_folders(model: str, adapter: Path | None) -> list[Path]:
-    """Those of the adapter's and the model's folder that distill.train wrote, the adapter's first."""
-    places = [path for path in (adapter, Path(model).expanduser()) if path is not None]
-    return [path for path in places if training_record(path) is not None]
+    places = [] if adapter is None else [find_adapter(adapter).folder]
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        full = full_checkpoint(folder)
+        places.append(find_model(folder) if full is None else full.folder)
+    return [path for path in places if read_record(path) is not None]
 
 
 def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
@@ -60,7 +60,7 @@ def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
     Raises:
         UserError: An explicit option contradicts the training; every one is named with both values.
     """
-    record = training_record(folders[0]) if folders else None
+    record = read_record(folders[0]) if folders else None
     trained = {} if record is None else dict(record.get("prompt", {}))
     if record is None or not trained:
         return config
@@ -91,24 +91,36 @@ def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
 
 
 def _template_sha256(template: str) -> str:
-    from neurosig.models.load import PLAIN_TEMPLATE
-
     path = Path(template)
     text = PLAIN_TEMPLATE if template == "plain" else path.read_text(encoding="utf-8") if path.is_file() else ""
     return sha256_text(text)
 
 
-def trained_template(folders: Sequence[Path], chat_template_sha256: str | None) -> str | None:
-    """The file with the training's chat template, where the model's own is another."""
-    record = training_record(folders[0]) if folders else None
-    if record is None or record["model"]["chat_template_sha256"] == chat_template_sha256:
-        return None
-    return str(folders[0] / TEMPLATE)
+def load_as_trained(config: Any, device: str | None) -> LoadedModel:
+    """The model of ``--model`` and ``--adapter``, with the chat template of its training.
+
+    Args:
+        config: Options of a command: ``model``, ``adapter``, ``dtype`` and ``template``.
+        device: See `neurosig.models.load.load_model`.
+
+    Raises:
+        UserError: See `neurosig.models.load.load_model`.
+    """
+    from neurosig.models.adapter import apply_adapter
+    from neurosig.models.load import load_model
+
+    load = partial(load_model, config.model, dtype=config.dtype, device=device)
+    loaded = load(template=config.template)
+    folders = trained_folders(config.model, config.adapter)
+    record = read_record(folders[0]) if folders else None
+    if record is not None and record["model"]["chat_template_sha256"] != loaded.info.chat_template_sha256:
+        loaded = load(template=str(folders[0] / TEMPLATE))
+    return loaded if config.adapter is None else apply_adapter(loaded, config.adapter)
 
 
 def trained_from(model: str) -> Mapping[str, str] | None:
     """Weights from which distill.train made the model in this folder; ``None`` for any other model."""
-    record = training_record(Path(model).expanduser())
+    record = read_record(folders[0]) if (folders := trained_folders(model, None)) else None
     return None if record is None else dict(record["model"]["weights"])
 
 
@@ -124,15 +136,12 @@ def check_base(adapter: Path, info: ModelInfo) -> None:
     Raises:
         UserError: It was trained on other weights, or a record cannot be read.
     """
-    record = training_record(adapter)
+    record = read_record(adapter)
     if record is None:
-        config = adapter / "adapter_config.json"
-        try:
-            base = dict(json.loads(config.read_text(encoding="utf-8"))).get("base_model_name_or_path")
-        except (OSError, ValueError, TypeError):  # PEFT names what is wrong with it
-            return
-        if base and base != info.id:
-            logger.warning("%s: made for %s, as its %s says, and put into %s", adapter, base, config.name, info.id)
+        made_for = base_of(adapter / ADAPTER_CONFIG)
+        if made_for not in ("", info.id):
+            says = f"as its {ADAPTER_CONFIG} says"
+            logger.warning("%s: made for %s, %s, and put into %s", adapter, made_for, says, info.id)
         return
     own, base = set(info.weights.values()), record["model"]
     if "state_dict" not in info.weights and not own <= set(base["weights"].values()):
@@ -151,9 +160,18 @@ def trained_on_text(what: str, blocks: Iterable[Mapping[str, Any]]) -> str:
     return f"trained_on: {n} ({what}; of {sum(block['n'] for block in blocks)} questions)" if n else ""
 
 
-def write_trained_on(folder: Path, text_hashes: Iterable[str]) -> None:
-    """Write the hashes of the questions that training used (`neurosig.questions.load.Question.text_sha256`)."""
-    (folder / TRAINED_ON).write_text("".join(f"{digest}\n" for digest in sorted({*text_hashes})), encoding="utf-8")
+def write_trained_on(folder: Path, text_hashes: Iterable[str], earlier: Sequence[Path] = ()) -> None:
+    """Write the hashes of the questions that training used (`neurosig.questions.load.Question.text_sha256`).
+
+    Args:
+        folder: Where to write.
+        text_hashes: Of this training's questions.
+        earlier: `trained_folders` of the weights that it started from; if one does not say, nothing is written.
+    """
+    used = _trained_on(earlier)
+    if used is not None:
+        lines = "".join(f"{digest}\n" for digest in sorted({*text_hashes, *used}))
+        (folder / TRAINED_ON).write_text(lines, encoding="utf-8")
 
 
 def count_trained_on(folders: Sequence[Path], questions: Iterable[Question]) -> dict[str, int | None]:
@@ -163,12 +181,17 @@ def count_trained_on(folders: Sequence[Path], questions: Iterable[Question]) -> 
         folders: `trained_folders`; none is an untrained model.
         questions: Those of an evaluation.
     """
-    lists = [folder / TRAINED_ON for folder in folders]
-    known = all(path.is_file() for path in lists)
-    used = {line for path in lists if known for line in path.read_text(encoding="utf-8").split()}
+    used = _trained_on(folders)
     counts: dict[str, int | None] = {}
     for question in questions:
-        counts[question.domain] = (
-            ((counts.get(question.domain) or 0) + (question.text_sha256 in used)) if known else None
-        )
+        known = used is not None and question.text_sha256 in used
+        counts[question.domain] = None if used is None else (counts.get(question.domain) or 0) + known
     return counts
+
+
+def _trained_on(folders: Sequence[Path]) -> set[str] | None:
+    """Hashes of the questions that any of the folders' weights were trained on; ``None`` if one does not say."""
+    lists = [folder / TRAINED_ON for folder in folders]
+    if not all(path.is_file() for path in lists):
+        return None
+    return {line for path in lists for line in path.read_text(encoding="utf-8").split()}

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
 from neurosig.neurons.config import NeuronValue
-from neurosig.neurons.sites import FFNSites, w_out
+from neurosig.neurons.sites import FFNSites, has_adapter, w_out
 from neurosig.neurons.tracer import NeuronTracer, Reader
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_choice
@@ -35,8 +35,14 @@ class LensReader:
         """Build the bridge over a copy of the modules that shares the weights: it replaces modules in place.
 
         Raises:
-            UserError: TransformerLens has no adapter for the architecture, or its adapter fails.
+            UserError: TransformerLens has no adapter for the architecture, or its adapter fails; or the model has a
+                LoRA adapter beside its weights.
         """
+        if has_adapter(model):
+            raise UserError(
+                "TransformerLens cannot read a model with a LoRA adapter beside its weights; load it with --dtype "
+                "float32, which merges the adapter"
+            )
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         twin = copy.deepcopy(model, shared)
         try:

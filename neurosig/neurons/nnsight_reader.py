@@ -6,6 +6,7 @@ model's outputs outside a trace stay the same to the bit.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from neurosig.neurons.config import NeuronValue
-from neurosig.neurons.sites import FFNSites, w_out
+from neurosig.neurons.sites import FFNSites, has_adapter, w_out
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_choice
 
@@ -44,6 +45,9 @@ class FFNEnvoy:
         ]
         self._head = root.get(sites.head)
         self._neuron_rows = isinstance(model.get_submodule(sites.layers[0]), Conv1D)
+        self._effective: list[Callable[[], Tensor]] | None = None
+        if has_adapter(model):  # a projection's own weight lacks the adapter's change
+            self._effective = [functools.partial(w_out, model, path) for path in sites.layers]
 
     def read(
         self,
@@ -73,6 +77,7 @@ class FFNEnvoy:
         """
         check_choice("value", value, NeuronValue)
         layers, head, neuron_rows, gated = self._layers, self._head, self._neuron_rows, value == "gated"
+        effective = self._effective
         with self._root.trace(**inputs, **self._options) as tracer:
             kept = []
             pooled = []
@@ -83,7 +88,7 @@ class FFNEnvoy:
                         layer,
                         down.input if gated else act.output,
                         down.output if with_output else None,
-                        down.weight if neuron_rows else down.weight.T,
+                        effective[layer]() if effective else down.weight if neuron_rows else down.weight.T,
                         head.weight,
                     )
                 )

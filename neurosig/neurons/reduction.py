@@ -59,7 +59,7 @@ def reduce_layer(
     mask = mask.to(value.device)
     value = value.reshape(*mask.shape, -1)
     if next_ids is not None:
-        score = unembed(value, w_out, head[next_ids.to(head.device)].to(w_out.device))
+        score = unembed(value, w_out, head[next_ids.to(head.device)].to(w_out))
     else:
         norm = w_out.norm(dim=1, dtype=torch.float32) if norms is None else norms[layer]
         score = magnitude(value, norm) if ffn_out is None else cett(value, norm, ffn_out.reshape(*mask.shape, -1))

@@ -7,6 +7,7 @@ its output direction is the matching slice of that projection's weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -81,6 +82,11 @@ def w_out_norms(model: PreTrainedModel, sites: FFNSites) -> Float[Tensor, "n_lay
     return torch.stack([w_out(model, path).float().norm(dim=1).cpu() for path in sites.layers])
 
 
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether LoRA layers are beside the model's weights."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
+
+
 def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
@@ -94,10 +100,18 @@ def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
 def w_out(model: PreTrainedModel, path: str) -> Float[Tensor, "d_mlp d_model"]:
     """The down projection at ``path``, one row per neuron (``nn.Linear`` stores its transpose).
 
+    Under an active LoRA adapter these are the effective weights, in float32.
+
     Raises:
         UserError: The weights are quantised.
     """
     module = _module_at(model, path)
+    if hasattr(module, "base_layer"):
+        adapted: Any = module
+        weight = adapted.base_layer.weight.float()
+        for name in adapted.active_adapters:
+            weight = weight + adapted.get_delta_weight(name).float()
+        return weight if isinstance(adapted.base_layer, Conv1D) else weight.T
     match module:
         case Conv1D():
             weight = module.weight

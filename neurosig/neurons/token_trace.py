@@ -103,7 +103,7 @@ def vocabulary_effect(tracer: NeuronTracer, layer: int, index: int) -> Float[Ten
             f"neuron {layer}.{index}: the head reads {head.shape[1]} dimensions, the residual stream has "
             f"{sites.d_model}; its direct effect on the vocabulary is not defined"
         )
-    return (head @ w_out(tracer.model, sites.layers[layer])[index].to(head.device)).float().cpu()
+    return (head @ w_out(tracer.model, sites.layers[layer])[index].to(head)).float().cpu()
 
 
 def largest_neurons(

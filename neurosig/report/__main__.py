@@ -42,6 +42,12 @@ class ReportConfig(CommonConfig):
 
     manifest: Path
     """Manifest folder written by neurosig.export."""
+    adapter: Path | None = None
+    """Refuse a manifest that was not made by this adapter: folder of a distill.train run, its adapter/ or one of its
+    checkpoints/step-N."""
+    against: Path | None = None
+    """Manifest of the same questions from the model after training: the page then shows how answers, scores and the
+    probe's neurons changed."""
     out: Path | None = None
     """Folder of report.html, the CSV files and probe.safetensors; default: MANIFEST/report."""
     questions: tuple[str, ...] = ()
@@ -68,6 +74,7 @@ def main(config: ReportConfig) -> None:
     from neurosig.exported import Exported, join_gold
     from neurosig.hallucination.locate import write_neurons
     from neurosig.manifest import HEADER
+    from neurosig.report.against import against
     from neurosig.report.data import layer_profile, question_level, rollout_level
     from neurosig.report.html import render
     from neurosig.report.patterns import patterns
@@ -87,6 +94,8 @@ def main(config: ReportConfig) -> None:
                 raise UserError(
                     f"--manifest {config.manifest}: every question was too long, so there are no signals to report"
                 )
+            if config.adapter is not None:
+                _check_adapter(config.adapter, exported.manifest)
             gold, lacking = join_gold(
                 exported.manifest, config.questions, config.fields, required=bool(config.questions)
             )
@@ -107,9 +116,12 @@ def main(config: ReportConfig) -> None:
             located = locate(exported, seed=config.seed, quiet=config.quiet)
         with timer.phase("cluster"):
             clustered = patterns(exported, seed=config.seed)
+        with timer.phase("compare"):
+            compared = None if config.against is None else against(exported, config.against, gold, analysis)
         with timer.phase("write"):
             page = _page(config, exported, levels, tables, lacking, layers, located, clustered, gold, analysis)
-            page |= {"folds": folds, "permutations": config.permutations}
+            page |= {"folds": folds, "permutations": config.permutations, "against": compared}
+            page["most_neurons"] = config.neurons
             page["findings"] += [folds.sentence] if folds.rows else []
             out = config.manifest / "report" if config.out is None else config.out
             out.mkdir(parents=True, exist_ok=True)
@@ -125,6 +137,16 @@ def main(config: ReportConfig) -> None:
     for sentence in page["findings"]:
         print(printable(sentence))
     print(printable(str(out / PAGE)))
+
+
+def _check_adapter(adapter: Path, manifest: Manifest) -> None:
+    from neurosig.models.run_folder import find_adapter
+    from neurosig.runtime.files import sha256_file
+
+    made, given = manifest.header.model.get("adapter"), sha256_file(find_adapter(adapter).file)
+    if made != given:
+        by = f"the adapter {made[:12]}" if made else "a model without an adapter"
+        raise UserError(f"--adapter {adapter}: has SHA-256 {given[:12]}, the manifest was made by {by}; export again")
 
 
 def _page(
@@ -183,6 +205,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     where = "made elsewhere" if "rollouts_sha256" in sampling else f"T={options['temperature']:g}"
     facts = {
         "model": f"{header.model['id']} ({header.model['dtype']}; {weights})",
+        **({"adapter": str(header.model["adapter"])[:12]} if header.model.get("adapter") else {}),
         "questions": f"{header.counts['questions']} of {', '.join(header.dataset['sources'])}",
         "rollouts": f"{len(manifest.rollouts)}, K={manifest.k}, {where}, seed {options['seed']}",
         "outcome": ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()),

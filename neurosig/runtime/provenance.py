@@ -68,7 +68,8 @@ def run_record() -> dict[str, Any]:
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Both values of every entry that differs, of nested mappings under ``name.entry``; an absent one is null.
 
-    Mappings with ``sha256`` are the same when their hashes are, wherever their files are.
+    Mappings with ``sha256`` are the same when their hashes are, wherever their files are. An empty list is as an absent
+    value, a list of one as that one: what options that took one value have on record.
     """
     pairs: dict[str, tuple[Any, Any]] = {}
     for name in sorted({*found, *wanted}):
@@ -83,7 +84,9 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str
 def _content(value: Any) -> Any:
     if isinstance(value, Mapping) and "sha256" in value:
         return {key: inner for key, inner in value.items() if key != "path"}
-    return [_content(one) for one in value] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return _content(value[0]) if len(value) == 1 else [_content(one) for one in value] or None
 
 
 def explain(pairs: Mapping[str, tuple[Any, Any]], before: str = "before", now: str = "now") -> str:

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 RUN, BEGUN = "run.json", ".work.json"
 """Files of every output folder: `run_record` and the options that shape the results; these alone until it finishes."""
 NOT_INPUTS = ("out", "adapter_dir", "config", "preset", "fields")
-WRITTEN_LAST = "manifest.json"
-"""A folder with this file is compared by its hash alone."""
+WRITTEN_LAST = ("manifest.json", "train.json")
+"""A folder with one of these files, but for a model's, is compared by its hash alone."""
 FREE = ("temperature", "seed", "adapter")
 """What evaluations that are compared may differ in."""
 BY_CONTENT = ("model", "dtype", "questions", "fields", "split", "limit", "template")
@@ -73,15 +73,17 @@ def fingerprint(path: Path, *, without: Path | None = None) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files.
 
     Args:
-        path: A manifest counts by its header, a model's folder by the files directly in it, another by all files.
+        path: A manifest counts by its header, a training run by its record, a model's folder by the files directly in
+            it, another by all files.
         without: An output folder, which may be inside ``path``.
     """
     path = path.expanduser()
     if path.is_file():
         return _hash(path)
-    if (path / WRITTEN_LAST).is_file():
-        return _hash(path / WRITTEN_LAST)
     is_model = any((path / name).is_file() for name in MODEL_MARKERS)
+    for name in WRITTEN_LAST:
+        if (path / name).is_file() and not is_model:
+            return _hash(path / name)
     files = (file for file in path.glob("*" if is_model else "**/*") if file.is_file() and file.suffix != ".md")
     left_out = None if without is None else without.resolve()
     parts = [

@@ -45,11 +45,13 @@ def reused(
     info, options = loaded.info.as_dict(), config_record(config)
     there = {
         **{"weights": header.model["weights"], "dtype": header.model["dtype"], "dataset": header.dataset["sha256"]},
+        "adapter": header.model.get("adapter"),
         **{"tokenizer": header.tokenizer["sha256"], "chat_template": header.tokenizer["chat_template_sha256"]},
         "rollouts": header.sampling.get("rollouts_sha256"),
     }
     here = {
         **{"weights": info["weights"], "dtype": info["dtype"], "dataset": dataset_sha256},
+        "adapter": info["adapter"],
         **{"tokenizer": info["tokenizer_sha256"], "chat_template": info["chat_template_sha256"]},
         "rollouts": rollouts_sha256,
     }

@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tyro.conf import Positional
 from neurosig.runtime.cli import CommonConfig, printable, run_command, untimed
 from neurosig.runtime.errors import UserError
 from neurosig.verify import SKIPPED
+from neurosig.verify.adapters import adapter_problem, another
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def main(config: VerifyConfig) -> None:
     kinds: tuple[tuple[str, Callable[[Path, Found], Iterator[Check]]], ...] = (
         ("manifest.json", check_manifest),
         ("train.json", check_training),
+        ("manifest.json", check_manifest_adapter),
         ("summary.json", check_evaluation),
         ("comparison.json", check_comparison),
         ("grid.json", check_grid),
@@ -130,6 +132,14 @@ def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     record = folder / "run.json"
     run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     yield "versions on record", _versions_problem(run) if run else f"{SKIPPED}no run.json"
+
+
+def check_manifest_adapter(folder: Path, found: Found) -> Iterator[Check]:
+    """The adapter of the model that made a manifest, once the training runs are known."""
+    header = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if digest := header["model"].get("adapter"):
+        problem = adapter_problem(digest, header["model"]["weights"], header["options"].get("adapter"), found.runs)
+        yield "made by the adapter in the folder", problem
 
 
 def _keys(path: Path) -> Iterator[str]:
@@ -200,27 +210,29 @@ def check_training(folder: Path, found: Found) -> Iterator[Check]:
     for state in sorted(folder.glob("checkpoints/step-*/state.json")):
         hashes = json.loads(state.read_text(encoding="utf-8"))["sha256"]
         changed = [file for file, digest in hashes.items() if sha256_file(state.parent / file) != digest]
+        found.runs[hashes["weights.safetensors"]] = record
         yield f"checkpoint {state.parent.name} as hashed", f"{', '.join(changed)} changed" if changed else ""
-    header = found.manifests.get(record["manifest_sha256"])
-    if header is None:
-        there = Path(record["config"]["manifest"]) / "manifest.json"
-        header = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else None
-        if header is None or header["content_sha256"] != record["manifest_sha256"]:
-            others = [header["content_sha256"]] if header is not None else list(found.manifests)
-            yield "trained on the manifest in the folder", another("manifest", record["manifest_sha256"], others)
-            header = None
-    if header is not None:
-        mismatch = header["model"]["weights"] != record["model"]["weights"]
-        allowed = record["config"].get("allow_model_mismatch")
-        yield "trained on the manifest and the model that made it", "another model" if mismatch and not allowed else ""
+    named = record["config"]["manifest"]
+    hashes = [one["sha256"] for one in record.get("manifests", [])] or [record["manifest_sha256"]]
+    for digest, place in zip(hashes, [named] if isinstance(named, str) else named, strict=True):
+        yield from _manifest_check(digest, Path(place), record, found)
     yield "versions on record", _versions_problem(record["run"])
 
 
-def another(what: str, wanted: str, others: Collection[str]) -> str:
-    """That what a record names by its hash is not there, while others are; skipped if there is none at all."""
-    if not others:
-        return f"{SKIPPED}its {what} is not here"
-    return f"its {what} has SHA-256 {wanted[:12]}, here are {', '.join(digest[:12] for digest in others)}"
+def _manifest_check(digest: str, place: Path, record: Mapping[str, Any], found: Found) -> Iterator[Check]:
+    """Whether a manifest that was trained on is at hand, and made by the model and adapter that training began with."""
+    header = found.manifests.get(digest)
+    if header is None:
+        there = place / "manifest.json"
+        header = json.loads(there.read_text(encoding="utf-8")) if there.is_file() else None
+        if header is None or header["content_sha256"] != digest:
+            others = [header["content_sha256"]] if header is not None else list(found.manifests)
+            yield "trained on the manifest in the folder", another("manifest", digest, others)
+            return
+    made, began = ((model["weights"], model.get("adapter")) for model in (header["model"], record["model"]))
+    allowed = record["config"].get("allow_model_mismatch")
+    problem = "another model" if made[0] != began[0] else "another adapter" if made[1] != began[1] else ""
+    yield "trained on the manifest and the model that made it", "" if allowed else problem
 
 
 def _metrics_problem(lines: list[dict[str, Any]], record: Mapping[str, Any]) -> str:
@@ -295,11 +307,9 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
         yield f"aggregates of {printable(domain)} follow from the rows", difference(expected, stated)
     digest = summary["adapter_sha256"]
     if digest is not None:
-        run = found.runs.get(digest)
-        same = run is not None and run["model"]["weights"] == summary["model"]["weights"]
-        problem = "" if same else _adapter_problem(digest, config, run, list(found.runs))
+        problem = adapter_problem(digest, summary["model"]["weights"], config["adapter"], found.runs)
         yield "made by the adapter in the folder", problem
-        yield from _prompt_check(summary, run or {})
+        yield from _prompt_check(summary, found.runs.get(digest, {}))
     yield "versions on record", _versions_problem(summary["run"])
 
 
@@ -313,17 +323,6 @@ def _prompt_check(summary: Mapping[str, Any], run: Mapping[str, Any]) -> Iterato
         hashes = ({"template": record["model"]["chat_template_sha256"]} for record in (run, summary))
         pairs = differences(trained, evaluated) | differences(*hashes)
         yield "asked as the adapter was trained", explain(pairs, "in training", "here")
-
-
-def _adapter_problem(digest: str, config: Mapping[str, Any], run: object, others: Collection[str]) -> str:
-    from neurosig.runtime.files import sha256_file
-
-    weights = Path(str(config["adapter"])) / "adapter_model.safetensors"
-    if run is not None:
-        return "its base model is not the one that was trained"
-    if not weights.is_file():
-        return another("adapter", digest, others)
-    return "" if sha256_file(weights) == digest else f"{weights} has another hash"
 
 
 def check_comparison(folder: Path, found: Found) -> Iterator[Check]:

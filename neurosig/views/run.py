@@ -43,6 +43,7 @@ class ExportedRun(Exported):
         folder: str | Path,
         *,
         model: str | LoadedModel | None = None,
+        adapter: str | Path | None = None,
         neurons: str | Path | None = None,
         gold: bool = True,
     ) -> None:
@@ -51,6 +52,7 @@ class ExportedRun(Exported):
         Args:
             folder: Folder of ``neurosig.export``.
             model: The loaded model, or the name or folder to load instead of the manifest's; its weights must match.
+            adapter: Where the manifest's adapter is, if not where it was (`neurosig.models.run_folder.find_adapter`).
             neurons: Table of neurons to use instead of the manifest's, such as ``report/located_neurons.csv``.
             gold: Whether to look up gold answers, to call rollouts right or wrong instead of majority or minority.
 
@@ -63,10 +65,12 @@ class ExportedRun(Exported):
             self.neurons = read_neurons(neurons)
         if not isinstance(model, LoadedModel):
             name = str(header.model["id"]) if model is None else model
-            model = load_model(name, dtype=options["dtype"], template=options["template"])
-        if model.info.weights != header.model["weights"]:
+            where = header.adapter(None if adapter is None else Path(adapter))
+            model = load_model(name, dtype=options["dtype"], template=options["template"], adapter=where)
+        if (model.info.weights, model.info.adapter) != (header.model["weights"], header.model.get("adapter")):
             raise UserError(
-                f"{folder}: made by {header.model['id']}, not by {model.info.id}; give the model that made it"
+                f"{folder}: made by {header.model['id']}{' with an adapter' if header.model.get('adapter') else ''}, "
+                f"not by {model.info.id}{' with this one' if model.info.adapter else ''}; give the model that made it"
             )
         self.loaded = model
         self.tracer = NeuronTracer(

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.config import TrainConfig
-from distill.evaluate import _load, main
+from distill.evaluate import main
 from distill.train import main as train
+from neurosig.models.trained import load_as_trained
 from neurosig.runtime.errors import UserError
 from tests.support.flow import decoded_windows, killed_while_sampling, make_manifest, write_questions
 from tests.support.runs import evaluate_config
@@ -59,8 +60,8 @@ def test_a_merged_adapter_is_the_adapter(tmp_path: Path) -> None:
         )
     )
     adapter = tmp_path / "run" / "adapter"
-    merged, digest = _load(evaluate_config(tmp_path, adapter=adapter), None)
-    assert digest is not None
+    merged = load_as_trained(evaluate_config(tmp_path, adapter=adapter), None)
+    assert merged.info.adapter is not None
     plain = load_model(tmp_path / "model").model
     applied = PeftModel.from_pretrained(load_model(tmp_path / "model").model, adapter)
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,15 @@ def test_float32_keeps_the_adapters_change_and_bfloat16_says_what_it_loses(
 
 
 def test_what_cannot_be_merged_is_named(tmp_path: Path, adapter: Path) -> None:
+    out = tmp_path / "out"
     with pytest.raises(UserError, match="exists; give --overwrite"):
         main(MergeConfig(adapter=adapter, out=adapter))
     with pytest.raises(UserError, match=r"has no train.json that names its base model; give --model"):
-        main(MergeConfig(adapter=tmp_path, out=tmp_path / "out"))
+        main(
+            MergeConfig(adapter=shutil.copytree(adapter, tmp_path / "bare", ignore=lambda *_: ["train.json"]), out=out)
+        )
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors there"):
+        main(MergeConfig(adapter=tmp_path, out=out))
     with pytest.raises(UserError, match="its weights are not those that"):
         main(MergeConfig(adapter=adapter, out=tmp_path / "out", model="organism"))
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from neurosig.models.load import PLAIN_TEMPLATE, LoadedModel, load_model
+from neurosig.models.load import LoadedModel, load_model
+from neurosig.models.template import PLAIN_TEMPLATE
 from neurosig.runtime.errors import UserError
 from tests.support.flow import save_tiny
 from tests.support.tiny import ALL_ARCHS, Arch, OtherArch, tiny_model, tiny_tokenizer

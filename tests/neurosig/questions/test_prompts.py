@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import neurosig.questions.chat_template
-from neurosig.models.load import PLAIN_TEMPLATE
+from neurosig.models.template import PLAIN_TEMPLATE
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import Demonstration, PromptBuilder, PromptConfig, question_text
 from neurosig.runtime.errors import UserError
