@@ -50,15 +50,17 @@ def model_class(folder: Path, name: str) -> type[PreTrainedModel]:
     remote = "auto_map" in _read(folder / "config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
-        if remote:
-            raise UserError(
-                f"model {name}: config.json asks for remote code (auto_map), which is never run, and transformers "
-                f"{transformers.__version__} has no class of its own for it; use a model that it has, or a newer "
-                "transformers"
-            ) from error
-        raise UserError(f"model {name}: transformers cannot load it: {one_line(error)}") from error
+        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        obstacle = f"it has no causal language model of type {config.model_type}"
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        found, obstacle = None, one_line(error)
+    if found is None and remote:
+        raise UserError(
+            f"model {name}: config.json asks for remote code (auto_map), which is never run, and transformers "
+            f"{transformers.__version__} has no class of its own for it; use a model that it has"
+        )
+    if found is None:
+        raise UserError(f"model {name}: transformers cannot load it: {obstacle}")
     return found[0] if isinstance(found, tuple) else found
 
 

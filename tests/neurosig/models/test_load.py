@@ -61,6 +61,7 @@ def test_missing_weights_are_never_random(tmp_path: Path, missing: str) -> None:
         ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "11 weights are missing"),
         ({"vocab_size": 400}, r"2 weights do not have the shapes of config\.json \(lm_head\.weight"),
         ({"model_type": "no_such_type"}, "transformers cannot load it: .*no_such_type"),
+        ({"model_type": "t5"}, "transformers cannot load it: it has no causal language model of type t5$"),
         ({"hidden_act": "no_such_act"}, "transformers cannot load it: 'no_such_act'"),
     ],
 )
