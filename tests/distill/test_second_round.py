@@ -19,7 +19,8 @@ from neurosig.manifest import read_manifest
 from neurosig.models.completion_hidden import completion_hidden
 from neurosig.runtime.errors import UserError
 from tests.support.flow import export_config, interrupted_at, make_manifest, write_questions
-from tests.support.runs import train, train_config
+from tests.support.processes import exit_codes, run_training, start_ranks, train_arguments
+from tests.support.runs import metrics_of, train, train_config
 from tests.support.tiny import tiny_model
 
 ROUND: dict[str, Any] = {"steps": 4, "save_steps": 2, "learning_rate": 0.02, "lora_r": 4, "lora_alpha": 8}
@@ -132,3 +133,19 @@ def test_another_adapter_is_refused(folder: Path) -> None:
     ):
         early = folder / "first" / "checkpoints" / "step-000002"
         main(train_config(folder, folder / "second", "refused", adapter=early, **SECOND))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", [None, "model"])
+def test_two_processes_with_fsdp2_have_the_teacher_of_one(folder: Path, teacher: str | None) -> None:
+    """The adapter of the round before is exchanged in sharded weights; another model is sharded, too."""
+    name = f"sharded-{teacher}"
+    changes = {**SECOND, "lora_r": None, **({} if teacher is None else {"teacher_model": str(folder / teacher)})}
+    words = train_arguments(folder / "second", folder / name, **changes)
+    words = [word for flag, word in zip(["", *words], words, strict=False) if "--lora-r" not in (flag, word)]
+    assert exit_codes(start_ranks(folder / f"log-{name}", 2, run_training, words, fsdp=True)) == [0, 0], (
+        folder / f"log-{name}" / "rank0.log"
+    ).read_text()
+    alone, _ = train(folder, folder / "second", f"alone-{teacher}", **{**changes, "lora_r": 16})
+    for step, expected in zip(metrics_of(folder / name), alone, strict=True):
+        assert step == pytest.approx(expected, rel=1e-4, abs=1e-5)
