@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.sites import ffn_sites
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.sampler import Prompt, sample
-from tests.support.architectures import ARCHITECTURES, load, models_table, save
+from tests.support.architectures import ARCHITECTURES, attention, load, models_table, save
 from tests.support.flow import export_config, write_questions
+from tests.support.parsers import UNCUT
 from tests.support.paths import ROOT
 from tests.support.runs import metrics_of, train_config
 from tests.support.sampling import draw, prompts
@@ -100,7 +102,7 @@ def test_a_lora_step_learns_from_what_was_sampled(loaded: LoadedModel) -> None:
     task_of = {task.id: task for task in TASKS}
     pairs = [(task_of[rollout.question_id], rollout) for group in groups for rollout in group]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, teacher = torch.optim.SGD(trained, lr=0.2), Teacher("base", model, adapter)
+    optimizer, teacher = torch.optim.SGD(trained, lr=0.01), Teacher("base", model, adapter)
     first, second = (
         learn(config, model, teacher, optimizer, pairs, TrainingForward.of(config, model)) for _ in range(2)
     )
@@ -112,10 +114,11 @@ def test_a_lora_step_learns_from_what_was_sampled(loaded: LoadedModel) -> None:
 
 @pytest.mark.slow
 def test_a_whole_export_and_training(folder: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "load_model", lambda path, **_: load(folder[0], Path(path)))
-    questions = write_questions(tmp_path / "questions.jsonl", 4)
-    export(export_config(tmp_path, folder[1], questions))
-    train(train_config(tmp_path, tmp_path / "manifest", steps=2, keep_truncated=True))
+    name, model = folder
+    monkeypatch.setattr(loading, "load_model", lambda path, **_: load(name, Path(path)))
+    export(export_config(tmp_path, model, write_questions(tmp_path / "questions.jsonl"), answer_parser=UNCUT))
+    options: dict[str, Any] = {"steps": 2, "keep_truncated": True, "attn_implementation": attention(name)}
+    train(train_config(tmp_path, tmp_path / "manifest", **options))
     assert all(math.isfinite(step["loss"]) and abs(step["sampler_kl"]) < 1e-4 for step in metrics_of(tmp_path / "run"))
 
 

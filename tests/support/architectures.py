@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -157,8 +157,11 @@ def save(name: str, folder: Path, ends: list[int] | None = None) -> Path:
 
 def load(name: str, folder: Path) -> LoadedModel:
     """The saved model, by the loader of every command."""
-    eager = ARCHITECTURES[name].model_type in EAGER
-    return load_model(folder, device="cpu", attn_implementation="eager" if eager else "sdpa")
+    return load_model(folder, device="cpu", attn_implementation=attention(name))
+
+
+def attention(name: str) -> Literal["eager", "sdpa"]:
+    return "eager" if ARCHITECTURES[name].model_type in EAGER else "sdpa"
 
 
 def models_table() -> str:

@@ -210,6 +210,7 @@ def test_the_head_is_never_computed(arch: Arch) -> None:
 def test_no_layer_keeps_its_neuron_values(score: Literal["cett", "magnitude"]) -> None:
     """When a layer's values arrive, those of the layer before are gone; only the active sets are kept."""
     model = tiny_model("gemma3")
+    tracer = tracer_of(model, score=score, set_size=15)
     seen: list[weakref.ref[Tensor]] = []
     alive: list[list[bool]] = []
 
@@ -219,7 +220,7 @@ def test_no_layer_keeps_its_neuron_values(score: Literal["cett", "magnitude"]) -
 
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(on_down)
-    sets = tracer_of(model, score=score, set_size=15).trace(*rollouts())
+    sets = tracer.trace(*rollouts())
     assert [len(earlier) for earlier in alive] == list(range(6))  # three layers for the prompts, three for the trace
     assert not any(any(earlier) for earlier in alive)
     assert [ref() for ref in seen] == [None] * 6
@@ -412,9 +413,9 @@ def test_bad_rollouts_are_refused_before_anything_runs(
     prompts: list[list[int]], completions: list[list[int]], message: str
 ) -> None:
     model = tiny_model("gpt2")
+    tracer = tracer_of(model)
     calls = []
     model.transformer.wte.register_forward_hook(lambda *_: calls.append(1))
-    tracer = tracer_of(model)
     with pytest.raises(UserError, match=message):
         tracer.trace_batches(prompts, completions)  # not iterated
     with pytest.raises(UserError, match=message):
