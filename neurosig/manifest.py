@@ -11,14 +11,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
 from neurosig.models.load import ModelInfo
-from neurosig.questions.load import Question
+from neurosig.questions.load import WITHOUT_GOLD, Question
 from neurosig.questions.prompts import PromptConfig, teacher_config
 from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
@@ -46,11 +46,7 @@ READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
 BEFORE_1_3 = {"teacher_thinking": None, "demonstration_thoughts": True, "keep_truncated": True, "trace": "all"}
 """What an export did before these were options; ``student_thinking`` was ``enable_thinking``."""
 
-OF_QUESTION = tuple(field.name for field in fields(Question) if field.name not in ("id", "answer", "aliases"))
-"""Fields that a row has of its question, besides the id."""
-
 Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "cut_off", "hallucination", "no_context"]
-
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -98,7 +94,7 @@ class QuestionRow(Strict):
     earlier_turns: tuple[tuple[str, str], ...] = ()
     as_is: bool = False
     privileged_context: str | None = None
-    raw_answers: tuple[str | None, ...] = ()
+    raw_answers: tuple[str | None, ...]
     answers: tuple[str | None, ...]
     vote: VoteRecord | None
     pseudo_label: str | None
@@ -110,7 +106,7 @@ class QuestionRow(Strict):
 
     def as_question(self) -> Question:
         """The question, without a gold answer."""
-        return Question(id=self.question_id, **{name: getattr(self, name) for name in OF_QUESTION})
+        return Question(id=self.question_id, **{name: getattr(self, name) for name in WITHOUT_GOLD})
 
 
 class RolloutRow(Strict):
@@ -152,7 +148,7 @@ class Header(Strict):
     dataset: dict[str, Any]
     sampling: dict[str, Any]
     options: dict[str, Any]
-    answers: dict[str, Any] = Field(default_factory=dict)
+    answers: dict[str, Any]
     counts: dict[str, int]
     lengths: dict[str, float] = Field(default_factory=dict)
     files: dict[str, FileEntry]
@@ -290,8 +286,6 @@ def read_manifest(folder: str | Path) -> Manifest:
     header = _parse_header(folder / HEADER, (folder / HEADER).read_bytes())
     contents = {name: _verified(folder, name, entry) for name, entry in header.files.items()}
     rows = _read_rows(folder / QUESTIONS, contents[QUESTIONS], QuestionRow, header.files[QUESTIONS].rows)
-    if header.schema_version == "1.1":
-        rows = [row.model_copy(update={"raw_answers": row.answers}) for row in rows]
     by_id = _by_id(folder / QUESTIONS, rows)
     rollouts: dict[tuple[str, int], Rollout] = {}
     rollout_rows = _read_rows(folder / ROLLOUTS, contents[ROLLOUTS], RolloutRow, header.files[ROLLOUTS].rows)
@@ -312,11 +306,11 @@ def _parse_header(path: Path, text: bytes) -> Header:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON ({error})") from error
     version = str(raw.get("schema_version")) if isinstance(raw, dict) else "none"
-    if version == "1.0":
-        raise UserError(f"{path}: schema version 1.0 has other field names than {SCHEMA_VERSION}; export again")
+    if version in ("1.0", "1.1"):
+        raise UserError(f"{path}: schema version {version} has other fields than {SCHEMA_VERSION}; export again")
     if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
         raise UserError(
-            f"{path}: schema version {version}, this neurosig reads {SCHEMA_VERSION}; upgrade neurosig or export again"
+            f"{path}: schema version {version}, this neurosig reads {SCHEMA_VERSION}; upgrade or export again"
         )
     try:
         header = Header.model_validate_json(text)
@@ -324,21 +318,16 @@ def _parse_header(path: Path, text: bytes) -> Header:
         raise UserError(f"{path}: {first_problem(error, Header, NESTED)}") from error
     if header.content_sha256 != _content_sha256(raw):
         raise UserError(f"{path}: content_sha256 differs from the header's content; export again")
-    if version in ("1.1", "1.2"):
+    if version == "1.2":
         options = {**BEFORE_1_3, "student_thinking": raw["options"].get("enable_thinking"), **header.options}
         header = header.model_copy(update={"options": options})
-    for part, names in READ_BY_TRAINING.items():
-        for name in names:
-            if name not in getattr(header, part):
-                raise UserError(f"{path}: $.{part}.{name}: field required; export again")
-    if version == "1.1":  # it had neither merged answers nor thoughts that the prompt opens
-        reader = AnswerReader(header.options["answer_format"], "exact")
-        header = header.model_copy(update={"answers": reader.record()})
+    needed = ((part, name) for part, names in READ_BY_TRAINING.items() for name in names)
+    if gap := next((f"{part}.{name}" for part, name in needed if name not in getattr(header, part)), None):
+        raise UserError(f"{path}: $.{gap}: field required; export again")
     if lacking := AnswerReader().record().keys() ^ header.answers.keys():
         raise UserError(f"{path}: $.answers.{min(lacking)}: field missing or unknown; export again")
-    absent = set(FILES) - set(header.files)
-    if absent:
-        raise UserError(f"{path}: files: {', '.join(sorted(absent))} missing; export again")
+    if absent := sorted({*FILES} - {*header.files}):
+        raise UserError(f"{path}: files: {', '.join(absent)} missing; export again")
     return header
 
 
@@ -381,10 +370,7 @@ def _by_id(path: Path, rows: Sequence[QuestionRow]) -> dict[str, QuestionRow]:
         if question.text_sha256 != row.text_sha256:
             raise UserError(f"{path}:{number}: $.text_sha256: not the hash of this question; export again")
         if row.selected != (row.reason == "selected"):
-            raise UserError(
-                f"{path}:{number}: $.selected: {str(row.selected).lower()}, though the reason is "
-                f'"{row.reason}"; export again'
-            )
+            raise UserError(f'{path}:{number}: $.selected: contradicts the reason "{row.reason}"; export again')
         if row.vote is not None and row.vote.n != len(row.answers):
             raise UserError(f"{path}:{number}: $.vote.n: {row.vote.n}, but there are {len(row.answers)} answers")
         if len(row.raw_answers) != len(row.answers):
@@ -399,7 +385,7 @@ def _verify_contexts(
     rollouts: Mapping[tuple[str, int], Rollout],
     options: Mapping[str, Any],
 ) -> None:
-    own_solution = options.get("context_policy") == "majority_solution"
+    majority = options.get("context_policy") == "majority_solution"
     for number, row in enumerate(by_id.values(), start=1):
         if row.privileged_context is not None and row.context:
             raise UserError(f"{path}:{number}: $.context: demonstrations beside a privileged_context; export again")
@@ -409,6 +395,6 @@ def _verify_contexts(
                 raise UserError(f'{where}: no rollout {item.rollout_id} of question "{item.question_id}"')
             if rollouts[item.question_id, item.rollout_id].finish_reason == "length" and not options["keep_truncated"]:
                 raise UserError(f"{where}: a rollout that was cut off is no demonstration; export again")
-            allowed = own_solution and item.question_id == row.question_id
-            if by_id[item.question_id].text_sha256 == row.text_sha256 and not allowed:
+            own = majority and item.question_id == row.question_id
+            if not own and by_id[item.question_id].text_sha256 == row.text_sha256:
                 raise UserError(f"{where}: a question is its own context")

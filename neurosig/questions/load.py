@@ -116,6 +116,10 @@ class Question:
         return sha256_text("\n".join(unicodedata.normalize("NFC", text) for text in lines))
 
 
+WITHOUT_GOLD = tuple(name for name in Question.__dataclass_fields__ if name not in ("id", "answer", "aliases"))
+"""Fields of a question besides its id and its gold answer."""
+
+
 def check_text(value: str, name: str) -> None:
     """Raise UserError if a text is empty or cannot be written as UTF-8."""
     if not value.strip():

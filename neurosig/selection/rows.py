@@ -11,9 +11,9 @@ from torch import Tensor
 from neurosig.hallucination.config import HallucinationScore
 from neurosig.hallucination.probe import ProbeResult
 from neurosig.hallucination.scores import QuestionSignals, Scores
-from neurosig.manifest import OF_QUESTION, DemonstrationRecord, QuestionRow, Reason, VoteRecord
+from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteRecord
 from neurosig.patterns.signatures import representative, signature
-from neurosig.questions.load import Question
+from neurosig.questions.load import WITHOUT_GOLD, Question
 from neurosig.runtime.shapes import check_choice
 from neurosig.sampling.rollouts import RolloutPart
 from neurosig.selection.choose import DECIMALS, Candidate, selection_reasons
@@ -86,7 +86,7 @@ def manifest_rows(
         QuestionRow(
             question_id=question.id,
             text_sha256=question.text_sha256,
-            **{name: getattr(question, name) for name in OF_QUESTION},
+            **{name: getattr(question, name) for name in WITHOUT_GOLD},
             **decided.get(question.id, _TOO_LONG),
         )
         for question in questions

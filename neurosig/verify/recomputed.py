@@ -31,8 +31,6 @@ Row = Mapping[str, Any]
 
 def votes_problem(manifest: Manifest) -> str:
     """The first question whose answers or vote do not follow from its rollouts, or an empty string."""
-    if manifest.header.schema_version == "1.1":
-        return f"{SKIPPED}an earlier version parsed them"
     try:
         reader = manifest.header.answer_reader()
     except MissingParser as error:

@@ -59,22 +59,6 @@ def test_a_manifest_holds_what_was_decided(folder: Path) -> None:
     assert header.files["rollouts.jsonl"].rows == 24
 
 
-def test_a_manifest_of_schema_1_1_is_read_with_the_parser_it_had(folder: Path) -> None:
-    """It has neither raw answers nor answer spaces, and only equal answers were one."""
-    before = read_manifest(folder)
-
-    def older(row: dict[str, Any]) -> None:
-        del row["raw_answers"], row["answer_space"]
-
-    for line in range(1, 9):
-        edit_row(folder, line, older)
-    edit_header(folder, lambda header: (header.pop("answers"), header.update(schema_version="1.1")))
-    manifest = read_manifest(folder)
-    assert [row.answers for row in manifest.rows] == [row.answers for row in before.rows]
-    assert all(row.raw_answers == row.answers and row.answer_space is None for row in manifest.rows)
-    assert manifest.header.answer_reader() == AnswerReader("auto", "exact")
-
-
 def test_rehashing_alone_is_accepted(folder: Path) -> None:
     edit_row(folder, 1, lambda row: None)
     read_manifest(folder)
@@ -97,8 +81,8 @@ def test_rehashing_alone_is_accepted(folder: Path) -> None:
         (lambda row: row.pop("vote"), r"\$\.vote: field required"),
         (lambda row: row["context"][0].update(rollout_id=99), r'\$\.context\[0\]: no rollout 99 of question "q'),
         (lambda row: row["context"][0].update(question_id="q9"), r'\$\.context\[0\]: no rollout \d of question "q9"'),
-        (lambda row: row.update(reason="tie"), r'\$\.selected: true, though the reason is "tie"; export again'),
-        (lambda row: row.update(selected=False), r'\$\.selected: false, though the reason is "selected"'),
+        (lambda row: row.update(reason="tie"), r'\$\.selected: contradicts the reason "tie"; export again'),
+        (lambda row: row.update(selected=False), r'\$\.selected: contradicts the reason "selected"'),
         (lambda row: row["raw_answers"].pop(), r"\$\.raw_answers: 2 of 3 answers"),
         (lambda row: row.pop("raw_answers"), r"\$\.raw_answers: 0 of 3 answers"),
         (lambda row: row.update(answer_space="planets"), r'field "answer_space": no such space'),
@@ -129,10 +113,10 @@ def test_a_context_with_the_same_text_under_another_id_is_refused(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.3; upgrade"),
+        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this reads 1.3; upgrade"),
         (
-            lambda header: header.update(schema_version="1.0"),
-            "schema version 1.0 has other field names than 1.3; export",
+            lambda header: header.update(schema_version="1.1"),
+            "schema version 1.1 has other fields than 1.3; export",
         ),
         (lambda header: header["answers"].pop("vote_merge"), r"\$\.answers\.vote_merge: field missing or unknown"),
         (lambda header: header["answers"].update(merge=1), r"\$\.answers\.merge: field missing or unknown"),
@@ -219,7 +203,7 @@ def test_a_line_that_is_no_object_names_the_line(folder: Path, line: bytes) -> N
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b'{"schema_version": "1.1"}'])
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b'{"schema_version": "1.3"}'])
 def test_a_header_that_is_no_header_is_one_error(folder: Path, text: bytes) -> None:
     (folder / HEADER).write_bytes(text)
     with pytest.raises(

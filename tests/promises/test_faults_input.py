@@ -216,7 +216,7 @@ CASES = [
          again("manifest/questions.jsonl", lambda data: data.replace(b"red", b"bad"))),
     Case("train", "an unknown field", rf'{PATTERN}:2: \$\.seleced: unknown field \(did you mean "selected"\?\)',
          question_row(lambda row: row.update(seleced=True))),
-    Case("train", "selected for another reason", rf'{PATTERN}:2: \$\.selected: true, though the reason is "tie"',
+    Case("train", "selected for another reason", rf'{PATTERN}:2: \$\.selected: contradicts the reason "tie"',
          question_row(lambda row: row.update(reason="tie"))),
     Case("train", "own context", rf"{PATTERN}:2: \$\.context\[0\]: a question is its own context",
          question_row(lambda row: row["context"][0].update(question_id="q1"))),

@@ -92,19 +92,19 @@ def test_a_parser_that_fails_names_question_and_rollout(here: Path, body: str, m
 
 def test_a_parser_that_changed_is_refused_with_both_hashes(here: Path) -> None:
     path = here / "my_parser.py"
-    hashes, answers = [], []
+    hashes, answers, records = [], [], []
     for answer in ("red", "tan"):  # same size, same second: bytecode of the first would still count as current
         path.write_text(f"def parse(*args, **options):\n    return '{answer}'\n")
         reader = AnswerReader(answer_parser="my_parser:parse")
         hashes.append(sha256_file(path))
         answers.append(reader.extract("", "stop", QUESTION))
-        record = reader.record() if answer == "red" else record
+        records.append(reader.record())
     assert answers == ["red", "tan"]
     with pytest.raises(UserError, match=rf"my_parser:parse: .*{hashes[1]}, on record is {hashes[0]}"):
-        AnswerReader.from_record(record)
+        AnswerReader.from_record(records[0])
     path.unlink()
     with pytest.raises(UserError, match=re.escape(f"no module my_parser in {here}")):
-        AnswerReader.from_record(record)
+        AnswerReader.from_record(records[0])
 
 
 @pytest.mark.parametrize("packages", [(), ("deep",), ("deep", "deep/er")])
