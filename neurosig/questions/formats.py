@@ -78,7 +78,7 @@ def adapt(record: Record, line: int, stem: str, columns: Columns, found: set[str
             the record is not taken for an item of a released set.
         found: gets the names of those columns that the record has.
     """
-    values = chosen(record, columns, found)
+    values = chosen(record, columns, found) if columns else {}
     asked = values.keys() & set(ASKED)
     if values.keys() & {*ASKED, "choices", "answer"}:
         others = {*ASKED, *OTHER_NAMES["question"]} if asked else set()
@@ -88,7 +88,7 @@ def adapt(record: Record, line: int, stem: str, columns: Columns, found: set[str
         if read is None:
             return None
         shape = read
-    return adapt_record({**shape, **values}, stem)
+    return adapt_record({**shape, **values} if values else shape, stem)
 
 
 def adapt_record(record: Record, stem: str) -> Fields:
