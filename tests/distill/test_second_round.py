@@ -140,12 +140,11 @@ def test_another_adapter_is_refused(folder: Path) -> None:
 def test_two_processes_with_fsdp2_have_the_teacher_of_one(folder: Path, teacher: str | None) -> None:
     """The adapter of the round before is exchanged in sharded weights; another model is sharded, too."""
     name = f"sharded-{teacher}"
-    changes = {**SECOND, "lora_r": None, **({} if teacher is None else {"teacher_model": str(folder / teacher)})}
+    changes = {**SECOND, **({} if teacher is None else {"teacher_model": str(folder / teacher)})}
     words = train_arguments(folder / "second", folder / name, **changes)
-    words = [word for flag, word in zip(["", *words], words, strict=False) if "--lora-r" not in (flag, word)]
     assert exit_codes(start_ranks(folder / f"log-{name}", 2, run_training, words, fsdp=True)) == [0, 0], (
         folder / f"log-{name}" / "rank0.log"
     ).read_text()
-    alone, _ = train(folder, folder / "second", f"alone-{teacher}", **{**changes, "lora_r": 16})
+    alone, _ = train(folder, folder / "second", f"alone-{teacher}", **changes)
     for step, expected in zip(metrics_of(folder / name), alone, strict=True):
         assert step == pytest.approx(expected, rel=1e-4, abs=1e-5)
