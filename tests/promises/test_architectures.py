@@ -20,14 +20,13 @@ from distill.teacher import Teacher
 from distill.train import main as train
 from neurosig.check import compare
 from neurosig.export import main as export
-from neurosig.models import load as loading
-from neurosig.models.load import LoadedModel
+from neurosig.models.load import LoadedModel, load_model
 from neurosig.neurons.backends import trace_neurons
 from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.sites import ffn_sites
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.sampler import Prompt, sample
-from tests.support.architectures import ARCHITECTURES, attention, load, models_table, save
+from tests.support.architectures import ARCHITECTURES, models_table, save
 from tests.support.flow import export_config, write_questions
 from tests.support.parsers import UNCUT
 from tests.support.paths import ROOT
@@ -54,7 +53,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def loaded(folder: tuple[str, Path]) -> LoadedModel:
-    return load(*folder)
+    return load_model(folder[1], device="cpu")
 
 
 def test_neurons_are_read_the_same_in_every_way(folder: tuple[str, Path], loaded: LoadedModel) -> None:
@@ -113,11 +112,10 @@ def test_a_lora_step_learns_from_what_was_sampled(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_export_and_training(folder: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, model = folder
-    monkeypatch.setattr(loading, "load_model", lambda path, **_: load(name, Path(path)))
+def test_a_whole_export_and_training(folder: tuple[str, Path], tmp_path: Path) -> None:
+    model = folder[1]
     export(export_config(tmp_path, model, write_questions(tmp_path / "questions.jsonl"), answer_parser=UNCUT))
-    options: dict[str, Any] = {"steps": 2, "keep_truncated": True, "attn_implementation": attention(name)}
+    options: dict[str, Any] = {"steps": 2, "keep_truncated": True}
     train(train_config(tmp_path, tmp_path / "manifest", **options))
     assert all(math.isfinite(step["loss"]) and abs(step["sampler_kl"]) < 1e-4 for step in metrics_of(tmp_path / "run"))
 

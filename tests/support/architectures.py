@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from neurosig.models.load import LoadedModel, load_model
 from neurosig.neurons.sites import ffn_sites
 from tests.support.tiny import (
     BOS_ID,
@@ -134,9 +133,6 @@ _VARIANTS = {
 ARCHITECTURES: dict[str, Architecture] = {one.model_type: one for one in _LISTED} | _VARIANTS
 """Every listed ``model_type``, and variants whose blocks or attention differ."""
 
-EAGER = ("bloom", "gemma2")
-"""Types without sdpa attention, which the loader is asked for by name."""
-
 
 def model_of(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random two-layer model of this architecture, fp32, eval, with the weights of `tests.support.tiny`."""
@@ -153,15 +149,6 @@ def save(name: str, folder: Path, ends: list[int] | None = None) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-def load(name: str, folder: Path) -> LoadedModel:
-    """The saved model, by the loader of every command."""
-    return load_model(folder, device="cpu", attn_implementation=attention(name))
-
-
-def attention(name: str) -> Literal["eager", "sdpa"]:
-    return "eager" if ARCHITECTURES[name].model_type in EAGER else "sdpa"
 
 
 def models_table() -> str:
