@@ -59,7 +59,7 @@ def sampled_row(question: Question, group: Sequence[Rollout], reader: AnswerRead
         "distinct": len({answer for answer in answers if answer is not None}),
         "truncated": round(lengths["truncated_rate"] * len(group)),
         "unclosed": round(lengths["unclosed_rate"] * len(group)),
-        "mean_length": lengths["mean_thought_length"] + lengths["mean_answer_length"],
+        "mean_length": sum(len(rollout.completion_ids) for rollout in group) / len(group),
         **{name: lengths[name] for name in ("mean_thought_length", "mean_answer_length")},
         "mean_entropy": _mean([rollout.mean_entropy for rollout in group]),
         "mean_logprob": _mean([rollout.mean_logprob for rollout in group]),

@@ -117,9 +117,9 @@ def test_the_columns_of_the_results(tmp_path: Path) -> None:
     path = tmp_path / "eval" / "results.parquet"
     table = pyarrow.parquet.read_table(path)
     texts = ["question_id", "domain", "kind", "raw_answers", "answers", "strict", "lenient", "winner"]
-    counts = ["k", "votes", "n_tied", "n_tied_right", "n_correct", "unparsed", "distinct", "truncated"]
+    counts = ["k", "votes", "n_tied", "n_tied_right", "n_correct", "unparsed", "distinct", "truncated", "unclosed"]
     counts += ["n_tied_right_lenient", "n_correct_lenient"]
-    means = ["mean_length", "mean_entropy", "mean_logprob"]
+    means = ["mean_length", "mean_thought_length", "mean_answer_length", "mean_entropy", "mean_logprob"]
     assert set(table.column_names) == {*texts, *counts, *means}
     assert all(str(table.schema.field(name).type) == "int64" for name in counts)
     assert all(str(table.schema.field(name).type) == "double" for name in means)
