@@ -190,7 +190,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 def test_a_missing_trl_is_named(tmp_path: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(
-        UserError, match=r"--method ttrl: TRL is not installed; run `pip install 'neurosig\[baselines\]'`"
+        UserError, match=r"--method ttrl: trl is not installed; run `pip install 'neurosig\[baselines\]'`"
     ):
         train_baseline(tmp_path, manifest)
     train_baseline(tmp_path, manifest, method="nopsd", steps=1)

@@ -59,7 +59,7 @@ def evaluation(out: Path, right_of: dict[str, list[int]], k: int = 4, unread: bo
                 rows[-1] |= {"n_correct": 0, "n_tied_right": 0, "unparsed": count}
     (out / ".rollouts.log").touch()
     loaded: Any = Loaded()
-    _write(config(out, **changes), loaded, None, questions, groups, rows, summarise(rows, seed=0))
+    _write(config(out, **changes), loaded, questions, groups, rows, summarise(rows, seed=0))
     return out
 
 

@@ -109,7 +109,9 @@ def test_a_missing_tracker_is_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = make_manifest(tmp_path)
-    monkeypatch.setattr("distill.config.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--report-to wandb: not installed; run `pip install 'neurosig\[trackers\]'`"):
+    monkeypatch.setattr("neurosig.runtime.extras.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"--report-to wandb: wandb is not installed; run `pip install 'neurosig\[trackers\]'`"
+    ):
         main(config(manifest, tmp_path / "run", report_to=("wandb",)))
     assert not (tmp_path / "run").exists()
