@@ -105,8 +105,12 @@ def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
     header = read_manifest(manifest).header
     label = "-".join(f"{name}-{value}" for name, value in sorted(options.items()))
     out = into / f"{label}-{header.content_sha256[:8]}"
-    known = {name: value for name, value in header.options.items() if name in ExportConfig.__dataclass_fields__}
-    settings: dict[str, Any] = {**known, "questions": tuple(known["questions"]), **options}
+    known = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in header.options.items()
+        if name in ExportConfig.__dataclass_fields__
+    }
+    settings: dict[str, Any] = known | options
     settings |= {"quiet": True, "resume": True, "out": out, "reuse": manifest}
     if settings["rollouts"] is not None:
         settings["rollouts"] = Path(settings["rollouts"])

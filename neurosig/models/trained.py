@@ -54,7 +54,8 @@ def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
     """The options with prompts and answer format of the training, where the user gave no others.
 
     Args:
-        config: Options of a command, with ``PROMPT_OPTIONS`` and ``eval_thinking``.
+        config: Options of a command, with ``PROMPT_OPTIONS``; an evaluation has ``eval_thinking`` for
+            ``student_thinking``.
         folders: `trained_folders`; the first decides.
 
     Raises:
@@ -66,7 +67,8 @@ def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
         return config
     folder, template = folders[0], record["model"]["chat_template_sha256"]
     earlier = trained.pop("enable_thinking", None)  # its name before students and teachers had modes of their own
-    trained["eval_thinking"] = trained.pop("student_thinking", earlier)
+    mode = "eval_thinking" if hasattr(config, "eval_thinking") else "student_thinking"
+    trained[mode] = trained.pop("student_thinking", earlier)
     if trained["template"] not in (None, "plain"):
         trained["template"] = str(folder / TEMPLATE)
     changed = {
@@ -75,7 +77,8 @@ def as_trained(config: ConfigT, folders: Sequence[Path]) -> ConfigT:
         if getattr(config, name) != value
         and not (name == "template" and config.template is not None and _template_sha256(config.template) == template)
     }
-    if config.is_explicit("eval_thinking") and (other := changed.pop("eval_thinking", None)):
+    if "eval_thinking" in changed and config.is_explicit("eval_thinking"):
+        other = changed.pop("eval_thinking")
         logger.info("%s: --eval-thinking %s, the student's in training was %s", folder, other[1], other[0])
     if wrong := {name: pair for name, pair in changed.items() if config.is_explicit(name)}:
         raise UserError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -106,7 +107,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
     found: set[FFN] = set()
 
     def judge(path: str, calls: Sequence[_Call]) -> None:
-        linear = [call for call in calls if isinstance(call.module, nn.Linear | Conv1D)]
+        linear = [call for call in calls if _is_linear(call.module)]
         if not all(call.output.isfinite().all() for call in linear):
             return  # nothing can be said; the damaged layer is named when it is traced
         if described is None:
@@ -215,7 +216,10 @@ def _watched(blocks: Mapping[str, nn.Module], judge: Callable[[str, Sequence[_Ca
 
     try:
         for path, block in blocks.items():
+            parts = {name for name, module in block.named_modules() if hasattr(module, "base_layer")}
             for name, module in block.named_modules():
+                if any(name.startswith(f"{part}.") for part in parts):  # of a layer with LoRA beside its weight
+                    continue
                 handles.append(module.register_forward_hook(keep(name), with_kwargs=True))
             handles.append(block.register_forward_hook(ended(path)))
         yield
@@ -253,7 +257,7 @@ def _recognised(block: nn.Module, calls: Sequence[_Call], linear: Sequence[_Call
 def _as_described(calls: Sequence[_Call], ffn: FFN) -> tuple[list[FFN], list[str]]:
     """The FFN that `register_layout` was told of, if it is one, or what speaks against it."""
     downs, acts = ([call for call in calls if call.name == path] for path in (ffn.down, ffn.act))
-    if len(downs) != 1 or len(acts) != 1 or not isinstance(downs[0].module, nn.Linear | Conv1D):
+    if len(downs) != 1 or len(acts) != 1 or not _is_linear(downs[0].module):
         return [], [f"{ffn.down} as a linear layer and {ffn.act} as an activation, each called once"]
     factors = [part for call in calls for part in _parts(call.output)] if ffn.gated else []
     read = _read(downs[0].given[0], acts, factors)
@@ -317,16 +321,29 @@ def _not_all(block: nn.Module, calls: Sequence[_Call], down: _Call) -> str | Non
     return None
 
 
+def projection(module: Any) -> Float[Tensor, "d_in d_out"]:
+    """By what a linear layer multiplies; with LoRA beside its weight the effective weight, in float32."""
+    base = getattr(module, "base_layer", module)
+    weight = base.weight
+    if base is not module:
+        weight = weight.float()
+        for name in module.active_adapters:
+            weight = weight + module.get_delta_weight(name).float()
+    return weight if isinstance(base, Conv1D) else weight.T
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D)
+
+
 def _projects_otherwise(down: _Call) -> str | None:
     """Whether values times weight, plus bias, are another thing than the layer's output; quantised ones are let pass:
     `neurosig.neurons.sites.w_out` refuses them in its own words."""
-    module = down.module
-    weight, bias = module.weight, module.bias
+    weight, bias = projection(down.module), down.module.bias
     if not weight.is_floating_point():
         return None
-    rows = weight if isinstance(module, Conv1D) else weight.T
     exact = torch.promote_types(weight.dtype, torch.float32)
-    expected = down.given[0].to(exact) @ rows.to(exact)
+    expected = down.given[0].to(exact) @ weight.to(exact)
     expected = expected if bias is None else expected + bias.to(exact)
     return (
         None if _same(expected.to(down.output.dtype), down.output) else "its output is not its input times its weight"

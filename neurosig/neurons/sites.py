@@ -7,7 +7,6 @@ its output direction is the matching slice of that projection's weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from neurosig.neurons.layouts import find_layout, registered
+from neurosig.neurons.layouts import find_layout, projection, registered
 from neurosig.runtime.errors import UserError
 
 
@@ -106,19 +105,9 @@ def w_out(model: PreTrainedModel, path: str) -> Float[Tensor, "d_mlp d_model"]:
         UserError: The weights are quantised.
     """
     module = _module_at(model, path)
-    if hasattr(module, "base_layer"):
-        adapted: Any = module
-        weight = adapted.base_layer.weight.float()
-        for name in adapted.active_adapters:
-            weight = weight + adapted.get_delta_weight(name).float()
-        return weight if isinstance(adapted.base_layer, Conv1D) else weight.T
-    match module:
-        case Conv1D():
-            weight = module.weight
-        case nn.Linear():
-            weight = module.weight.T
-        case _:
-            raise UserError(f"{path} is a {type(module).__name__}; load the model unquantised")
+    if not isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D):
+        raise UserError(f"{path} is a {type(module).__name__}; load the model unquantised")
+    weight = projection(module)
     if not weight.is_floating_point():
         raise UserError(f"{path} has {weight.dtype} weights; load the model unquantised")
     return weight
