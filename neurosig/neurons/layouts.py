@@ -108,7 +108,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
 
     def judge(path: str, calls: Sequence[_Call]) -> None:
         linear = [call for call in calls if _is_linear(call.module)]
-        if not all(call.output.isfinite().all() for call in linear):
+        if not all(call.output.isfinite().all() for call in linear) or not any(call.output.any() for call in linear):
             return  # nothing can be said; the damaged layer is named when it is traced
         if described is None:
             ffns, tried = _recognised(blocks[path], calls, linear)
@@ -129,7 +129,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
             ids = torch.arange(1, TOKENS + 1, device=model.device)
             model.base_model(input_ids=ids[None], use_cache=False)
     if len(found) != 1:
-        why = "differ from one another" if found else "give values that are not finite"
+        why = "differ from one another" if found else "give zeros or values that are not finite"
         raise UserError(f"{kind}: its blocks {why}, so its neurons cannot be located; check the weights")
     (ffn,) = found
     modules = [dict(block.named_modules()) for block in blocks.values()]
@@ -352,11 +352,12 @@ def _projects_otherwise(down: _Call) -> str | None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of like shape agree to rounding; zeros, which agree with anything, do not."""
-    if a.shape != b.shape:
+    largest = b.abs().max()
+    if a.shape != b.shape or not 0 < largest < torch.inf:
         return False
-    exact = torch.promote_types(b.dtype, torch.float32)
-    size = b.to(exact).norm()
-    return bool(((a.to(exact) - b.to(exact)).norm() <= TOLERANCE[b.dtype] * size) & (size > 0))
+    exact, tolerance = torch.promote_types(b.dtype, torch.float32), TOLERANCE[b.dtype]
+    a, b = a.to(exact) / largest, b.to(exact) / largest  # a sum of squares would overflow first
+    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 def _run_first_alone(

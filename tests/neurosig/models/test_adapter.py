@@ -94,7 +94,7 @@ def test_adapters_and_models_in_the_wrong_place_are_told_where_they_belong(folde
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"step-000004: damaged .sha256 differs.; give another checkpoint"):
         find_adapter(weights.parent)
-    with pytest.raises(UserError, match=r"model organism: its weights are not those that .*/checkpoints was trained on"):
+    with pytest.raises(UserError, match=r"its weights are not those that .*/checkpoints was trained on"):
         load_model("organism", adapter=folder / "run" / "checkpoints" / "step-000002")
 
 

@@ -62,13 +62,11 @@ def test_stored_values_that_are_not_finite_are_named(tmp_path: Path, name: str) 
         read_signals(path)
 
 
-def test_hidden_states_that_are_not_finite_end_the_trace(tmp_path: Path) -> None:
-    """Neurons behind a norm are finite still."""
+def test_a_residual_stream_that_overflows_is_named_by_its_weights(tmp_path: Path) -> None:
+    """Behind a norm of it every value is zero."""
     model = load_model(save_scaled(tmp_path, 1e38) / "model").model
-    with pytest.raises(
-        UserError, match=r"rollout 0: the (hidden states after|neuron scores of) layer \d are not finite"
-    ):
-        NeuronTracer(model).trace([(5, 6)], [(7, 8)])
+    with pytest.raises(UserError, match=r"its blocks give zeros or values that are not finite.*check the weights"):
+        NeuronTracer(model)
 
 
 def test_neurons_outside_the_set_change_no_view() -> None:
