@@ -94,7 +94,7 @@ class QuestionRow(Strict):
     earlier_turns: tuple[tuple[str, str], ...] = ()
     as_is: bool = False
     privileged_context: str | None = None
-    raw_answers: tuple[str | None, ...]
+    raw_answers: tuple[str | None, ...] = ()
     answers: tuple[str | None, ...]
     vote: VoteRecord | None
     pseudo_label: str | None

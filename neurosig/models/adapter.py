@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,8 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neurosig.models.run_folder import TrainedWeights, find_adapter, full_checkpoint, read_record
-from neurosig.models.trained import check_base
+from neurosig.models.run_folder import (
+    ADAPTER_CONFIG,
+    TrainedWeights,
+    base_of,
+    find_adapter,
+    full_checkpoint,
+    read_record,
+)
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import read_once
 
@@ -20,7 +27,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from neurosig.models.load import LoadedModel
+    from neurosig.models.load import LoadedModel, ModelInfo
+
+logger = logging.getLogger(__name__)
 
 
 def load_trained(load: Callable[[Any], LoadedModel], spec: Any, adapter: str | Path | None) -> LoadedModel:
@@ -67,7 +76,7 @@ def read_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
         trainable: Whether the adapter's weights require gradients.
 
     Raises:
-        UserError: The folder has no adapter, or one of another model (`neurosig.models.trained.check_base`).
+        UserError: The folder has no adapter, or one of another model (`check_base`).
     """
     found = find_adapter(folder)
     check_base(found.folder, loaded.info)
@@ -87,6 +96,32 @@ def read_adapter(loaded: LoadedModel, folder: Path, *, trainable: bool = False) 
         ) from error
     adapter.eval()
     return adapter, str(digest)
+
+
+def check_base(adapter: Path, info: ModelInfo) -> None:
+    """Refuse an adapter that distill.train trained on other weights; warn where another program names another base.
+
+    Live weights, whose files are not known, are taken as they are.
+
+    Args:
+        adapter: Its folder.
+        info: The model that it is put into.
+
+    Raises:
+        UserError: It was trained on other weights, or a record cannot be read.
+    """
+    record = read_record(adapter)
+    if record is None:
+        made_for = base_of(adapter / ADAPTER_CONFIG)
+        if made_for not in ("", info.id):
+            says = f"as its {ADAPTER_CONFIG} says"
+            logger.warning("%s: made for %s, %s, and put into %s", adapter, made_for, says, info.id)
+        return
+    own, base = set(info.weights.values()), record["model"]
+    if "state_dict" not in info.weights and not own <= set(base["weights"].values()):
+        raise UserError(
+            f"model {info.id}: its weights are not those that {adapter} was trained on; give --model {base['id']}"
+        )
 
 
 def _from_checkpoint(model: PreTrainedModel, found: TrainedWeights, trainable: bool) -> PeftModel:

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from neurosig.models.run_folder import ADAPTER_CONFIG, base_of, find_adapter, find_model, full_checkpoint, read_record
+from neurosig.models.run_folder import find_adapter, find_model, full_checkpoint, read_record
 from neurosig.models.template import PLAIN_TEMPLATE
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text
 from neurosig.runtime.provenance import explain
 
 if TYPE_CHECKING:
-    from neurosig.models.load import LoadedModel, ModelInfo
+    from neurosig.models.load import LoadedModel
     from neurosig.questions.load import Question
 
 logger = logging.getLogger(__name__)
@@ -125,32 +125,6 @@ def trained_from(model: str) -> Mapping[str, str] | None:
     """Weights from which distill.train made the model in this folder; ``None`` for any other model."""
     record = read_record(folders[0]) if (folders := trained_folders(model, None)) else None
     return None if record is None else dict(record["model"]["weights"])
-
-
-def check_base(adapter: Path, info: ModelInfo) -> None:
-    """Refuse an adapter that distill.train trained on other weights; warn where another program names another base.
-
-    Live weights, whose files are not known, are taken as they are.
-
-    Args:
-        adapter: Its folder.
-        info: The model that it is put into.
-
-    Raises:
-        UserError: It was trained on other weights, or a record cannot be read.
-    """
-    record = read_record(adapter)
-    if record is None:
-        made_for = base_of(adapter / ADAPTER_CONFIG)
-        if made_for not in ("", info.id):
-            says = f"as its {ADAPTER_CONFIG} says"
-            logger.warning("%s: made for %s, %s, and put into %s", adapter, made_for, says, info.id)
-        return
-    own, base = set(info.weights.values()), record["model"]
-    if "state_dict" not in info.weights and not own <= set(base["weights"].values()):
-        raise UserError(
-            f"model {info.id}: its weights are not those that {adapter} was trained on; give --model {base['id']}"
-        )
 
 
 def trained_on_text(what: str, blocks: Iterable[Mapping[str, Any]]) -> str:

@@ -113,7 +113,7 @@ def test_a_context_with_the_same_text_under_another_id_is_refused(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this reads 1.3; upgrade"),
+        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.3; upgrade"),
         (
             lambda header: header.update(schema_version="1.1"),
             "schema version 1.1 has other fields than 1.3; export",
