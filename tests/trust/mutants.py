@@ -80,9 +80,9 @@ MUTANTS = (
     Mutant("mean over rollouts for mean over tokens", STEP, 'if config.loss_mean == "token" else', 'if config.loss_mean != "token" else', "distill/test_train.py", "plain_mean_kl"),
     Mutant("cut-off rollouts in the loss", TASKS, "config.keep_truncated or rollout.finish_reason", "not config.keep_truncated or rollout.finish_reason", "distill/test_train.py", "cut_off"),
     Mutant("first tokens not skipped", STEP, "in_loss = position >= config.skip_first", "in_loss = position >= 0", "distill/test_train.py", "plain_mean_kl"),
-    Mutant("teacher is the trained model", TEACHER, 'if self.name != "live" and self._adapter is not None:', "if False:", "distill/test_train.py", "stays_the_untrained"),
+    Mutant("teacher is the trained model", TEACHER, 'elif self.name != "live" and self._adapter is not None and self._copy is None:', "elif False:", "distill/test_train.py", "stays_the_untrained"),
     Mutant("average the wrong way round", TEACHER, "1 - self._decay", "self._decay", "distill/test_train.py", "ema_teacher_averages"),
-    Mutant("weights of questions ignored", TASKS, "builder.teacher(question, context), row.weight)", "builder.teacher(question, context))", "trust/test_numeric_core.py", "weights"),
+    Mutant("weights of questions ignored", TASKS, "teacher.teacher(shown, context), row.weight)", "teacher.teacher(shown, context))", "trust/test_numeric_core.py", "weights"),
     Mutant("every step the same questions", TASKS, "first = (step - 1) * size", "first = 0", "distill/test_train.py", "every_epoch"),
     # votes and answers
     Mutant("non-answers win votes", VOTE, "counts = Counter(answer for answer in answers if answer is not None)", "counts = Counter(str(answer) for answer in answers)", "neurosig/questions/test_answers.py", "never_wins"),
