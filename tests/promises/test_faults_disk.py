@@ -149,10 +149,10 @@ def test_weights_that_do_not_fit_leave_the_last_good_ones(world: Path, tmp_path:
             place, name = (distill.train, "write_final") if written == "adapter" else (distill.checkpoints, "_write")
             write = getattr(place, name)
 
-            def filled(*args: Any) -> None:
+            def filled(*args: Any, **options: Any) -> None:
                 if written == "adapter" or f"step-{args[1]:06d}" == written:
                     fill(ballast, room, leaving=8192)
-                write(*args)
+                write(*args, **options)
 
             setattr(place, name, filled)  # in the fork only
 
