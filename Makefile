@@ -96,7 +96,7 @@ lint: setup ## ruff, mypy and the import contracts
 	$(VENV)/bin/lint-imports --no-cache
 
 bench: setup ## time and memory of sampling, tracing and training
-	$(RUN) pytest -m bench -o addopts=--strict-markers tests # without the tests' run-time type checks
+	$(RUN) pytest -m bench -o addopts="--strict-markers --import-mode=importlib" tests # without the tests' run-time type checks
 
 bench-gpu: setup ## one GPU: its numbers against the CPU's, Qwen3's shapes beside TRL (says so where there is none)
 	$(RUN) pytest -m gpu -o addopts=--strict-markers -q -rs tests/promises/test_gpu.py
