@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -321,7 +321,7 @@ def _not_all(block: nn.Module, calls: Sequence[_Call], down: _Call) -> str | Non
     return None
 
 
-def projection(module: Any) -> Float[Tensor, "d_in d_out"]:
+def projection(module: Any) -> Shaped[Tensor, "d_in d_out"]:
     """By what a linear layer multiplies; with LoRA beside its weight the effective weight, in float32."""
     base = getattr(module, "base_layer", module)
     weight = base.weight

@@ -135,7 +135,7 @@ def test_a_model_that_needs_the_two_dimensional_mask_is_decoded_without_fixed_sh
 
 
 def test_without_cuda_steps_run_as_they_are_and_a_note_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="neurosig"):
         graph = StepGraph(torch.device("cpu"))
         values = [graph.run(lambda n=n: torch.tensor(n), version=0).item() for n in range(WARM_UP + 3)]
     assert values == list(range(WARM_UP + 3))
