@@ -174,7 +174,8 @@ def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"values, each {_expected(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is typing.Union:
-        return " or ".join(map(_expected, typing.get_args(hint)))
+        kinds = [*map(_expected, typing.get_args(hint))]
+        return " or ".join(kind for kind in kinds if f"values, each {kind}" not in kinds)
     return {str: "a text", Path: "a path"}.get(hint, hint.__name__)
 
 
@@ -185,7 +186,8 @@ def _placeholder(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"{_placeholder(typing.get_args(hint)[0])} ..."
     if typing.get_origin(hint) is typing.Union:
-        return "|".join(map(_placeholder, typing.get_args(hint)))
+        names = [*map(_placeholder, typing.get_args(hint))]
+        return "|".join(name for name in names if f"{name} ..." not in names)  # one is written as several are
     return {str: "TEXT", bool: "{True,False}"}.get(hint, hint.__name__.upper())
 
 
