@@ -90,11 +90,12 @@ def command_folder(config: Any, *, finished: str, owned: Sequence[str]) -> Itera
         began = any(True for pattern in owned for _ in out.glob(pattern))
         longer = began and is_longer(config, finished)
         complete = complete and not longer
-        if not complete:
+        unfinished = not complete or (out / BEGUN).exists()  # a run killed after its last write left that file
+        if unfinished:
             begin_record(out, options_record(config))
         try:
             yield complete
-            if not complete:
+            if unfinished:
                 finish_record(out)
         finally:
             if {path.name for path in out.iterdir()} <= {LOCK, BEGUN}:

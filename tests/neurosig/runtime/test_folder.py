@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from neurosig.export import main as export
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder
+from neurosig.runtime.recorded import BEGUN, RUN
+from tests.support.flow import export_config, save_tiny, write_questions
 
 
 def hold(out: Path, *, resume: bool = False, overwrite: bool = False):  # type: ignore[no-untyped-def]
@@ -75,3 +80,15 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(UserError, match="cannot write there"), hold(tmp_path / "out" / "below"):
         pass
+
+
+def test_a_run_killed_after_its_last_write_gets_its_record_when_it_is_resumed(tmp_path: Path) -> None:
+    config = export_config(tmp_path, save_tiny(tmp_path / "model"), write_questions(tmp_path / "questions.jsonl"))
+    export(config)
+    out = config.out
+    record = json.loads((out / RUN).read_bytes())["options"]
+    (out / BEGUN).write_text(json.dumps({"options": record}))
+    (out / RUN).unlink()
+    export(replace(config, resume=True))
+    assert json.loads((out / RUN).read_bytes())["options"] == record
+    assert not (out / BEGUN).exists()
