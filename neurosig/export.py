@@ -91,7 +91,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             for wording in (config.prompt_config(), config.teacher_prompt_config())
         )
         check_same_stream(builder, teacher)
-        prompts = _prompts(questions, builder, loaded, config)
+        prompts = _prompts(questions, builder, teacher, loaded, config)
         work = config.out / WORK
         work.mkdir(exist_ok=True)
     if config.reuse is None:
@@ -141,7 +141,11 @@ def _with_k(config: ExportConfig, k: int) -> ExportConfig:
 
 
 def _prompts(
-    questions: Sequence[Question], builder: PromptBuilder, loaded: LoadedModel, config: ExportConfig
+    questions: Sequence[Question],
+    builder: PromptBuilder,
+    teacher: PromptBuilder,
+    loaded: LoadedModel,
+    config: ExportConfig,
 ) -> dict[str, Prompt]:
     """Student prompts of the questions that fit the model's positions with a full completion.
 
@@ -155,7 +159,7 @@ def _prompts(
     for question in questions:
         if question.privileged_context is not None:
             seen = privileged_question(question, builder.config, config.privileged_wording)
-            lengths[question.id] = max(lengths[question.id], len(builder.teacher(seen, ())))
+            lengths[question.id] = max(lengths[question.id], len(teacher.teacher(seen, ())))
     room = loaded.max_length - config.max_new_tokens
     fitting = {name: prompt for name, prompt in prompts.items() if lengths[name] <= room}
     if not fitting:
@@ -335,8 +339,8 @@ def _write(
         "lengths": lengths,
     }
     notes = [note] if note else []
-    for text in notes:
-        logger.warning("%s", text)
+    if note:
+        logger.warning("%s", note)
     if own := sum(row.privileged_context is not None for row in rows):
         notes.append(f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees")
         logger.info("%s", notes[-1])

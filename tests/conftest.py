@@ -41,3 +41,10 @@ def running(served_folder: Path) -> "Iterator[ServerProcess]":
     process = lora_server(served_folder / "model")
     yield process
     process.kill()
+
+
+@pytest.fixture
+def process(running: "ServerProcess") -> "ServerProcess":
+    """The tests' server, without the fault of an earlier test."""
+    running.post("/control", kind="none")
+    return running

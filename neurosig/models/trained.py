@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neurosig.models.run_folder import find_adapter, find_model, full_checkpoint, read_record
-from neurosig.models.template import PLAIN_TEMPLATE
+from neurosig.models.template import PLAIN_TEMPLATE, read_template
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text
 from neurosig.runtime.provenance import explain
@@ -112,12 +112,13 @@ def load_as_trained(config: Any, device: str | None) -> LoadedModel:
     from neurosig.models.adapter import apply_adapter
     from neurosig.models.load import load_model
 
-    load = partial(load_model, config.model, dtype=config.dtype, device=device)
-    loaded = load(template=config.template)
+    loaded = load_model(config.model, dtype=config.dtype, device=device, template=config.template)
     folders = trained_folders(config.model, config.adapter)
     record = read_record(folders[0]) if folders else None
     if record is not None and record["model"]["chat_template_sha256"] != loaded.info.chat_template_sha256:
-        loaded = load(template=str(folders[0] / TEMPLATE))
+        template = read_template(str(folders[0] / TEMPLATE))
+        loaded.tokenizer.chat_template = template
+        loaded = replace(loaded, info=replace(loaded.info, chat_template_sha256=sha256_text(template)))
     return loaded if config.adapter is None else apply_adapter(loaded, config.adapter)
 
 

@@ -108,10 +108,10 @@ def _quantisation(config: Mapping[str, Any]) -> str | None:
     """The quantisation method that a ``config.json`` names, if any."""
     nested = config.get("text_config")
     for place in (config, nested if isinstance(nested, dict) else {}):
-        asked = place.get("quantization_config") or place.get("compression_config")
-        if isinstance(asked, dict):
-            in_bits = {"load_in_4bit", "load_in_8bit"} & {*asked}
-            return str(asked.get("quant_method", "bitsandbytes" if in_bits else "unknown"))
+        section = place.get("quantization_config") or place.get("compression_config")
+        if isinstance(section, dict):
+            in_bits = {"load_in_4bit", "load_in_8bit"} & {*section}
+            return str(section.get("quant_method", "bitsandbytes" if in_bits else "unknown"))
     return None
 
 

@@ -107,7 +107,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
     found: set[FFN] = set()
 
     def judge(path: str, calls: Sequence[_Call]) -> None:
-        linear = [call for call in calls if _is_linear(call.module)]
+        linear = [call for call in calls if is_linear(call.module)]
         if not all(call.output.isfinite().all() for call in linear) or not any(call.output.any() for call in linear):
             return  # nothing can be said; the damaged layer is named when it is traced
         if described is None:
@@ -257,7 +257,7 @@ def _recognised(block: nn.Module, calls: Sequence[_Call], linear: Sequence[_Call
 def _as_described(calls: Sequence[_Call], ffn: FFN) -> tuple[list[FFN], list[str]]:
     """The FFN that `register_layout` was told of, if it is one, or what speaks against it."""
     downs, acts = ([call for call in calls if call.name == path] for path in (ffn.down, ffn.act))
-    if len(downs) != 1 or len(acts) != 1 or not _is_linear(downs[0].module):
+    if len(downs) != 1 or len(acts) != 1 or not is_linear(downs[0].module):
         return [], [f"{ffn.down} as a linear layer and {ffn.act} as an activation, each called once"]
     factors = [part for call in calls for part in _parts(call.output)] if ffn.gated else []
     read = _read(downs[0].given[0], acts, factors)
@@ -332,7 +332,8 @@ def projection(module: Any) -> Shaped[Tensor, "d_in d_out"]:
     return weight if isinstance(base, Conv1D) else weight.T
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether `projection` can read a module: a linear layer, also with LoRA beside its weight."""
     return isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D)
 
 

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from neurosig.neurons.layouts import find_layout, projection, registered
+from neurosig.neurons.layouts import find_layout, is_linear, projection, registered
 from neurosig.runtime.errors import UserError
 
 
@@ -105,7 +104,7 @@ def w_out(model: PreTrainedModel, path: str) -> Float[Tensor, "d_mlp d_model"]:
         UserError: The weights are quantised.
     """
     module = _module_at(model, path)
-    if not isinstance(getattr(module, "base_layer", module), nn.Linear | Conv1D):
+    if not is_linear(module):
         raise UserError(f"{path} is a {type(module).__name__}; load the model unquantised")
     weight = projection(module)
     if not weight.is_floating_point():

@@ -278,7 +278,7 @@ def _untraced_first(
 ) -> tuple[tuple[int, ...], Sequence[int], Sequence[bool]]:
     """The tokens before the first that counts as part of the prompt, if they are more than the prompt's.
 
-    The prompt then runs again for each of its rollouts, which costs less than reading neurons at so many tokens.
+    The prompt then runs again for each of its rollouts, which costs less than reading the neurons of a thought.
     """
     first = list(mask).index(True)
     if first <= len(prompt):

@@ -44,8 +44,8 @@ def parse_fields(fields: Sequence[str]) -> Columns:
         if field in columns or not all(names) or len({*names}) < len(names):
             raise UserError(f"--fields {shown(word)}: expected each field and each column once, none empty")
         columns[field] = tuple(names)
-    if len(asked := [field for field in ASKED if field in columns]) > 1:
-        raise UserError(f"--fields: {' and '.join(asked)} would both ask the question; give one of them")
+    if len(given := [field for field in ASKED if field in columns]) > 1:
+        raise UserError(f"--fields: {' and '.join(given)} would both ask the question; give one of them")
     return columns
 
 

@@ -79,9 +79,9 @@ def adapt(record: Record, line: int, stem: str, columns: Columns, found: set[str
         found: gets the names of those columns that the record has.
     """
     values = chosen(record, columns, found) if columns else {}
-    asked = values.keys() & set(ASKED)
+    renamed = values.keys() & set(ASKED)
     if values.keys() & {*ASKED, "choices", "answer"}:
-        others = {*ASKED, *OTHER_NAMES["question"]} if asked else set()
+        others = {*ASKED, *OTHER_NAMES["question"]} if renamed else set()
         shape: Record = {name: value for name, value in record.items() if name not in others}
     else:
         read = as_read(record, line, stem)

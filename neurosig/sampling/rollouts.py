@@ -98,13 +98,16 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence
     return "".join([*parts, decode(completion_ids[start:])])
 
 
-def answer_start(decode: Callable[[Sequence[int]], str], completion_ids: Sequence[int]) -> int:
+def answer_start(decode: Callable[[Sequence[int]], str], completion_ids: Sequence[int], text: str | None = None) -> int:
     """Index of the first token after the last thought that is closed; 0 without one.
 
     Args:
         decode: Token ids -> text with the marks of a thought.
         completion_ids: The completion without its end-of-sequence token.
+        text: Its text, if known: nothing is decoded where that closes no thought.
     """
+    if text is not None and not thought_of(text).closed:
+        return 0
     closed = thought_of(decode(completion_ids)).closed
     if not closed:
         return 0
@@ -241,7 +244,7 @@ def read_external_rollouts(
         group = groups.setdefault(question_id, [])
         first_line.setdefault(question_id, number)
         ids, reason = _completion(place, fields, encode, decode, eos_token_ids, vocabulary)
-        start = answer_start(lambda part: decode(part, False), ids)
+        start = answer_start(lambda part: decode(part, False), ids, fields["text"])
         group.append(Rollout(question_id, len(group), fields["text"], ids, reason, answer_start=start))
     if others:
         logger.info(

@@ -336,6 +336,7 @@ class _Batch:
             body, decode = ids[:-1] if ended else ids, partial(completion_text, self._loaded.tokenizer)
             logprob, entropy, certainty = torch.from_numpy(self._measures[row, :length]).mean(dim=0).tolist()
             reason: FinishReason = "stop" if ended else "length"
-            name, text, start = self._prompts[question].question_id, decode(body), answer_start(decode, body)
+            name, text = self._prompts[question].question_id, decode(body)
+            start = answer_start(decode, body, text)
             group.append(Rollout(name, rollout_id, text, tuple(ids), reason, logprob, entropy, certainty, start))
         return group

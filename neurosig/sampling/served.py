@@ -247,10 +247,10 @@ def thought_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         writes no reasoning, or marks that `answer_part` does not know.
     """
     reasoning, content = "reasoningmark", "contentmark"
-    asked = {"role": "user", "content": "Hello"}
+    greeting = {"role": "user", "content": "Hello"}
     answered = {"role": "assistant", "content": content, "reasoning_content": reasoning}
     try:
-        before, _, after = TemplateRenderer(tokenizer)([asked, answered]).partition(reasoning)
+        before, _, after = TemplateRenderer(tokenizer)([greeting, answered]).partition(reasoning)
     except UserError:
         before = after = ""
     opening = before[max(map(before.rfind, "<[\u25c1"), default=0) :]

@@ -130,7 +130,10 @@ class Server:
                 if compare and logprobs is not None:
                     self._compare(prompt, group[0], logprobs, config.temperature)
                     compare = False
-                yield [replace(one, answer_start=answer_start(decode, one.completion_ids_without_eos)) for one in group]
+                yield [
+                    replace(one, answer_start=answer_start(decode, one.completion_ids_without_eos, one.text))
+                    for one in group
+                ]
         finally:
             if job.unfinished:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in job.unfinished.most_common())

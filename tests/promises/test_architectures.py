@@ -76,9 +76,9 @@ def test_neurons_are_read_the_same_in_every_way(folder: tuple[str, Path], loaded
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_generate(loaded: LoadedModel) -> None:
     """Two questions at a time, of which the next starts when one has finished; prompts reach beyond the windows."""
-    asked = prompts((5, 14, 9, 3))
-    found = draw(loaded, asked, num_generations=1, temperature=0.0, batch_rows=2)
-    for prompt in asked:
+    short_prompts = prompts((5, 14, 9, 3))
+    found = draw(loaded, short_prompts, num_generations=1, temperature=0.0, batch_rows=2)
+    for prompt in short_prompts:
         ids = torch.tensor([prompt.token_ids])
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 10}
         generated = loaded.model.generate(ids, **options)[0, ids.shape[1] :]
@@ -95,9 +95,9 @@ def test_a_lora_step_learns_from_what_was_sampled(loaded: LoadedModel) -> None:
     torch.manual_seed(0)
     model, adapter = make_student(config, loaded)
     with sampling_weights(model, adapter) as weight_of:
-        asked = [Prompt(task.id, task.student_prompt) for task in TASKS]
+        student_prompts = [Prompt(task.id, task.student_prompt) for task in TASKS]
         sampling = SamplingConfig(num_generations=2, temperature=1.0, max_new_tokens=6)
-        groups = [*sample(loaded, asked, sampling, weight_of=weight_of)]
+        groups = [*sample(loaded, student_prompts, sampling, weight_of=weight_of)]
     task_of = {task.id: task for task in TASKS}
     pairs = [(task_of[rollout.question_id], rollout) for group in groups for rollout in group]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

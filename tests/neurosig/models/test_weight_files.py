@@ -111,9 +111,9 @@ ASKED: list[tuple[str, dict[str, Any] | None, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "asked", "message"), ASKED, ids=str)
+@pytest.mark.parametrize(("kind", "section", "message"), ASKED, ids=str)
 def test_quantised_weights_are_refused_by_the_type_of_their_tensors(
-    tmp_path: Path, kind: str, asked: dict[str, Any] | None, message: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, section: dict[str, Any] | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any weight is read."""
     folder = save_tiny(tmp_path)
@@ -121,7 +121,7 @@ def test_quantised_weights_are_refused_by_the_type_of_their_tensors(
     del tensors[f"{DOWN}.weight"]
     save_file({**tensors, **TENSORS[kind]}, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": asked}))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     with pytest.raises(UserError, match=message) as caught:
         load_model(folder)
@@ -160,8 +160,8 @@ def test_the_advice_for_fp8_gives_a_folder_that_loads(tmp_path: Path) -> None:
         tensors[name.replace("weight", "weight_scale_inv")] = scale[:, 0, :, 0].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    asked = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": asked}))
+    section = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
     with pytest.raises(UserError, match="FineGrainedFP8Config"):
         load_model(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=FineGrainedFP8Config(dequantize=True))

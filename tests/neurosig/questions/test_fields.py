@@ -233,10 +233,10 @@ def test_the_privileged_context_is_the_teachers_alone(tmp_path: Path) -> None:
     student = prompt_of(question)
     assert "It is" not in student and student == prompt_of(replace(question, privileged_context=None))
     teacher = prompt_of(privileged_question(question, CONFIG, PRIVILEGED_WORDING))
-    asked = "What is it?\nA. x\nB. y\nGive a letter."
-    assert teacher.endswith(f"do not mention it.\n\nIt is {{question}}\n\nx.\n\n{student[student.index(asked) :]}")
+    user_turn = "What is it?\nA. x\nB. y\nGive a letter."
+    assert teacher.endswith(f"do not mention it.\n\nIt is {{question}}\n\nx.\n\n{student[student.index(user_turn) :]}")
     own = prompt_of(privileged_question(question, CONFIG, "{question}\n({privileged_context})"))
-    assert f"{asked}\n(It is {{question}}\n\nx.)<|im_end|>" in own
+    assert f"{user_turn}\n(It is {{question}}\n\nx.)<|im_end|>" in own
     bare = one(tmp_path, GOOD)
     assert privileged_question(bare, CONFIG, PRIVILEGED_WORDING) == bare
 

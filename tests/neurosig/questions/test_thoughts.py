@@ -87,8 +87,8 @@ def test_marks_that_are_special_tokens_stay_tokens_in_demonstrations_alone() -> 
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken(mark, special=True) for mark in ("[THINK]", "[/THINK]")])
     prompts = PromptBuilder(tokenizer, PromptConfig(demonstration_thoughts=True))
-    asked = Question("h", "d", "Is [THINK] a mark?")
-    ids = prompts.teacher(asked, [Demonstration(OTHER, "[THINK]Well.<|im_end|>[/THINK]Ann.")])
+    question = Question("h", "d", "Is [THINK] a mark?")
+    ids = prompts.teacher(question, [Demonstration(OTHER, "[THINK]Well.<|im_end|>[/THINK]Ann.")])
     marks = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
     assert [ids.count(mark) for mark in marks] == [1, 1]
     assert ids.count(tokenizer.eos_token_id) == 3  # none of the thought's own

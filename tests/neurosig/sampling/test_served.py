@@ -37,12 +37,6 @@ def loaded(served_folder: Path) -> LoadedModel:
 
 
 @pytest.fixture
-def process(running: ServerProcess) -> ServerProcess:
-    running.post("/control", kind="none")
-    return running
-
-
-@pytest.fixture
 def question(served_folder: Path) -> Question:
     return load_questions(str(served_folder / "questions.jsonl"), limit=1)[0]
 

@@ -43,12 +43,6 @@ def loaded(served_folder: Path) -> LoadedModel:
     return load_model(served_folder / "model")
 
 
-@pytest.fixture
-def process(running: ServerProcess) -> ServerProcess:
-    running.post("/control", kind="none")
-    return running
-
-
 def server(process: ServerProcess, loaded: LoadedModel, **changes: Any) -> Server:
     defaults = {"timeout": 20.0, "max_retries": 0, "concurrency": 1}
     return Server(ServerConfig(process.base_url, loaded.info.id, **{**defaults, **changes}), loaded)
@@ -195,9 +189,9 @@ def test_questions_are_asked_in_their_order_and_few_wait_at_once(process: Server
     answers.close()
     tracemalloc.stop()
     assert peak < 20e6
-    asked = [call["messages"][0]["content"] for call in process.get("/seen")][:60]
+    contents = [call["messages"][0]["content"] for call in process.get("/seen")][:60]
     assert {group[0].question_id for group in groups} <= {f"q{n}" for n in range(22)}
-    assert all(abs(int(name[1:]) - place // 3) <= 2 for place, name in enumerate(asked))
+    assert all(abs(int(name[1:]) - place // 3) <= 2 for place, name in enumerate(contents))
 
 
 HOSTILE = [
