@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distill.config import TrainConfig
     from distill.distributed import Ranks
     from distill.metrics_log import Metrics
-    from neurosig.combined import Combined
+    from neurosig.manifest.combined import Combined
     from neurosig.manifest import Manifest
     from neurosig.models.load import LoadedModel
 

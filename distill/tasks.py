@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neurosig.combined import Combined, combine
+from neurosig.manifest.combined import Combined, combine
 from neurosig.manifest import Header, Manifest, QuestionRow, read_manifest
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.models.run_folder import find_adapter
@@ -127,7 +127,7 @@ def read_manifests(config: TrainConfig) -> Combined:
     """All questions of ``--manifest``.
 
     Raises:
-        UserError: See `neurosig.manifest.read_manifest`, `neurosig.combined.combine` and `check_majority_context`.
+        UserError: See `neurosig.manifest.read_manifest`, `neurosig.manifest.combined.combine` and `check_majority_context`.
     """
     manifests = [read_manifest(folder) for folder in config.manifests]
     for manifest in manifests if config.method == "u-opsd" else ():

@@ -256,9 +256,9 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     """Rows against rollouts (and gold answers, where the questions are at hand), aggregates against rows."""
     import pyarrow.parquet
 
-    from neurosig.questions.custom_parser import MissingParser
     from neurosig.questions.load import load_questions
     from neurosig.questions.reader import AnswerReader
+    from neurosig.registry import MissingFunction
     from neurosig.runtime.files import sha256_file
     from neurosig.verify.recomputed import aggregates, choice_aggregates, choice_row_problem, difference, row_problem
 
@@ -292,7 +292,7 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
         wrong = next((f'question "{name}": {problem}' for name, problem in problems if problem), "")
         if sampled and not form.is_of(summary["answers"]):
             wrong = f"{SKIPPED}another version of the parser read them"
-    except MissingParser as error:
+    except MissingFunction as error:
         wrong = f"{SKIPPED}{error}"
     missing = (
         ""

@@ -6,11 +6,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from neurosig.hallucination.config import HallucinationScore
+from neurosig.hallucination.scores import BEFORE_CONTEXTS
 from neurosig.manifest import (
     FILES,
     HEADER,
@@ -48,7 +48,7 @@ def test_a_manifest_holds_what_was_decided(folder: Path) -> None:
     assert [row.question_id for row in manifest.rows] == [f"q{index}" for index in range(8)]
     for row in manifest.rows:
         assert len(row.answers) == row.vote.n == 3  # type: ignore[union-attr]
-        assert set(row.scores) == set(get_args(HallucinationScore))
+        assert set(row.scores) == set(BEFORE_CONTEXTS)
         assert row.as_question().answer is None
         for item in row.context:
             assert manifest.rollouts[item.question_id, item.rollout_id].question_id == item.question_id
@@ -224,7 +224,7 @@ def test_a_path_outside_the_folder_is_never_opened(
         opened.append(path.name)
         return sha256_file(path)
 
-    monkeypatch.setattr("neurosig.manifest.sha256_file", recorded)
+    monkeypatch.setattr("neurosig.manifest.files.sha256_file", recorded)
     with pytest.raises(UserError, match=r'manifest\.json: files\["\.\./x"\]: path leaves the manifest folder'):
         read_manifest(folder)
     assert "x" not in opened
