@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file, sha256_text
+from neurosig.runtime.shapes import check_config
 
 Function = Callable[..., Any]
 
@@ -83,6 +84,9 @@ class Open:
     """Mark of an option whose value names a function: one of ours, a registered one, or ``MODULE:FUNCTION``."""
 
     kind: Kind
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
     def check(self, option: str, value: object) -> None:
         """Refuse a name that is neither.

@@ -19,7 +19,7 @@ Reason = Literal[
     "selected", "too_long", "no_parse", "tie", "low_agreement", "cut_off", "score", "rejected", "no_context",
     "hallucination",
 ]  # fmt: skip
-"""``score``: its score; ``rejected``: the filter decided without one; ``hallucination``: earlier versions' ``score``."""
+"""``score``: its score; ``rejected``: the filter decided without one; ``hallucination``: ``score`` of old versions."""
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 

@@ -113,10 +113,10 @@ def test_a_context_with_the_same_text_under_another_id_is_refused(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.3; upgrade"),
+        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.4; upgrade"),
         (
             lambda header: header.update(schema_version="1.1"),
-            "schema version 1.1 has other fields than 1.3; export",
+            "schema version 1.1 has other fields than 1.4; export",
         ),
         (lambda header: header["answers"].pop("vote_merge"), r"\$\.answers\.vote_merge: field missing or unknown"),
         (lambda header: header["answers"].update(merge=1), r"\$\.answers\.merge: field missing or unknown"),
