@@ -22,7 +22,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from operator import attrgetter
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file, sha256_text
@@ -109,7 +109,7 @@ class Open:
         return value if found.sha256 is None else {"name": value, "sha256": found.sha256}
 
 
-def register(kind: Kind, name: str, function: Function) -> Function:
+def register(kind: Kind | str, name: str, function: Any) -> Any:
     """Give a function a name under which options of its kind find it, in this process.
 
     A name of the user's is free to be registered again; the last function counts. ``neurosig/README.md`` says how a
@@ -130,6 +130,7 @@ def register(kind: Kind, name: str, function: Function) -> Function:
         raise UserError(f"register: kind is {kind!r}; choose one of {', '.join(KINDS)}")
     if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name)):
         raise UserError(f"register: name is {name!r}; use lower-case letters, digits and underscores")
+    kind = cast(Kind, kind)
     if name in KINDS[kind].names:
         raise UserError(f"register: {name} is a {kind} of neurosig's own; choose another name")
     if not callable(function):

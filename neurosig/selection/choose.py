@@ -166,8 +166,8 @@ def drop_nearest(states: Float[Tensor, "n d"], keep: int) -> Bool[Tensor, " n"]:
 
     refresh(torch.arange(len(unit)))
     for _ in range(len(unit) - keep):
-        largest = best == best.max()
-        dropped = int(largest.nonzero()[-1])
+        one = int(best.argmax())
+        dropped = max(one, int(nearest[one]))
         kept[dropped], best[dropped] = False, -torch.inf
         refresh((kept & (nearest == dropped)).nonzero()[:, 0])
     return kept
