@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import neurosig
+from neurosig.export import PRESETS, ExportConfig
 from neurosig.export import main as export
+from neurosig.hallucination.belief import AnswerState
+from neurosig.hallucination.context_scores import TeacherSignals
+from neurosig.hallucination.scores import QuestionSignals, ScoreInputs
 from neurosig.manifest import read_manifest
 from neurosig.neurons.config import TraceConfig
+from neurosig.neurons.contributions import CUT, SCORED
 from neurosig.neurons.tracer import NeuronTracer
 from neurosig.registry import _REGISTERED, KINDS, find, names
 from neurosig.report.__main__ import ReportConfig
 from neurosig.report.__main__ import main as report
+from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file
+from neurosig.selection.choose import Candidate
+from neurosig.selection.contexts import ContextInputs
 from neurosig.verify.__main__ import VerifyConfig
 from neurosig.verify.__main__ import main as verify
 from tests.support import functions
@@ -213,3 +224,33 @@ def test_a_score_of_ones_own_may_know_nothing_of_a_question(tmp_path: Path, regi
     assert all("partial" not in row.scores for row in manifest.rows[1::2])
     shutil.copytree(manifest.folder, tmp_path / "copy")
     assert json.loads((tmp_path / "copy" / "manifest.json").read_text())["functions"].keys() == {"partial"}
+
+
+PAGE = (Path(neurosig.__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_score_of_the_readme_works_as_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ten lines rank an export, and its commands parse."""
+    (block,) = re.findall(r"```python\n# my_scores\.py\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_scores.py").write_text(block)
+    options: dict[str, Any] = {"hallucination_score": "my_scores:wavering", "answer_parser": UNCUT}
+    manifest = read_manifest(make_manifest(tmp_path, **options, question_filter="neuron_only"))
+    for row in manifest.rows:
+        own = [manifest.rollouts[row.question_id, k] for k, one in enumerate(row.answers) if one == row.pseudo_label]
+        spread = np.std([rollout.mean_logprob or 0.0 for rollout in own])
+        assert row.scores["my_scores:wavering"] == pytest.approx(spread, abs=1e-6)
+    (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    export_line, report_line = (shlex.split(line)[3:] for line in commands.replace("\\\n", " ").strip().splitlines())
+    parse_config(ExportConfig, presets=PRESETS, prog="export", argv=export_line)
+    parse_config(ReportConfig, presets={}, prog="report", argv=report_line)
+
+
+def test_the_readme_names_what_a_function_gets() -> None:
+    for kind in KINDS:
+        assert kind == "answer_parser" or f"| `{kind}` |" in PAGE
+    for owner in (ScoreInputs, QuestionSignals, TeacherSignals, Candidate, ContextInputs, AnswerState):
+        assert owner.__name__ in PAGE or owner in (TeacherSignals, AnswerState)
+    for name in (*SCORED, *CUT):
+        assert f"`{name}`" in PAGE

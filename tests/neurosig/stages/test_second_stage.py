@@ -231,6 +231,4 @@ def test_a_published_selector_on_the_organism(name: str, tmp_path: Path) -> None
         kept = [row.scores[score] for row in rows]
         left = [row.scores[score] for row in asked if not row.selected]
         assert max(kept) <= min(left) if config.keep_scores == "lowest" else min(kept) >= max(left)
-    assert (
-        json.loads((tmp_path / "m" / "manifest.json").read_text())["options"]["context_policy"] == config.context_policy
-    )
+    assert manifest.header.options["context_policy"] == config.context_policy
