@@ -104,9 +104,9 @@ def first_stage(
         candidates = candidates_of(questions, signals, by_rollout, config.part(SelectionConfig), lengths)
     if config.needs_states:
         with timer.phase("read the answers"):
-            chosen = {one.question_id: one.representative for one in candidates if one.representative is not None}
+            chosen = {one.question_id: one.representative or 0 for one in candidates}
             states = representative_states(config, loaded, by_id, signals, chosen, prompts)
-            candidates = [replace(one, state=states.get(one.question_id)) for one in candidates]
+            candidates = [replace(one, state=states[one.question_id]) for one in candidates]
     return FirstStage(config, by_id, groups, sets, sites, reader, signals, probe, candidates)
 
 

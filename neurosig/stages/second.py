@@ -185,7 +185,8 @@ def representative_states(
     representatives: Mapping[str, int],
     prompts: Mapping[str, Prompt],
 ) -> dict[str, AnswerState]:
-    """The state of each question at the answer of its representative, with the certainty of its belief there.
+    """The state of each question at the answer of its representative, or of its first rollout without one, with the
+    certainty of its belief there.
 
     Without possible answers or one of them at that place, the certainty is that of the votes.
     """
