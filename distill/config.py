@@ -30,10 +30,11 @@ class TrainConfig(SamplerOptions):
     completion.
     """
 
-    method: Annotated[Literal["nopsd", "u-opsd", "lmsi", "ttrl", "intuitor"], Shapes.TRAINING, Section.TRAINING] = (
-        "nopsd"
-    )
-    """nopsd: Neuron-OPSD; the others are baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
+    method: Annotated[
+        Literal["nopsd", "u-opsd", "opsa", "lmsi", "ttrl", "intuitor"], Shapes.TRAINING, Section.TRAINING
+    ] = "nopsd"
+    """nopsd: Neuron-OPSD; the others are baselines on the same manifest. opsa is the control without a teacher; lmsi,
+    ttrl and intuitor need TRL."""
     manifest: Annotated[tuple[Path, ...] | Path, Shapes.TRAINING]
     """Folders written by neurosig.export, of the same model and prompts: all of their questions are trained on."""
     manifest_weights: Annotated[tuple[float, ...], Shapes.TRAINING] = ()
@@ -94,36 +95,36 @@ class TrainConfig(SamplerOptions):
     lora_rslora: Annotated[bool, Shapes.TRAINING] = False
     """Scale LoRA by alpha / sqrt(r) instead of alpha / r (rank-stabilised LoRA)."""
 
-    teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION, Section.LOSS] = "base"
+    teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.TEACHER, Section.LOSS] = "base"
     """base: the model before training, the manifest's adapter included; live: the current student, a target that moves
     away as fast as it is followed; ema: a moving average of the student's weights."""
-    teacher_model: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION] = None
+    teacher_model: Annotated[str | None, Shapes.TRAINING | Shapes.TEACHER] = None
     """Another model with the same tokenizer as the teacher (hub id or folder), frozen, in --dtype on the student's
     device. It also sees the context. Memory: its weights, and its keys and values, besides the student's."""
-    ema_decay: Annotated[float, Shapes.TRAINING] = 0.99
+    ema_decay: Annotated[float, Shapes.TRAINING | Shapes.TEACHER] = 0.99
     """Share of its own weights that the ema teacher keeps per step, 0 to below 1."""
     divergence: Annotated[
-        Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"], Shapes.TRAINING | Shapes.DISTILLATION
+        Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"], Shapes.TRAINING | Shapes.TEACHER
     ] = "forward_kl"
     """forward_kl is KL(teacher || student); sampled_token estimates reverse_kl from the student's own tokens."""
-    topk: Annotated[int, Shapes.TRAINING | Shapes.DISTILLATION, AtLeast(0)] = 0
+    topk: Annotated[int, Shapes.TRAINING | Shapes.TEACHER, AtLeast(0)] = 0
     """Compute the divergence on the student's k likeliest vocabulary entries; 0: on the whole vocabulary."""
-    tail: Annotated[bool, Shapes.TRAINING] = True
+    tail: Annotated[bool, Shapes.TRAINING | Shapes.TEACHER] = True
     """With --topk: add the remaining entries as one more."""
-    beta: Annotated[float, Shapes.TRAINING] = 0.5
+    beta: Annotated[float, Shapes.TRAINING | Shapes.TEACHER] = 0.5
     """The teacher's share of the mixture in jsd, strictly between 0 and 1."""
-    loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.DISTILLATION, Above0] = 1.0
+    loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.TEACHER, Above0] = 1.0
     """Temperature of both distributions in the loss, above 0."""
-    clip: Annotated[Literal["none", "token", "entry"], Shapes.TRAINING] = "none"
+    clip: Annotated[Literal["none", "token", "entry"], Shapes.TRAINING | Shapes.TEACHER] = "none"
     """token: scale the divergence of a token above --clip-value down to it; entry: cut each vocabulary entry there,
     above which it teaches nothing. The metric clip_fraction is the share of the loss that was cut."""
-    clip_value: Annotated[float, Shapes.TRAINING, Above0] = 0.2
+    clip_value: Annotated[float, Shapes.TRAINING | Shapes.TEACHER, Above0] = 0.2
     """The cap, in nats. A low one (.05 on the model organism) cuts all that forward_kl has to teach from entries."""
-    loss_mean: Annotated[Literal["token", "sequence"], Shapes.TRAINING | Shapes.DISTILLATION] = "token"
+    loss_mean: Annotated[Literal["token", "sequence"], Shapes.TRAINING | Shapes.TEACHER] = "token"
     """token: mean over the step's completion tokens; sequence: mean over its rollouts' means."""
     skip_first: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 0
     """First N completion tokens of each rollout to leave out of the loss."""
-    loss_on: Annotated[Literal["all", "disagreeing"], Shapes.TRAINING | Shapes.DISTILLATION] = "all"
+    loss_on: Annotated[Literal["all", "disagreeing"], Shapes.TRAINING | Shapes.TEACHER] = "all"
     """disagreeing: only rollouts whose answer is not the pseudo-label, as u-opsd always does."""
     keep_truncated: Annotated[bool, Shapes.TRAINING] = False
     """Also learn from rollouts that were cut off before an end-of-sequence token."""
@@ -131,7 +132,13 @@ class TrainConfig(SamplerOptions):
     answer_parser: Annotated[str | None, Shapes.TRAINING] = None
     """MODULE:FUNCTION that parses completions; default: what parsed the manifest's, which another contradicts."""
     questions_of: Annotated[Literal["selected", "all"], Shapes.TRAINING, Section.BASELINES] = "selected"
-    """lmsi, ttrl, intuitor: train on nopsd's questions, or on all of the manifest as in their papers."""
+    """opsa, lmsi, ttrl, intuitor: train on nopsd's questions, or on all of the manifest as in their papers."""
+    opsa_share: Annotated[float, Shapes.TRAINING] = 0.2
+    """opsa: share of each rollout's tokens, those with the lowest log-probabilities, that is in the loss; above 0, at
+    most 1. The paper's .1 sharpened too much; .2, .3 and .4 did equally well."""
+    opsa_advantage: Annotated[Literal["adaptive", "centred", "fixed"], Shapes.TRAINING] = "adaptive"
+    """opsa: adaptive: -1/2 to -1, the larger the entropy the more negative, as published; centred: -1/4 to -3/4, the
+    same around -1/2; fixed: -1/2 for all, the paper's first control."""
     vote_generations: Annotated[int | None, Shapes.TRAINING] = None
     """ttrl: rollouts per question that vote, of which --num-generations are trained on; default: the same number."""
 
@@ -159,16 +166,17 @@ class TrainConfig(SamplerOptions):
     """Keep the sampled rollouts of every Nth step in --out/rollouts, about 3 bytes per token; 0: none."""
     fields: Annotated[tuple[str, ...], Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = ()
     """FIELD=COLUMN for columns of --replay and --dev-questions with other names, as in neurosig.export."""
-    replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
+    replay: Annotated[str | None, Shapes.TRAINING | Shapes.TEACHER, Section.REPLAY] = None
     """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
     answering them as before."""
-    replay_per_step: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 2
+    replay_per_step: Annotated[int, Shapes.TRAINING | Shapes.TEACHER, AtLeast(1)] = 2
     """Prompts of --replay per step, in addition to --questions-per-step."""
-    replay_weight: Annotated[float, Shapes.TRAINING, Above0] = 1.0
+    replay_weight: Annotated[float, Shapes.TRAINING | Shapes.TEACHER, Above0] = 1.0
     """Weight of the --replay prompts in the loss, above 0."""
     stop_on_collapse: Annotated[bool, Shapes.TRAINING, Section.STOPPING] = True
     """Stop when completion lengths change by half, distinct trigrams fall below half, or the student's entropy falls
-    below half of the teacher's, and return to the last checkpoint before that."""
+    below half of the teacher's (opsa, which has none: of its own first steps), and return to the last checkpoint before
+    that."""
     collapse_window: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 10
     """Steps whose mean is compared with the mean of the first steps."""
     license: Annotated[str | None, Shapes.PLACE, Section.OUTPUT] = None
@@ -205,6 +213,8 @@ class TrainConfig(SamplerOptions):
         for name in ("ema_decay", "adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected 0 to below 1, got {getattr(self, name)}")
+        if not 0 < self.opsa_share <= 1:
+            raise UserError(f"--opsa-share: expected above 0 and at most 1, got {self.opsa_share}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if self.divergence == "jsd" and not 0 < self.beta < 1:
@@ -305,7 +315,10 @@ def _check_server_options(config: TrainConfig) -> None:
 def _check_method(config: TrainConfig) -> None:
     """Refuse options that the method ignores."""
     method = config.method
-    unknown = option_names(TrainConfig, Shapes.DISTILLATION) if method in BASELINES else ("questions_of",)
+    unknown = () if method in ("nopsd", "u-opsd") else option_names(TrainConfig, Shapes.TEACHER)
+    unknown += option_names(TrainConfig, Shapes.DISTILLATION) if method in BASELINES else ()
+    unknown += ("questions_of",) if method in ("nopsd", "u-opsd") else ()
+    unknown += () if method == "opsa" else ("opsa_share", "opsa_advantage")
     unknown += () if method == "ttrl" else ("vote_generations",)
     for field in fields(TrainConfig):
         if field.name in unknown and getattr(config, field.name) != field.default:
