@@ -7,19 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from neurosig.options import SamplerOptions
 from neurosig.questions.columns import parse_fields
-from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.extras import check_installed
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Above0, AtLeast, Shapes, option_names
-
-if TYPE_CHECKING:
-    from neurosig.manifest import Manifest
-    from neurosig.sampling.config import SamplingConfig
 
 
 @dataclass(kw_only=True)
@@ -247,11 +242,47 @@ QWEN3_4B: Mapping[str, object] = {
     **{"micro_batch_size": 8, "micro_batch_tokens": 5120},
     **{"learning_rate": 2e-5, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128},
 }
+INFLOW: Mapping[str, object] = {
+    **{"steps": 250, "questions_per_step": 4, "num_generations": 1, "save_steps": 50},
+    **{"micro_batch_size": 8, "micro_batch_tokens": 5120},
+    **{"learning_rate": 2.5e-6, "lr_scheduler": "cosine", "warmup_steps": 8, "weight_decay": 0.0, "max_grad_norm": 1.0},
+    **{"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "temperature": 0.6, "max_new_tokens": 2048},
+    **{"teacher": "ema", "ema_decay": 0.995, "divergence": "reverse_kl", "loss_mean": "sequence"},
+    **{"keep_truncated": True},
+}
+CANON: Mapping[str, object] = {**QWEN3_4B, "teacher": "base", "divergence": "jsd", "beta": 0.5}
+_LONG: Mapping[str, object] = {"gradient_checkpointing": True, "batch_rows": 32}
+U_OPSD: Mapping[str, object] = {
+    **{**QWEN3_4B, **_LONG, "method": "u-opsd", "steps": 150, "questions_per_step": 4, "num_generations": 8},
+    **{"learning_rate": 5e-6, "max_grad_norm": 0.1, "temperature": 1.1, "max_new_tokens": 4096},
+}
+OPSA: Mapping[str, object] = {
+    **{**_LONG, "method": "opsa", "questions_of": "all", "steps": 500, "questions_per_step": 64, "num_generations": 1},
+    **{"micro_batch_size": 8, "micro_batch_tokens": 5120, "save_steps": 20, "full": True},
+    **{"learning_rate": 1e-6, "lr_scheduler": "constant", "warmup_steps": 0, "temperature": 1.0},
+    **{"max_new_tokens": 12000, "keep_truncated": True, "stop_on_collapse": False},
+}
+_READINGS = {
+    "inflow": "INFLOW's training (appendix E.1)",
+    "published": "the training that INFLOW gives N-OPSD in the only published reading of it (appendix D)",
+    "consistency": (
+        "INFLOW's baseline of agreeing answers, whose teacher has no context: it begins as the student, so the first "
+        "divergence is 0 and nothing is ever learned but, in bfloat16, roundings"
+    ),
+    "redundancy": "INFLOW's baseline that drops similar examples, after DEITA",
+    "mutual": "INFLOW's baseline of mutual information",
+    "full": "INFLOW's baseline of all questions",
+}
+"""Whose training `INFLOW` is."""
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
     "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": QWEN3_4B,
-    "qwen3-4b-thinking": {**QWEN3_4B, "gradient_checkpointing": True, "batch_rows": 32},
+    "qwen3-4b-thinking": {**QWEN3_4B, **_LONG},
+    **dict.fromkeys(_READINGS, INFLOW),
+    "canon": CANON,
+    "u-opsd": U_OPSD,
+    "opsa": OPSA,
 }
 
 _SWEEP = (
@@ -259,9 +290,34 @@ _SWEEP = (
     "adapter in bfloat16, 40 steps changed the model organism's divergence by -5% at 5e-6, -26% at 2e-5, -71% at 1e-4 "
     "and +245% at 1e-3"
 )
+_SIZE = (
+    "made for models of 4B to 9B: smaller ones need a higher --learning-rate (the model organism 5e-4 to 1e-3), and "
+    "it was not run at full size here"
+)
+_INFLOW = (
+    "INFLOW and all its baselines share it; cut-off rollouts stay in the loss, as in their code, because their "
+    "divergence is as good as any other's; the average is of the merged weights, and the cosine ends after 250 steps, "
+    f"theirs perhaps after 500; {_SIZE}"
+)
 BASIS: Mapping[str, str] = {
     "qwen3-4b": _SWEEP,
     "qwen3-4b-thinking": f"the numbers of qwen3-4b with memory for completions of 4,096 tokens; {_SWEEP}",
+    **{name: f"{text}; {_INFLOW}" for name, text in _READINGS.items()},
+    "canon": (
+        "CANON (arXiv 2607.13643) as summarised: a frozen snapshot teaches all of the student's rollouts by JSD; it "
+        "samples them once, here every step does; rank, learning rate, batch and steps are those of qwen3-4b, a "
+        f"reading; {_SIZE}"
+    ),
+    "u-opsd": (
+        "U-OPSD (arXiv 2608.06296) as summarised: LoRA, learning rate, gradient norm, temperature, length, 8 rollouts "
+        "and a frozen teacher; 4 questions, 150 steps and the warm-up are a reading, and its clip of entries, which "
+        f"pushes the teacher's favourite down, is left out; {_SIZE}"
+    ),
+    "opsa": (
+        "OPSA (arXiv 2608.31046, table 4): learning rate, batch, temperature, length, all weights; the constant rate, "
+        "500 steps and cut-off rollouts in the loss are a reading; its answers grow to several times their length, so "
+        "the stop rules are off; made for models of 1.7B to 9B, not run at full size here"
+    ),
 }
 """What the numbers of a preset rest on; printed before training."""
 
@@ -334,21 +390,3 @@ def _check_method(config: TrainConfig) -> None:
             f"--vote-generations: expected at least --num-generations ({config.num_generations}), got "
             f"{config.vote_generations}"
         )
-
-
-def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig, dtype: str) -> dict[str, Any]:
-    """Everything that must be unchanged for a resumed run to equal an uninterrupted one."""
-    import torch
-
-    free = option_names(TrainConfig, Shapes.PLACE, Shapes.MODEL, Shapes.RESOURCES, Shapes.EXTENDS)
-    record = {name: value for name, value in config_record(config).items() if name not in free}
-    if config.lr_scheduler in ("linear", "cosine"):
-        record["lr_scheduler"] += f" over {config.steps} steps"
-    return {
-        **record,
-        **sampling.as_dict(),
-        "manifest": manifest.header.content_sha256,
-        "dtype": dtype,
-        "torch": torch.__version__,
-        "threads": None if torch.accelerator.is_available() else torch.get_num_threads(),
-    }

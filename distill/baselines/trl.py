@@ -47,8 +47,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from distill.baselines.rewards import Rollouts, consistent_rollouts
-from distill.checkpoints import load_newest, save_checkpoint
-from distill.config import TrainConfig, resume_key
+from distill.checkpoints import load_newest, resume_key, save_checkpoint
+from distill.config import TrainConfig
 from distill.distributed import Ranks
 from distill.metrics_log import MetricsLog, rollout_metrics
 from distill.optimizer import learning_rates, make_optimizer
