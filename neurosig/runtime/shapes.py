@@ -28,7 +28,9 @@ class Shapes(enum.Flag):
     TRAINING = enum.auto()
     """The trained weights."""
     DISTILLATION = enum.auto()
-    """Only the methods nopsd and u-opsd; the baselines refuse the option."""
+    """Only the methods nopsd, u-opsd and opsa; those on TRL's trainers refuse the option."""
+    TEACHER = enum.auto()
+    """Only the methods with a teacher, nopsd and u-opsd; all others refuse the option."""
     RESOURCES = enum.auto()
     """Memory and speed only: may change when a run is resumed, though the last bits of its results then may too."""
     EXTENDS = enum.auto()

@@ -64,9 +64,8 @@ def test_marks_decide_reuse_resume_and_records() -> None:
         *("gradient_checkpointing", "compile"),
         "compile_decoding",
     }
-    assert {"teacher", "divergence", "replay", "sampler", "base_url"} < {
-        *option_names(TrainConfig, Shapes.DISTILLATION)
-    }
+    assert {"dev_questions", "compile", "sampler", "base_url"} < {*option_names(TrainConfig, Shapes.DISTILLATION)}
+    assert {"teacher", "divergence", "clip", "replay"} < {*option_names(TrainConfig, Shapes.TEACHER)}
 
 
 @pytest.fixture
