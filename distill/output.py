@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from distill.config import TrainConfig
     from distill.distributed import Ranks
     from distill.metrics_log import Metrics
-    from neurosig.manifest.combined import Combined
     from neurosig.manifest import Manifest
+    from neurosig.manifest.combined import Combined
     from neurosig.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ _SPENT = {
 }
 _METHODS = {
     "nopsd": ("distilled on its own rollouts against itself with context (Neuron-OPSD", "2607.02460"),
-    "u-opsd": ("distilled on its own rollouts against itself with its own majority solution (U-OPSD", "2607.02460"),
+    "u-opsd": ("distilled on its own rollouts against itself with its own majority solution (U-OPSD", "2608.06296"),
     "opsa": ("trained without a teacher, its unlikely tokens made less likely (OPSA", "2608.31046"),
     "lmsi": ("fine-tuned on its own rollouts that give the majority's answer (LMSI", "2210.11610"),
     "ttrl": ("trained by GRPO, rewarded for the majority's answer (TTRL", "2504.16084"),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neurosig.manifest.combined import Combined, combine
 from neurosig.manifest import Header, Manifest, QuestionRow, read_manifest
+from neurosig.manifest.combined import Combined, combine
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.models.run_folder import find_adapter
 from neurosig.questions.load import load_questions
@@ -157,7 +157,8 @@ def read_manifests(config: TrainConfig) -> Combined:
     """All questions of ``--manifest``.
 
     Raises:
-        UserError: See `neurosig.manifest.read_manifest`, `neurosig.manifest.combined.combine` and `check_majority_context`.
+        UserError: See `neurosig.manifest.read_manifest`, `neurosig.manifest.combined.combine` and
+            `check_majority_context`.
     """
     manifests = [read_manifest(folder) for folder in config.manifests]
     for manifest in manifests if config.method == "u-opsd" else ():

@@ -4,8 +4,8 @@
 
 Each selector is a preset of `neurosig.export` with its own sampling; ``probe`` is our default, ``votes`` our vote
 filter alone, and ``random`` a fifth drawn by the seed with contexts of the same kind. The teacher answers M times with
-each context (also where the selector does not ask it), and gold answers judge both sides (`neurosig.report.effects`). An
-export that is there already is not made again, so a second run resumes the first.
+each context (also where the selector does not ask it), and gold answers judge both sides (`neurosig.report.effects`).
+An export that is there already is not made again, so a second run resumes the first.
 
 `python -m figures selectors` draws ``selectors.csv`` of the results folder, or the committed
 ``figures/data/selectors.csv``.
