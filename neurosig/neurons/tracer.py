@@ -163,7 +163,7 @@ class NeuronTracer:
         shift = 1 if self.config.score == "unembed" else 0  # a score about the next token is one position earlier
         if self.reader.whole:
             lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-            for indices in _pack(lengths, self.config.batch_tokens):
+            for indices in pack(lengths, self.config.batch_tokens):
                 traced = [[*prompts[i], *completions[i]] for i in indices]
                 counted = [[False] * (len(prompts[i]) - shift) + list(masks[i]) for i in indices]
                 yield indices, self._trace_batch(None, traced, counted, indices)
@@ -174,13 +174,13 @@ class NeuronTracer:
         rollouts_of: list[list[int]] = [[] for _ in distinct]
         for index, owner in enumerate(owners):
             rollouts_of[owner].append(index)
-        for group in _pack([len(prompt) for prompt in distinct], self.config.batch_tokens):
+        for group in pack([len(prompt) for prompt in distinct], self.config.batch_tokens):
             with torch.no_grad():
                 prefix = run_prompts(self.model, [distinct[owner][: len(distinct[owner]) - shift] for owner in group])
             row_of = {owner: row for row, owner in enumerate(group)}
             members = [index for owner in group for index in rollouts_of[owner]]
             width = prefix.mask.shape[1]
-            for batch in _pack([width + len(completions[index]) for index in members], self.config.batch_tokens):
+            for batch in pack([width + len(completions[index]) for index in members], self.config.batch_tokens):
                 indices = [members[place] for place in batch]
                 places = torch.tensor([row_of[owners[index]] for index in indices], device=self.model.device)
                 traced = [[*prompts[i][len(prompts[i]) - shift :], *completions[i]] for i in indices]
@@ -286,7 +286,7 @@ def _untraced_first(
     return (*prompt, *completion[:first]), completion[first:], mask[first:]
 
 
-def _pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Split indices into batches of near-equal lengths, longest first: rows * longest <= ``batch_tokens``."""
     batches: list[list[int]] = []
     rows = 0
