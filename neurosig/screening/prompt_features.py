@@ -37,7 +37,6 @@ class PromptBatch:
     tokens: int
 
 
-@torch.no_grad()
 def read_prompts(
     model: PreTrainedModel,
     prompts: Mapping[str, tuple[int, ...]],
@@ -69,13 +68,15 @@ def read_prompts(
     envoy = FFNEnvoy(model, ffn_sites(model))
     names, rows = list(prompts), list(prompts.values())
     shared = _shared(rows)
-    prefix = run_prompts(model, [rows[0][:shared]]) if shared else None
+    with torch.no_grad():
+        prefix = run_prompts(model, [rows[0][:shared]]) if shared else None
     for batch in pack(list(map(len, rows)), batch_tokens):
         if all(names[index] in done for index in batch):
             continue
         inputs, last = _inputs(prefix, [rows[index][shared:] for index in batch], model.device)
-        read = envoy.read_layers(inputs, layers, partial(_last_token, last=last, features=features), value=value)
-        found = torch.stack(read, dim=1)
+        with torch.no_grad():
+            keep = partial(_last_token, last=last, features=features)
+            found = torch.stack(envoy.read_layers(inputs, layers, keep, value=value), dim=1)
         if not (finite := found.isfinite().all(dim=(1, 2))).all():
             name = names[batch[int((~finite).nonzero()[0])]]
             raise UserError(
