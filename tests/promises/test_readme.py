@@ -20,6 +20,7 @@ CONFIGS = {
     "neurosig.export": "ExportConfig",
     "neurosig.check": "CheckConfig",
     "neurosig.report": "ReportConfig",
+    "neurosig.screen": "ScreenConfig",
     "neurosig.intervene": "InterveneConfig",
     "neurosig.verify": "VerifyConfig",
     "distill.train": "TrainConfig",
