@@ -29,7 +29,7 @@ from neurosig.statistics.metrics import Interval, paired_mean_interval
 
 logger = logging.getLogger(__name__)
 
-PENALTIES = np.logspace(-2, 2, 9)
+PENALTIES = np.logspace(-1.5, 1.5, 7)
 """L2 penalties per feature that cross-validation compares, on features of variance 1."""
 MIN_QUESTIONS = 20
 MIN_GROUPS = 3
