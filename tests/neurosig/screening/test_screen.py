@@ -24,6 +24,7 @@ from neurosig.screen import QUESTIONS, RESULTS, ScreenConfig
 from neurosig.screening.ranked import ranked_lines
 from tests.support.exports import write_lines
 from tests.support.flow import export_config, file_bytes, save_tiny
+from tests.support.tiny import tiny_tokenizer
 
 N, K, POOL = 48, 4, 24
 
@@ -159,6 +160,26 @@ def test_the_ranked_questions_are_exported_and_reported_by_their_gold_answers(wo
     assert lacking is None and {name: one.answer for name, one in gold.items()} == {
         row.question_id: f"gold{row.question_id[1:]}" for row in manifest.rows
     }
+
+
+def test_the_pool_is_prompted_as_the_pilot_was(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"rollouts": world / "rollouts.jsonl", "num_generations": K}
+    wording = {"instruction": "Say it.", "student_thinking": False, "system": "Be brief."}
+    export(export_config(tmp_path, world / "model", world / "pilot.jsonl", "pilot", **options, **wording))
+    read, asked = neurosig.screening.prompt_features.read_prompts, []
+
+    def seen(model: Any, prompts: Any, *args: Any, **options: Any) -> Iterator[Any]:
+        asked.append(prompts)
+        return read(model, prompts, *args, **options)
+
+    monkeypatch.setattr(neurosig.screening.prompt_features, "read_prompts", seen)
+    screen.main(config(world, tmp_path / "out", run=tmp_path / "pilot"))
+    texts = [tiny_tokenizer().decode(one[name]) for one, name in zip(asked, ("q0", f"q{N}"), strict=True)]
+    for text, index in zip(texts, (0, N), strict=True):
+        assert text == (
+            f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nNumber {index} is easy?\nSay it.<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+        )
 
 
 RECORDS = [
