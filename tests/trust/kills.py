@@ -306,7 +306,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     exporting = {
         "sampling": "neurosig.export:_rollouts",
         "tracing": "neurosig.export:_trace",
-        "selection": "neurosig.export:_signals",
+        "selection": "neurosig.stages.first:_signals",
     }
     return {
         "export": Job("export", export, folder / "export", exporting, "neurosig.sampling.rollouts:RolloutLog.append"),
