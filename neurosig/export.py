@@ -320,7 +320,7 @@ def _write(
     from neurosig.manifest import write_manifest
     from neurosig.neurons.signals_file import signals_file
     from neurosig.sampling.lengths import completion_lengths
-    from neurosig.selection.rows import neurons_csv
+    from neurosig.selection.neuron_table import neurons_csv
 
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
@@ -344,14 +344,18 @@ def _write(
     if own := sum(row.privileged_context is not None for row in rows):
         notes.append(f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees")
         logger.info("%s", notes[-1])
-    if notes:
+    neurons, remarks = neurons_csv(
+        rows, groups, sets, scores, config.probe_config(),
+        n_neurons=sites.n_layers * sites.d_mlp, d_mlp=sites.d_mlp, keep_truncated=config.keep_truncated,
+    )  # fmt: skip
+    if notes := [*remarks, *notes]:
         header["notes"] = notes
     write_manifest(
         config.out,
         rows,
         rollouts,
         signals=signals_file(sets, scores.rollout_probe, scores.probe.by_seed, sites),
-        neurons_csv=neurons_csv(sets.neuron_ids, scores.probe, sites.d_mlp),
+        neurons_csv=neurons,
         header=header,
     )
     return lengths
