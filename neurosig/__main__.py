@@ -10,6 +10,7 @@ COMMANDS = {
     "export": "sample, trace and score unlabelled questions, and write the selection manifest",
     "check": "compare nnsight, plain hooks and TransformerLens on a model's neurons",
     "report": "measure what each signal of a manifest knows about right answers",
+    "locate": "name the neurons that go with guessing in every kind of question, over several exports",
     "intervene": "scale a manifest's neurons during generation and measure the answers",
     "verify": "recompute a results folder and compare it with its records",
 }

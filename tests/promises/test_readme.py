@@ -20,6 +20,7 @@ CONFIGS = {
     "neurosig.export": "ExportConfig",
     "neurosig.check": "CheckConfig",
     "neurosig.report": "ReportConfig",
+    "neurosig.locate": "LocateConfig",
     "neurosig.intervene": "InterveneConfig",
     "neurosig.verify": "VerifyConfig",
     "distill.train": "TrainConfig",

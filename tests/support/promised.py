@@ -12,7 +12,8 @@ from tests.support.flow import make_manifest, write_questions
 from tests.support.paths import ROOT
 
 COMMANDS = (
-    *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.intervene", "neurosig.verify"),
+    *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.locate"),
+    *("neurosig.intervene", "neurosig.verify"),
     *("neurosig.organism.train", "neurosig.organism.study"),
     *("distill.train", "distill.evaluate", "distill.rescore", "distill.compare"),
     *("figures", "figures.grid", "figures.grid.evidence", "figures.grid.rescore", "figures.experiments.signal_search"),
@@ -130,6 +131,7 @@ def _base(folder: Path, out: Path) -> list[Step]:
         command("neurosig.verify", str(folder / "manifest"), shown="ok"),
         command("neurosig.export", **other, refused=NEEDED.format("signals")),
         command("neurosig.report", **runs, refused=NEEDED.format("signals")),
+        command("neurosig.locate", **runs, refused=NEEDED.format("signals")),
         command("neurosig.intervene", **runs, **gold, refused=NEEDED.format("signals")),
         command("neurosig.check", model=folder / "model", refused=NEEDED.format("signals")),
         command("figures.grid", model=folder / "model", sources=f"a={folder}", out=out / "other",

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import neurosig.intervene.interventions
+import neurosig.intervene.cells
 from figures.draw.dose_response import draw
 from neurosig.intervene.__main__ import InterveneConfig, main
 from neurosig.intervene.dose_response import MEASURES, Cell, _interval, dose_response, measure, repetition
@@ -198,7 +198,7 @@ def test_an_interrupted_run_resumes_cell_by_cell(
             raise KeyboardInterrupt
         return scored(*args)
 
-    monkeypatch.setattr(neurosig.intervene.interventions, "completion_nll", killed)
+    monkeypatch.setattr(neurosig.intervene.cells, "completion_nll", killed)
     with pytest.raises(KeyboardInterrupt):
         main(config(manifest, tmp_path / "broken"))
     assert len(list((tmp_path / "broken" / "cells").iterdir())) == 4
