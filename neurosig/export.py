@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +28,16 @@ from neurosig.runtime.shapes import Shapes, option_names
 from neurosig.selection.config import SelectionConfig
 
 if TYPE_CHECKING:
-    from neurosig.hallucination.scores import QuestionSignals, Scores
-    from neurosig.manifest import QuestionRow
+    from neurosig.hallucination.scores import Scores
+    from neurosig.manifest import DemonstrationRecord, QuestionRow
     from neurosig.models.load import LoadedModel
-    from neurosig.neurons.contributions import ActiveSets
-    from neurosig.neurons.sites import FFNSites
     from neurosig.questions.load import Question
     from neurosig.questions.prompts import PromptBuilder
-    from neurosig.questions.reader import AnswerReader
     from neurosig.runtime.ranks import Ranks
     from neurosig.sampling.rollouts import Rollout
     from neurosig.sampling.sampler import Prompt
+    from neurosig.stages.first import FirstStage
+    from neurosig.stages.second import TeacherRun
 
 __all__ = ["PRESETS", "ExportConfig", "main"]
 
@@ -66,20 +64,23 @@ def main(config: ExportConfig) -> None:
 
 def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from neurosig.hallucination.groups import fold_groups
+    from neurosig.hallucination.scores import question_scores
     from neurosig.neurons.signals_file import load_shards
-    from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
     from neurosig.questions.prompts import PromptBuilder, check_same_stream
     from neurosig.runtime.extras import EXTRAS, check_installed
     from neurosig.runtime.files import read_once
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
+    from neurosig.stages.first import first_stage
+    from neurosig.stages.second import sample_teacher
 
     with ranks.together():
         ranks.check(config)
         check_installed("neurosig.export", *EXTRAS["signals"])
         config.server_config(config.model)  # refuse options out of range before the model loads
         config.check_answer_parser()
+        config.functions()
         read = load_questions(config.questions, split=config.split, limit=config.limit, fields=config.fields)
         questions = without_answers(read)
         groups_of_folds = fold_groups(questions, config.probe_groups)
@@ -99,45 +100,61 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             groups, rollouts_sha256 = _rollouts(config, loaded, questions, prompts, work, timer, ranks)
         with timer.phase("trace"):
             shards = _trace(config, loaded, prompts, groups, work, timer, ranks)
+    first: FirstStage | None = None
+    contexts: dict[str, list[DemonstrationRecord]] | None = None
+    run: TeacherRun | None = None
     with ranks.together():
-        if not ranks.main:
+        if ranks.main:
+            if config.reuse is None:
+                traced = groups, load_shards(shards)
+            else:
+                with read_once(config.rollouts) as rollouts_sha256:
+                    dataset = _dataset_sha256(questions)
+                    traced = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256)
+            first = first_stage(config, loaded, questions, groups_of_folds, prompts, traced, timer)
+            config = first.config
+            if config.sees_contexts:
+                contexts = first.contexts()
+                first = first.with_contexts(contexts)
+    if config.teacher_rollouts:
+        run = sample_teacher(config, loaded, first, contexts, work, timer, ranks)
+    with ranks.together():
+        if first is None:
             return
-        if config.reuse is None:
-            sets = load_shards(shards)
-        else:
-            with read_once(config.rollouts) as rollouts_sha256:
-                dataset = _dataset_sha256(questions)
-                groups, sets = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256)
-        sites = ffn_sites(loaded.model)
-        config = _with_k(config, len(next(iter(groups.values()))))
-        config = replace(config, set_size=config.trace_config().sized(sites.n_layers, sites.d_mlp).set_size)
         with timer.phase("score and select"):
-            reader = config.answer_reader(loaded)
-            signals = _signals(config, reader, questions, groups, sets)
-            scores = _scores(config, signals, sites.n_layers * sites.d_mlp, groups_of_folds)
+            if run is not None:
+                first = first.with_teacher(loaded, prompts, run)
+            scores = question_scores(list(first.signals.values()), first.probe, _scores(config), seed=config.seed)
+            _check_score(config, scores)
             rows, note = manifest_rows(
                 questions,
-                signals,
+                first.signals,
                 scores,
+                first.candidates,
                 ranked_by=config.hallucination_score,
                 selection=config.part(SelectionConfig),
-                prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
+                contexts=contexts,
             )
         with timer.phase("write"):
-            lengths = _write(
-                config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256
-            )
+            lengths = _write(config, loaded, first, questions, rows, scores, note, rollouts_sha256, run)
         shutil.rmtree(work)
-        _report(config, rows, groups, lengths)
+        _report(config, rows, first.groups, lengths)
 
 
-def _with_k(config: ExportConfig, k: int) -> ExportConfig:
-    """The options, with the K that ``--rollouts`` holds."""
-    if k != config.num_generations:
-        logger.info(
-            "K=%d, as %s holds; --num-generations %d does not apply", k, config.rollouts, config.num_generations
+def _scores(config: ExportConfig) -> tuple[str, ...]:
+    """Names of the scores that the manifest holds: ours, and those of the options."""
+    from neurosig.hallucination.scores import SCORES
+
+    return tuple(dict.fromkeys((*SCORES, config.hallucination_score, *config.more_scores)))
+
+
+def _check_score(config: ExportConfig, scores: Scores) -> None:
+    if config.hallucination_score not in scores.by_name:
+        why = f"the rollouts of {config.rollouts or config.base_url} have no such score"
+        why = why if config.rollouts or config.base_url else "no question has such a score"
+        raise UserError(
+            f"--hallucination-score {config.hallucination_score}: {why}; use one of {', '.join(scores.by_name)}"
         )
-    return replace(config, num_generations=k)
 
 
 def _prompts(
@@ -264,56 +281,16 @@ def _trace(
         return trace_to_shards(tracer, flat, work, weights, advance=advance, ranks=ranks)
 
 
-def _signals(
-    config: ExportConfig,
-    reader: AnswerReader,
-    questions: Sequence[Question],
-    groups: Mapping[str, Sequence[Rollout]],
-    sets: ActiveSets,
-) -> dict[str, QuestionSignals]:
-    from neurosig.hallucination.scores import QuestionSignals
-
-    by_id = {question.id: question for question in questions}
-    signals, start = {}, 0
-    for name, group in groups.items():
-        stop = start + len(group)
-        ids, values, hidden = (tensor[start:stop] for tensor in sets)
-        n_traced = sum(len(rollout.positions(config.trace)) for rollout in group)
-        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), ids, values, hidden, n_traced)
-        start = stop
-    return signals
-
-
-def _scores(
-    config: ExportConfig,
-    signals: Mapping[str, QuestionSignals],
-    n_neurons: int,
-    fold_groups: Mapping[str, str] | None,
-) -> Scores:
-    from neurosig.hallucination.scores import hallucination_scores
-
-    probe = config.probe_config()
-    scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed, fold_groups=fold_groups)
-    if config.hallucination_score not in scores.by_name:
-        raise UserError(
-            f"--hallucination-score {config.hallucination_score}: the rollouts of {config.rollouts or config.base_url} "
-            f"have no such score; use one of {', '.join(scores.by_name)}"
-        )
-    return scores
-
-
 def _write(
     config: ExportConfig,
     loaded: LoadedModel,
-    reader: AnswerReader,
+    first: FirstStage,
     questions: Sequence[Question],
     rows: Sequence[QuestionRow],
-    groups: Mapping[str, Sequence[Rollout]],
-    sets: ActiveSets,
     scores: Scores,
-    sites: FFNSites,
     note: str,
     rollouts_sha256: str | None,
+    run: TeacherRun | None,
 ) -> dict[str, float]:
     """Write the manifest; returns the lengths of its completions."""
     import neurosig
@@ -325,8 +302,8 @@ def _write(
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
-    rollouts = [rollout for group in groups.values() for rollout in group]
-    lengths = completion_lengths(rollouts, prompt_opens_thought=reader.prompt_opens_thought)
+    rollouts = [rollout for group in first.groups.values() for rollout in group]
+    lengths = completion_lengths(rollouts, prompt_opens_thought=first.reader.prompt_opens_thought)
     external = None if rollouts_sha256 is None else {"rollouts_sha256": rollouts_sha256}
     header: dict[str, Any] = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
@@ -335,9 +312,11 @@ def _write(
         "dataset": {"sources": list(config.questions), "sha256": _dataset_sha256(questions), "rows": len(questions)},
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
-        "answers": reader.record(),
+        "answers": first.reader.record(),
         "lengths": lengths,
     }
+    if functions := config.functions():
+        header["functions"] = functions
     notes = [note] if note else []
     if note:
         logger.warning("%s", note)
@@ -345,8 +324,9 @@ def _write(
         notes.append(f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees")
         logger.info("%s", notes[-1])
     neurons, remarks = neurons_csv(
-        rows, groups, sets, scores, config.probe_config(),
-        n_neurons=sites.n_layers * sites.d_mlp, d_mlp=sites.d_mlp, keep_truncated=config.keep_truncated,
+        rows, first.groups, first.sets, scores, config.probe_config(),
+        n_neurons=first.sites.n_layers * first.sites.d_mlp, d_mlp=first.sites.d_mlp,
+        keep_truncated=config.keep_truncated,
     )  # fmt: skip
     if notes := [*remarks, *notes]:
         header["notes"] = notes
@@ -354,9 +334,10 @@ def _write(
         config.out,
         rows,
         rollouts,
-        signals=signals_file(sets, scores.rollout_probe, scores.probe.by_seed, sites),
+        signals=signals_file(first.sets, scores.rollout_probe, scores.probe.by_seed, first.sites),
         neurons_csv=neurons,
         header=header,
+        teacher_rollouts=[] if run is None else [one for group in run.groups.values() for one in group],
     )
     return lengths
 

@@ -122,8 +122,7 @@ def _decoys(scenario: Mapping[str, Any], seed: int) -> dict[str, Any]:
     from neurosig.hallucination.planted import PlantedConfig, plant
 
     config = ProbeConfig(pairs=PAIRS)
-    sizes = {"n_questions": DECOY_QUESTIONS, "num_generations": GENERATIONS, "n_planted": DECOY_PLANTED}
-    data = plant(PlantedConfig(**sizes, effect=DECOY_EFFECT, n_topics=KINDS, seed=seed, **scenario))
+    data = plant(PlantedConfig(DECOY_QUESTIONS, GENERATIONS, DECOY_PLANTED, DECOY_EFFECT, KINDS, seed=seed, **scenario))
     questions = np.repeat(np.arange(DECOY_QUESTIONS), GENERATIONS)
     prepared = design(data.contributions(), config.min_active_share)
     stability = stable_neurons(prepared.matrix, data.labels, questions, config)

@@ -316,7 +316,7 @@ def read_neurons(path: str | Path, role: Role = "hallucination") -> pd.DataFrame
             table = table[table.pop("role") == role].drop(columns=others, errors="ignore")
         elif role != "hallucination":
             table = table.iloc[:0].assign(cluster=0)
-        counts = {name: np.int64 for name in COUNTS if name in table}
-        return table.astype({"layer": np.int64, "index": np.int64, required: np.float64} | counts)
+        types: dict[str, type] = {"layer": np.int64, "index": np.int64, required: np.float64}
+        return table.astype(types | {name: np.int64 for name in COUNTS if name in table})
     except (KeyError, ValueError) as error:
         raise UserError(f"neurons {path}: expected the columns layer, index and {required} ({error})") from error

@@ -10,6 +10,7 @@ from neurosig.models.load import LoadedModel
 from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets
 from neurosig.questions.load import Question
+from neurosig.registry import Kind, find
 from neurosig.runtime.cli import CommonConfig, config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.provenance import differences, explain
@@ -59,6 +60,10 @@ def reused(
     for name in option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES):
         if name not in there and name not in BY_CONTENT and name not in of_the_file:
             there[name], here[name] = header.options.get(name), options[name]
+    kinds: tuple[Kind, ...] = ("contribution", "active_set")
+    for name in kinds:
+        found = find(name, options[name])
+        there[f"{name}_sha256"], here[f"{name}_sha256"] = header.functions.get(str(there[name])), found.sha256
     signals = exported.signals
     for side in (there, here):
         trace = TraceConfig(active=side["active_set"], set_size=side["set_size"])

@@ -77,7 +77,7 @@ MUTANTS = (
     Mutant("whole rows predicted by the token itself", HIDDEN, "[[len(prompt) - 1] for prompt in prompts]", "[[len(prompt)] for prompt in prompts]", "distill/test_student.py", ""),
     Mutant("student sees the context", STEP, "prompts = [row.task.student_prompt for row in batch]", "prompts = [row.task.teacher_prompt for row in batch]", "distill/test_train.py", "plain_mean_kl or context_teaches"),
     Mutant("teacher sees the bare question", STEP, "[row.task.teacher_prompt for row in batch]", "[row.task.student_prompt for row in batch]", "distill/test_train.py", "context_teaches or plain_mean_kl"),
-    Mutant("mean over rollouts for mean over tokens", STEP, 'if config.loss_mean == "token" else', 'if config.loss_mean != "token" else', "distill/test_train.py", "plain_mean_kl"),
+    Mutant("mean over rollouts for mean over tokens", STEP, 'config.loss_mean == "token" and', 'config.loss_mean != "token" and', "distill/test_train.py", "plain_mean_kl"),
     Mutant("cut-off rollouts in the loss", TASKS, "config.keep_truncated or rollout.finish_reason", "not config.keep_truncated or rollout.finish_reason", "distill/test_train.py", "cut_off"),
     Mutant("first tokens not skipped", STEP, "in_loss = position >= config.skip_first", "in_loss = position >= 0", "distill/test_train.py", "plain_mean_kl"),
     Mutant("teacher is the trained model", TEACHER, 'elif self.name != "live" and self._adapter is not None and self._copy is None:', "elif False:", "distill/test_train.py", "stays_the_untrained"),
