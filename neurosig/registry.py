@@ -165,7 +165,7 @@ def find(kind: Kind, name: str) -> Registered:
     home = KINDS[kind]
     if name in home.names:
         return Registered(name, getattr(importlib.import_module(home.module), home.table)[name], None)
-    if ":" not in name and re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if ":" not in name and home.names:
         raise MissingFunction(f"{home.flag} {name}: not registered in this process; call neurosig.register first")
     return Registered(name, *load_function(home.flag, name))
 

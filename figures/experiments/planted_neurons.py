@@ -235,7 +235,7 @@ def _draw_rules(axis: Axes, table: pd.DataFrame, measure: str) -> None:
                 capsize=2,
                 markersize=4.5,
             )
-    axis.set_xticks(range(len(SCENARIOS)), [name.replace(" ", "\n", 1) for name in SCENARIOS], fontsize=8)
+    axis.set_xticks(range(len(SCENARIOS)), list(SCENARIOS), rotation=30, ha="right", fontsize=8)
     axis.set(xlim=(-0.5, len(SCENARIOS) - 0.5))
     if measure == "decoys":
         axis.set(ylabel="decoys located")

@@ -10,7 +10,7 @@ from neurosig.questions.vote import Vote
 from neurosig.selection.choose import Candidate, selection_reasons
 from neurosig.selection.config import SelectionConfig
 from neurosig.selection.contexts import EXACT_SETS, choose_contexts
-from tests.benchmarks.test_neighbours import measured
+from tests.benchmarks.resident import measured
 
 pytestmark = pytest.mark.bench
 SIZES = (10_000, 100_000)

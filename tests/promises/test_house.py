@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 PACKAGES = ("neurosig", "distill", "figures")
 MOST_LINES = {"tests": 500}
 """Lines per file; elsewhere 400."""
-MOST_MODULES = {"neurosig": 9, "distill": 21, "figures/draw": 20}
+MOST_MODULES = {"neurosig": 11, "distill": 21, "figures/draw": 20}
 """Modules per folder; elsewhere 13."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ import pytest
 from neurosig.runtime.arguments import parse_config
 from tests.benchmarks import memory
 from tests.support.commands import command_module
-from tests.support.paths import ROOT
+from tests.support.paths import FIGURE_DATA, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = {
     "neurosig.export": "ExportConfig",
     "neurosig.check": "CheckConfig",
     "neurosig.report": "ReportConfig",
+    "neurosig.screen": "ScreenConfig",
     "neurosig.locate": "LocateConfig",
     "neurosig.intervene": "InterveneConfig",
     "neurosig.verify": "VerifyConfig",
@@ -119,3 +121,17 @@ def test_the_memory_table_is_the_arithmetic() -> None:
         "loss: two": [terms["loss: two chunks of logits"]] * 3,
     }.items():
         assert cells(name) == pytest.approx(expected, abs=0.06), name
+
+
+def test_what_screening_buys_is_the_committed_table() -> None:
+    """Every number with an interval in that section is one of the table's."""
+    section = README[README.index("### Sample where it is worth it") :].partition("\n##")[0]
+    with (FIGURE_DATA / "screening.csv").open(newline="") as handle:
+        rows = [[row[name] for name in ("value", "low", "high")] for row in csv.DictReader(handle) if row["low"]]
+    numbers = [[float(number) for number in row] for row in rows]
+    named = re.findall(r"(\d*\.\d+) \[(\d*\.\d+), (\d*\.\d+)\]", section)
+    assert len(named) >= 8
+    for found in named:
+        digits = len(found[0].partition(".")[2])
+        wanted = [f"{float(number):.{digits}f}" for number in found]
+        assert any([f"{number:.{digits}f}" for number in row] == wanted for row in numbers), found

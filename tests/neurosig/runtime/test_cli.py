@@ -179,8 +179,8 @@ def test_model_text_is_shown_harmlessly() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.locate", "neurosig.intervene"),
-        "neurosig.verify",
+        *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.intervene", "neurosig.verify"),
+        *("neurosig.screen", "neurosig.locate", "figures.experiments.screening"),
         *("distill.train", "distill.evaluate", "distill.compare", "figures", "figures.grid"),
     ],
 )
