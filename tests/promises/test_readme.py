@@ -141,14 +141,14 @@ def test_what_screening_buys_is_the_committed_table() -> None:
 def test_what_scaling_neurons_does_is_in_the_committed_tables() -> None:
     """Every number with an interval in that section is a change, a difference or a value of one of the two runs."""
     section = README[README.index("### Do the located neurons cause anything?") :].partition("\n##")[0]
-    known = set()
+    rows: list[dict[str, str]] = []
     for name in ("dose_response.csv", "dose_response_pilot.csv"):
         with (FIGURE_DATA / name).open(newline="") as handle:
-            for row in csv.DictReader(handle):
-                for column in ("change", "difference"):
-                    if row[column]:
-                        numbers = (row[column], row[f"{column}_low"], row[f"{column}_high"])
-                        known.add(tuple(round(float(number), 3) + 0.0 for number in numbers))
+            rows += csv.DictReader(handle)
+    cells = [
+        [row[f"{name}{end}"] for end in ("", "_low", "_high")] for row in rows for name in ("change", "difference")
+    ]
+    known = {tuple(round(float(number), 3) for number in cell) for cell in cells if cell[0]}
     named = re.findall(r"([+-]\.\d+) \[(-?\.\d+), (-?\.\d+)\]", section)
     assert len(named) >= 8
     assert {tuple(float(number) for number in found) for found in named} <= known

@@ -20,7 +20,7 @@ from neurosig.hallucination.locate import read_neurons
 from neurosig.hallucination.probe import agreement_labels, contribution_matrix
 from neurosig.hallucination.stability import selection_limit
 from neurosig.intervene.interventions import choose_neurons
-from neurosig.manifest import HEADER, read_manifest
+from neurosig.manifest import read_manifest
 from neurosig.neurons.sites import FFNSites
 from neurosig.report.patterns import patterns
 from neurosig.runtime.errors import UserError
@@ -30,7 +30,7 @@ from neurosig.verify.__main__ import VerifyConfig
 from neurosig.verify.__main__ import main as verify
 from tests.support.exports import K, write_lines, write_world
 from tests.support.flow import export_config, make_manifest
-from tests.support.manifests import rehash
+from tests.support.manifests import edit_header
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,7 @@ def test_a_sample_or_too_few_are_noted(world: Path, tmp_path: Path, monkeypatch:
 def test_a_manifest_of_an_earlier_schema_is_read(tmp_path: Path) -> None:
     folder = make_manifest(tmp_path)
     (folder / "neurons.csv").write_text("layer,index,weight,active_share\n1,3,0.5,0.25\n0,2,-0.25,1\n")
-    rehash(folder)
-    header = json.loads((folder / HEADER).read_text())
-    (folder / HEADER).write_text(json.dumps(header | {"schema_version": "1.3"}))
+    edit_header(folder, lambda header: header.update(schema_version="1.3"))
     exported = Exported(folder)
     assert exported.neurons.to_dict("list") == {
         "layer": [1, 0], "index": [3, 2], "weight": [0.5, -0.25], "active_share": [0.25, 1.0]
