@@ -297,7 +297,7 @@ def _write(
     from neurosig.manifest import write_manifest
     from neurosig.neurons.signals_file import signals_file
     from neurosig.sampling.lengths import completion_lengths
-    from neurosig.selection.rows import neurons_csv
+    from neurosig.selection.neuron_table import neurons_csv
 
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
@@ -323,14 +323,19 @@ def _write(
     if own := sum(row.privileged_context is not None for row in rows):
         notes.append(f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees")
         logger.info("%s", notes[-1])
-    if notes:
+    neurons, remarks = neurons_csv(
+        rows, first.groups, first.sets, scores, config.probe_config(),
+        n_neurons=first.sites.n_layers * first.sites.d_mlp, d_mlp=first.sites.d_mlp,
+        keep_truncated=config.keep_truncated,
+    )  # fmt: skip
+    if notes := [*remarks, *notes]:
         header["notes"] = notes
     write_manifest(
         config.out,
         rows,
         rollouts,
         signals=signals_file(first.sets, scores.rollout_probe, scores.probe.by_seed, first.sites),
-        neurons_csv=neurons_csv(first.sets.neuron_ids, scores.probe, first.sites.d_mlp),
+        neurons_csv=neurons,
         header=header,
         teacher_rollouts=[] if run is None else [one for group in run.groups.values() for one in group],
     )

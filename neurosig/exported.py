@@ -69,7 +69,10 @@ class Exported:
 
     @cached_property
     def neurons(self) -> pd.DataFrame:
-        """The neurons of the export's probe: ``layer``, ``index``, ``weight``, ``active_share``.
+        """The hallucination neurons, those of the export's probe: ``layer``, ``index``, ``active_share``, ``weight``.
+
+        Since schema 1.4 also their ``stability``, ``kinds`` and ``kinds_agreeing``
+        (`neurosig.selection.neuron_table`).
 
         Raises:
             UserError: See `neurosig.hallucination.locate.read_neurons`.
@@ -77,6 +80,18 @@ class Exported:
         from neurosig.hallucination.locate import read_neurons
 
         return read_neurons(self.manifest.folder / NEURONS)
+
+    @cached_property
+    def pattern_neurons(self) -> pd.DataFrame:
+        """The neurons that mark a cluster of signatures: ``layer``, ``index``, ``active_share``, ``cluster``, ``lift``
+        and ``q``; none in a manifest of a schema before 1.4.
+
+        Raises:
+            UserError: See `neurosig.hallucination.locate.read_neurons`.
+        """
+        from neurosig.hallucination.locate import read_neurons
+
+        return read_neurons(self.manifest.folder / NEURONS, "pattern")
 
     @cached_property
     def representatives(self) -> Mapping[str, int]:

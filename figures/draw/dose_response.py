@@ -28,6 +28,8 @@ GROUPS = {
     "strongest": ("largest contributors, same layers", Colour.BLACK, "^", "-."),
 }
 """Group of neuron sets -> label, colour, marker and line."""
+COMPARED = ("change", "change_low", "change_high", "difference", "difference_low", "difference_high")
+"""Columns of the table beside what is drawn; those of the perplexity are in nats."""
 PANELS = {
     "avg_at_k": "Avg@{k}",
     "no_answer": "no answer or a refusal",
@@ -73,7 +75,8 @@ def _plotted(results: pd.DataFrame) -> pd.DataFrame:
     table["high"] = start + table["change_high"].fillna(0)
     nats = table["measure"] == "nll"
     table.loc[nats, ["value", "low", "high"]] = np.exp(table.loc[nats, ["value", "low", "high"]])
-    return table[["measure", "group", "draws", "factor", "n", "value", "low", "high"]]
+    table = table.reindex(columns=["measure", "group", "draws", "factor", "n", "value", "low", "high", *COMPARED])
+    return table.dropna(axis=1, how="all")
 
 
 def _draw_panel(axis: Axes, table: pd.DataFrame, *, log: bool) -> None:

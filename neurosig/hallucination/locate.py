@@ -8,9 +8,10 @@ false discoveries (`neurosig.hallucination.stability`) and each neuron's AUROC a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ from neurosig.hallucination.probe import (
 from neurosig.hallucination.stability import Stability, selection_limit, stability_selection
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
+from neurosig.runtime.shapes import check_choice
 from neurosig.statistics.arrays import takes_arrays
 
 FORMAT = "neurosig-probe-1"
@@ -249,6 +251,13 @@ def stable_neurons(
 
 
 PATH_COLUMNS = ("inverse_penalty", "neurons", "auroc_mean", "auroc_sd", "log_loss_mean", "log_loss_sd")
+Role = Literal["hallucination", "pattern"]
+ROLE_COLUMNS: Mapping[Role, tuple[str, ...]] = {
+    "hallucination": ("weight", "stability", "kinds", "kinds_agreeing"),
+    "pattern": ("cluster", "lift", "q"),
+}
+"""What a manifest's ``neurons.csv`` says of each role alone, the required column first."""
+COUNTS = ("kinds", "kinds_agreeing", "cluster")
 NEURON_COLUMNS = ("layer", "index", "weight", "selection_frequency", "stable", "auroc_alone", "active_share")
 
 
@@ -286,17 +295,28 @@ def write_neurons(path: str | Path, neurons: pd.DataFrame) -> None:
     write_atomic(path, neurons.to_csv(index=False))
 
 
-def read_neurons(path: str | Path) -> pd.DataFrame:
-    """Read a table of neurons: ``layer``, ``index``, ``weight`` and whatever else it holds.
+def read_neurons(path: str | Path, role: Role = "hallucination") -> pd.DataFrame:
+    """Read the neurons of one role: ``layer``, ``index``, and whatever else the table holds about this role.
+
+    A table without the column ``role``, such as one of `write_neurons` or an earlier manifest's, holds hallucination
+    neurons. The rows keep their numbers in the file.
 
     Raises:
-        UserError: The file is missing, no CSV, or lacks one of the three columns.
+        UserError: The file is missing, no CSV, or lacks the columns layer, index, and weight (of a pattern: cluster).
     """
+    check_choice("role", role, Role)
     path = Path(path)
     if not path.is_file():
         raise UserError(f"neurons {path}: no such file")
+    required = ROLE_COLUMNS[role][0]
     try:
         table = pd.read_csv(path)
-        return table.astype({"layer": np.int64, "index": np.int64, "weight": np.float64})
+        if "role" in table:
+            others = [name for kind, names in ROLE_COLUMNS.items() if kind != role for name in names]
+            table = table[table.pop("role") == role].drop(columns=others, errors="ignore")
+        elif role != "hallucination":
+            table = table.iloc[:0].assign(cluster=0)
+        types: dict[str, type] = {"layer": np.int64, "index": np.int64, required: np.float64}
+        return table.astype(types | {name: np.int64 for name in COUNTS if name in table})
     except (KeyError, ValueError) as error:
-        raise UserError(f"neurons {path}: expected the columns layer, index and weight ({error})") from error
+        raise UserError(f"neurons {path}: expected the columns layer, index and {required} ({error})") from error

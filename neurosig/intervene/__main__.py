@@ -16,12 +16,12 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from neurosig.options import QWEN3_4B, QWEN3_4B_THINKING, EvalOptions
-from neurosig.runtime.cli import PhaseTimer, config_record, progress, run_command
+from neurosig.runtime.cli import PhaseTimer, config_record, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import run_in_folder
 from neurosig.runtime.help import Section
@@ -31,15 +31,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from neurosig.exported import Exported
-    from neurosig.intervene.dose_response import Cell
     from neurosig.intervene.interventions import NeuronSet
     from neurosig.manifest import Manifest
     from neurosig.models.load import LoadedModel
-    from neurosig.neurons.nnsight_reader import NeuronScaler
     from neurosig.neurons.sites import FFNSites
     from neurosig.questions.load import Question
-    from neurosig.sampling.rollouts import Rollout
-    from neurosig.sampling.sampler import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +70,9 @@ class InterveneConfig(EvalOptions):
     """Sign of the probe's weight: positive points to guessing."""
     factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
     """Factors on the neurons' values; the unscaled model (1) is always measured."""
+    widest: float | None = None
+    """Widen the doses: multiply the largest factor by 4 until the located neurons break the generation (half of the
+    samples without an answer, or ten times the perplexity), at most to this factor. Few neurons need large ones."""
     controls: int = 3
     """Random draws per kind of control, at least 1."""
     matching: tuple[Literal["layer", "activity"], ...] = ("layer", "activity")
@@ -100,6 +99,7 @@ class InterveneConfig(EvalOptions):
             ("--factors", any(factor != 1 for factor in self.factors), "a factor other than 1"),
             ("--factors", len(set(self.factors)) == len(self.factors), "each factor once"),
             ("--factors", all(abs(factor) < 1e6 for factor in self.factors), "finite numbers"),
+            ("--widest", self.widest is None or max(self.factors) <= self.widest < 1e6, "at least the largest factor"),
         ):
             if not valid:
                 raise UserError(f"{flag}: expected {expected}")
@@ -119,7 +119,8 @@ def main(config: InterveneConfig) -> None:
 
 def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
     from neurosig.exported import Exported
-    from neurosig.intervene.dose_response import dose_response
+    from neurosig.intervene.cells import run_cells
+    from neurosig.intervene.dose_response import dose_response, milestones
     from neurosig.neurons.nnsight_reader import NeuronScaler
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.prompts import PromptBuilder
@@ -137,11 +138,15 @@ def _intervene(config: InterveneConfig, timer: PhaseTimer) -> None:
     builder = PromptBuilder(loaded.tokenizer, config.prompt_config())
     prompts = [Prompt(question.id, builder.student(question)) for question in questions]
     _write_plan(config, manifest, loaded, questions, sets)
-    cells = _run_cells(config, loaded, scaler, sets, questions, prompts, timer)
+    cells, power = run_cells(config, config.out / CELLS, loaded, scaler, sets, questions, prompts, timer)
     with timer.phase("summarise"):
         rows = dose_response(cells, seed=config.seed)
-    _write(config, manifest, loaded, sets, contributions, rows, timer)
+        reached = milestones(rows)
+    found = {"rows": rows, "power": power, "milestones": reached}
+    _write(config, manifest, loaded, sets, contributions, found, timer)
     _report(rows)
+    for sentence in reached:
+        logger.info("%s", sentence)
 
 
 def _questions(config: InterveneConfig) -> list[Question]:
@@ -234,98 +239,12 @@ def _write_plan(
         "reference_rollouts": config.reference_rollouts,
         "questions": [[question.id, question.text_sha256] for question in questions],
         "neurons": {neurons.name: list(neurons.ids) for neurons in sets},
-        "factors": list(config.factors),
+        "factors": [*config.factors, *([] if config.widest is None else [f"to {config.widest:g}"])],
     }
     path = config.out / PLAN
     if path.exists():
         check_same_run(config.out, json.loads(path.read_text(encoding="utf-8")), plan)
     write_atomic(path, json.dumps(plan) + "\n")
-
-
-def _run_cells(
-    config: InterveneConfig,
-    loaded: LoadedModel,
-    scaler: NeuronScaler,
-    sets: Sequence[NeuronSet],
-    questions: Sequence[Question],
-    prompts: Sequence[Prompt],
-    timer: PhaseTimer,
-) -> list[Cell]:
-    """Sample and measure each set at each factor; the unscaled model comes first, its samples are the reference."""
-    import numpy as np
-
-    from neurosig.intervene.dose_response import MEASURES, Cell
-    from neurosig.intervene.interventions import scale_neurons
-
-    folder = config.out / CELLS
-    folder.mkdir(exist_ok=True)
-    plan: list[tuple[NeuronSet | None, float]] = [(None, 1.0)]
-    plan += [(neurons, factor) for factor in config.factors for neurons in sets if factor != 1]
-    reference: dict[str, list[Rollout]] = {}
-    cells = []
-    with progress(total=len(plan) * len(questions), desc="intervene", quiet=config.quiet) as bar:
-        for neurons, factor in plan:
-            path = folder / f"{'unscaled' if neurons is None else f'{neurons.name}-x{factor:g}'}.json"
-            if not path.exists():
-                model = loaded if neurons is None else scale_neurons(loaded, scaler, neurons.ids, factor)
-                groups = _sample(config, model, prompts, bar, timer)
-                _write_cell(path, config, model, questions, prompts, groups, reference or groups, timer)
-            else:
-                bar.update(len(questions))
-            groups, rows = _read_cell(path)
-            reference = reference or groups
-            values = {name: np.array([rows[question.id][name] for question in questions]) for name in MEASURES}
-            cells.append(Cell(neurons, factor, values))
-    return cells
-
-
-def _sample(
-    config: InterveneConfig, loaded: LoadedModel, prompts: Sequence[Prompt], bar: Any, timer: PhaseTimer
-) -> dict[str, list[Rollout]]:
-    from neurosig.sampling.sampler import sample
-
-    groups = {}
-    sampling, decoding = config.sampling_config(), config.decoding()
-    with timer.phase("sample"):
-        for group in sample(loaded, prompts, sampling, **decoding, salt="intervene"):
-            groups[group[0].question_id] = group
-            bar.update()
-    return groups
-
-
-def _write_cell(
-    path: Path,
-    config: InterveneConfig,
-    loaded: LoadedModel,
-    questions: Sequence[Question],
-    prompts: Sequence[Prompt],
-    groups: Mapping[str, Sequence[Rollout]],
-    reference: Mapping[str, Sequence[Rollout]],
-    timer: PhaseTimer,
-) -> None:
-    from neurosig.intervene.dose_response import measure
-    from neurosig.intervene.interventions import completion_nll
-    from neurosig.runtime.files import write_atomic
-
-    with timer.phase("perplexity"):
-        first = {name: group[: config.reference_rollouts] for name, group in reference.items()}
-        nll = completion_nll(loaded, prompts, first)
-    reader = config.answer_reader(loaded)
-    content = {
-        "measures": {
-            question.id: measure(question, groups[question.id], nll[question.id], reader) for question in questions
-        },
-        "rollouts": {question.id: [asdict(rollout) for rollout in groups[question.id]] for question in questions},
-    }
-    write_atomic(path, json.dumps(content, ensure_ascii=False) + "\n")
-
-
-def _read_cell(path: Path) -> tuple[dict[str, list[Rollout]], dict[str, dict[str, float]]]:
-    from neurosig.sampling.rollouts import parse_rollout
-
-    content = json.loads(path.read_text(encoding="utf-8"))
-    groups = {name: [parse_rollout(fields) for fields in group] for name, group in content["rollouts"].items()}
-    return groups, content["measures"]
 
 
 def _write(
@@ -334,7 +253,7 @@ def _write(
     loaded: LoadedModel,
     sets: Sequence[NeuronSet],
     contributions: np.ndarray,
-    rows: Sequence[Mapping[str, Any]],
+    found: Mapping[str, Any],
     timer: PhaseTimer,
 ) -> None:
     import csv
@@ -344,13 +263,13 @@ def _write(
     from neurosig.runtime.files import write_atomic
     from neurosig.runtime.provenance import run_record
 
-    table = io.StringIO()
+    table, rows = io.StringIO(), found["rows"]
     writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     write_atomic(config.out / TABLE, table.getvalue())
     record = {
-        "rows": rows,
+        **found,
         "measures": dict(MEASURES),
         "sets": {
             neurons.name: {

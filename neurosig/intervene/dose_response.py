@@ -7,6 +7,7 @@ draws as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -41,6 +42,9 @@ MEASURES: Mapping[str, str] = {
 """Measures of each question."""
 
 RESAMPLES = 10_000
+BROKEN_NO_ANSWER, BROKEN_PERPLEXITY = 0.5, 10.0
+"""Generation counts as broken where this share of the samples holds no answer, or where the perplexity of the unscaled
+model's own samples has grown by this factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,32 @@ def dose_response(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
                 row |= _interval("difference", reference[0].values[name] - stacked, seed)
         rows.append(row)
     return rows
+
+
+def broken(no_answer: float, nats_more: float) -> bool:
+    """Whether the generation is broken: see `BROKEN_NO_ANSWER` and, in nats per token, `BROKEN_PERPLEXITY`."""
+    return no_answer >= BROKEN_NO_ANSWER or not nats_more < math.log(BROKEN_PERPLEXITY)
+
+
+def milestones(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each group of neuron sets in words: the first dose at which accuracy moves, and at which generation breaks.
+
+    Accuracy has moved where the 95% interval of its change leaves zero out; see `broken` for the generation.
+    Doses are ordered by their distance from 1.
+    """
+    nll = {row["group"]: row["value"] for row in rows if row["measure"] == "nll" and "change" not in row}
+    sentences = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        own = {(row["factor"], row["measure"]): row for row in rows if row["group"] == group and "change" in row}
+        factors = sorted({factor for factor, _ in own}, key=lambda factor: abs(factor - 1))
+        moved = [f for f in factors if not own[f, "avg_at_k"]["change_low"] <= 0 <= own[f, "avg_at_k"]["change_high"]]
+        unusable = [f for f in factors if broken(own[f, "no_answer"]["value"], own[f, "nll"]["value"] - nll[group])]
+        sentences.append(
+            f"{group}: accuracy {f'moves from x{moved[0]:g}' if moved else 'moves at no dose'}, generation "
+            f"{f'breaks from x{unusable[0]:g}' if unusable else 'breaks at none'} (x{min(factors):g} to "
+            f"x{max(factors):g})"
+        )
+    return sentences
 
 
 def _draws(cells: Sequence[Cell], group: str, factor: float) -> list[Cell]:

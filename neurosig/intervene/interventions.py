@@ -81,8 +81,8 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
     if len(outside):
         first = outside[0]
         raise UserError(
-            f"{path}:{first + 2}: neuron {index[first]} of layer {layer[first]} is outside the model ({sites.n_layers} "
-            f"layers of {sites.d_mlp}); give the model that its neurons were located in"
+            f"{path}:{table.index[first] + 2}: neuron {index[first]} of layer {layer[first]} is outside the model "
+            f"({sites.n_layers} layers of {sites.d_mlp}); give the model that its neurons were located in"
         )
     ids = layer * sites.d_mlp + index
     if len(np.unique(ids)) < len(ids):

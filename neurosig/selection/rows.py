@@ -8,10 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
 
-from neurosig.hallucination.probe import ProbeResult
 from neurosig.hallucination.scores import QuestionSignals, Scores
 from neurosig.manifest import DemonstrationRecord, QuestionRow, Reason, VoteRecord
 from neurosig.patterns.signatures import representative, signature
@@ -206,13 +204,3 @@ def _decided(
         "context": tuple(context),
         "weight": weight,
     }
-
-
-def neurons_csv(ids: Int[Tensor, "n size"], probe: ProbeResult, d_mlp: int) -> str:
-    """The probe's neurons: layer, index, weight, and the share of rollouts that have them in their active set."""
-    used, counts = ids.unique(return_counts=True)
-    active = dict(zip(used.tolist(), counts.tolist(), strict=True))
-    lines = ["layer,index,weight,active_share"]
-    for neuron, weight in zip(probe.neurons.tolist(), probe.weights, strict=True):
-        lines.append(f"{neuron // d_mlp},{neuron % d_mlp},{weight:.6g},{active.get(neuron, 0) / len(ids):.4f}")
-    return "\n".join(lines) + "\n"

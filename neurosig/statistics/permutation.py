@@ -7,6 +7,7 @@ permuted labels can.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ def permutation_p(
     n: int = 199,
     seed: int = 0,
     groups: Int[np.ndarray, " rows"] | None = None,
+    *,
+    strata: Int[np.ndarray, " rows"] | None = None,
 ) -> Permutation:
     """Fit everything again to ``n`` permutations of the labels: ``p = (1 + #(gain >= observed)) / (1 + n)``.
 
@@ -48,6 +51,8 @@ def permutation_p(
         n: Permutations.
         seed: Their seed.
         groups: Index of each row's question: the rows of a question move together. Default: every row is its own.
+        strata: Index of what labels never leave, such as the row's kind of question: what it says of the label stays
+            in the null.
 
     Raises:
         UserError: No permutation, or labels that `permuted_labels` refuses.
@@ -57,24 +62,33 @@ def permutation_p(
     rows = np.arange(len(labels)) if groups is None else groups
     observed = np.asarray(fit_and_gain(labels), dtype=np.float64)
     rng = np.random.default_rng(seed)
-    null = np.stack([np.asarray(fit_and_gain(permuted_labels(labels, rows, rng)), np.float64) for _ in range(n)])
+    draws = (permuted_labels(labels, rows, rng, strata) for _ in range(n))
+    null = np.stack([np.asarray(fit_and_gain(permuted), np.float64) for permuted in draws])
     return Permutation(observed, np.asarray((1 + (null >= observed).sum(axis=0)) / (1 + n)), null)
 
 
 def permuted_labels(
-    labels: Int[np.ndarray, " rows"], groups: Int[np.ndarray, " rows"], rng: np.random.Generator
+    labels: Int[np.ndarray, " rows"],
+    groups: Int[np.ndarray, " rows"],
+    rng: np.random.Generator,
+    strata: Int[np.ndarray, " rows"] | None = None,
 ) -> Int[np.ndarray, " rows"]:
     """The labels with questions changing places: a question gets all labels of another with as many labelled rows.
 
+    With ``strata``, of another in its stratum.
+
     Raises:
-        UserError: No two questions with labels have as many labelled rows.
+        UserError: No two questions with labels (in one stratum) have as many labelled rows.
     """
     rows = np.flatnonzero(labels >= 0)
     order = rows[np.argsort(groups[rows], kind="stable")]
     blocks = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
     permuted, moved = labels.copy(), False
-    for size in {len(block) for block in blocks}:
-        alike = np.stack([block for block in blocks if len(block) == size])
+    alike_blocks: defaultdict[tuple[int, int], list[Int[np.ndarray, " rows"]]] = defaultdict(list)
+    for block in blocks:
+        alike_blocks[0 if strata is None else int(strata[block[0]]), len(block)].append(block)
+    for _, same in sorted(alike_blocks.items(), key=lambda item: item[0]):
+        alike = np.stack(same)
         moved |= len(alike) > 1
         permuted[alike] = labels[alike][rng.permutation(len(alike))]
     if not moved:

@@ -170,12 +170,15 @@ def _signals_problem(folder: Path, rollouts: int) -> str:
     seen = set()
     with (folder / "neurons.csv").open(newline="", encoding="utf-8") as handle:
         for number, row in enumerate(csv.DictReader(handle), start=2):
-            layer, index, weight = int(row["layer"]), int(row["index"]), float(row["weight"])
+            role, layer, index = row.get("role", "hallucination"), int(row["layer"]), int(row["index"])
+            number_of = {"hallucination": "weight", "pattern": "q"}.get(role)
+            if number_of is None:
+                return f"neurons.csv:{number}: no role {role}; expected hallucination or pattern"
             if not (0 <= layer < sites["n_layers"] and 0 <= index < sites["d_mlp"]):
                 return f"neurons.csv:{number}: no neuron {layer}.{index}; the model has {sites}"
-            if (layer, index) in seen or not math.isfinite(weight):
-                return f"neurons.csv:{number}: neuron {layer}.{index} appears twice or has no finite weight"
-            seen.add((layer, index))
+            if (role, layer, index) in seen or not math.isfinite(float(row[number_of])):
+                return f"neurons.csv:{number}: neuron {layer}.{index} appears twice or has no finite {number_of}"
+            seen.add((role, layer, index))
     return ""
 
 

@@ -213,11 +213,17 @@ class ExportedRun(Exported):
         return mask.view(self.signals.n_layers, self.signals.d_mlp)
 
     def facts(self, layer: int, index: int) -> dict[str, float | bool]:
-        """The neuron's row in the table; a neuron outside the table has weight 0."""
-        found: pd.DataFrame = self.neurons[(self.neurons["layer"] == layer) & (self.neurons["index"] == index)]
-        if found.empty:
-            return {"weight": 0.0}
-        record: dict[Any, Any] = found.drop(columns=["layer", "index"]).to_dict("records")[0]
+        """The neuron's row in the table, and as ``pattern ...`` what it is as a pattern neuron of the manifest; a
+        neuron outside the table has weight 0."""
+
+        def row(table: pd.DataFrame) -> dict[Any, Any]:
+            found = table[(table["layer"] == layer) & (table["index"] == index)].drop(columns=["layer", "index"])
+            return {} if found.empty else found.iloc[0].dropna().to_dict()
+
+        pattern = row(self.pattern_neurons)
+        record = (row(self.neurons) or {"weight": 0.0}) | {
+            f"pattern {name}": pattern[name] for name in ("cluster", "lift", "q") if pattern
+        }
         return {
             str(name): bool(value) if isinstance(value, bool | np.bool_) else float(value)
             for name, value in record.items()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from neurosig.exported import Exported
 from neurosig.manifest import HEADER, SIGNALS
 from neurosig.runtime.errors import UserError
+from neurosig.selection.neuron_table import COLUMNS
 from tests.support.commands import loaded_after
 from tests.support.flow import make_manifest
 from tests.support.manifests import edit_row, rehash
@@ -38,7 +39,7 @@ def test_rows_rollouts_and_signals_belong_together(folder: Path) -> None:
         range(len(exported.signals.neuron_ids))
     )
     assert list(exported.rows) == list(exported.rollouts) == [row.question_id for row in exported.manifest.rows]
-    assert list(exported.neurons.columns) == ["layer", "index", "weight", "active_share"]
+    assert list(exported.neurons.columns) == ["layer", "index", *COLUMNS[3:8]]
     for name, chosen in exported.representatives.items():
         row = exported.rows[name]
         scores = [float(exported.signals.probe_scores[exported.place[name, k]]) for k in range(len(row.answers))]

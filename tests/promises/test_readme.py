@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ CONFIGS = {
     "neurosig.check": "CheckConfig",
     "neurosig.report": "ReportConfig",
     "neurosig.screen": "ScreenConfig",
+    "neurosig.locate": "LocateConfig",
     "neurosig.intervene": "InterveneConfig",
     "neurosig.verify": "VerifyConfig",
     "distill.train": "TrainConfig",
@@ -134,3 +136,56 @@ def test_what_screening_buys_is_the_committed_table() -> None:
         digits = len(found[0].partition(".")[2])
         wanted = [f"{float(number):.{digits}f}" for number in found]
         assert any([f"{number:.{digits}f}" for number in row] == wanted for row in numbers), found
+
+
+def test_what_scaling_neurons_does_is_in_the_committed_tables() -> None:
+    """Every number with an interval in that section is a change, a difference or a value of one of the two runs."""
+    section = README[README.index("### Do the located neurons cause anything?") :].partition("\n##")[0]
+    rows: list[dict[str, str]] = []
+    for name in ("dose_response.csv", "dose_response_pilot.csv"):
+        with (FIGURE_DATA / name).open(newline="") as handle:
+            rows += csv.DictReader(handle)
+    cells = [
+        [row[f"{name}{end}"] for end in ("", "_low", "_high")] for row in rows for name in ("change", "difference")
+    ]
+    known = {tuple(round(float(number), 3) for number in cell) for cell in cells if cell[0]}
+    named = re.findall(r"([+-]\.\d+) \[(-?\.\d+), (-?\.\d+)\]", section)
+    assert len(named) >= 8
+    assert {tuple(float(number) for number in found) for found in named} <= known
+
+
+def test_what_is_located_over_kinds_is_the_committed_record() -> None:
+    record = json.loads((FIGURE_DATA / "located_over_kinds.json").read_text())
+    text = README[README.index("- **Over twelve kinds") :].partition("\n- **")[0]
+    question, _, kind, domain = record["auroc"]
+    stated = [question["auroc"], question["null"], kind["auroc"], domain["auroc"]]
+    stated += [row["within"] for row in (question, kind, domain)]
+    assert re.findall(r"\.\d{3}", text) == [f"{value:.3f}".lstrip("0") for value in stated]
+    assert {row["p_within"] for row in (question, kind, domain)} == {0.05}
+    assert record["power"]["recall"]["0.5"] == 1 and record["power"]["recall"]["0.25"] == pytest.approx(0.6)
+    with (FIGURE_DATA / "located_over_kinds.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    firm = sum(float(row["stability_left_out"]) >= 0.75 for row in rows)
+    assert (len(rows), sum(row["survives"] == "True" for row in rows), firm) == (5, 2, 1)
+    assert "108 agree, 461 split" in text and record["findings"][0].startswith("108 questions agree and 461 split")
+
+
+def test_where_locating_fails_is_the_committed_table() -> None:
+    with (FIGURE_DATA / "planted_neurons.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+
+    def total(data: str, column: str) -> int:
+        return sum(int(row[column]) for row in rows if row["data"] == data)
+
+    text = " ".join(README[README.index("**where it fails**") : README.index("![Planted neurons]")].split())
+    nearly = "half, nearly decisive"
+    for sentence in (
+        f"{total('no decoys', 'stable_planted')} of 40 planted neurons are stable",
+        f"are located too ({total('correlated', 'stable_decoys')});",
+        f"({total('no decoys', 'left_out_planted')} remain without decoys)",
+        f"are located every time ({total('length', 'stable_decoys')} of 8)",
+        f"leave {total(nearly, 'stable_planted')} planted among {total(nearly, 'stable')} stable neurons",
+    ):
+        assert sentence in text
+    assert total("correlated", "left_out_decoys") == total(nearly, "both") == 0
+    assert 2 * total("length", "both_decoys") == total("length", "stable_decoys")

@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 
 COMMANDS = (
     *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.intervene", "neurosig.verify"),
-    "neurosig.screen",
+    *("neurosig.screen", "neurosig.locate"),
     *("neurosig.organism.train", "neurosig.organism.study"),
     *("distill.train", "distill.evaluate", "distill.rescore", "distill.compare"),
     *("figures", "figures.grid", "figures.grid.evidence", "figures.grid.rescore", "figures.experiments.signal_search"),
@@ -131,6 +131,7 @@ def _base(folder: Path, out: Path) -> list[Step]:
         command("neurosig.verify", str(folder / "manifest"), shown="ok"),
         command("neurosig.export", **other, refused=NEEDED.format("signals")),
         command("neurosig.report", **runs, refused=NEEDED.format("signals")),
+        command("neurosig.locate", **runs, refused=NEEDED.format("signals")),
         command("neurosig.intervene", **runs, **gold, refused=NEEDED.format("signals")),
         command("neurosig.screen", run=folder / "manifest", questions=folder / "questions.jsonl", out=out / "screened",
                 refused=NEEDED.format("signals")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -112,6 +113,43 @@ def test_more_questions_and_larger_effects_find_more() -> None:
     assert found(40, 0.6) < found(200, 0.6)
 
 
+# decoys
+
+
+def shifts(data: PlantedData, neurons: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """How each neuron's log contribution, where it is active, correlates with ``by``."""
+    dense = data.contributions().toarray()
+    return np.array([np.corrcoef(np.log(dense[a, j]), by[a])[0, 1] for j in neurons for a in [dense[:, j] > 0]])
+
+
+def test_decoys_follow_what_they_are_said_to_follow() -> None:
+    sizes: dict[str, Any] = {"n_questions": 600, "num_generations": 2, "n_planted": 6, "n_decoys": 6, **SMALL}
+    none = plant(PlantedConfig(effect=0.0, **sizes))
+    assert len(none.decoys) == 0
+    alike = plant(PlantedConfig(effect=0.0, decoy="correlated", **sizes))
+    dense = alike.contributions().toarray()
+    together = []
+    for pair in zip(alike.planted, alike.decoys, strict=True):
+        active = (dense[:, list(pair)] > 0).all(axis=1)
+        together.append(np.corrcoef(np.log(dense[np.ix_(active, list(pair))]).T)[0, 1])
+    assert min(together) > 0.3 and np.median(together) > 0.55  # below .8, since weak values are cut off
+    hard = plant(PlantedConfig(effect=0.0, decoy="kind", n_topics=4, hard_kinds=1, **sizes))
+    assert shifts(hard, hard.decoys, hard.topics < 1).min() > 0.3
+    assert hard.labels[hard.topics < 1].mean() > hard.labels[hard.topics >= 1].mean() + 0.3
+    long = plant(PlantedConfig(effect=0.0, decoy="length", **sizes))
+    assert shifts(long, long.decoys, long.labels).min() > 0.1 and long.labels.mean() == 0.5
+    harmless = plant(PlantedConfig(effect=0.0, decoy="length", confounding=0.0, **sizes))
+    assert np.abs(shifts(harmless, harmless.decoys, harmless.labels)).max() < 0.15
+
+
+def test_a_neuron_that_follows_the_length_is_located_though_the_label_does_not_act_on_it() -> None:
+    """A limit of the method: nothing in the data tells it from a planted one."""
+    sizes: dict[str, Any] = {"n_questions": 200, "num_generations": 3, "n_planted": 6, "n_decoys": 2, **SMALL}
+    data = plant(PlantedConfig(effect=0.5, decoy="length", decoy_effect=1.5, **sizes))
+    found, _ = located(data, data.labels, ProbeConfig(pairs=15))
+    assert np.isin(data.decoys, found).all()
+
+
 # the figure
 
 
@@ -136,3 +174,14 @@ def test_a_row_of_the_table_is_computed_again() -> None:
     again = planted_neurons._locate(data, 50)
     assert again["candidates"] == row["candidates"]
     assert again["stable"] == pytest.approx(row["stable"], abs=1)  # a frequency may cross the threshold elsewhere
+
+
+def test_a_row_of_the_decoys_is_computed_again() -> None:
+    table = pd.read_csv(planted_neurons.TABLE)
+    decoys = table[table["data"].isin(list(planted_neurons.SCENARIOS))]
+    assert (decoys.groupby("data").size() == planted_neurons.DATASETS).all()
+    assert len(decoys) == planted_neurons.DATASETS * len(planted_neurons.SCENARIOS)
+    row = decoys[(decoys["data"] == "length") & (decoys["seed"] == 2000)].iloc[0]
+    again = planted_neurons._decoys(planted_neurons.SCENARIOS["length"], 2000)
+    for name in ("stable", "stable_planted", "stable_decoys", "agreeing", "both"):
+        assert again[name] == pytest.approx(row[name], abs=1)

@@ -11,10 +11,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import neurosig.intervene.interventions
+import neurosig.intervene.cells
 from figures.draw.dose_response import draw
 from neurosig.intervene.__main__ import InterveneConfig, main
-from neurosig.intervene.dose_response import MEASURES, Cell, _interval, dose_response, measure, repetition
+from neurosig.intervene.cells import _planned, detectable
+from neurosig.intervene.dose_response import (
+    MEASURES,
+    Cell,
+    _interval,
+    broken,
+    dose_response,
+    measure,
+    milestones,
+    repetition,
+)
 from neurosig.intervene.interventions import (
     NeuronSet,
     completion_nll,
@@ -101,6 +111,64 @@ def test_intervals_resample_draws_and_questions() -> None:
         found = _interval("change", deltas, 0)
         assert found["change"] == pytest.approx(deltas.mean())
         assert (found["change_low"], found["change_high"]) == pytest.approx(tuple(expected), abs=0.015)
+
+
+def test_generation_is_broken_by_answers_or_by_perplexity() -> None:
+    assert broken(0.5, 0.0) and not broken(0.49, 0.0)
+    assert broken(0.0, np.log(10.0)) and not broken(0.0, 2.3) and broken(0.0, float("nan"))
+
+
+def test_milestones_are_the_nearest_doses() -> None:
+    located, control = NeuronSet("located", 0, (1,)), NeuronSet("layer", 0, (2,))
+    cells = [cell(None, 1.0, avg_at_k=[1.0, 0.5, 1.0, 0.5])]
+    for factor, drop, lost in ((0.0, 0.0, 0.0), (4.0, 0.25, 0.0), (16.0, 0.5, 0.25), (64.0, 0.5, 0.75)):
+        right = [one - drop for one in (1.0, 0.5, 1.0, 0.5)]
+        cells += [cell(located, factor, avg_at_k=right, no_answer=[lost] * 4), cell(control, factor, avg_at_k=right)]
+    cells[-1].values["nll"][:] = 5.0
+    assert milestones(dose_response(cells, seed=0)) == [
+        "located: accuracy moves from x4, generation breaks from x64 (x0 to x64)",
+        "layer: accuracy moves from x4, generation breaks from x64 (x0 to x64)",
+    ]
+    still = [cell(None, 1.0), cell(located, 4.0)]
+    assert milestones(dose_response(still, seed=0)) == [
+        "located: accuracy moves at no dose, generation breaks at none (x4 to x4)"
+    ]
+
+
+def test_doses_widen_until_the_located_neurons_break_generation(tmp_path: Path) -> None:
+    sets = [NeuronSet("located", 0, (1,)), NeuronSet("layer", 0, (2,))]
+
+    def doses(breaks_at: float, widest: float | None) -> list[float]:
+        cells: list[Cell] = []
+        options = InterveneConfig(
+            manifest=tmp_path, questions=("x",), out=tmp_path, factors=(0.0, 2.0), widest=widest, controls=1
+        )
+        for neurons, factor in _planned(options, sets, cells):
+            lost = 1.0 if neurons is not None and neurons.group == "located" and factor >= breaks_at else 0.0
+            cells.append(cell(neurons, factor, no_answer=[lost] * 4))
+        assert [one.factor for one in cells[1::2]] == [one.factor for one in cells[2::2]]  # both sets at each
+        return [one.factor for one in cells[1::2]]
+
+    assert doses(30.0, 1000.0) == [0.0, 2.0, 8.0, 32.0]
+    assert doses(2.0, 1000.0) == [0.0, 2.0] == doses(30.0, None)
+    assert doses(1e5, 100.0) == [0.0, 2.0, 8.0, 32.0]
+    with pytest.raises(UserError, match="--widest: expected at least the largest factor"):
+        doses(1.0, 1.5)
+
+
+def test_the_stated_power_is_that_of_simulated_runs() -> None:
+    rng, n, k = np.random.default_rng(0), 80, 2
+    chance = rng.choice([0.1, 0.9], n)
+    right = rng.binomial(k, chance) / k
+    change = detectable(right, k)
+    assert change["same"] < change["correlated"]
+    found = 0
+    for _ in range(400):
+        lower = rng.binomial(k, np.clip(chance - change["same"], 0, 1), n) / k
+        delta = lower - rng.binomial(k, chance, n) / k
+        found += abs(delta.mean()) > 1.96 * delta.std(ddof=1) / np.sqrt(n)
+    assert 0.6 < found / 400 < 0.95
+    assert 0 < detectable(np.array([1.0, 0.0, 1.0, 1.0]), 1)["correlated"] < 1
 
 
 # The command
@@ -198,7 +266,7 @@ def test_an_interrupted_run_resumes_cell_by_cell(
             raise KeyboardInterrupt
         return scored(*args)
 
-    monkeypatch.setattr(neurosig.intervene.interventions, "completion_nll", killed)
+    monkeypatch.setattr(neurosig.intervene.cells, "completion_nll", killed)
     with pytest.raises(KeyboardInterrupt):
         main(config(manifest, tmp_path / "broken"))
     assert len(list((tmp_path / "broken" / "cells").iterdir())) == 4

@@ -100,3 +100,15 @@ def test_what_cannot_be_permuted_is_refused() -> None:
         permutation_p(lambda labels: 0.0, np.array([0, 1]), 0)
     with pytest.raises(UserError, match="2 questions with labels; two with as many rows are needed"):
         permuted_labels(np.array([0, 1, 1]), np.array([0, 1, 1]), np.random.default_rng(0))
+
+
+def test_labels_never_leave_their_stratum() -> None:
+    labels, kinds = np.array([0, 0, 0, 1, 1, 1, 1, 0]), np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    questions, rng = np.arange(8), np.random.default_rng(0)
+    seen = np.stack([permuted_labels(labels, questions, rng, kinds) for _ in range(50)])
+    assert (seen[:, :4].sum(axis=1) == 1).all() and (seen[:, 4:].sum(axis=1) == 3).all()
+    assert len(np.unique(seen, axis=0)) > 8
+    left = [permuted_labels(labels, questions, rng)[:4].sum() for _ in range(50)]
+    assert len(set(left)) > 1  # without strata they do
+    with pytest.raises(UserError, match="permut"):
+        permuted_labels(labels, questions, rng, questions)
