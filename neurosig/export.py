@@ -66,6 +66,7 @@ def main(config: ExportConfig) -> None:
 
 def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from neurosig.hallucination.groups import fold_groups
+    from neurosig.neurons.positions import read_positions
     from neurosig.neurons.signals_file import load_shards
     from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
@@ -91,6 +92,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             for wording in (config.prompt_config(), config.teacher_prompt_config())
         )
         check_same_stream(builder, teacher)
+        reader = config.answer_reader(loaded)
         prompts = _prompts(questions, builder, teacher, loaded, config)
         work = config.out / WORK
         work.mkdir(exist_ok=True)
@@ -98,7 +100,8 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         with timer.phase("sample"):
             groups, rollouts_sha256 = _rollouts(config, loaded, questions, prompts, work, timer, ranks)
         with timer.phase("trace"):
-            shards = _trace(config, loaded, prompts, groups, work, timer, ranks)
+            read_at, lacking = read_positions(config.positions, groups, questions, reader, loaded.tokenizer)
+            shards = _trace(config, loaded, prompts, groups, read_at, work, timer, ranks)
     with ranks.together():
         if not ranks.main:
             return
@@ -107,13 +110,13 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         else:
             with read_once(config.rollouts) as rollouts_sha256:
                 dataset = _dataset_sha256(questions)
-                groups, sets = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256)
+                groups, sets = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256, reader)
+            read_at, lacking = read_positions(config.positions, groups, questions, reader, loaded.tokenizer)
         sites = ffn_sites(loaded.model)
         config = _with_k(config, len(next(iter(groups.values()))))
         config = replace(config, set_size=config.trace_config().sized(sites.n_layers, sites.d_mlp).set_size)
         with timer.phase("score and select"):
-            reader = config.answer_reader(loaded)
-            signals = _signals(config, reader, questions, groups, sets)
+            signals = _signals(reader, questions, groups, read_at, sets)
             scores = _scores(config, signals, sites.n_layers * sites.d_mlp, groups_of_folds)
             rows, note = manifest_rows(
                 questions,
@@ -125,7 +128,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             )
         with timer.phase("write"):
             lengths = _write(
-                config, loaded, reader, questions, rows, groups, sets, scores, sites, note, rollouts_sha256
+                config, loaded, reader, questions, rows, groups, sets, scores, sites, [lacking, note], rollouts_sha256
             )
         shutil.rmtree(work)
         _report(config, rows, groups, lengths)
@@ -239,21 +242,23 @@ def _trace(
     loaded: LoadedModel,
     prompts: Mapping[str, Prompt],
     groups: Mapping[str, Sequence[Rollout]],
+    read_at: Mapping[str, Sequence[Sequence[int]]],
     work: Path,
     timer: PhaseTimer,
     ranks: Ranks,
 ) -> list[Path]:
     """Trace all rollouts in the order of ``groups``, in shards that are kept in ``work``."""
+    from neurosig.neurons.positions import traced_at
     from neurosig.neurons.signals_file import trace_to_shards
     from neurosig.neurons.tracer import NeuronTracer
 
     with ranks.together():
         tracer = NeuronTracer(loaded.model, config.trace_config())
-    weights = f"{loaded.info.weights}{loaded.info.adapter or ''}"
+    weights, about_next = f"{loaded.info.weights}{loaded.info.adapter or ''}", config.contribution == "unembed"
     flat = [
-        (prompts[name].token_ids, rollout.completion_ids_without_eos, rollout.positions(config.trace))
+        traced_at(prompts[name].token_ids, rollout.completion_ids_without_eos, indices, about_next=about_next)
         for name, group in groups.items()
-        for rollout in group
+        for rollout, indices in zip(group, read_at[name], strict=True)
     ]
     with progress(total=len(flat), desc="trace", quiet=config.quiet or not ranks.main) as bar:
 
@@ -265,10 +270,10 @@ def _trace(
 
 
 def _signals(
-    config: ExportConfig,
     reader: AnswerReader,
     questions: Sequence[Question],
     groups: Mapping[str, Sequence[Rollout]],
+    read_at: Mapping[str, Sequence[Sequence[int]]],
     sets: ActiveSets,
 ) -> dict[str, QuestionSignals]:
     from neurosig.hallucination.scores import QuestionSignals
@@ -278,7 +283,7 @@ def _signals(
     for name, group in groups.items():
         stop = start + len(group)
         ids, values, hidden = (tensor[start:stop] for tensor in sets)
-        n_traced = sum(len(rollout.positions(config.trace)) for rollout in group)
+        n_traced = sum(map(len, read_at[name]))
         signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), ids, values, hidden, n_traced)
         start = stop
     return signals
@@ -312,7 +317,7 @@ def _write(
     sets: ActiveSets,
     scores: Scores,
     sites: FFNSites,
-    note: str,
+    notes: Sequence[str],
     rollouts_sha256: str | None,
 ) -> dict[str, float]:
     """Write the manifest; returns the lengths of its completions."""
@@ -338,8 +343,8 @@ def _write(
         "answers": reader.record(),
         "lengths": lengths,
     }
-    notes = [note] if note else []
-    if note:
+    notes = [note for note in notes if note]
+    for note in notes:
         logger.warning("%s", note)
     if own := sum(row.privileged_context is not None for row in rows):
         notes.append(f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees")

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig
-from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig
+from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig, check_positions
 from neurosig.options import ORGANISM, PROMPT, QWEN3_4B, QWEN3_4B_THINKING, RolloutOptions
 from neurosig.patterns import Signature
 from neurosig.questions.prompts import PRIVILEGED_WORDING, PromptConfig, check_privileged_wording, teacher_config
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Shapes
-from neurosig.sampling.rollouts import RolloutPart
 from neurosig.selection.config import ContextPolicy, QuestionFilter, QuestionWeight, SelectionConfig
 
 TRACE, PROBE, SELECTION = TraceConfig(), ProbeConfig(), SelectionConfig()  # the options' defaults
@@ -63,10 +62,14 @@ class ExportConfig(RolloutOptions):
     """Demonstrations show the thought too, even where the chat template drops those of earlier turns, and it counts in
     --max-context-tokens, which two thoughts easily exceed. By default they show the answer after it alone."""
 
-    trace: Annotated[RolloutPart, Shapes.TRACES, Section.NEURONS] = "answer"
-    """Tokens whose neurons count: answer, those after the thought; thought, those up to its end; all. A rollout without
-    such a part, such as one without a thought, is traced whole. The other scores are means over the whole completion.
-    thought and all keep every token's neurons while a layer is reduced: about 1 GB per 8,192 tokens of a 4B model."""
+    positions: Annotated[str, Shapes.TRACES, Section.NEURONS] = "answer"
+    """Tokens whose neurons are read: answer, those after the thought; thought, those up to its end; all; statement, the
+    sentence in which the answer is read; answer_words, its words in that sentence; answer_start, the first token after
+    the thought; prompt_end, the prompt's last, which predicts the first token and is the same in all rollouts; or
+    tokens of the completion as in Python, such as 0, -1, 0:3 or 0,-1 (--positions=-3: with an equals sign). A rollout
+    without such a token is read at its answer, one without a thought as a whole; the manifest's notes count them.
+    Scores of outputs are means over the whole completion. thought and all keep every token's neurons while a layer is
+    reduced: about 1 GB per 8,192 tokens of a 4B model."""
     neuron_value: Annotated[NeuronValue, Shapes.TRACES] = TRACE.value
     """A neuron's value: act(gate)*up, or act(gate) alone."""
     contribution: Annotated[Contribution, Shapes.TRACES] = TRACE.score
@@ -138,6 +141,7 @@ class ExportConfig(RolloutOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positions(self.positions)
         self.trace_config()
         self.probe_config()
         self.part(SelectionConfig)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_config
@@ -11,6 +12,9 @@ from neurosig.runtime.shapes import check_config
 NeuronValue = Literal["gated", "act"]
 Contribution = Literal["cett", "magnitude", "unembed"]
 ActiveSet = Literal["layer_mean", "global", "per_token", "entries"]
+NamedPositions = Literal["answer", "thought", "all", "statement", "answer_words", "answer_start", "prompt_end"]
+CHOSEN_TOKENS = re.compile(r"(?P<at>-?\d+)|(?P<start>-?\d+)?:(?P<stop>-?\d+)?")
+"""A token of the completion, or a range of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,20 @@ class TraceConfig:
         if isinstance(self.set_size, float):
             return replace(self, set_size=max(1, round(self.set_size * n_layers * d_mlp)))
         return self
+
+
+def check_positions(positions: str) -> None:
+    """Refuse positions that are neither a name nor numbers and ranges.
+
+    Raises:
+        UserError: Listing what is accepted.
+    """
+    names = get_args(NamedPositions)
+    if positions not in names and not all(CHOSEN_TOKENS.fullmatch(part) for part in positions.split(",")):
+        raise UserError(
+            f"--positions: expected {', '.join(names)}, or tokens of the completion such as 0, -1, 0:3 or 0,-1, "
+            f"got {positions!r}"
+        )
 
 
 def check_set_size(option: str, value: int | float) -> None:
