@@ -117,7 +117,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         config = replace(config, set_size=config.trace_config().sized(sites.n_layers, sites.d_mlp).set_size)
         with timer.phase("score and select"):
             signals = _signals(reader, questions, groups, read_at, sets)
-            scores = _scores(config, signals, sites.n_layers * sites.d_mlp, groups_of_folds)
+            scores = _scores(config, signals, sites, groups_of_folds)
             rows, note = manifest_rows(
                 questions,
                 signals,
@@ -292,13 +292,14 @@ def _signals(
 def _scores(
     config: ExportConfig,
     signals: Mapping[str, QuestionSignals],
-    n_neurons: int,
+    sites: FFNSites,
     fold_groups: Mapping[str, str] | None,
 ) -> Scores:
     from neurosig.hallucination.scores import hallucination_scores
 
     probe = config.probe_config()
-    scores = hallucination_scores(signals, n_neurons=n_neurons, probe=probe, seed=config.seed, fold_groups=fold_groups)
+    size = {"n_neurons": sites.n_layers * sites.d_mlp, "n_layers": sites.n_layers}
+    scores = hallucination_scores(signals, **size, probe=probe, seed=config.seed, fold_groups=fold_groups)
     if config.hallucination_score not in scores.by_name:
         raise UserError(
             f"--hallucination-score {config.hallucination_score}: the rollouts of {config.rollouts or config.base_url} "

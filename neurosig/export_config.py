@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig
+from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig, ProbeLabels, ProbeValues
 from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig, check_positions
 from neurosig.options import ORGANISM, PROMPT, QWEN3_4B, QWEN3_4B_THINKING, RolloutOptions
 from neurosig.patterns import Signature
@@ -87,6 +87,13 @@ class ExportConfig(RolloutOptions):
     hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION, Section.SCORE] = "probe_score"
     """Score that --question-filter ranks by; the manifest holds all of them. vote_share to random are baselines without
     neurons."""
+    probe_labels: Annotated[ProbeLabels, Shapes.SELECTION] = PROBE.labels
+    """What the probe learns. agreement: questions whose rollouts split against questions whose rollouts agree;
+    contrast: in a question whose winner has at least --probe-split-share, rollouts with another answer against the
+    winner's."""
+    probe_values: Annotated[ProbeValues, Shapes.SELECTION] = PROBE.values
+    """What the probe reads of an active neuron. contribution: its mean; layer_z: that in standard deviations over its
+    layer's neurons in the same rollout, which leaves out how strongly a layer speaks as a whole."""
     probe_agree_share: Annotated[float, Shapes.SELECTION] = PROBE.agree_share
     """The probe learns a question as known when the winner has at least this share of the K answers, 0 to 1; 1 asks for
     unanimity, which a weak model rarely reaches."""
@@ -169,6 +176,8 @@ class ExportConfig(RolloutOptions):
             folds=self.probe_folds,
             groups=self.probe_groups,
             fold_seeds=self.probe_fold_seeds,
+            labels=self.probe_labels,
+            values=self.probe_values,
             seed=self.seed,
         )
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neurosig.hallucination.config import HallucinationScore, ProbeConfig
-from neurosig.hallucination.probe import ProbeResult, agreement_labels, contribution_matrix, fit_probe
+from neurosig.hallucination.probe import ProbeResult, fit_probe, probe_matrix, rollout_labels
 from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard
 from neurosig.questions.reader import Reading
 from neurosig.questions.vote import Vote
@@ -89,6 +89,7 @@ def hallucination_scores(
     *,
     n_neurons: int,
     probe: ProbeConfig,
+    n_layers: int = 1,
     seed: int = 0,
     fold_groups: Mapping[str, str] | None = None,
 ) -> Scores:
@@ -101,6 +102,7 @@ def hallucination_scores(
         questions: Question id -> its signals.
         n_neurons: Neurons of the model, over all layers.
         probe: Options of the probe.
+        n_layers: Its layers, for the probe's ``layer_z``.
         seed: Seed of ``random``.
         fold_groups: Question id -> the group that no fold of the probe splits; default: each question is its own.
 
@@ -116,10 +118,9 @@ def hallucination_scores(
         raise ValueError(
             f'question "{odd}" has {len(questions[odd].rollouts)} rollouts, the first has {k}; give K of each'
         )
-    shares = np.array([signal.vote.share for signal in signals])
-    labels = np.repeat(agreement_labels(shares, probe) if k > 1 else np.full(len(shares), -1), k)  # one always agrees
+    labels = rollout_labels([signal.answers for signal in signals], [signal.vote.winner for signal in signals], probe)
     kept = [(fold_groups or {}).get(question_id, question_id) for question_id in questions for _ in range(k)]
-    fitted = fit_probe(contribution_matrix(ids, values, n_neurons), labels, kept, probe)
+    fitted = fit_probe(probe_matrix(ids, values, n_layers, n_neurons, probe), labels, kept, probe)
     rollout_probe = fitted.scores.reshape(len(signals), k)
 
     by_name = {
