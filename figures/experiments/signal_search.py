@@ -150,12 +150,12 @@ def _judged(
     table = _corrected(pd.DataFrame(lines))
     table["over_vote_p_refit"] = table["over_outputs_p_refit"] = np.nan
     surviving = table[_survives(table, "over_vote") | _survives(table, "over_outputs")]
-    for variant in variants:
-        for task in own:
-            if config.permutations and ((surviving.variant == variant.name) & (surviving.task == task.name)).any():
-                for (event, grading, base), p in _p_refit(variant, task, sources, config):
-                    where = (table.variant == variant.name) & (table.task == task.name)
-                    table.loc[where & (table.event == event) & (table.grading == grading), f"{base}_p_refit"] = p
+    kept = set(zip(surviving.variant, surviving.task, strict=True))
+    refitted = [(variant, task) for variant in variants for task in own if (variant.name, task.name) in kept]
+    for variant, task in progress(refitted if config.permutations else [], desc="refits", quiet=config.quiet):
+        for (event, grading, base), p in _p_refit(variant, task, sources, config):
+            where = (table.variant == variant.name) & (table.task == task.name)
+            table.loc[where & (table.event == event) & (table.grading == grading), f"{base}_p_refit"] = p
     return table
 
 
