@@ -22,6 +22,8 @@ Array = np.ndarray[Any, Any]
 MAJORITY, ROLLOUT = "majority is right", "rollout is right"
 STRICT, LENIENT = "strict", "lenient"
 LEVEL = 0.95
+COARSE_P, FINER = 0.01, 40
+"""A p below the first is computed again from this many times the resamples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,9 @@ class Judge:
         for name, (base, alone) in self._bases.get(key, {}).items():
             full = cross_fit(np.column_stack([base, trust]), level.right, level.owners, self.analysis)
             gains[name] = compare(alone, full, level.right, level.owners, self.analysis)
+            if gains[name].p < COARSE_P:
+                finer = replace(self.analysis, resamples=FINER * self.analysis.resamples)
+                gains[name] = replace(gains[name], p=compare(alone, full, level.right, level.owners, finer).p)
         return gains
 
     @cached_property
