@@ -12,16 +12,23 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distill.distributed import ALONE, Ranks, part_like
+from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import atomic_folder, disk_space, sha256_file, write_atomic
 from neurosig.runtime.provenance import check_same_run
+from neurosig.runtime.shapes import Shapes, option_names
+
+if TYPE_CHECKING:
+    from distill.config import TrainConfig
+    from neurosig.manifest import Manifest
+    from neurosig.sampling.config import SamplingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +126,22 @@ def load_newest(
     _restore(averages, load_file(chosen / AVERAGES))
     _restore_optimizer(parameters, optimizer, load_file(chosen / OPTIMIZER))
     return _step(chosen)
+
+
+def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig, dtype: str) -> dict[str, Any]:
+    """Everything that must be unchanged for a resumed run to equal an uninterrupted one."""
+    free = option_names(type(config), Shapes.PLACE, Shapes.MODEL, Shapes.RESOURCES, Shapes.EXTENDS)
+    record = {name: value for name, value in config_record(config).items() if name not in free}
+    if config.lr_scheduler in ("linear", "cosine"):
+        record["lr_scheduler"] += f" over {config.steps} steps"
+    return {
+        **record,
+        **sampling.as_dict(),
+        "manifest": manifest.header.content_sha256,
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "threads": None if torch.accelerator.is_available() else torch.get_num_threads(),
+    }
 
 
 def _newest_intact(folder: Path, key: Mapping[str, Any]) -> Path | None:

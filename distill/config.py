@@ -7,19 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from neurosig.options import SamplerOptions
 from neurosig.questions.columns import parse_fields
-from neurosig.runtime.cli import config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.extras import check_installed
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import Above0, AtLeast, Shapes, option_names
-
-if TYPE_CHECKING:
-    from neurosig.manifest import Manifest
-    from neurosig.sampling.config import SamplingConfig
 
 
 @dataclass(kw_only=True)
@@ -30,10 +25,11 @@ class TrainConfig(SamplerOptions):
     completion.
     """
 
-    method: Annotated[Literal["nopsd", "u-opsd", "lmsi", "ttrl", "intuitor"], Shapes.TRAINING, Section.TRAINING] = (
-        "nopsd"
-    )
-    """nopsd: Neuron-OPSD; the others are baselines on the same manifest. lmsi, ttrl and intuitor need TRL."""
+    method: Annotated[
+        Literal["nopsd", "u-opsd", "opsa", "lmsi", "ttrl", "intuitor"], Shapes.TRAINING, Section.TRAINING
+    ] = "nopsd"
+    """nopsd: Neuron-OPSD; the others are baselines on the same manifest. opsa is the control without a teacher; lmsi,
+    ttrl and intuitor need TRL."""
     manifest: Annotated[tuple[Path, ...] | Path, Shapes.TRAINING]
     """Folders written by neurosig.export, of the same model and prompts: all of their questions are trained on."""
     manifest_weights: Annotated[tuple[float, ...], Shapes.TRAINING] = ()
@@ -94,36 +90,36 @@ class TrainConfig(SamplerOptions):
     lora_rslora: Annotated[bool, Shapes.TRAINING] = False
     """Scale LoRA by alpha / sqrt(r) instead of alpha / r (rank-stabilised LoRA)."""
 
-    teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.DISTILLATION, Section.LOSS] = "base"
+    teacher: Annotated[Literal["base", "live", "ema"], Shapes.TRAINING | Shapes.TEACHER, Section.LOSS] = "base"
     """base: the model before training, the manifest's adapter included; live: the current student, a target that moves
     away as fast as it is followed; ema: a moving average of the student's weights."""
-    teacher_model: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION] = None
+    teacher_model: Annotated[str | None, Shapes.TRAINING | Shapes.TEACHER] = None
     """Another model with the same tokenizer as the teacher (hub id or folder), frozen, in --dtype on the student's
     device. It also sees the context. Memory: its weights, and its keys and values, besides the student's."""
-    ema_decay: Annotated[float, Shapes.TRAINING] = 0.99
+    ema_decay: Annotated[float, Shapes.TRAINING | Shapes.TEACHER] = 0.99
     """Share of its own weights that the ema teacher keeps per step, 0 to below 1."""
     divergence: Annotated[
-        Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"], Shapes.TRAINING | Shapes.DISTILLATION
+        Literal["forward_kl", "reverse_kl", "jsd", "sampled_token"], Shapes.TRAINING | Shapes.TEACHER
     ] = "forward_kl"
     """forward_kl is KL(teacher || student); sampled_token estimates reverse_kl from the student's own tokens."""
-    topk: Annotated[int, Shapes.TRAINING | Shapes.DISTILLATION, AtLeast(0)] = 0
+    topk: Annotated[int, Shapes.TRAINING | Shapes.TEACHER, AtLeast(0)] = 0
     """Compute the divergence on the student's k likeliest vocabulary entries; 0: on the whole vocabulary."""
-    tail: Annotated[bool, Shapes.TRAINING] = True
+    tail: Annotated[bool, Shapes.TRAINING | Shapes.TEACHER] = True
     """With --topk: add the remaining entries as one more."""
-    beta: Annotated[float, Shapes.TRAINING] = 0.5
+    beta: Annotated[float, Shapes.TRAINING | Shapes.TEACHER] = 0.5
     """The teacher's share of the mixture in jsd, strictly between 0 and 1."""
-    loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.DISTILLATION, Above0] = 1.0
+    loss_temperature: Annotated[float, Shapes.TRAINING | Shapes.TEACHER, Above0] = 1.0
     """Temperature of both distributions in the loss, above 0."""
-    clip: Annotated[Literal["none", "token", "entry"], Shapes.TRAINING] = "none"
+    clip: Annotated[Literal["none", "token", "entry"], Shapes.TRAINING | Shapes.TEACHER] = "none"
     """token: scale the divergence of a token above --clip-value down to it; entry: cut each vocabulary entry there,
     above which it teaches nothing. The metric clip_fraction is the share of the loss that was cut."""
-    clip_value: Annotated[float, Shapes.TRAINING, Above0] = 0.2
+    clip_value: Annotated[float, Shapes.TRAINING | Shapes.TEACHER, Above0] = 0.2
     """The cap, in nats. A low one (.05 on the model organism) cuts all that forward_kl has to teach from entries."""
-    loss_mean: Annotated[Literal["token", "sequence"], Shapes.TRAINING | Shapes.DISTILLATION] = "token"
+    loss_mean: Annotated[Literal["token", "sequence"], Shapes.TRAINING | Shapes.TEACHER] = "token"
     """token: mean over the step's completion tokens; sequence: mean over its rollouts' means."""
     skip_first: Annotated[int, Shapes.TRAINING, AtLeast(0)] = 0
     """First N completion tokens of each rollout to leave out of the loss."""
-    loss_on: Annotated[Literal["all", "disagreeing"], Shapes.TRAINING | Shapes.DISTILLATION] = "all"
+    loss_on: Annotated[Literal["all", "disagreeing"], Shapes.TRAINING | Shapes.TEACHER] = "all"
     """disagreeing: only rollouts whose answer is not the pseudo-label, as u-opsd always does."""
     keep_truncated: Annotated[bool, Shapes.TRAINING] = False
     """Also learn from rollouts that were cut off before an end-of-sequence token."""
@@ -131,7 +127,13 @@ class TrainConfig(SamplerOptions):
     answer_parser: Annotated[str | None, Shapes.TRAINING] = None
     """MODULE:FUNCTION that parses completions; default: what parsed the manifest's, which another contradicts."""
     questions_of: Annotated[Literal["selected", "all"], Shapes.TRAINING, Section.BASELINES] = "selected"
-    """lmsi, ttrl, intuitor: train on nopsd's questions, or on all of the manifest as in their papers."""
+    """opsa, lmsi, ttrl, intuitor: train on nopsd's questions, or on all of the manifest as in their papers."""
+    opsa_share: Annotated[float, Shapes.TRAINING] = 0.2
+    """opsa: share of each rollout's tokens, those with the lowest log-probabilities, that is in the loss; above 0, at
+    most 1. The paper's .1 sharpened too much; .2, .3 and .4 did equally well."""
+    opsa_advantage: Annotated[Literal["adaptive", "centred", "fixed"], Shapes.TRAINING] = "adaptive"
+    """opsa: adaptive: -1/2 to -1, the larger the entropy the more negative, as published; centred: -1/4 to -3/4, the
+    same around -1/2; fixed: -1/2 for all, the paper's first control."""
     vote_generations: Annotated[int | None, Shapes.TRAINING] = None
     """ttrl: rollouts per question that vote, of which --num-generations are trained on; default: the same number."""
 
@@ -159,16 +161,17 @@ class TrainConfig(SamplerOptions):
     """Keep the sampled rollouts of every Nth step in --out/rollouts, about 3 bytes per token; 0: none."""
     fields: Annotated[tuple[str, ...], Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = ()
     """FIELD=COLUMN for columns of --replay and --dev-questions with other names, as in neurosig.export."""
-    replay: Annotated[str | None, Shapes.TRAINING | Shapes.DISTILLATION, Section.REPLAY] = None
+    replay: Annotated[str | None, Shapes.TRAINING | Shapes.TEACHER, Section.REPLAY] = None
     """Questions (file, folder, bundled set) to mix in as general prompts without a context, so that the model keeps
     answering them as before."""
-    replay_per_step: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 2
+    replay_per_step: Annotated[int, Shapes.TRAINING | Shapes.TEACHER, AtLeast(1)] = 2
     """Prompts of --replay per step, in addition to --questions-per-step."""
-    replay_weight: Annotated[float, Shapes.TRAINING, Above0] = 1.0
+    replay_weight: Annotated[float, Shapes.TRAINING | Shapes.TEACHER, Above0] = 1.0
     """Weight of the --replay prompts in the loss, above 0."""
     stop_on_collapse: Annotated[bool, Shapes.TRAINING, Section.STOPPING] = True
     """Stop when completion lengths change by half, distinct trigrams fall below half, or the student's entropy falls
-    below half of the teacher's, and return to the last checkpoint before that."""
+    below half of the teacher's (opsa, which has none: of its own first steps), and return to the last checkpoint before
+    that."""
     collapse_window: Annotated[int, Shapes.TRAINING, AtLeast(1)] = 10
     """Steps whose mean is compared with the mean of the first steps."""
     license: Annotated[str | None, Shapes.PLACE, Section.OUTPUT] = None
@@ -205,6 +208,8 @@ class TrainConfig(SamplerOptions):
         for name in ("ema_decay", "adam_beta1", "adam_beta2", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}: expected 0 to below 1, got {getattr(self, name)}")
+        if not 0 < self.opsa_share <= 1:
+            raise UserError(f"--opsa-share: expected above 0 and at most 1, got {self.opsa_share}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--weight-decay: expected 0 or more, got {self.weight_decay}")
         if self.divergence == "jsd" and not 0 < self.beta < 1:
@@ -237,11 +242,47 @@ QWEN3_4B: Mapping[str, object] = {
     **{"micro_batch_size": 8, "micro_batch_tokens": 5120},
     **{"learning_rate": 2e-5, "warmup_steps": 10, "lora_r": 64, "lora_alpha": 128},
 }
+INFLOW: Mapping[str, object] = {
+    **{"steps": 250, "questions_per_step": 4, "num_generations": 1, "save_steps": 50},
+    **{"micro_batch_size": 8, "micro_batch_tokens": 5120},
+    **{"learning_rate": 2.5e-6, "lr_scheduler": "cosine", "warmup_steps": 8, "weight_decay": 0.0, "max_grad_norm": 1.0},
+    **{"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "temperature": 0.6, "max_new_tokens": 2048},
+    **{"teacher": "ema", "ema_decay": 0.995, "divergence": "reverse_kl", "loss_mean": "sequence"},
+    **{"keep_truncated": True},
+}
+CANON: Mapping[str, object] = {**QWEN3_4B, "teacher": "base", "divergence": "jsd", "beta": 0.5}
+_LONG: Mapping[str, object] = {"gradient_checkpointing": True, "batch_rows": 32}
+U_OPSD: Mapping[str, object] = {
+    **{**QWEN3_4B, **_LONG, "method": "u-opsd", "steps": 150, "questions_per_step": 4, "num_generations": 8},
+    **{"learning_rate": 5e-6, "max_grad_norm": 0.1, "temperature": 1.1, "max_new_tokens": 4096},
+}
+OPSA: Mapping[str, object] = {
+    **{**_LONG, "method": "opsa", "questions_of": "all", "steps": 500, "questions_per_step": 64, "num_generations": 1},
+    **{"micro_batch_size": 8, "micro_batch_tokens": 5120, "save_steps": 20, "full": True},
+    **{"learning_rate": 1e-6, "lr_scheduler": "constant", "warmup_steps": 0, "temperature": 1.0},
+    **{"max_new_tokens": 12000, "keep_truncated": True, "stop_on_collapse": False},
+}
+_READINGS = {
+    "inflow": "INFLOW's training (appendix E.1)",
+    "published": "the training that INFLOW gives N-OPSD in the only published reading of it (appendix D)",
+    "consistency": (
+        "INFLOW's baseline of agreeing answers, whose teacher has no context: it begins as the student, so the first "
+        "divergence is 0 and nothing is ever learned but, in bfloat16, roundings"
+    ),
+    "redundancy": "INFLOW's baseline that drops similar examples, after DEITA",
+    "mutual": "INFLOW's baseline of mutual information",
+    "full": "INFLOW's baseline of all questions",
+}
+"""Whose training `INFLOW` is."""
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {},
     "organism": {"steps": 20, "learning_rate": 1e-3},
     "qwen3-4b": QWEN3_4B,
-    "qwen3-4b-thinking": {**QWEN3_4B, "gradient_checkpointing": True, "batch_rows": 32},
+    "qwen3-4b-thinking": {**QWEN3_4B, **_LONG},
+    **dict.fromkeys(_READINGS, INFLOW),
+    "canon": CANON,
+    "u-opsd": U_OPSD,
+    "opsa": OPSA,
 }
 
 _SWEEP = (
@@ -249,9 +290,34 @@ _SWEEP = (
     "adapter in bfloat16, 40 steps changed the model organism's divergence by -5% at 5e-6, -26% at 2e-5, -71% at 1e-4 "
     "and +245% at 1e-3"
 )
+_SIZE = (
+    "made for models of 4B to 9B: smaller ones need a higher --learning-rate (the model organism 5e-4 to 1e-3), and "
+    "it was not run at full size here"
+)
+_INFLOW = (
+    "INFLOW and all its baselines share it; cut-off rollouts stay in the loss, as in their code, because their "
+    "divergence is as good as any other's; the average is of the merged weights, and the cosine ends after 250 steps, "
+    f"theirs perhaps after 500; {_SIZE}"
+)
 BASIS: Mapping[str, str] = {
     "qwen3-4b": _SWEEP,
     "qwen3-4b-thinking": f"the numbers of qwen3-4b with memory for completions of 4,096 tokens; {_SWEEP}",
+    **{name: f"{text}; {_INFLOW}" for name, text in _READINGS.items()},
+    "canon": (
+        "CANON (arXiv 2607.13643) as summarised: a frozen snapshot teaches all of the student's rollouts by JSD; it "
+        "samples them once, here every step does; rank, learning rate, batch and steps are those of qwen3-4b, a "
+        f"reading; {_SIZE}"
+    ),
+    "u-opsd": (
+        "U-OPSD (arXiv 2608.06296) as summarised: LoRA, learning rate, gradient norm, temperature, length, 8 rollouts "
+        "and a frozen teacher; 4 questions, 150 steps and the warm-up are a reading, and its clip of entries, which "
+        f"pushes the teacher's favourite down, is left out; {_SIZE}"
+    ),
+    "opsa": (
+        "OPSA (arXiv 2608.31046, table 4): learning rate, batch, temperature, length, all weights; the constant rate, "
+        "500 steps and cut-off rollouts in the loss are a reading; its answers grow to several times their length, so "
+        "the stop rules are off; made for models of 1.7B to 9B, not run at full size here"
+    ),
 }
 """What the numbers of a preset rest on; printed before training."""
 
@@ -305,7 +371,10 @@ def _check_server_options(config: TrainConfig) -> None:
 def _check_method(config: TrainConfig) -> None:
     """Refuse options that the method ignores."""
     method = config.method
-    unknown = option_names(TrainConfig, Shapes.DISTILLATION) if method in BASELINES else ("questions_of",)
+    unknown = () if method in ("nopsd", "u-opsd") else option_names(TrainConfig, Shapes.TEACHER)
+    unknown += option_names(TrainConfig, Shapes.DISTILLATION) if method in BASELINES else ()
+    unknown += ("questions_of",) if method in ("nopsd", "u-opsd") else ()
+    unknown += () if method == "opsa" else ("opsa_share", "opsa_advantage")
     unknown += () if method == "ttrl" else ("vote_generations",)
     for field in fields(TrainConfig):
         if field.name in unknown and getattr(config, field.name) != field.default:
@@ -321,21 +390,3 @@ def _check_method(config: TrainConfig) -> None:
             f"--vote-generations: expected at least --num-generations ({config.num_generations}), got "
             f"{config.vote_generations}"
         )
-
-
-def resume_key(config: TrainConfig, manifest: Manifest, sampling: SamplingConfig, dtype: str) -> dict[str, Any]:
-    """Everything that must be unchanged for a resumed run to equal an uninterrupted one."""
-    import torch
-
-    free = option_names(TrainConfig, Shapes.PLACE, Shapes.MODEL, Shapes.RESOURCES, Shapes.EXTENDS)
-    record = {name: value for name, value in config_record(config).items() if name not in free}
-    if config.lr_scheduler in ("linear", "cosine"):
-        record["lr_scheduler"] += f" over {config.steps} steps"
-    return {
-        **record,
-        **sampling.as_dict(),
-        "manifest": manifest.header.content_sha256,
-        "dtype": dtype,
-        "torch": torch.__version__,
-        "threads": None if torch.accelerator.is_available() else torch.get_num_threads(),
-    }

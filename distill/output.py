@@ -24,21 +24,26 @@ if TYPE_CHECKING:
     from distill.config import TrainConfig
     from distill.distributed import Ranks
     from distill.metrics_log import Metrics
-    from neurosig.combined import Combined
     from neurosig.manifest import Manifest
+    from neurosig.manifest.combined import Combined
     from neurosig.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 
 _CARD = Path(__file__).with_name("model_card.md.jinja")
-_SHOWN = ("reward", "divergence", "teacher_entropy", "student_entropy", "entropy_gap", "mean_length", "eos_rate")
+_SHOWN = (
+    *("reward", "divergence", "teacher_entropy", "student_entropy", "entropy_gap", "student_logprob", "lowest_logprob"),
+    *("mean_length", "eos_rate"),
+)
+_OF_TEACHER = ("divergence", "teacher_entropy", "entropy_gap")
 _SPENT = {
     **{"rollouts": "rollouts", "generated_tokens": "generated_tokens", "trained_rollouts": "rollouts_in_loss"},
     **{"trained_tokens": "tokens_in_loss", "teacher_tokens": "teacher_tokens"},
 }
 _METHODS = {
     "nopsd": ("distilled on its own rollouts against itself with context (Neuron-OPSD", "2607.02460"),
-    "u-opsd": ("distilled on its own rollouts against itself with its own majority solution (U-OPSD", "2607.02460"),
+    "u-opsd": ("distilled on its own rollouts against itself with its own majority solution (U-OPSD", "2608.06296"),
+    "opsa": ("trained without a teacher, its unlikely tokens made less likely (OPSA", "2608.31046"),
     "lmsi": ("fine-tuned on its own rollouts that give the majority's answer (LMSI", "2210.11610"),
     "ttrl": ("trained by GRPO, rewarded for the majority's answer (TTRL", "2504.16084"),
     "intuitor": ("trained by GRPO, rewarded for its own self-certainty (Intuitor", "2505.19590"),
@@ -106,7 +111,8 @@ def write_final(
         (aside / "README.md").write_text(model_card(record, config.license), encoding="utf-8")
         (aside / RECORD).write_text(text, encoding="utf-8")
     write_atomic(config.out / RECORD, text)
-    watched = next(name for name in ("entropy_gap", "reward", "loss") if name in history[0])
+    names = ("loss",) if config.method == "opsa" else ("entropy_gap", "reward", "loss")
+    watched = next(name for name in names if name in history[0])
     values = [step[watched] for step in described if step[watched] is not None] or [math.nan]
     logger.info(
         "%s: %d steps, %d updates, %d tokens generated, %s %.3f -> %.3f", target, len(described), record["updates"],
@@ -194,7 +200,7 @@ def model_card(record: Mapping[str, Any], license: str | None) -> str:
         record=record,
         name=Path(record["config"]["out"]).name,
         method="{0}, [arXiv {1}](https://arxiv.org/abs/{1}))".format(*_METHODS[method]),
-        shown=_SHOWN,
+        shown=[name for name in _SHOWN if method != "opsa" or name not in _OF_TEACHER],
         library=data.library_name,
         loader="AutoModelForCausalLM" if full else "AutoPeftModelForCausalLM",
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from distill.baselines.opsa import n_lowest, opsa_backward
 from distill.distributed import ALONE, Ranks, whole_tensor
 from distill.losses import Divergence, chunked_divergence, cut_share
 from distill.metrics_log import rollout_metrics
@@ -52,13 +53,13 @@ def learn(
     """One optimizer step on a global batch; without a rollout in the loss, neither student nor teacher is updated.
 
     The loss is a weighted mean of the divergence: over all completion tokens that are in it, each with its question's
-    weight (``token``), or over its rollouts, each with the mean of its tokens (``sequence``). Each rank computes the
-    part of it, and of its gradient, that belongs to its questions.
+    weight (``token``), or over its rollouts, each with the mean of its tokens (``sequence``); for OPSA see
+    `distill.baselines.opsa`. Each rank computes the part of it, and of its gradient, that belongs to its questions.
 
     Args:
         config: Loss, masking and batch options.
         model: The student.
-        teacher: Gives the target distribution.
+        teacher: Gives the target distribution; OPSA never runs it.
         optimizer: Holds the trained parameters.
         pairs: Every rollout of the step, the other ranks' too, with its question's prompts.
         forward: How the student's layers run; plainly by default.
@@ -72,7 +73,9 @@ def learn(
         those of replayed prompts, whose divergence is a metric of its own; ``None`` without any such token. Questions
         of weight 0 are in no metric. ``sampler_kl`` is the mean over the tokens in the loss of their log-probability
         when they were sampled minus the student's, an estimate of KL(sampler || student); ``None`` with
-        ``skip_first`` or for rollouts without log-probabilities.
+        ``skip_first`` or for rollouts without log-probabilities. OPSA has no divergence, teacher's entropy nor gap
+        (``None``); its other means are over all tokens of the rollouts in the loss, but for ``lowest_logprob``, that of
+        the chosen tokens, next to ``student_logprob`` of all.
 
     Raises:
         UserError: Every question has weight 0.
@@ -84,35 +87,33 @@ def learn(
     timer = timer or PhaseTimer()
     rows = _rows_in_loss(config, pairs, left_out)
     counts = _token_counts(config, rows)
-    counts |= {"replay_divergence": counts["replayed"]} if any(task.replay for task, _ in pairs) else {}
-    total, replayed = counts["loss"], counts.pop("replayed")
+    total, taught = counts["loss"], counts["divergence"]
+    counts |= {"replay_divergence": total - taught} if any(task.replay for task, _ in pairs) else {}
     sums = dict.fromkeys(counts, 0.0)
     optimizer.zero_grad(set_to_none=True)
     for batch in _micro_batches(config, rows, ranks):
-        for name, value in _backward(config, model, teacher, batch, forward, timer, total, replayed).items():
+        for name, value in _backward(config, model, teacher, batch, forward, timer, counts).items():
             sums[name] += value
     with timer.phase("optimizer", synchronize=True):
         norm = _update(config, teacher, optimizer, ranks) if rows else None
-    for phase in ("teacher", "student", "optimizer"):
+    for phase in ("student", "optimizer") if config.method == "opsa" else ("teacher", "student", "optimizer"):
         timer.add_tokens(phase, total)
 
     parts = ranks.gather(sums)
     sums = {name: math.fsum(part[name] for part in parts) for name in counts}
     means = {name: value if counts[name] else None for name, value in sums.items() if name != "unclipped_loss"}
     rollouts = [rollout for _, rollout in pairs]
-    teacher_prompts = {row.task.id: row.task.teacher_prompt for row in rows}
     return {
         **means,
         "clip_fraction": cut_share(sums["loss"], sums["unclipped_loss"]) if total else None,
-        "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"] if total > replayed else None,
+        "entropy_gap": sums["student_entropy"] - sums["teacher_entropy"] if taught else None,
         "grad_norm": norm,
         **rollout_metrics(rollouts, prompt_opens_thought),
         "rollouts_in_loss": float(len(rows)),
         "tokens_in_loss": float(total),
         "rollouts": len(rollouts),
         "generated_tokens": sum(len(rollout.completion_ids) for rollout in rollouts),
-        "teacher_tokens": sum(len(row.rollout.completion_ids) for row in rows)
-        + sum(map(len, teacher_prompts.values())),
+        "teacher_tokens": 0 if config.method == "opsa" else _teacher_tokens(rows),
     }
 
 
@@ -121,22 +122,38 @@ def _rows_in_loss(
 ) -> list[_Row]:
     """The rollouts that are not masked, each with its share of the loss."""
     kept = [
-        (task, rollout, len(rollout.completion_ids) - config.skip_first)
+        (task, rollout, _tokens_in_loss(config, rollout))
         for task, rollout in pairs
         if is_in_loss(config, rollout, left_out)
     ]
-    shares = [task.weight * (1.0 if config.loss_mean == "token" else 1.0 / length) for task, _, length in kept]
+    over_tokens = config.loss_mean == "token" and config.method != "opsa"
+    shares = [task.weight * (1.0 if over_tokens else 1.0 / length) for task, _, length in kept]
     mass = sum(share * length for share, (_, _, length) in zip(shares, kept, strict=True))
     return [_Row(task, rollout, share / mass) for (task, rollout, _), share in zip(kept, shares, strict=True)]
 
 
+def _teacher_tokens(rows: Sequence[_Row]) -> int:
+    """Tokens that the teacher reads: each prompt once, and the completions."""
+    prompts = {row.task.id: row.task.teacher_prompt for row in rows}
+    return sum(len(row.rollout.completion_ids) for row in rows) + sum(map(len, prompts.values()))
+
+
+def _tokens_in_loss(config: TrainConfig, rollout: Rollout) -> int:
+    read = len(rollout.completion_ids) - config.skip_first
+    return n_lowest(read, config.opsa_share) if config.method == "opsa" else read
+
+
 def _token_counts(config: TrainConfig, rows: Sequence[_Row]) -> dict[str, int]:
-    """Tokens that each metric is a mean over, and those of replayed prompts."""
-    lengths = [(len(row.rollout.completion_ids) - config.skip_first, row) for row in rows]
-    total, replayed = sum(n for n, _ in lengths), sum(n for n, row in lengths if row.task.replay)
+    """Tokens that each metric is a mean over."""
+    total = sum(_tokens_in_loss(config, row.rollout) for row in rows)
     known = not config.skip_first and all(row.rollout.mean_logprob is not None for row in rows)
-    taught = dict.fromkeys(("divergence", "teacher_entropy", "student_entropy"), total - replayed)
-    return {"loss": total, "unclipped_loss": total, "sampler_kl": known * total, "replayed": replayed, **taught}
+    counts = {"loss": total, "unclipped_loss": total, "sampler_kl": known * total}
+    if config.method == "opsa":
+        read = sum(len(row.rollout.completion_ids) - config.skip_first for row in rows)
+        scores = {"student_entropy": read, "student_logprob": read, "lowest_logprob": total}
+        return {**counts, "divergence": 0, "teacher_entropy": 0, **scores}
+    taught = total - sum(_tokens_in_loss(config, row.rollout) for row in rows if row.task.replay)
+    return {**counts, **dict.fromkeys(("divergence", "teacher_entropy", "student_entropy"), taught)}
 
 
 def _update(config: TrainConfig, teacher: Teacher, optimizer: torch.optim.Optimizer, ranks: Ranks) -> float:
@@ -183,13 +200,12 @@ def _backward(
     batch: Sequence[_Row],
     forward: TrainingForward,
     timer: PhaseTimer,
-    total: int,
-    replayed: int,
+    counts: Mapping[str, int],
 ) -> dict[str, float]:
-    """Accumulate the gradient of a micro-batch and return its part of the step's sums.
-
-    Of the ``total`` tokens in the loss of the whole step, ``replayed`` answer replayed prompts.
-    """
+    """Accumulate the gradient of a micro-batch and return its part of the step's sums, by its `_token_counts`."""
+    total, replayed = counts["loss"], counts["loss"] - counts["divergence"]
+    if config.method == "opsa":
+        return opsa_backward(config, model, batch, forward, timer, counts["student_entropy"], total)
     completions = [row.rollout.completion_ids for row in batch]
     with timer.phase("teacher", synchronize=True), teacher.active() as teacher_model, autocast(config, model):
         teacher_hidden = completion_hidden(teacher_model, [row.task.teacher_prompt for row in batch], completions)

@@ -63,12 +63,14 @@ def collapse(metrics: Sequence[Metrics], window: int) -> str | None:
     """Why the last ``window`` steps count as collapsed; ``None`` when they do not.
 
     Lengths and distinct trigrams are compared with those of the first ``window`` steps, the student's entropy with the
-    teacher's in the same steps: a student that follows a sharp teacher is no collapse. Steps differ in their questions,
+    teacher's in the same steps: a student that follows a sharp teacher is no collapse. Without a teacher (OPSA) it is
+    compared with the student's own in the first ``window`` steps. Steps differ in their questions,
     so means over windows are compared, from the time two windows are complete. Steps in which every rollout was masked
     do not count.
 
     Args:
-        metrics: ``mean_length``, ``student_entropy``, ``teacher_entropy`` and ``distinct_3`` of every step so far.
+        metrics: ``mean_length``, ``student_entropy``, ``teacher_entropy`` (``None`` without a teacher) and
+            ``distinct_3`` of every step so far.
         window: Steps per mean.
     """
     metrics = _with_loss(metrics)
@@ -82,9 +84,11 @@ def collapse(metrics: Sequence[Metrics], window: int) -> str | None:
     start, now = means("mean_length")
     if not start / LENGTH_RATIO <= now <= start * LENGTH_RATIO:
         return f"the mean length went from {start:.1f} to {now:.1f} tokens"
-    student, teacher = means("student_entropy")[1], means("teacher_entropy")[1]
-    if student < ENTROPY_RATIO * teacher:
-        return f"the student's entropy is {student:.3f} nats, the teacher's {teacher:.3f}"
+    start, now = means("student_entropy")
+    has_teacher = metrics[-1]["teacher_entropy"] is not None
+    target, whose = (means("teacher_entropy")[1], "the teacher's") if has_teacher else (start, "in its first steps")
+    if now < ENTROPY_RATIO * target:
+        return f"the student's entropy is {now:.3f} nats, {whose} {target:.3f}"
     start, now = means("distinct_3")
     if now < DISTINCT_RATIO * start:
         return f"the share of distinct trigrams fell from {start:.2f} to {now:.2f}"

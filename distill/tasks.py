@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neurosig.combined import Combined, combine
 from neurosig.manifest import Header, Manifest, QuestionRow, read_manifest
+from neurosig.manifest.combined import Combined, combine
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.models.run_folder import find_adapter
 from neurosig.questions.load import load_questions
@@ -82,11 +82,15 @@ def load_student(config: TrainConfig, manifest: Manifest, device: str | None) ->
 
 
 def training_tasks(config: TrainConfig, manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: int) -> list[Task]:
-    """The manifest's tasks and those of ``--replay``.
+    """The manifest's tasks and those of ``--replay``; for OPSA the questions alone, by `question_prompts`.
 
     Raises:
-        UserError: See `manifest_tasks` and `replay_tasks`.
+        UserError: See `manifest_tasks`, `replay_tasks` and `question_prompts`.
     """
+    if config.method == "opsa":
+        weights = {row.question_id: row.weight for row in manifest.rows}
+        prompts = question_prompts(manifest, loaded, config, max_new_tokens=max_new_tokens)
+        return [Task(name, prompt, prompt, weights[name]) for name, prompt in prompts.items() if weights[name]]
     tasks = manifest_tasks(manifest, loaded, max_new_tokens=max_new_tokens)
     if config.replay is not None:
         tasks += replay_tasks(
@@ -123,11 +127,38 @@ def manifest_tasks(manifest: Manifest, loaded: LoadedModel, *, max_new_tokens: i
     return check_prompts(tasks, loaded, max_new_tokens)
 
 
+def question_prompts(
+    manifest: Manifest, loaded: LoadedModel, config: TrainConfig, *, max_new_tokens: int
+) -> dict[str, tuple[int, ...]]:
+    """Student prompts of the questions to train on, by id, in the manifest's order.
+
+    Raises:
+        UserError: There is none; or a selected question's prompt and completion exceed the model's positions (with
+            ``--questions-of all`` it is left out).
+    """
+    builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
+    prompts = {}
+    for row in manifest.rows if config.questions_of == "all" else trained_rows(manifest):
+        prompt = builder.student(row.as_question())
+        if len(prompt) + max_new_tokens <= loaded.max_length:
+            prompts[row.question_id] = prompt
+        elif row.selected:
+            raise UserError(
+                f'question "{row.question_id}": the student prompt of {len(prompt)} tokens and '
+                f"{max_new_tokens} new tokens exceed the model's {loaded.max_length} positions; lower "
+                "--max-new-tokens"
+            )
+    if not prompts:
+        raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected")
+    return prompts
+
+
 def read_manifests(config: TrainConfig) -> Combined:
     """All questions of ``--manifest``.
 
     Raises:
-        UserError: See `neurosig.manifest.read_manifest`, `neurosig.combined.combine` and `check_majority_context`.
+        UserError: See `neurosig.manifest.read_manifest`, `neurosig.manifest.combined.combine` and
+            `check_majority_context`.
     """
     manifests = [read_manifest(folder) for folder in config.manifests]
     for manifest in manifests if config.method == "u-opsd" else ():

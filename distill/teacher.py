@@ -110,8 +110,10 @@ class Teacher:
     def of(
         cls, config: TrainConfig, student: LoadedModel, adapter: PeftModel | None, other: LoadedModel | None
     ) -> Teacher:
+        """The teacher of a run; OPSA's, which is never run, keeps no copy."""
         options: Any = {"continued": student.info.adapter is not None, "other": other and other.model}
-        return cls(config.teacher, student.model, adapter, config.ema_decay, **options)
+        name: TeacherName = "live" if config.method == "opsa" else config.teacher
+        return cls(name, student.model, adapter, config.ema_decay, **options)
 
     def shard(self, ranks: Ranks) -> None:
         """Under FSDP2, shard the frozen copy, or that of the adapter, like the student."""

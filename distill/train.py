@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.config import BASELINES, BASIS, PRESETS, TrainConfig, check_options, resume_key
+from distill.config import BASELINES, BASIS, PRESETS, TrainConfig, check_options
 from distill.metrics_log import METRICS, MetricsLog, check_finite
 from distill.output import describe_checkpoints, write_final
 from neurosig.models.run_folder import RECORD
@@ -63,7 +63,7 @@ def main(config: TrainConfig) -> None:
 def _distil(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     import torch
 
-    from distill.checkpoints import load_newest, save_checkpoint
+    from distill.checkpoints import load_newest, resume_key, save_checkpoint
     from distill.optimizer import learning_rates, make_optimizer
     from distill.step import learn
     from distill.stopping import Development, stop_reason

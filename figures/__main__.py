@@ -36,6 +36,8 @@ FIGURES = {
     "paper_tables": "figures.draw.paper_tables",
     "planted_neurons": "figures.experiments.planted_neurons",
     "reliability": "figures.draw.reliability",
+    "screening": "figures.experiments.screening",
+    "selectors": "figures.experiments.selectors",
     "signal_search": "figures.experiments.signal_search",
     "speed": "figures.draw.speed",
     "training_curves": "figures.draw.training_curves",

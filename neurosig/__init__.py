@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from neurosig.neurons.layouts import register_layout
     from neurosig.neurons.tracer import NeuronTracer
     from neurosig.questions.load import load_questions
+    from neurosig.registry import register
     from neurosig.sampling.sampler import sample
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "load_model",
     "load_questions",
     "read_manifest",
+    "register",
     "register_layout",
     "sample",
     "trace_neurons",
@@ -35,6 +37,7 @@ _HOME = {
     "sample": "neurosig.sampling.sampler",
     "NeuronTracer": "neurosig.neurons.tracer",
     "read_manifest": "neurosig.manifest",
+    "register": "neurosig.registry",
     "register_layout": "neurosig.neurons.layouts",
     "trace_neurons": "neurosig.neurons.backends",
 }

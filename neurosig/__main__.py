@@ -8,6 +8,7 @@ from neurosig.runtime.cli import list_commands
 
 COMMANDS = {
     "export": "sample, trace and score unlabelled questions, and write the selection manifest",
+    "screen": "rank a pool of questions by how far answers will agree, from one forward pass per prompt",
     "check": "compare nnsight, plain hooks and TransformerLens on a model's neurons",
     "report": "measure what each signal of a manifest knows about right answers",
     "intervene": "scale a manifest's neurons during generation and measure the answers",

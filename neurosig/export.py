@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +28,16 @@ from neurosig.runtime.shapes import Shapes, option_names
 from neurosig.selection.config import SelectionConfig
 
 if TYPE_CHECKING:
-    from neurosig.hallucination.scores import QuestionSignals, Scores
-    from neurosig.manifest import QuestionRow
+    from neurosig.hallucination.scores import Scores
+    from neurosig.manifest import DemonstrationRecord, QuestionRow
     from neurosig.models.load import LoadedModel
-    from neurosig.neurons.contributions import ActiveSets
-    from neurosig.neurons.sites import FFNSites
     from neurosig.questions.load import Question
     from neurosig.questions.prompts import PromptBuilder
-    from neurosig.questions.reader import AnswerReader
     from neurosig.runtime.ranks import Ranks
     from neurosig.sampling.rollouts import Rollout
     from neurosig.sampling.sampler import Prompt
+    from neurosig.stages.first import FirstStage
+    from neurosig.stages.second import TeacherRun
 
 __all__ = ["PRESETS", "ExportConfig", "main"]
 
@@ -66,21 +64,24 @@ def main(config: ExportConfig) -> None:
 
 def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from neurosig.hallucination.groups import fold_groups
-    from neurosig.neurons.positions import read_positions
+    from neurosig.hallucination.scores import question_scores
     from neurosig.neurons.signals_file import load_shards
-    from neurosig.neurons.sites import ffn_sites
     from neurosig.questions.load import load_questions, without_answers
     from neurosig.questions.prompts import PromptBuilder, check_same_stream
     from neurosig.runtime.extras import EXTRAS, check_installed
     from neurosig.runtime.files import read_once
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
+    from neurosig.stages.first import first_stage
+    from neurosig.stages.positions import read_positions
+    from neurosig.stages.second import sample_teacher
 
     with ranks.together():
         ranks.check(config)
         check_installed("neurosig.export", *EXTRAS["signals"])
         config.server_config(config.model)  # refuse options out of range before the model loads
         config.check_answer_parser()
+        config.functions()
         read = load_questions(config.questions, split=config.split, limit=config.limit, fields=config.fields)
         questions = without_answers(read)
         groups_of_folds = fold_groups(questions, config.probe_groups)
@@ -102,45 +103,63 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         with timer.phase("trace"):
             read_at, lacking = read_positions(config.positions, groups, questions, reader, loaded.tokenizer)
             shards = _trace(config, loaded, prompts, groups, read_at, work, timer, ranks)
+    first: FirstStage | None = None
+    contexts: dict[str, list[DemonstrationRecord]] | None = None
+    run: TeacherRun | None = None
     with ranks.together():
-        if not ranks.main:
+        if ranks.main:
+            if config.reuse is None:
+                traced = groups, load_shards(shards)
+            else:
+                with read_once(config.rollouts) as rollouts_sha256:
+                    dataset = _dataset_sha256(questions)
+                    traced = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256, reader)
+                read_at, lacking = read_positions(config.positions, traced[0], questions, reader, loaded.tokenizer)
+            first = first_stage(config, loaded, reader, questions, groups_of_folds, prompts, traced, read_at, timer)
+            config = first.config
+            if config.sees_contexts:
+                contexts = first.contexts()
+                first = first.with_contexts(contexts)
+    if config.teacher_rollouts:
+        run = sample_teacher(config, loaded, reader, questions, first, contexts, work, timer, ranks)
+    with ranks.together():
+        if first is None:
             return
-        if config.reuse is None:
-            sets = load_shards(shards)
-        else:
-            with read_once(config.rollouts) as rollouts_sha256:
-                dataset = _dataset_sha256(questions)
-                groups, sets = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256, reader)
-            read_at, lacking = read_positions(config.positions, groups, questions, reader, loaded.tokenizer)
-        sites = ffn_sites(loaded.model)
-        config = _with_k(config, len(next(iter(groups.values()))))
-        config = replace(config, set_size=config.trace_config().sized(sites.n_layers, sites.d_mlp).set_size)
         with timer.phase("score and select"):
-            signals = _signals(reader, questions, groups, read_at, sets)
-            scores = _scores(config, signals, sites, groups_of_folds)
+            if run is not None:
+                first = first.with_teacher(loaded, prompts, run)
+            scores = question_scores(list(first.signals.values()), first.probe, _scores(config), seed=config.seed)
+            _check_score(config, scores)
             rows, note = manifest_rows(
                 questions,
-                signals,
+                first.signals,
                 scores,
+                first.candidates,
                 ranked_by=config.hallucination_score,
                 selection=config.part(SelectionConfig),
-                prompt_tokens={name: len(prompt.token_ids) for name, prompt in prompts.items()},
+                contexts=contexts,
             )
         with timer.phase("write"):
-            lengths = _write(
-                config, loaded, reader, questions, rows, groups, sets, scores, sites, [lacking, note], rollouts_sha256
-            )
+            notes = [lacking, run.note if run else "", note]
+            lengths = _write(config, loaded, first, questions, rows, scores, notes, rollouts_sha256, run)
         shutil.rmtree(work)
-        _report(config, rows, groups, lengths)
+        _report(config, rows, first.groups, lengths)
 
 
-def _with_k(config: ExportConfig, k: int) -> ExportConfig:
-    """The options, with the K that ``--rollouts`` holds."""
-    if k != config.num_generations:
-        logger.info(
-            "K=%d, as %s holds; --num-generations %d does not apply", k, config.rollouts, config.num_generations
+def _scores(config: ExportConfig) -> tuple[str, ...]:
+    """Names of the scores that the manifest holds: ours, and those of the options."""
+    from neurosig.hallucination.scores import SCORES
+
+    return tuple(dict.fromkeys((*SCORES, config.hallucination_score, *config.more_scores)))
+
+
+def _check_score(config: ExportConfig, scores: Scores) -> None:
+    if config.hallucination_score not in scores.by_name:
+        why = f"the rollouts of {config.rollouts or config.base_url} have no such score"
+        why = why if config.rollouts or config.base_url else "no question has such a score"
+        raise UserError(
+            f"--hallucination-score {config.hallucination_score}: {why}; use one of {', '.join(scores.by_name)}"
         )
-    return replace(config, num_generations=k)
 
 
 def _prompts(
@@ -248,18 +267,14 @@ def _trace(
     ranks: Ranks,
 ) -> list[Path]:
     """Trace all rollouts in the order of ``groups``, in shards that are kept in ``work``."""
-    from neurosig.neurons.positions import traced_at
     from neurosig.neurons.signals_file import trace_to_shards
     from neurosig.neurons.tracer import NeuronTracer
+    from neurosig.stages.positions import all_traced_at
 
     with ranks.together():
         tracer = NeuronTracer(loaded.model, config.trace_config())
-    weights, about_next = f"{loaded.info.weights}{loaded.info.adapter or ''}", config.contribution == "unembed"
-    flat = [
-        traced_at(prompts[name].token_ids, rollout.completion_ids_without_eos, indices, about_next=about_next)
-        for name, group in groups.items()
-        for rollout, indices in zip(group, read_at[name], strict=True)
-    ]
+    weights = f"{loaded.info.weights}{loaded.info.adapter or ''}"
+    flat = all_traced_at(prompts, groups, read_at, about_next=tracer.about_next)
     with progress(total=len(flat), desc="trace", quiet=config.quiet or not ranks.main) as bar:
 
         def advance(rollouts: int, tokens: int) -> None:
@@ -269,57 +284,16 @@ def _trace(
         return trace_to_shards(tracer, flat, work, weights, advance=advance, ranks=ranks)
 
 
-def _signals(
-    reader: AnswerReader,
-    questions: Sequence[Question],
-    groups: Mapping[str, Sequence[Rollout]],
-    read_at: Mapping[str, Sequence[Sequence[int]]],
-    sets: ActiveSets,
-) -> dict[str, QuestionSignals]:
-    from neurosig.hallucination.scores import QuestionSignals
-
-    by_id = {question.id: question for question in questions}
-    signals, start = {}, 0
-    for name, group in groups.items():
-        stop = start + len(group)
-        ids, values, hidden = (tensor[start:stop] for tensor in sets)
-        n_traced = sum(map(len, read_at[name]))
-        signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), ids, values, hidden, n_traced)
-        start = stop
-    return signals
-
-
-def _scores(
-    config: ExportConfig,
-    signals: Mapping[str, QuestionSignals],
-    sites: FFNSites,
-    fold_groups: Mapping[str, str] | None,
-) -> Scores:
-    from neurosig.hallucination.scores import hallucination_scores
-
-    probe = config.probe_config()
-    size = {"n_neurons": sites.n_layers * sites.d_mlp, "n_layers": sites.n_layers}
-    scores = hallucination_scores(signals, **size, probe=probe, seed=config.seed, fold_groups=fold_groups)
-    if config.hallucination_score not in scores.by_name:
-        raise UserError(
-            f"--hallucination-score {config.hallucination_score}: the rollouts of {config.rollouts or config.base_url} "
-            f"have no such score; use one of {', '.join(scores.by_name)}"
-        )
-    return scores
-
-
 def _write(
     config: ExportConfig,
     loaded: LoadedModel,
-    reader: AnswerReader,
+    first: FirstStage,
     questions: Sequence[Question],
     rows: Sequence[QuestionRow],
-    groups: Mapping[str, Sequence[Rollout]],
-    sets: ActiveSets,
     scores: Scores,
-    sites: FFNSites,
     notes: Sequence[str],
     rollouts_sha256: str | None,
+    run: TeacherRun | None,
 ) -> dict[str, float]:
     """Write the manifest; returns the lengths of its completions."""
     import neurosig
@@ -331,8 +305,8 @@ def _write(
     left_out = option_names(ExportConfig, Shapes.PLACE, Shapes.RESOURCES)
     info = loaded.info.as_dict()
     tokenizer = {"sha256": info.pop("tokenizer_sha256"), "chat_template_sha256": info.pop("chat_template_sha256")}
-    rollouts = [rollout for group in groups.values() for rollout in group]
-    lengths = completion_lengths(rollouts, prompt_opens_thought=reader.prompt_opens_thought)
+    rollouts = [rollout for group in first.groups.values() for rollout in group]
+    lengths = completion_lengths(rollouts, prompt_opens_thought=first.reader.prompt_opens_thought)
     external = None if rollouts_sha256 is None else {"rollouts_sha256": rollouts_sha256}
     header: dict[str, Any] = {
         "tool": {"name": "neurosig", "version": neurosig.__version__},
@@ -341,9 +315,11 @@ def _write(
         "dataset": {"sources": list(config.questions), "sha256": _dataset_sha256(questions), "rows": len(questions)},
         "sampling": external or config.sampling_config().as_dict(),
         "options": {key: value for key, value in config_record(config).items() if key not in left_out},
-        "answers": reader.record(),
+        "answers": first.reader.record(),
         "lengths": lengths,
     }
+    if functions := config.functions():
+        header["functions"] = functions
     notes = [note for note in notes if note]
     for note in notes:
         logger.warning("%s", note)
@@ -356,9 +332,10 @@ def _write(
         config.out,
         rows,
         rollouts,
-        signals=signals_file(sets, scores.rollout_probe, scores.probe.by_seed, sites),
-        neurons_csv=neurons_csv(sets.neuron_ids, scores.probe, sites.d_mlp),
+        signals=signals_file(first.sets, scores.rollout_probe, scores.probe.by_seed, first.sites),
+        neurons_csv=neurons_csv(first.sets.neuron_ids, scores.probe, first.sites.d_mlp),
         header=header,
+        teacher_rollouts=[] if run is None else [one for group in run.groups.values() for one in group],
     )
     return lengths
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from neurosig.hallucination.config import INVERSE_PENALTY, HallucinationScore, ProbeConfig, ProbeLabels, ProbeValues
-from neurosig.neurons.config import ActiveSet, Contribution, NeuronValue, TraceConfig, check_positions
+from neurosig.hallucination.config import INVERSE_PENALTY, ProbeConfig, ProbeLabels, ProbeValues
+from neurosig.neurons.config import NeuronValue, TraceConfig, check_positions
 from neurosig.options import ORGANISM, PROMPT, QWEN3_4B, QWEN3_4B_THINKING, RolloutOptions
 from neurosig.patterns import Signature
 from neurosig.questions.prompts import PRIVILEGED_WORDING, PromptConfig, check_privileged_wording, teacher_config
+from neurosig.registry import ActiveSet, ContextPolicy, Contribution, HallucinationScore, Open, QuestionFilter, find
+from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
-from neurosig.runtime.shapes import Shapes
-from neurosig.selection.config import ContextPolicy, QuestionFilter, QuestionWeight, SelectionConfig
+from neurosig.runtime.shapes import AtLeast, Shapes
+from neurosig.selection.config import QuestionWeight, SelectionConfig
 
 TRACE, PROBE, SELECTION = TraceConfig(), ProbeConfig(), SelectionConfig()  # the options' defaults
 
@@ -68,29 +70,41 @@ class ExportConfig(RolloutOptions):
     the thought; prompt_end, the prompt's last, which predicts the first token and is the same in all rollouts; or
     tokens of the completion as in Python, such as 0, -1, 0:3 or 0,-1 (--positions=-3: with an equals sign). A rollout
     without such a token is read at its answer, one without a thought as a whole; the manifest's notes count them.
-    Scores of outputs are means over the whole completion. thought and all keep every token's neurons while a layer is
-    reduced: about 1 GB per 8,192 tokens of a 4B model."""
+    answer is the default because no other reading ranked other questions reliably better (python -m
+    figures.experiments.signal_search). Scores of outputs are means over the whole completion. thought and all keep
+    every token's neurons while a layer is reduced: about 1 GB per 8,192 tokens of a 4B model."""
     neuron_value: Annotated[NeuronValue, Shapes.TRACES] = TRACE.value
     """A neuron's value: act(gate)*up, or act(gate) alone."""
-    contribution: Annotated[Contribution, Shapes.TRACES] = TRACE.score
+    contribution: Annotated[Contribution | str, Shapes.TRACES, Open("contribution")] = TRACE.score
     """A neuron's score at a token: cett, its output's norm as a share of the FFN output's; magnitude, that norm alone;
-    unembed, what it adds to the next token's logit."""
-    active_set: Annotated[ActiveSet, Shapes.TRACES] = TRACE.active
+    unembed, what it adds to the next token's logit. MODULE:FUNCTION is a function of your own, here and below."""
+    active_set: Annotated[ActiveSet | str, Shapes.TRACES, Open("active_set")] = TRACE.active
     """Which neurons are kept: layer_mean, the largest mean scores of each layer; global, those of all layers;
-    per_token, the union of each token's largest; entries, those of each layer's largest (token, neuron) scores."""
+    per_token, the union of each token's largest; entries, those of each layer's largest (token, neuron) scores;
+    token_entries, of each token's largest those with the largest scores of all layers."""
     set_size: Annotated[int | float, Shapes.TRACES] = TRACE.set_size
     """Size of an active set: below 1, a share of the model's neurons (layer_mean: of each layer's, rounded up), so that
     larger models have larger sets; from 1, a number of neurons. The default is 1,020 of smollm2-135m's 46,080 neurons.
-    per_token: neurons per token; entries: entries per layer. The manifest records the number."""
+    per_token: neurons per token; entries: entries per layer; token_entries: both, neurons per token and entries of all
+    layers. The manifest records the number."""
     positive_only: Annotated[bool, Shapes.TRACES] = TRACE.positive_only
     """Leave out neurons whose mean score is not above 0; for the signed unembed."""
-    hallucination_score: Annotated[HallucinationScore, Shapes.SELECTION, Section.SCORE] = "probe_score"
+    hallucination_score: Annotated[HallucinationScore | str, Shapes.SELECTION, Open("score"), Section.SCORE] = (
+        "probe_score"
+    )
     """Score that --question-filter ranks by; the manifest holds all of them. vote_share to random are baselines without
-    neurons."""
+    neurons. With --teacher-rollouts, what the context does to the teacher: belief_shift, the divergence of its answers
+    from the student's; entropy_gap; teacher_agreement; teacher_set_size. context_information, how much the
+    demonstrations tell about the question."""
+    more_scores: Annotated[tuple[str, ...], Shapes.SELECTION, Open("score")] = ()
+    """Scores of your own that the manifest and the report hold too."""
+    teacher_rollouts: Annotated[int, Shapes.SELECTION, AtLeast(0)] = 0
+    """M, completions that the teacher samples with its context for each question that is not ruled out by votes: its
+    context is then chosen among all of these, before the score decides. 0: none."""
     probe_labels: Annotated[ProbeLabels, Shapes.SELECTION] = PROBE.labels
     """What the probe learns. agreement: questions whose rollouts split against questions whose rollouts agree;
     contrast: in a question whose winner has at least --probe-split-share, rollouts with another answer against the
-    winner's."""
+    winner's. It ranked other questions better in some domains and worse in others, so that agreement is the default."""
     probe_values: Annotated[ProbeValues, Shapes.SELECTION] = PROBE.values
     """What the probe reads of an active neuron. contribution: its mean; layer_z: that in standard deviations over its
     layer's neurons in the same rollout, which leaves out how strongly a layer speaks as a whole."""
@@ -111,23 +125,30 @@ class ExportConfig(RolloutOptions):
     """Times that the probe's folds are drawn, at least 1; the scores are the mean, and neurosig.report shows how far
     the drawings differ."""
 
-    question_filter: Annotated[QuestionFilter, Shapes.SELECTION, Section.SELECTION] = SELECTION.question_filter
-    """Questions to train on. neuron: --min-vote-share, then the --keep-fraction with the lowest scores; vote_only and
-    neuron_only: one of these two conditions; threshold: --min-vote-share and --max-score; all: every question. All but
-    the last need a rollout of the majority that was not cut off."""
+    question_filter: Annotated[QuestionFilter | str, Shapes.SELECTION, Open("filter"), Section.SELECTION] = (
+        SELECTION.question_filter
+    )
+    """Questions to train on. neuron: --min-vote-share, then the --keep-fraction with the lowest scores, whatever the
+    score; vote_only and neuron_only: one of these two conditions; threshold: --min-vote-share and --max-score;
+    redundancy: the --keep-fraction that are least alike; all: every question. All but the last need a rollout of the
+    majority that was not cut off."""
     min_vote_share: Annotated[float, Shapes.SELECTION] = SELECTION.min_vote_share
     """Least share of the K answers that the winner needs, 0 to 1."""
     keep_fraction: Annotated[float, Shapes.SELECTION] = SELECTION.keep_fraction
     """Share of the questions to select by score, above 0 and at most 1."""
+    keep_scores: Annotated[Literal["lowest", "highest"], Shapes.SELECTION] = SELECTION.keep_scores
+    """Which scores are selected: the lowest, as suits hallucination, or the highest, as suits belief_shift."""
     max_score: Annotated[float, Shapes.SELECTION] = SELECTION.max_score
-    """Largest score that --question-filter threshold selects."""
+    """Largest score that --question-filter threshold selects; with --keep-scores highest, the smallest."""
     signature: Annotated[Signature, Shapes.SELECTION] = SELECTION.signature
     """What similarity compares: representative, the active set of the most trusted majority rollout; union,
     intersection and frequency, neurons in any, all or half of these rollouts; hidden_state, the embedding baseline."""
-    context_policy: Annotated[ContextPolicy, Shapes.SELECTION] = SELECTION.context_policy
+    context_policy: Annotated[ContextPolicy | str, Shapes.SELECTION, Open("context")] = SELECTION.context_policy
     """How the teacher's demonstrations are chosen: nearest, the most similar questions, the best last; nearest_first,
-    the best first; random; random_within_kind, the control for topic; majority_solution, the question's own
-    shortest majority rollout (U-OPSD); none. A question with a privileged_context gets that instead."""
+    the best first; random; random_within_kind, the control for topic; by hidden states at the answer: trajectory, those
+    of all layers times the demonstration's certainty (INFLOW), final_layer, and mutual, one by one for what they add;
+    majority_solution, the question's own shortest majority rollout (U-OPSD); likeliest_solution, its likeliest (CANON);
+    none. A question with a privileged_context gets that instead."""
     num_demonstrations: Annotated[int, Shapes.SELECTION] = SELECTION.num_demonstrations
     """Demonstrations per context, at least 1."""
     max_context_tokens: Annotated[int, Shapes.SELECTION] = SELECTION.max_context_tokens
@@ -152,11 +173,43 @@ class ExportConfig(RolloutOptions):
         self.trace_config()
         self.probe_config()
         self.part(SelectionConfig)
+        if self.hallucination_score in OF_THE_TEACHER and not self.teacher_rollouts:
+            raise UserError(
+                f"--hallucination-score {self.hallucination_score} reads what the teacher answers; give "
+                "--teacher-rollouts 5, or another number"
+            )
         check_privileged_wording(self.privileged_wording)
 
     @property
     def thinking(self) -> bool | None:
         return self.student_thinking
+
+    @property
+    def sees_contexts(self) -> bool:
+        """Whether contexts are chosen before the score decides, since it reads them."""
+        return self.teacher_rollouts > 0 or self.hallucination_score == "context_information"
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether selection reads hidden states at the answers; a function of the user's may."""
+        named = self.context_policy, self.question_filter
+        return bool({*named} & {*OF_STATES}) or find("context", named[0]).sha256 is not None
+
+    def functions(self) -> dict[str, str]:
+        """SHA-256 of the source of each option's function that is not ours, by name.
+
+        Raises:
+            UserError: A module fails, or there is no such function; see `neurosig.registry.find`.
+        """
+        scores = (self.hallucination_score, *self.more_scores)
+        found = [
+            find("contribution", self.contribution),
+            find("active_set", self.active_set),
+            find("filter", self.question_filter),
+            find("context", self.context_policy),
+            *(find("score", name) for name in scores),
+        ]
+        return {one.name: one.sha256 for one in found if one.sha256 is not None}
 
     def teacher_prompt_config(self) -> PromptConfig:
         """Wording of the teacher's prompts in training."""
@@ -182,10 +235,36 @@ class ExportConfig(RolloutOptions):
         )
 
 
+OF_THE_TEACHER = ("belief_shift", "entropy_gap", "teacher_agreement", "teacher_set_size")
+"""Scores that read the teacher's rollouts."""
+OF_STATES = ("trajectory", "final_layer", "mutual", "redundancy")
+"""Policies and filters that read hidden states at the answers."""
+
+INFLOW: Mapping[str, object] = {
+    **{"num_generations": 1, "temperature": 0.6, "top_p": 0.95, "num_demonstrations": 3, "max_context_tokens": 4096},
+    **{"question_filter": "neuron_only", "keep_fraction": 0.2, "keep_scores": "highest", "teacher_rollouts": 5},
+}
+"""What INFLOW gives itself and its baselines (appendices D and E.1): one rollout, three demonstrations, five of the
+teacher's completions, a fifth of the questions. Its 256 tokens and structured response are left to the user."""
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {"model": "smollm2-135m"},
     "qwen3-4b": {"model": "Qwen/Qwen3-4B", **QWEN3_4B, "student_thinking": False},
     "qwen3-4b-thinking": {"model": "Qwen/Qwen3-4B", **QWEN3_4B_THINKING, "student_thinking": True},
     "neufs": {"neuron_value": "act", "contribution": "unembed", "active_set": "entries", "set_size": 2000},
+    "inflow": {**INFLOW, "context_policy": "trajectory", "hallucination_score": "belief_shift"},
+    "published": {
+        **INFLOW,
+        **{"contribution": "unembed", "positive_only": True, "active_set": "token_entries"},
+        **{"context_policy": "nearest", "hallucination_score": "teacher_set_size", "keep_scores": "lowest"},
+    },
+    "consistency": {**INFLOW, "context_policy": "none", "hallucination_score": "teacher_agreement"},
+    "redundancy": {**INFLOW, "context_policy": "final_layer", "question_filter": "redundancy"},
+    "mutual": {
+        **INFLOW,
+        **{"context_policy": "mutual", "hallucination_score": "context_information", "teacher_rollouts": 0},
+    },
+    "full": {**INFLOW, "context_policy": "final_layer", "question_filter": "all", "teacher_rollouts": 0},
+    "canon": {"question_filter": "vote_only", "min_vote_share": 0.0, "context_policy": "likeliest_solution"},
+    "u-opsd": {"question_filter": "vote_only", "context_policy": "majority_solution"},
     "organism": {**ORGANISM, "questions": ("procedures",), "limit": 160, "set_size": 0.0868, "keep_fraction": 0.9},
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from neurosig.questions.columns import parse_fields
 from neurosig.questions.prompts import PromptConfig
 from neurosig.questions.vote import VoteMerge
+from neurosig.registry import Open, find
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
@@ -18,6 +19,7 @@ from neurosig.sampling.config import SamplingConfig
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
     from neurosig.questions.load import Question
+    from neurosig.questions.prompts import Message
     from neurosig.questions.reader import AnswerReader
     from neurosig.sampling.http import ServerConfig
     from neurosig.sampling.rollouts import Rollout
@@ -143,7 +145,7 @@ class GenerationOptions(QuestionOptions):
     vote_merge: Annotated[VoteMerge, Shapes.SELECTION] = "containment"
     """Which answers count as one in the vote. containment: an answer that contains another as whole words votes for
     it ("west africa" for "africa"); exact: only equal answers."""
-    answer_parser: Annotated[str | None, Shapes.SELECTION] = None
+    answer_parser: Annotated[str | None, Shapes.SELECTION, Open("answer_parser")] = None
     """MODULE:FUNCTION that parses completions instead, called as neurosig.questions.answers.extract_answer is; the hash
     of its source is recorded."""
 
@@ -186,12 +188,10 @@ class GenerationOptions(QuestionOptions):
         """Load --answer-parser, before anything expensive.
 
         Raises:
-            UserError: See `neurosig.questions.custom_parser.load_parser`.
+            UserError: See `neurosig.registry.find`.
         """
         if self.answer_parser is not None:
-            from neurosig.questions.custom_parser import load_parser
-
-            load_parser(self.answer_parser)
+            find("answer_parser", self.answer_parser)
 
     def answer_reader(self, loaded: LoadedModel) -> AnswerReader:
         """How completions are parsed and which answers count as one, with the template of ``loaded``.
@@ -231,6 +231,7 @@ class RolloutOptions(SamplerOptions, GenerationOptions):
         *,
         salt: str = "",
         done: Collection[str] = (),
+        messages: Mapping[str, Sequence[Message]] | None = None,
     ) -> Iterator[list[Rollout]]:
         """Yield the rollouts of each prompt as they finish, sampled here or by the server.
 
@@ -240,6 +241,7 @@ class RolloutOptions(SamplerOptions, GenerationOptions):
             prompts: One prompt per question.
             salt: Mixed into the seeds.
             done: Question ids to leave out.
+            messages: Question id -> the chat that its prompt encodes; default: the bare question.
 
         Raises:
             UserError: See `neurosig.sampling.sampler.sample` and `neurosig.sampling.server.Server.sample`.
@@ -253,8 +255,9 @@ class RolloutOptions(SamplerOptions, GenerationOptions):
             return sample(loaded, prompts, sampling, **self.decoding(), salt=salt, done=done)
         if self.server_api == "completions":
             return server.sample(prompts, sampling, salt=salt, done=done)
-        builder = PromptBuilder(loaded.tokenizer, self.prompt_config())
-        messages = {question.id: builder.messages(question) for question in questions}
+        if messages is None:
+            builder = PromptBuilder(loaded.tokenizer, self.prompt_config())
+            messages = {question.id: builder.messages(question) for question in questions}
         return server.sample(prompts, sampling, salt=salt, done=done, messages=messages)
 
     def questions_at_once(self) -> int | None:

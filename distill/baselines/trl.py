@@ -47,20 +47,18 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from distill.baselines.rewards import Rollouts, consistent_rollouts
-from distill.checkpoints import load_newest, save_checkpoint
-from distill.config import TrainConfig, resume_key
+from distill.checkpoints import load_newest, resume_key, save_checkpoint
+from distill.config import TrainConfig
 from distill.distributed import Ranks
 from distill.metrics_log import MetricsLog, rollout_metrics
 from distill.optimizer import learning_rates, make_optimizer
 from distill.output import describe_checkpoints, write_final
 from distill.student import make_student
-from distill.tasks import load_student, questions_of_step, read_manifests, sampling_config, trained_rows
+from distill.tasks import load_student, question_prompts, questions_of_step, read_manifests, sampling_config
 from neurosig.manifest import Manifest
 from neurosig.models.load import LoadedModel
-from neurosig.questions.prompts import PromptBuilder
 from neurosig.runtime.cli import PhaseTimer
 from neurosig.runtime.errors import UserError
-from neurosig.sampling.config import SamplingConfig
 
 KL_WEIGHT = {"ttrl": 0.001, "intuitor": 0.005}
 Metrics = dict[str, Any]
@@ -82,7 +80,7 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
         manifest = read_manifests(config)
         loaded = load_student(config, manifest, _device(config, process))
     sampling = sampling_config(config, manifest)
-    prompts = question_prompts(manifest, loaded, config, sampling)
+    prompts = question_prompts(manifest, loaded, config, max_new_tokens=sampling.max_new_tokens)
     torch.manual_seed(config.seed)
     disable_dropout_in_model(loaded.model)
     model, adapter = make_student(config, loaded, manifest.header.adapter(config.adapter))
@@ -105,32 +103,6 @@ def train_baseline(config: TrainConfig, timer: PhaseTimer, ranks: Ranks) -> None
             trainer.train()
     question_ids = [[item if isinstance(item, str) else item.question_id for item in step] for step in batches.plan]
     write_final(config, manifest, loaded, model, adapter, log.history, question_ids, ranks)
-
-
-def question_prompts(
-    manifest: Manifest, loaded: LoadedModel, config: TrainConfig, sampling: SamplingConfig
-) -> dict[str, tuple[int, ...]]:
-    """Student prompts of the questions to train on, by id, in the manifest's order.
-
-    Raises:
-        UserError: There is none; or a selected question's prompt and completion exceed the model's positions (with
-            ``--questions-of all`` it is left out).
-    """
-    builder = PromptBuilder(loaded.tokenizer, manifest.header.prompt_config())
-    prompts = {}
-    for row in manifest.rows if config.questions_of == "all" else trained_rows(manifest):
-        prompt = builder.student(row.as_question())
-        if len(prompt) + sampling.max_new_tokens <= loaded.max_length:
-            prompts[row.question_id] = prompt
-        elif row.selected:
-            raise UserError(
-                f'question "{row.question_id}": the student prompt of {len(prompt)} tokens and '
-                f"{sampling.max_new_tokens} new tokens exceed the model's {loaded.max_length} positions; lower "
-                "--max-new-tokens"
-            )
-    if not prompts:
-        raise UserError(f"manifest {manifest.folder}: 0 of {len(manifest.rows)} questions selected")
-    return prompts
 
 
 def plan_steps(config: TrainConfig, items: Sequence[T], per_step: int) -> list[list[T]]:

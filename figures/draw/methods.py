@@ -26,7 +26,7 @@ NAME = "methods"
 NEEDS = None
 RESAMPLES, SEED = 2000, 0
 LABELS: Mapping[str, str] = {**METHOD_LABELS, "nopsd": "N-OPSD (neuron filter, nearest)"}
-COLOURS = {"nopsd": Colour.OURS, CONTROL: Colour.CONTROL}
+COLOURS = {"nopsd": Colour.OURS, CONTROL: Colour.CONTROL, "opsa": Colour.CONTROL}
 
 
 def draw(results: Path, out: Path) -> list[Path]:

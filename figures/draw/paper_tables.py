@@ -53,6 +53,7 @@ MARKS = {
     "TTRL": (Colour.CONTROL, "s"),
     "Intuitor": (Colour.GREEN, "^"),
     "U-OPSD": (Colour.PURPLE, "v"),
+    "OPSA (no teacher)": (Colour.BLACK, "P"),
     "N-OPSD": (Colour.OURS, "D"),
 }
 """Method -> colour and marker; for variants of N-OPSD see `figures.draw.methods`."""

@@ -1,6 +1,6 @@
 """Neuron features of a manifest's rollouts in every reading of the signal search, from one forward pass.
 
-Positions: those of ``--positions`` (`neurosig.neurons.positions`), found as an export finds them. Values: the mean CETT
+Positions: those of ``--positions`` (`neurosig.stages.positions`), found as an export finds them. Values: the mean CETT
 of the neurons for which it is largest in each layer, as an export keeps it, and ``signed``: the mean of CETT with the
 sign of the neuron's value, as a z-score over its layer's neurons, of those farthest from the layer's mean.
 """
@@ -25,11 +25,11 @@ from neurosig.models.prefix import run_prompts
 from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import cett, masked_mean, neurons_per_layer
 from neurosig.neurons.nnsight_reader import FFNEnvoy
-from neurosig.neurons.positions import read_positions
 from neurosig.neurons.sites import ffn_sites, w_out_norms
 from neurosig.questions.prompts import PromptBuilder
 from neurosig.runtime.cli import progress
 from neurosig.runtime.files import write_atomic
+from neurosig.stages.positions import read_positions
 
 POSITIONS = ("answer", "statement", "answer_words", "answer_start", "0:3", "prompt_end")
 READINGS = (*POSITIONS, *(f"{positions} signed" for positions in POSITIONS))

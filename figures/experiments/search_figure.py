@@ -43,7 +43,7 @@ def draw_table(path: Path, out: Path, name: str) -> list[Path]:
     for grading, (marker, _) in GRADINGS.items():
         axes[0][0].scatter([], [], color="black", marker=marker, label=grading)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return save_figure(figure, out, name, table.to_csv(index=False, float_format="%.6g"))
+    return save_figure(figure, out, name, table.to_csv(index=False, float_format="%.4g"))
 
 
 def _draw(axis: Axes, table: pd.DataFrame, names: list[str], column: str, value: str) -> None:

@@ -12,7 +12,7 @@ from figures.experiments.search_features import READINGS, Features
 from figures.experiments.search_judge import STRICT, Judge
 from figures.experiments.search_plan import Task, Variant
 from neurosig.exported import Exported
-from neurosig.hallucination.config import INVERSE_PENALTY, ProbeConfig
+from neurosig.hallucination.config import INVERSE_PENALTY, ProbeConfig, ProbeLabels
 from neurosig.hallucination.groups import fold_groups
 from neurosig.hallucination.lasso import design, fit_l1
 from neurosig.hallucination.probe import probe_matrix, rollout_labels
@@ -39,7 +39,7 @@ class Source:
         if variant.labels == "gold":
             return 1 - np.asarray(self.judge.right[STRICT], dtype=np.int64)
         rows = list(self.exported.rows.values())
-        learned = "contrast" if variant.labels == "contrast" else "agreement"
+        learned: ProbeLabels = "contrast" if variant.labels == "contrast" else "agreement"
         winners = [row.pseudo_label for row in rows]
         labels = rollout_labels([row.answers for row in rows], winners, ProbeConfig(labels=learned))
         if variant.labels == "shuffled":

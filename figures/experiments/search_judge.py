@@ -74,7 +74,7 @@ class Judge:
         self.in_majority = np.array([answer == row.pseudo_label for row in rows for answer in row.answers])
         self.owners = np.repeat(np.arange(len(rows)), [len(row.answers) for row in rows])
         reader: AnswerReader = exported.manifest.header.answer_reader()
-        lenient = []
+        lenient: list[bool] = []
         for row in rows:
             question, group = gold[row.question_id], exported.rollouts[row.question_id]
             vote = reader.read(group, row.as_question()).vote
@@ -103,6 +103,7 @@ class Judge:
     def auroc(self, key: tuple[str, str], trust: Array) -> Draws:
         """AUROC of a trust in the rows of an event and grading; ``nan`` where all are right or all wrong."""
         level = self.levels[key]
+        assert level.right is not None
         once = np.ones((1, self.counts.shape[1]), dtype=np.int64)
         estimate = auroc_draws(trust, level.right, level.owners, once)[0]
         return Draws(float(estimate), auroc_draws(trust, level.right, level.owners, self.counts))

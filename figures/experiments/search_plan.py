@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from figures.experiments.search_features import POSITIONS
 from neurosig.runtime.shapes import check_config
@@ -68,14 +68,13 @@ class Task:
         return f"{' + '.join(self.fitted)} to {self.judged}" if self.judged not in self.fitted else self.judged
 
 
+LEARNED: tuple[Labels, ...] = ("agreement", "contrast")
 DEFAULT = Variant("answer", role="default")
 VARIANTS = (
     DEFAULT,
     *(
         Variant(positions, labels, values)
-        for labels, positions, values in product(
-            ("agreement", "contrast"), POSITIONS, ("contribution", "layer_z", "signed_z")
-        )
+        for labels, positions, values in product(LEARNED, POSITIONS, get_args(Values))
         # within a question the prompt's end is the same for all rollouts, so there is nothing to contrast
         if (labels, positions) != ("contrast", "prompt_end")
         and (positions, labels, values) != ("answer", "agreement", "contribution")

@@ -99,7 +99,7 @@ def search(config: SearchConfig, variants: Sequence[Variant], tasks: Sequence[Ta
     table = pd.concat([found, confirmed], ignore_index=True).assign(
         resamples=config.resamples, permutations=config.permutations, seed=config.seed
     )
-    write_atomic(config.out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
+    write_atomic(config.out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.4g"))
     return table
 
 
@@ -257,7 +257,7 @@ def _p_refit(
 
     def gains(permuted: Array) -> list[float]:
         own = dict(zip(task.fitted, np.split(permuted, sizes), strict=True))
-        return judge.refit_gains(trust_of(variant, task, sources, own, config.seed)[0])  # type: ignore[no-any-return]
+        return judge.refit_gains(trust_of(variant, task, sources, own, config.seed)[0])
 
     p = permutation_p(gains, labels, config.permutations, config.seed, owners).p
     return list(zip(judge.tests, p.tolist(), strict=True))

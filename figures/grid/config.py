@@ -36,11 +36,12 @@ METHODS: Mapping[str, Method] = {
     "vote-only": Method(export={"question_filter": "vote_only"}),
     "vote-only-random": Method(export={"question_filter": "vote_only", "context_policy": "random"}),
     "u-opsd": Method(export={"context_policy": "majority_solution"}, train={"method": "u-opsd"}),
+    "opsa": Method(train={"method": "opsa"}),
     "lmsi": Method(train={"method": "lmsi"}),
     "ttrl": Method(train={"method": "ttrl"}),
     "intuitor": Method(train={"method": "intuitor"}),
 }
-"""The paper's rows, and the 2 x 2 of filter and context."""
+"""The paper's rows, the 2 x 2 of filter and context, and the control without a teacher (opsa)."""
 
 
 @dataclass(kw_only=True)
@@ -65,7 +66,8 @@ class GridConfig(CommonConfig):
         "ttrl",
         "intuitor",
     )
-    """Rows of the tables; vote-only-random completes the 2 x 2 of filter and context."""
+    """Rows of the tables; vote-only-random completes the 2 x 2 of filter and context, opsa is the control without a
+    teacher."""
     sources: tuple[str, ...]
     """Training questions of each domain: a bundled set, or NAME=QUESTIONS."""
     targets: tuple[str, ...] = ()

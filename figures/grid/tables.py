@@ -38,6 +38,7 @@ METHOD_LABELS = {
     "ttrl": "TTRL",
     "intuitor": "Intuitor",
     "u-opsd": "U-OPSD",
+    "opsa": "OPSA (no teacher)",
     "nopsd": "N-OPSD",
     "vote-only": "N-OPSD, vote alone filters",
     "nopsd-kind": "N-OPSD, random context of the kind",

@@ -8,9 +8,6 @@ from typing import Literal
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_config
 
-NeuronScore = Literal["probe_score", "agreement", "agreement_majority", "knn_medoid", "neuron_count"]
-OutputScore = Literal["vote_share", "mean_logprob", "entropy", "self_certainty", "length", "random"]
-HallucinationScore = Literal[NeuronScore, OutputScore]
 ProbeLabels = Literal["agreement", "contrast"]
 ProbeValues = Literal["contribution", "layer_z"]
 INVERSE_PENALTY = 0.1

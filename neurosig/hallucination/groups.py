@@ -15,18 +15,21 @@ from neurosig.runtime.errors import UserError
 COLUMNS = ("question", "kind", "domain", "choices", "text_sha256")
 
 
-def fold_groups(questions: Sequence[Question | QuestionRow], column: str) -> Mapping[str, str] | None:
+def fold_groups(
+    questions: Sequence[Question | QuestionRow], column: str, *, option: str = "--probe-groups"
+) -> Mapping[str, str] | None:
     """The group of each question by its id; ``None`` where every question is a group of its own.
 
     Args:
         questions: Questions, or rows of a manifest.
         column: ``question``, or a field that both have. A question without a kind counts under its domain.
+        option: What names the column, for messages.
 
     Raises:
         UserError: There is no such column, or all questions have the same value in it.
     """
     if column not in COLUMNS:
-        raise UserError(f"--probe-groups {column}: no such column of the questions; have {', '.join(COLUMNS)}")
+        raise UserError(f"{option} {column}: no such column of the questions; have {', '.join(COLUMNS)}")
     if column == "question":
         return None
     groups = {
@@ -38,7 +41,7 @@ def fold_groups(questions: Sequence[Question | QuestionRow], column: str) -> Map
     values = set(groups.values())
     if len(values) < 2:
         raise UserError(
-            f'--probe-groups {column}: all {len(groups)} questions have the same {column}, "{min(values)}", so no fold '
+            f'{option} {column}: all {len(groups)} questions have the same {column}, "{min(values)}", so no fold '
             "can leave one out; use another column, or question"
         )
     return groups

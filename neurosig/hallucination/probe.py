@@ -97,7 +97,7 @@ def rollout_labels(
         winners: Each question's majority answer.
         config: The probe's options.
     """
-    votes = [Counter(answer for answer in given if answer is not None) for given in answers]
+    votes = [Counter[str | None](answer for answer in given if answer is not None) for given in answers]
     shares = np.array(
         [count[winner] / len(given) for given, winner, count in zip(answers, winners, votes, strict=True)]
     )

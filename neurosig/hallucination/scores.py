@@ -1,6 +1,7 @@
-"""Hallucination scores: one number per question, higher is less trustworthy.
+"""Scores: one number per question. Of the hallucination scores higher is less trustworthy.
 
-Each score is one small function of a question's rollouts and active sets. Output-level baselines need no neurons.
+Each score is one small function of the questions' rollouts and active sets; output-level baselines need no neurons,
+and those of `neurosig.hallucination.context_scores` also see what the context does to the teacher.
 """
 
 from __future__ import annotations
@@ -9,18 +10,23 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neurosig.hallucination.config import HallucinationScore, ProbeConfig
+from neurosig.hallucination import context_scores
+from neurosig.hallucination.belief import Belief
+from neurosig.hallucination.config import ProbeConfig
+from neurosig.hallucination.context_scores import TeacherSignals
 from neurosig.hallucination.probe import ProbeResult, fit_probe, probe_matrix, rollout_labels
+from neurosig.manifest import DemonstrationRecord
 from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard
 from neurosig.questions.reader import Reading
 from neurosig.questions.vote import Vote
+from neurosig.registry import Registered, find
+from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 
 logger = logging.getLogger(__name__)
@@ -39,6 +45,9 @@ class QuestionSignals:
         values: Contributions of those neurons, [K, size].
         hidden: Mean hidden state of each rollout, [K, d_model].
         n_traced: Traced tokens of all its rollouts; default: all of their tokens.
+        belief: Its distribution over the possible answers without a context, where an option needs it.
+        context: Its demonstrations, once they are chosen.
+        teacher: What the teacher answers with that context, with ``--teacher-rollouts``.
     """
 
     rollouts: Sequence[Rollout]
@@ -47,6 +56,9 @@ class QuestionSignals:
     values: Tensor
     hidden: Tensor
     n_traced: int | None = None
+    belief: Belief | None = None
+    context: Sequence[DemonstrationRecord] = ()
+    teacher: TeacherSignals | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -70,11 +82,26 @@ class QuestionSignals:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Every hallucination score of every question, and the probe behind one of them.
+class ScoreInputs:
+    """What the function of a score gets; it returns one number per question, ``None`` where it knows none.
 
     Attributes:
-        by_name: Score name -> one finite value per question; absent when the rollouts lack a statistic that it needs.
+        questions: The questions with their rollouts, in input order.
+        rollout_probe: Cross-fitted probe score of each rollout.
+        seed: The export's seed.
+    """
+
+    questions: Sequence[QuestionSignals]
+    rollout_probe: Float[np.ndarray, "questions k"]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of every question, and the probe behind one of them.
+
+    Attributes:
+        by_name: Score name -> one value per question; not finite where the question has none.
         rollout_probe: Cross-fitted probe score of each rollout, grouped by question.
         probe: The probe that was fitted.
     """
@@ -84,26 +111,21 @@ class Scores:
     probe: ProbeResult
 
 
-def hallucination_scores(
+def fitted_probe(
     questions: Mapping[str, QuestionSignals],
     *,
     n_neurons: int,
     probe: ProbeConfig,
     n_layers: int = 1,
-    seed: int = 0,
     fold_groups: Mapping[str, str] | None = None,
-) -> Scores:
-    """All scores of all questions, in the order of ``questions``.
-
-    ``probe_score`` is the mean cross-fitted probe score over the majority's rollouts; ``random`` a control drawn from
-    ``seed`` and the question's id.
+) -> ProbeResult:
+    """The annotation-free probe on the questions' rollouts, cross-fitted.
 
     Args:
         questions: Question id -> its signals.
         n_neurons: Neurons of the model, over all layers.
         probe: Options of the probe.
         n_layers: Its layers, for the probe's ``layer_z``.
-        seed: Seed of ``random``.
         fold_groups: Question id -> the group that no fold of the probe splits; default: each question is its own.
 
     Raises:
@@ -120,24 +142,62 @@ def hallucination_scores(
         )
     labels = rollout_labels([signal.answers for signal in signals], [signal.vote.winner for signal in signals], probe)
     kept = [(fold_groups or {}).get(question_id, question_id) for question_id in questions for _ in range(k)]
-    fitted = fit_probe(probe_matrix(ids, values, n_layers, n_neurons, probe), labels, kept, probe)
-    rollout_probe = fitted.scores.reshape(len(signals), k)
+    return fit_probe(probe_matrix(ids, values, n_layers, n_neurons, probe), labels, kept, probe)
 
-    by_name = {
-        "probe_score": np.array(
-            [row[signal.majority].mean() for signal, row in zip(signals, rollout_probe, strict=True)]
-        ),
-        "neuron_count": neuron_count(signals),
-        "random": np.array([random_score(question_id, seed) for question_id in questions]),
-    }
-    for name, score in _SCORES.items():
-        column = [score(signal) for signal in signals]
-        if not any(value is None for value in column):
-            by_name[name] = np.array(column, dtype=np.float64)
-    for name in [name for name, column in by_name.items() if not np.isfinite(column).all()]:
-        logger.warning("score %s: not finite for some questions, so it is left out", name)
-        del by_name[name]
-    return Scores(by_name, rollout_probe, fitted)
+
+def question_scores(
+    questions: Sequence[QuestionSignals], probe: ProbeResult, names: Sequence[str], *, seed: int = 0
+) -> Scores:
+    """These scores of all questions.
+
+    One of ours is left out where it knows no question's number: the rollouts lack a statistic, or no context was
+    chosen.
+
+    Args:
+        questions: All with the same number of rollouts.
+        probe: See `fitted_probe`.
+        names: Names of scores.
+        seed: The export's seed.
+
+    Raises:
+        UserError: A user's function fails, or returns another number of values.
+    """
+    inputs = ScoreInputs(questions, probe.scores.reshape(len(questions), -1), seed)
+    by_name = {}
+    for name in names:
+        column = _column(find("score", name), inputs)
+        if np.isfinite(column).any():
+            by_name[name] = column
+        partial = name in BEFORE_CONTEXTS and not np.isfinite(column).all()
+        if partial and by_name.pop(name, None) is not None:
+            logger.warning("score %s: not finite for some questions, so it is left out", name)
+    return Scores(by_name, inputs.rollout_probe, probe)
+
+
+def _column(found: Registered, inputs: ScoreInputs) -> Float[np.ndarray, " questions"]:
+    try:
+        values = np.array([np.nan if value is None else float(value) for value in found.function(inputs)])
+    except UserError:
+        raise
+    except Exception as error:
+        if found.sha256 is None:
+            raise
+        raise UserError(f"{found.name}: {type(error).__name__}: {error}") from error
+    if len(values) != len(inputs.questions):
+        raise UserError(
+            f"{found.name}: {len(values)} scores for {len(inputs.questions)} questions; return one for each"
+        )
+    return values
+
+
+def each(score: Callable[[QuestionSignals], float | None]) -> Callable[[ScoreInputs], list[float | None]]:
+    """A score of all questions from one that looks at a single question."""
+    return lambda inputs: [score(signal) for signal in inputs.questions]
+
+
+def probe_score(inputs: ScoreInputs) -> list[float]:
+    """Mean cross-fitted probe score over the majority's rollouts (reconstruction)."""
+    return [row[signal.majority].mean() for signal, row in zip(inputs.questions, inputs.rollout_probe, strict=True)]
 
 
 def agreement(signal: QuestionSignals) -> float:
@@ -163,12 +223,13 @@ def knn_medoid(signal: QuestionSignals, neighbours: int = MEDOID_NEIGHBOURS) -> 
     return 1.0 - float(row[1 : neighbours + 1].mean())  # the first is the medoid itself
 
 
-def neuron_count(signals: Sequence[QuestionSignals]) -> Float[np.ndarray, " questions"]:
+def neuron_count(inputs: ScoreInputs) -> Float[np.ndarray, " questions"]:
     """Distinct neurons in the union of a question's K active sets, with length regressed out.
 
     The count grows with the number of tokens, so the score is the residual of a least-squares line of log count on
     log traced tokens over all questions. Source: the "neuron consensus" of the author's code, length-controlled.
     """
+    signals = inputs.questions
     counts = np.log([max(1, int((signal.ids.unique() >= 0).sum())) for signal in signals])
     tokens = np.log([signal.n_tokens for signal in signals])
     centred = tokens - tokens.mean()
@@ -202,10 +263,11 @@ def length(signal: QuestionSignals) -> float | None:
     return _over_majority(signal, lambda rollout: float(len(rollout.completion_ids_without_eos)))
 
 
-def random_score(question_id: str, seed: int) -> float:
+def random(inputs: ScoreInputs) -> list[float]:
     """A uniform number from the seed and the question's id: the uninformed control."""
-    digest = hashlib.sha256(f"{seed}\x00random\x00{question_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    names = [signal.rollouts[0].question_id for signal in inputs.questions]
+    digests = [hashlib.sha256(f"{inputs.seed}\x00random\x00{name}".encode()).digest() for name in names]
+    return [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]
 
 
 def _over_majority(
@@ -216,14 +278,19 @@ def _over_majority(
     return sign * float(np.mean(known)) if len(known) == len(values) else None
 
 
-_SCORES: Mapping[str, Callable[[QuestionSignals], float | None]] = {
-    "agreement": agreement,
-    "agreement_majority": agreement_majority,
-    "knn_medoid": knn_medoid,
-    "vote_share": vote_share,
-    "mean_logprob": mean_logprob,
-    "entropy": entropy,
-    "self_certainty": self_certainty,
-    "length": length,
+SCORES: Mapping[str, Callable[[ScoreInputs], Sequence[float | None] | Float[np.ndarray, " questions"]]] = {
+    "probe_score": probe_score,
+    "agreement": each(agreement),
+    "agreement_majority": each(agreement_majority),
+    "knn_medoid": each(knn_medoid),
+    "neuron_count": neuron_count,
+    "vote_share": each(vote_share),
+    "mean_logprob": each(mean_logprob),
+    "entropy": each(entropy),
+    "self_certainty": each(self_certainty),
+    "length": each(length),
+    "random": random,
+    **{name: each(score) for name, score in context_scores.SCORES.items()},
 }
-assert {"probe_score", "neuron_count", "random", *_SCORES} == set(get_args(HallucinationScore))
+BEFORE_CONTEXTS = tuple(name for name in SCORES if name not in context_scores.SCORES)
+"""Our scores that need no context."""

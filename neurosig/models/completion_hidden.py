@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SCALE_TOLERANCE = 0.05
 """Largest share by which rounding to bfloat16 moves logits."""
 
+HEAD_ROWS = 256
+"""Positions whose logits are computed at once."""
 _SCALES: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
 
 
@@ -51,8 +53,32 @@ def completion_hidden(
         hidden = torch.cat([prefix.last_hidden[:, None], rest], dim=1)
         first = torch.zeros_like(lengths)
     position = torch.arange(hidden.shape[1], device=hidden.device)
-    hidden = hidden[(position >= first) & (position < first + lengths)] * logit_scale(model)
+    return for_head(model, hidden[(position >= first) & (position < first + lengths)])
+
+
+def for_head(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_head"]:
+    """Hidden states after the final norm as `head_weight` and `head_logits` take them."""
+    hidden = hidden * logit_scale(model)
     return hidden if model.get_output_embeddings().bias is None else nn.functional.pad(hidden, (0, 1), value=1)
+
+
+@torch.inference_mode()
+def completion_entropies(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
+) -> list[float]:
+    """Mean next-token entropy along each completion at temperature 1, in nats.
+
+    Args:
+        model: Causal language model.
+        prompts: Prompt ids of each row.
+        completions: Completion ids of each row, at least one.
+    """
+    hidden = completion_hidden(model, prompts, completions)
+    parts = []
+    for block in hidden.split(HEAD_ROWS):
+        log_p = head_logits(model, block).log_softmax(-1)
+        parts.append(-(log_p.exp() * log_p).sum(-1).cpu())
+    return [float(part.mean()) for part in torch.cat(parts).split([len(ids) for ids in completions])]
 
 
 def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocab d_head"]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from neurosig.registry import ActiveSet, Contribution, Open
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_config
 
 NeuronValue = Literal["gated", "act"]
-Contribution = Literal["cett", "magnitude", "unembed"]
-ActiveSet = Literal["layer_mean", "global", "per_token", "entries"]
 NamedPositions = Literal["answer", "thought", "all", "statement", "answer_words", "answer_start", "prompt_end"]
+PARSED = ("statement", "answer_words")
+"""Positions that depend on how answers are read."""
 CHOSEN_TOKENS = re.compile(r"(?P<at>-?\d+)|(?P<start>-?\d+)?:(?P<stop>-?\d+)?")
 """A token of the completion, or a range of them."""
 
@@ -24,16 +25,17 @@ class TraceConfig:
     value: NeuronValue = "gated"
     """A neuron's value: ``gated`` is the down projection's input, act(gate) * up; ``act`` is act(gate) alone.
     The two are the same in a model without a gate."""
-    score: Contribution = "cett"
+    score: Annotated[Contribution | str, Open("contribution")] = "cett"
     """A neuron's contribution at one position; see `neurosig.neurons.contributions`."""
-    active: ActiveSet = "layer_mean"
+    active: Annotated[ActiveSet | str, Open("active_set")] = "layer_mean"
     """Which neurons belong to a rollout's active set: those with the largest mean score over its positions, within
-    each layer or over all layers; the union of each position's largest; or the neurons among the largest
-    (position, neuron) entries of each layer."""
+    each layer or over all layers; the union of each position's largest; the neurons among the largest
+    (position, neuron) entries of each layer; or among the largest entries of all layers of those that are their
+    position's largest; see `neurosig.neurons.contributions.ACTIVE_SETS`."""
     set_size: int | float = 0.0217
     """Neurons in a set (``layer_mean``, ``global``), neurons per token (``per_token``; both spread evenly over the
-    layers, save ``global``), or entries per layer (``entries``): a number, or below 1 a share of the model's neurons
-    (`sized`)."""
+    layers, save ``global``), entries per layer (``entries``), or the size of both cuts (``token_entries``): a number,
+    or below 1 a share of the model's neurons (`sized`)."""
     positive_only: bool = False
     """Leave out neurons whose mean score is not above zero; for the signed ``unembed``."""
     batch_tokens: int = 4096
@@ -52,11 +54,10 @@ class TraceConfig:
         """
         from neurosig.neurons.contributions import neurons_per_layer
 
-        if self.active in ("layer_mean", "per_token"):
-            return replace(self, set_size=n_layers * neurons_per_layer(n_layers, d_mlp, self.set_size))
-        if isinstance(self.set_size, float):
-            return replace(self, set_size=max(1, round(self.set_size * n_layers * d_mlp)))
-        return self
+        if self.active in ("global", "entries", "token_entries"):
+            share = isinstance(self.set_size, float)
+            return replace(self, set_size=max(1, round(self.set_size * n_layers * d_mlp))) if share else self
+        return replace(self, set_size=n_layers * neurons_per_layer(n_layers, d_mlp, self.set_size))
 
 
 def check_positions(positions: str) -> None:

@@ -7,8 +7,8 @@ neurons belong, and each neuron's mean score over the rollout's positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -79,34 +79,106 @@ def masked_mean(x: Float[Tensor, "batch seq d"], mask: Bool[Tensor, "batch seq"]
     return torch.einsum("bs,bsd->bd", mask.to(x.dtype), kept) / mask.sum(dim=1, keepdim=True)
 
 
-def largest(mean: Float[Tensor, "batch d"], k: int) -> Bool[Tensor, "batch d"]:
-    """The ``k`` largest entries of each row; of equal values the lower index belongs. NaN counts as largest.
+CONTRIBUTIONS: Mapping[str, Callable[..., Tensor]] = {"cett": cett, "magnitude": magnitude, "unembed": unembed}
+"""The scores of a neuron at a position; each is called with those tensors of `SCORED` that its parameters name."""
+SCORED = ("value", "w_out", "w_out_norm", "ffn_out", "next_embedding")
+CUT = ("score", "mask", "mean", "share", "set_size", "positive_only")
+"""What the function of an active set may name; see `ACTIVE_SETS`."""
+
+
+def largest(mean: Float[Tensor, "batch d"], share: int) -> Bool[Tensor, "batch d"]:
+    """The ``share`` largest entries of each row; of equal values the lower index belongs. NaN counts as largest.
 
     A stable sort: ``torch.topk`` leaves the choice among equal values open. Source: measured default.
     """
-    order = mean.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    order = mean.sort(dim=-1, descending=True, stable=True).indices[:, :share]
     return torch.zeros_like(mean, dtype=torch.bool).scatter_(1, order, True)
 
 
 def largest_per_token(
-    score: Float[Tensor, "batch seq d_mlp"], mask: Bool[Tensor, "batch seq"], k: int
+    score: Float[Tensor, "batch seq d_mlp"], mask: Bool[Tensor, "batch seq"], share: int
 ) -> Bool[Tensor, "batch d_mlp"]:
-    """Union over the masked positions of the ``k`` largest neurons at each (per-token top-k; reconstruction)."""
+    """Union over the masked positions of the ``share`` largest neurons at each (per-token top-k; reconstruction)."""
+    return (_of_each_token(score, share) & rearrange(mask, "batch seq -> batch seq 1")).any(dim=1)
+
+
+def _of_each_token(score: Float[Tensor, "batch seq d_mlp"], k: int) -> Bool[Tensor, "batch seq d_mlp"]:
     top = score.topk(min(k, score.shape[-1]), dim=-1).indices
-    hits = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, top, True)
-    return (hits & rearrange(mask, "batch seq -> batch seq 1")).any(dim=1)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, top, True)
 
 
 def largest_entries(
-    score: Float[Tensor, "batch seq d_mlp"], mask: Bool[Tensor, "batch seq"], entries: int
+    score: Float[Tensor, "batch seq d_mlp"], mask: Bool[Tensor, "batch seq"], set_size: int
 ) -> Bool[Tensor, "batch d_mlp"]:
-    """Neurons among the ``entries`` largest (position, neuron) pairs of the masked positions (author's NeuFS code)."""
+    """Neurons among the ``set_size`` largest (position, neuron) pairs of the masked positions (author's NeuFS code)."""
     d_mlp = score.shape[-1]
     masked = score.masked_fill(rearrange(~mask, "batch seq -> batch seq 1"), -torch.inf)
     flat = rearrange(masked, "batch seq d_mlp -> batch (seq d_mlp)")
-    top = flat.topk(min(entries, flat.shape[1]), dim=1)
+    top = flat.topk(min(set_size, flat.shape[1]), dim=1)
     hits = torch.zeros(len(score), d_mlp, dtype=torch.int32, device=score.device)
     return hits.scatter_add_(1, top.indices % d_mlp, (top.values > -torch.inf).int()) > 0
+
+
+def everything(mean: Float[Tensor, "batch d_mlp"]) -> Bool[Tensor, "batch d_mlp"]:
+    """All neurons, of which `over_layers` keeps the largest means."""
+    return torch.ones_like(mean, dtype=torch.bool)
+
+
+def over_layers(
+    member: Bool[Tensor, "n d"], mean: Float[Tensor, "n d"], carried: Sequence[Tensor], set_size: int
+) -> Bool[Tensor, "n d"]:
+    """The members among the ``set_size`` largest means of all layers (global top-k; reconstruction)."""
+    return member & largest(mean, set_size)
+
+
+def token_entries(
+    score: Float[Tensor, "batch seq d_mlp"],
+    mask: Bool[Tensor, "batch seq"],
+    share: int,
+    set_size: int,
+    positive_only: bool,
+) -> tuple[Bool[Tensor, "batch d_mlp"], Float[Tensor, "batch best_and_entries"]]:
+    """The first of two cuts: the ``share`` largest of the layer at each token, with their scores for the second.
+
+    Returns:
+        The neurons that survive at one token at least; and each neuron's best surviving score, ``-inf`` without one,
+        before the layer's ``set_size`` best surviving (position, neuron) scores.
+
+    Source: the reading of N-OPSD in INFLOW's appendix D, token-level and global top-k attribution; it states neither k
+    nor that the global one counts entries, without which every set would have the same size (reconstruction).
+    """
+    kept = _of_each_token(score, share) & rearrange(mask, "batch seq -> batch seq 1")
+    entries = score.masked_fill(~(kept & (score > 0) if positive_only else kept), -torch.inf)
+    flat = rearrange(entries, "batch seq d_mlp -> batch (seq d_mlp)")
+    best = entries.amax(dim=1)
+    return best > -torch.inf, torch.cat([best, flat.topk(min(set_size, flat.shape[1]), dim=1).values], dim=1)
+
+
+def entries_over_layers(
+    member: Bool[Tensor, "n d"], mean: Float[Tensor, "n d"], carried: Sequence[Tensor], set_size: int
+) -> Bool[Tensor, "n d"]:
+    """The second cut of `token_entries`: neurons with one of the ``set_size`` best entries of all layers."""
+    width = member.shape[1] // len(carried)
+    best = torch.cat([part[:, :width] for part in carried], dim=1)
+    entries = torch.cat([part[:, width:] for part in carried], dim=1)
+    least = entries.topk(min(set_size, entries.shape[1]), dim=1).values[:, -1:]
+    return member & (best >= least)
+
+
+setattr(everything, "over_layers", over_layers)  # noqa: B010
+setattr(token_entries, "over_layers", entries_over_layers)  # noqa: B010
+
+ACTIVE_SETS: Mapping[str, Callable[..., Any]] = {
+    "layer_mean": largest,
+    "global": everything,
+    "per_token": largest_per_token,
+    "entries": largest_entries,
+    "token_entries": token_entries,
+}
+"""Which neurons of a layer are in a rollout's set; each is called with those of `CUT` that its parameters name.
+
+It returns the members, or the members and a tensor to keep, ``[batch, any]``. Its attribute ``over_layers``, if it has
+one, then cuts the set over all layers, called as the function of that name here."""
 
 
 def pack_sets(

@@ -99,6 +99,33 @@ class FFNEnvoy:
         gc.collect(1)  # stopping leaves a reference cycle that holds the last layer's activations
         return result
 
+    def read_layers(
+        self,
+        inputs: Mapping[str, Any],
+        layers: Sequence[int],
+        keep: Callable[[Tensor, Tensor], T],
+        *,
+        value: NeuronValue,
+    ) -> list[T]:
+        """What ``keep`` makes of some layers, from one forward pass that ends after the last of them.
+
+        Args:
+            inputs: Keyword arguments of the model's forward pass.
+            layers: Indices of layers, ascending.
+            keep: ``(neuron values, residual stream after the block)`` of a layer -> its reduction, inside the trace.
+            value: See `read`.
+        """
+        check_choice("value", value, NeuronValue)
+        modules, gated = [self._layers[layer] for layer in layers], value == "gated"
+        with self._root.trace(**inputs, **self._options) as tracer:
+            kept = []
+            for act, down, block in modules:
+                kept.append(keep(down.input if gated else act.output, _residual(block.output)))
+            result = nnsight.save(kept)
+            tracer.stop()
+        gc.collect(1)
+        return result
+
 
 class NeuronScaler:
     """Makes stand-ins for a model in which some neurons are scaled; build it once for a model.

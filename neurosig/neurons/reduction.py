@@ -6,23 +6,18 @@ which need not have neurosig.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
-from neurosig.neurons.contributions import (
-    cett,
-    largest,
-    largest_entries,
-    largest_per_token,
-    magnitude,
-    masked_mean,
-    pack_sets,
-    unembed,
-)
+from neurosig.neurons.contributions import masked_mean, pack_sets
+
+Reduced = tuple[Bool[Tensor, "batch d_mlp"], Float[Tensor, "batch d_mlp"], Tensor | None]
+"""A layer's members of each set, every neuron's mean score, and what its `ACTIVE_SETS` function keeps."""
 
 
 def reduce_layer(
@@ -35,47 +30,60 @@ def reduce_layer(
     mask: Bool[Tensor, "batch seq"],
     norms: Sequence[Float[Tensor, " d_mlp"]] | None,
     next_ids: Int[Tensor, "batch seq"] | None,
-    active: str,
+    contribution: tuple[Callable[..., Tensor], Sequence[str]],
+    active: tuple[Callable[..., Any], Sequence[str]],
     set_size: int,
     share: int,
     positive_only: bool,
-) -> tuple[Bool[Tensor, "batch d_mlp"], Float[Tensor, "batch d_mlp"]]:
+) -> Reduced:
     """Which neurons of one layer belong to each rollout's set, and every neuron's mean score.
 
     Args:
         layer: Index of the layer.
         value: Neuron values, ``[batch, seq, d_mlp]``; in OPT, whose FFN runs on flat tokens, ``[batch*seq, d_mlp]``.
-        ffn_out: The down projection's output, for the score ``cett``.
+        ffn_out: The down projection's output, for a score that names it.
         w_out: The down projection, one row per neuron.
-        head: The language-model head, one row per token; the score ``unembed`` reads it.
+        head: The language-model head, one row per token, for a score that names ``next_embedding``.
         mask: Which positions count.
         norms: Norms of ``w_out`` by layer; None to take them here.
-        next_ids: The token that follows each position, for the score ``unembed``; None for the others.
-        active: As in `neurosig.neurons.tracer.TraceConfig`; ``global`` is left to `finish`.
-        set_size: As in `neurosig.neurons.tracer.TraceConfig`.
+        next_ids: The token that follows each position, for a score that names ``next_embedding``; None for the others.
+        contribution: The score, and what it is called with (`neurosig.neurons.contributions.CONTRIBUTIONS`).
+        active: The set's function, and what it is called with (`neurosig.neurons.contributions.ACTIVE_SETS`).
+        set_size: As in `neurosig.neurons.config.TraceConfig`.
         share: Neurons of one layer in a set that is spread evenly.
-        positive_only: As in `neurosig.neurons.tracer.TraceConfig`.
+        positive_only: As in `neurosig.neurons.config.TraceConfig`.
     """
     mask = mask.to(value.device)
-    value = value.reshape(*mask.shape, -1)
-    if next_ids is not None:
-        score = unembed(value, w_out, head[next_ids.to(head.device)].to(w_out))
-    else:
-        norm = w_out.norm(dim=1, dtype=torch.float32) if norms is None else norms[layer]
-        score = magnitude(value, norm) if ffn_out is None else cett(value, norm, ffn_out.reshape(*mask.shape, -1))
+    norm = None if norms is None else norms[layer]
+    score = layer_scores(contribution, value.reshape(*mask.shape, -1), ffn_out, w_out, head, norm, next_ids)
     mean = masked_mean(score, mask)
-    match active:
-        case "layer_mean":
-            member = largest(mean, share)
-        case "per_token":
-            member = largest_per_token(score, mask, share)
-        case "entries":
-            member = largest_entries(score, mask, set_size)
-        case "global":
-            member = torch.ones_like(mean, dtype=torch.bool)
-        case _:
-            raise ValueError(f"active is {active!r}; choose one of layer_mean, global, per_token, entries")
-    return (member & (mean > 0) if positive_only else member), mean
+    cut = {"score": score, "mask": mask, "mean": mean, "share": share, "set_size": set_size}
+    cut["positive_only"] = positive_only
+    member_of, names = active
+    found = member_of(**{name: cut[name] for name in names})
+    member, kept = found if isinstance(found, tuple) else (found, None)
+    return (member & (mean > 0) if positive_only else member), mean, kept
+
+
+def layer_scores(
+    contribution: tuple[Callable[..., Tensor], Sequence[str]],
+    value: Float[Tensor, "batch seq d_mlp"],
+    ffn_out: Float[Tensor, "*positions d_model"] | None,
+    w_out: Float[Tensor, "d_mlp d_model"],
+    head: Float[Tensor, "vocab d_head"],
+    norm: Float[Tensor, " d_mlp"] | None,
+    next_ids: Int[Tensor, "batch seq"] | None,
+) -> Float[Tensor, "batch seq d_mlp"]:
+    """The contribution of one layer's neurons at each position; the arguments are those of `reduce_layer`."""
+    function, names = contribution
+    given: dict[str, Any] = {"value": value, "w_out": w_out}
+    if "w_out_norm" in names:
+        given["w_out_norm"] = w_out.norm(dim=1, dtype=torch.float32) if norm is None else norm
+    if ffn_out is not None:
+        given["ffn_out"] = ffn_out.reshape(*value.shape[:2], -1)
+    if next_ids is not None:
+        given["next_embedding"] = head[next_ids.to(head.device)].to(w_out)
+    return function(**{name: given[name] for name in names})
 
 
 def pool(
@@ -86,16 +94,18 @@ def pool(
 
 
 def finish(
-    layers: Sequence[tuple[Bool[Tensor, "n d_mlp"], Float[Tensor, "n d_mlp"]]],
+    layers: Sequence[Reduced],
     hidden: Float[Tensor, "n d_model"],
     *,
-    active: str,
+    over_layers: Callable[..., Any] | None,
     set_size: int,
 ) -> tuple[Int32[Tensor, "n size"], Float[Tensor, "n size"], Float[Tensor, "n d_model"], Bool[Tensor, "n n_layers"]]:
     """The fields of `neurosig.neurons.contributions.ActiveSets`, and whether each layer's scores are finite."""
-    member, mean = (torch.stack([part.cpu() for part in parts], dim=1) for parts in zip(*layers, strict=True))
+    member = torch.stack([part[0].cpu() for part in layers], dim=1)
+    mean = torch.stack([part[1].cpu() for part in layers], dim=1)
     finite = mean.isfinite().all(dim=-1)
     member, mean = (rearrange(part, "n layer neuron -> n (layer neuron)") for part in (member, mean))
-    if active == "global":
-        member &= largest(mean, set_size)
+    if over_layers is not None:
+        kept = [part.cpu() for _, _, part in layers if part is not None]
+        member = over_layers(member, mean, kept, set_size)
     return *pack_sets(member, mean), hidden.cpu(), finite

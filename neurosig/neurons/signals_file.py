@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,7 +103,7 @@ def _trace_own(
     for number in range(ranks.rank, len(shards), ranks.world):
         start, shard = number * CHUNK, shards[number]
         part = rollouts[start : start + CHUNK]
-        key = sha256_text(repr((weights, replace(tracer.config, batch_tokens=1), part)))
+        key = sha256_text(repr((weights, tracer.key, part)))
         kept = _has_key(shard, key)
         if not kept:
             prompts, completions, positions = zip(*part, strict=True)

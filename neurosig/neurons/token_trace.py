@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neurosig.models.prefix import run_prompts
-from neurosig.neurons.contributions import cett, magnitude, unembed
+from neurosig.neurons.reduction import layer_scores
 from neurosig.neurons.sites import w_out, w_out_norms
 from neurosig.neurons.tracer import NeuronTracer
 from neurosig.runtime.errors import UserError
@@ -48,20 +48,15 @@ def trace_tokens(tracer: NeuronTracer, prompt_ids: Sequence[int], completion_ids
     if tracer.reader.whole:
         raise UserError("token by token: this tracer reads whole sequences; use NeuronTracer without remote")
     tracer.trace_batches([prompt_ids], [completion_ids])  # checks its arguments at once
-    config, norms = tracer.config, w_out_norms(tracer.model, tracer.sites)
-    about_next = config.score == "unembed"
+    norms = w_out_norms(tracer.model, tracer.sites)
+    about_next = tracer.about_next
     shown = [*prompt_ids[-1:], *completion_ids[:-1]] if about_next else list(completion_ids)
     prefix = run_prompts(tracer.model, [prompt_ids[:-1] if about_next else prompt_ids])
     following = torch.tensor([list(completion_ids)], device=tracer.model.device)
 
     def keep(layer: int, value: Tensor, output: Tensor | None, weight: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        value = value.reshape(1, len(shown), -1)
-        if about_next:
-            score = unembed(value, weight, head[following])
-        elif output is None:
-            score = magnitude(value, norms[layer].to(value.device))
-        else:
-            score = cett(value, norms[layer].to(value.device), output.reshape(1, len(shown), -1))
+        value, norm = value.reshape(1, len(shown), -1), norms[layer].to(value.device)
+        score = layer_scores(tracer.contribution, value, output, weight, head, norm, following if about_next else None)
         return value.float().cpu(), score.cpu()
 
     def stack(layers: Sequence[tuple[Tensor, Tensor]], _hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +68,8 @@ def trace_tokens(tracer: NeuronTracer, prompt_ids: Sequence[int], completion_ids
         keep,
         lambda hidden: hidden.mean(),
         stack,
-        value=config.value,
-        with_output=config.score == "cett",
+        value=tracer.config.value,
+        with_output=tracer.with_output,
         hidden_layer=tracer.hidden_layer,
     )
     return TokenTrace(

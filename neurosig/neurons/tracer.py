@@ -14,9 +14,11 @@ all of the completion but its last.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,9 +27,10 @@ from transformers import PreTrainedModel
 
 from neurosig.models.prefix import Prefix, distinct_rows, max_positions, pad, run_prompts
 from neurosig.neurons.config import NeuronValue, TraceConfig
-from neurosig.neurons.contributions import ActiveSets, concat_sets, neurons_per_layer
+from neurosig.neurons.contributions import CUT, SCORED, ActiveSets, concat_sets, neurons_per_layer
 from neurosig.neurons.reduction import finish, pool, reduce_layer
 from neurosig.neurons.sites import ffn_sites, w_out_norms
+from neurosig.registry import Kind, find
 from neurosig.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -56,7 +59,15 @@ class Reader(Protocol):
 
 
 class NeuronTracer:
-    """Traces rollouts through one model with nnsight; build it once for a model."""
+    """Traces rollouts through one model with nnsight; build it once for a model.
+
+    Attributes:
+        sites: Where the model's FFN neurons are.
+        contribution: The score's function and the names of its parameters.
+        about_next: Whether the score is about the token that comes next.
+        with_output: Whether it reads the FFN's output.
+        key: What of the options shapes the sets, with the hashes of functions that are not ours.
+    """
 
     def __init__(
         self, model: PreTrainedModel, config: TraceConfig | None = None, *, remote: bool | str = False
@@ -78,11 +89,16 @@ class NeuronTracer:
         self.sites = ffn_sites(model)
         self.config = config.sized(self.sites.n_layers, self.sites.d_mlp)
         self.hidden_layer = self.sites.n_layers * 2 // 3
+        scored, self._cut = _named("contribution", config.score, SCORED), _named("active_set", config.active, CUT)
+        self.contribution = scored.function, scored.names
+        self.about_next, self.with_output = "next_embedding" in scored.names, "ffn_out" in scored.names
+        hashes = tuple(one.sha256 for one in (scored, self._cut) if one.sha256 is not None)
+        self.key = repr((replace(self.config, batch_tokens=1), *hashes))
         width = model.get_output_embeddings().weight.shape[1]
-        if config.score == "unembed" and width != self.sites.d_model:
+        if self.about_next and width != self.sites.d_model:
             raise UserError(
-                f"score unembed: the head reads {width} dimensions, the residual stream has {self.sites.d_model}; "
-                "use cett or magnitude"
+                f"score {config.score}: the head reads {width} dimensions, the residual stream has "
+                f"{self.sites.d_model}; use cett or magnitude"
             )
         self.reader = self._open(remote)
         self._norms = None
@@ -161,13 +177,13 @@ class NeuronTracer:
         A thought that does not count runs with its prompt, so that no neuron of it is kept; tokens after the last that
         counts do not run.
         """
-        shift = 1 if self.config.score == "unembed" else 0  # a score about the next token is one position earlier
+        shift = 1 if self.about_next else 0  # a score about the next token is one position earlier
         ends = [len(mask) - list(mask)[::-1].index(True) for mask in masks]  # no later token changes what is read
         completions = [completion[:end] for completion, end in zip(completions, ends, strict=True)]
         masks = [mask[:end] for mask, end in zip(masks, ends, strict=True)]
         if self.reader.whole:
             lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-            for indices in _pack(lengths, self.config.batch_tokens):
+            for indices in pack_rows(lengths, self.config.batch_tokens):
                 traced = [[*prompts[i], *completions[i]] for i in indices]
                 counted = [[False] * (len(prompts[i]) - shift) + list(masks[i]) for i in indices]
                 yield indices, self._trace_batch(None, traced, counted, indices)
@@ -178,13 +194,13 @@ class NeuronTracer:
         rollouts_of: list[list[int]] = [[] for _ in distinct]
         for index, owner in enumerate(owners):
             rollouts_of[owner].append(index)
-        for group in _pack([len(prompt) for prompt in distinct], self.config.batch_tokens):
+        for group in pack_rows([len(prompt) for prompt in distinct], self.config.batch_tokens):
             with torch.no_grad():
                 prefix = run_prompts(self.model, [distinct[owner][: len(distinct[owner]) - shift] for owner in group])
             row_of = {owner: row for row, owner in enumerate(group)}
             members = [index for owner in group for index in rollouts_of[owner]]
             width = prefix.mask.shape[1]
-            for batch in _pack([width + len(completions[index]) for index in members], self.config.batch_tokens):
+            for batch in pack_rows([width + len(completions[index]) for index in members], self.config.batch_tokens):
                 indices = [members[place] for place in batch]
                 places = torch.tensor([row_of[owners[index]] for index in indices], device=self.model.device)
                 traced = [[*prompts[i][len(prompts[i]) - shift :], *completions[i]] for i in indices]
@@ -203,10 +219,9 @@ class NeuronTracer:
         device = "cpu" if prefix is None else self.model.device
         mask = pad([[int(keep) for keep in row] for row in counted], side="right", device=device)[0].bool()
         next_ids = None
-        if config.score == "unembed":
+        if self.about_next:
             next_ids = pad([row[1:] for row in tokens], side="right", device=device)[0]
             tokens = [row[:-1] for row in tokens]
-        options: dict[str, Any] = {"active": config.active, "set_size": config.set_size}
         *sets, finite = self.reader.read(
             _whole_inputs(tokens) if prefix is None else prefix.inputs(tokens),
             partial(
@@ -214,14 +229,18 @@ class NeuronTracer:
                 mask=mask,
                 norms=self._norms,
                 next_ids=next_ids,
+                contribution=self.contribution,
+                active=(self._cut.function, self._cut.names),
+                set_size=int(config.set_size),
                 share=neurons_per_layer(self.sites.n_layers, self.sites.d_mlp, config.set_size),
                 positive_only=config.positive_only,
-                **options,
             ),
             partial(pool, mask=mask),
-            partial(finish, **options),
+            partial(
+                finish, over_layers=getattr(self._cut.function, "over_layers", None), set_size=int(config.set_size)
+            ),
             value=config.value,
-            with_output=config.score == "cett",
+            with_output=self.with_output,
             hidden_layer=self.hidden_layer,
         )
         if not finite.all():
@@ -257,8 +276,8 @@ class NeuronTracer:
         for i, (prompt, completion, mask) in enumerate(zip(prompt_ids, completion_ids, masks, strict=True)):
             if not prompt or not completion:
                 raise UserError(f"rollout {i}: the {'completion' if prompt else 'prompt'} is empty; leave it out")
-            if len(prompt) == 1 and self.config.score == "unembed":
-                raise UserError(f"rollout {i}: a prompt of one token; the score unembed needs two")
+            if len(prompt) == 1 and self.about_next:
+                raise UserError(f"rollout {i}: a prompt of one token; the score {self.config.score} needs two")
             ids = [*prompt, *completion]
             if len(ids) > context:
                 raise UserError(f"rollout {i}: {len(ids)} tokens; leave it out, the model reads {context}")
@@ -269,6 +288,25 @@ class NeuronTracer:
                     f"rollout {i}: a token mask of {len(mask)} with {sum(mask)} tokens for a completion of "
                     f"{len(completion)}; give one flag per token, at least one of them set"
                 )
+
+
+class _Named(NamedTuple):
+    function: Callable[..., Any]
+    names: tuple[str, ...]
+    sha256: str | None
+
+
+def _named(kind: Kind, name: str, known: Sequence[str]) -> _Named:
+    """The function of an option, and which of the ``known`` tensors and numbers it is called with.
+
+    Raises:
+        UserError: It has another parameter.
+    """
+    found = find(kind, name)
+    names = tuple(inspect.signature(found.function).parameters)
+    if other := [parameter for parameter in names if parameter not in known]:
+        raise UserError(f"{kind} {name}: parameter {other[0]}; it may name {', '.join(known)}")
+    return _Named(found.function, names, found.sha256)
 
 
 def _whole_inputs(tokens: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -290,7 +328,7 @@ def _untraced_first(
     return (*prompt, *completion[:first]), completion[first:], mask[first:]
 
 
-def _pack(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Split indices into batches of near-equal lengths, longest first: rows * longest <= ``batch_tokens``."""
     batches: list[list[int]] = []
     rows = 0

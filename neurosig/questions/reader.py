@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from neurosig.questions.answers.extract import AnswerFormat, extract_answer, parser_sha256
 from neurosig.questions.answers.grading import is_correct, is_lenient
 from neurosig.questions.answers.normal import normalise
-from neurosig.questions.custom_parser import Parser, load_parser
 from neurosig.questions.vote import Vote, VoteMerge, majority_vote, merge_answers
+from neurosig.registry import Function, find
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_config
 
@@ -66,7 +66,7 @@ class AnswerReader:
         answer_parser_sha256: Hash of the source file of ``answer_parser``.
 
     Raises:
-        UserError: See `neurosig.questions.custom_parser.load_parser`.
+        UserError: See `neurosig.registry.find`.
     """
 
     answer_format: AnswerFormat = "auto"
@@ -74,14 +74,14 @@ class AnswerReader:
     answer_parser: str | None = None
     prompt_opens_thought: bool = False
     answer_parser_sha256: str | None = field(default=None, init=False)
-    _parse: Parser | None = field(default=None, init=False, repr=False, compare=False)
+    _parse: Function | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_config(self)
         if self.answer_parser is not None:
-            parse, digest = load_parser(self.answer_parser)
-            object.__setattr__(self, "_parse", parse)
-            object.__setattr__(self, "answer_parser_sha256", digest)
+            found = find("answer_parser", self.answer_parser)
+            object.__setattr__(self, "_parse", found.function)
+            object.__setattr__(self, "answer_parser_sha256", found.sha256)
 
     def read(self, completions: Sequence[Completion], question: Question) -> Reading:
         """Parse a question's K completions and vote.

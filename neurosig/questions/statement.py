@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
+from string import ascii_lowercase
 from typing import NamedTuple
 
 from neurosig.questions.answers.extract import resolved
@@ -19,7 +21,7 @@ from neurosig.questions.load import Question
 from neurosig.questions.reader import AnswerReader
 from neurosig.questions.thoughts import thought_of
 
-_WORD = re.compile(r"[-+$]?\w+[+%]?")
+_WORD = re.compile(r"[-+]?\w+[+%]?")
 MOST_WORDS, LONGEST_RUN = 200, 12
 """Words of a statement in which the answer is looked for, and of one answer."""
 
@@ -58,10 +60,11 @@ def answer_place(text: str, answer: str | None, question: Question, reader: Answ
     in_order = resolved(reader.answer_format, question) == "short"
     ordered = [*reversed(announced), *(others if in_order else reversed(others))]
     found = next((span for span in ordered if _reads(part[slice(*span)], answer, question, reader)), None)
-    found = found or next((span for span in ordered if _words(part[slice(*span)], answer, question)), None)
+    words_in = partial(answer_words, answer=answer, question=question, first=True, most=MOST_WORDS)
+    found = found or next((span for span in ordered if words_in(part[slice(*span)])), None)
     if found is None:
         return None
-    words = _words(part[slice(*found)], answer, question)
+    words = words_in(part[slice(*found)])
     first = begin + found[0]
     return AnswerPlace((first, begin + found[1]), words and (first + words[0], first + words[1]))
 
@@ -82,13 +85,31 @@ def _reads(sentence: str, answer: str, question: Question, reader: AnswerReader)
     return reader.extract(sentence, "stop", question) == answer
 
 
-def _words(sentence: str, answer: str, question: Question) -> tuple[int, int] | None:
-    """The first and shortest run of words that is a name of the answer."""
+def answer_words(
+    text: str, answer: str, question: Question, *, first: bool = False, most: int | None = None
+) -> tuple[int, int] | None:
+    """Where a parsed answer last is in a text, ``(start, end)`` in characters; ``None`` if it is not there.
+
+    That is the shortest run of words that is a name of the answer, or with choices its letter, a capital before a small
+    one.
+
+    Args:
+        text: A completion, or a part of it.
+        answer: What the parser read in it.
+        question: The question; with choices the answer is a letter.
+        first: The first place instead.
+        most: Look at the first so many words only.
+    """
+    order = 0 if first else -1
+    if question.choices:
+        letters = (answer.upper(), answer) if answer in ascii_lowercase else ()
+        found = ([*re.finditer(rf"(?<![^\W_]){letter}(?![^\W_])", text)] for letter in letters)
+        return next((matches[order].span() for matches in found if matches), None)
     wanted = canonical(answer, question)
-    words = [found.span() for found in _WORD.finditer(sentence)][:MOST_WORDS]
-    for last in range(len(words)):
-        for first in range(last, max(-1, last - LONGEST_RUN), -1):
-            start, end = words[first][0], words[last][1]
-            if canonical(normalise(sentence[start:end]), question) == wanted:
+    words = [found.span() for found in _WORD.finditer(text)][:most]
+    for last in range(len(words)) if first else reversed(range(len(words))):
+        for begin in range(last, max(-1, last - LONGEST_RUN), -1):
+            start, end = words[begin][0], words[last][1]
+            if canonical(normalise(text[start:end]), question) == wanted:
                 return start, end
     return None

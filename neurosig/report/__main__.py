@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PAGE, SIGNALS_CSV, NEURONS_CSV, LAYERS_CSV = "report.html", "signals.csv", "located_neurons.csv", "layers.csv"
-PATH_CSV, FOLDS_CSV, PROBE = "path.csv", "folds.csv", "probe.safetensors"
+PATH_CSV, FOLDS_CSV, PROBE, CONTEXTS_CSV = "path.csv", "folds.csv", "probe.safetensors", "contexts.csv"
 
 
 @dataclass(kw_only=True)
@@ -76,6 +76,7 @@ def main(config: ReportConfig) -> None:
     from neurosig.manifest import HEADER
     from neurosig.report.against import against
     from neurosig.report.data import layer_profile, question_level, rollout_level
+    from neurosig.report.effects import effects
     from neurosig.report.html import render
     from neurosig.report.patterns import patterns
     from neurosig.report.probe import Located, locate
@@ -117,12 +118,15 @@ def main(config: ReportConfig) -> None:
         with timer.phase("cluster"):
             clustered = patterns(exported, seed=config.seed)
         with timer.phase("compare"):
+            affected = effects(exported, gold, analysis)
             compared = None if config.against is None else against(exported, config.against, gold, analysis)
         with timer.phase("write"):
             page = _page(config, exported, levels, tables, lacking, layers, located, clustered, gold, analysis)
             page |= {"folds": folds, "permutations": config.permutations, "against": compared}
+            page["effects"] = affected
             page["most_neurons"] = config.neurons
             page["findings"] += [folds.sentence] if folds.rows else []
+            page["findings"] += [affected.sentence] if affected else []
             out = config.manifest / "report" if config.out is None else config.out
             out.mkdir(parents=True, exist_ok=True)
             write_atomic(out / SIGNALS_CSV, _signals_csv(levels, tables))
@@ -132,6 +136,8 @@ def main(config: ReportConfig) -> None:
                 located.probe.save(out / PROBE)
             if folds.rows:
                 write_atomic(out / FOLDS_CSV, _csv(folds.records))
+            if affected:
+                write_atomic(out / CONTEXTS_CSV, _csv(affected.questions))
             write_atomic(out / LAYERS_CSV, _csv([asdict(layer) for layer in layers]))
             write_atomic(out / PAGE, render(page))
     for sentence in page["findings"]:

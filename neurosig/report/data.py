@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,7 @@ from neurosig.exported import Exported
 from neurosig.manifest import QuestionRow
 from neurosig.questions.answers import is_correct
 from neurosig.questions.load import Question
+from neurosig.registry import ContextScore
 from neurosig.report.signal_table import Signal, SignalKind
 from neurosig.statistics.auroc import token_overlap
 
@@ -121,7 +123,10 @@ def question_level(exported: Exported, gold: Mapping[str, Question]) -> LevelDat
     overlap = np.array(
         [token_overlap([rollout.completion_ids_without_eos for rollout in group]).mean() for group in groups]
     )
-    by_name = {name: -np.array([row.scores[name] for row in rows]) for name in rows[0].scores}
+    names = [name for name in rows[0].scores if name not in get_args(ContextScore)]  # `effects` judges those
+    by_name = {
+        name: -np.array([row.scores[name] for row in rows]) for name in names if all(name in row.scores for row in rows)
+    }
     by_name = {"length": -length, **by_name, "token_overlap": overlap}
     right = np.array([is_correct(row.pseudo_label, gold[row.question_id]) for row in rows]) if gold else None
     vote = np.array([row.vote.count / row.vote.n for row in rows if row.vote is not None])
@@ -205,9 +210,11 @@ def layer_profile(exported: Exported) -> list[Layer]:
 def examples(
     exported: Exported, gold: Mapping[str, Question], count: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The selected questions with the lowest scores and the questions with the highest, by the ranking score."""
-    score = str(exported.manifest.header.options["hallucination_score"])
-    ranked = sorted(exported.rows.values(), key=lambda row: (row.scores[score], row.question_id))
+    """The selected questions that the ranking score puts first, and the questions that it puts last."""
+    options = exported.manifest.header.options
+    score, sign = str(options["hallucination_score"]), -1 if options.get("keep_scores") == "highest" else 1
+    scored = [row for row in exported.rows.values() if score in row.scores]
+    ranked = sorted(scored, key=lambda row: (sign * row.scores[score], row.question_id))
     selected_rows = [row for row in ranked if row.selected][:count]
     suspect = [row for row in reversed(ranked) if row not in selected_rows][:count]
     return (

@@ -132,9 +132,13 @@ def help_page(
         lines += option.lines(width)
     if presets:
         lines += ["", "Presets (--preset NAME), in the words of a --config file:"]
+    names_of: dict[str, list[str]] = {}
     for name, values in presets.items():
         text = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items()) or "the defaults"
-        lines += textwrap.wrap(text, width, initial_indent=f"  {name:<10}  ", subsequent_indent=" " * 14)
+        names_of.setdefault(text, []).append(name)
+    for text, names in names_of.items():
+        head = f"  {', '.join(names):<10}  "
+        lines += textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 14)
     return "\n".join(lines)
 
 

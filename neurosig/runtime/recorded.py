@@ -107,7 +107,8 @@ def _hash_once(path: Path, size: int, changed: int) -> str:
 def options_record(config: CommonConfig) -> dict[str, Any]:
     """The options of a run as JSON values, without those that have no effect or no effect on the results.
 
-    The value of an option that names existing paths is their list, each with ``path`` and ``sha256``.
+    The value of an option that names existing paths is their list, each with ``path`` and ``sha256``; a function that
+    is not ours has ``name`` and ``sha256``.
     """
     left_out = {*option_names(type(config), Shapes.PLACE), *config.without_effect()}
     record = {name: value for name, value in config_record(config).items() if name not in left_out}
@@ -120,6 +121,10 @@ def options_record(config: CommonConfig) -> dict[str, Any]:
         value = record[name]
         listed = [_with_hash(text, hashes) for text in (value if isinstance(value, list) else [value])]
         record[name] = listed if isinstance(value, list) else listed[0]
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if name in record and hasattr(mark, "record"):  # a function, which its source's hash tells
+                record[name] = mark.record(record[name])
     return record
 
 

@@ -9,7 +9,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from neurosig.runtime.errors import UserError
 
@@ -28,7 +28,9 @@ class Shapes(enum.Flag):
     TRAINING = enum.auto()
     """The trained weights."""
     DISTILLATION = enum.auto()
-    """Only the methods nopsd and u-opsd; the baselines refuse the option."""
+    """Only the methods nopsd, u-opsd and opsa; those on TRL's trainers refuse the option."""
+    TEACHER = enum.auto()
+    """Only the methods with a teacher, nopsd and u-opsd; all others refuse the option."""
     RESOURCES = enum.auto()
     """Memory and speed only: may change when a run is resumed, though the last bits of its results then may too."""
     EXTENDS = enum.auto()
@@ -51,15 +53,36 @@ def option_names(config_class: type, *marks: Shapes) -> tuple[str, ...]:
     )
 
 
+@runtime_checkable
+class Mark(Protocol):
+    """What limits an option's values, written among its annotations."""
+
+    def check(self, option: str, value: Any) -> None:
+        """Raise a `UserError` for a value that it does not allow."""
+
+
 @dataclass(frozen=True)
 class AtLeast:
     """Mark of an option's smallest value but for None, written as ``steps: Annotated[int, AtLeast(1)] = 20``."""
 
     value: int
 
+    def check(self, option: str, value: Any) -> None:
+        if value is not None and not value >= self.value:
+            raise UserError(f"{_flag(option)}: expected at least {self.value}, got {value}")
+
 
 class Above0:
     """Mark of an option that is a finite number above 0."""
+
+    @staticmethod
+    def check(option: str, value: Any) -> None:
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{_flag(option)}: expected a number above 0, got {value}")
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def check_config(config: Any) -> None:
@@ -73,11 +96,8 @@ def check_config(config: Any) -> None:
         value = getattr(config, name)
         check_choice(name, value, hint)
         for mark in getattr(hint, "__metadata__", ()):
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(mark, AtLeast) and value is not None and not value >= mark.value:
-                raise UserError(f"{flag}: expected at least {mark.value}, got {value}")
-            if mark is Above0 and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{flag}: expected a number above 0, got {value}")
+            if isinstance(mark, Mark):
+                mark.check(name, value)
 
 
 def check_choice(option: str, value: object, hint: Any) -> None:

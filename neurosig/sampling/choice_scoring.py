@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from neurosig.models.completion_hidden import completion_hidden, head_logits
+from neurosig.models.completion_hidden import HEAD_ROWS, completion_hidden, head_logits
 from neurosig.models.finite import first_not_finite
 from neurosig.questions.answers.spaces import members
 from neurosig.runtime.errors import UserError
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from neurosig.sampling.sampler import Prompt
 
 ChoiceForm = Literal["letter", "text"]
-HEAD_ROWS = 256
-"""Positions whose logits are computed at once."""
 PADDED_ROWS = 32
 """Replies that share a batch whatever their lengths; from there on another length is worth another pass."""
 _OPENED = "Answer:"

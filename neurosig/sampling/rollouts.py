@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from neurosig.questions.thoughts import MARKS, thought_of
 from neurosig.runtime.cli import progress
 from neurosig.runtime.errors import UserError
-from neurosig.runtime.files import append_line, write_atomic, write_parquet
-from neurosig.runtime.provenance import check_same_run
+from neurosig.runtime.files import write_parquet
+from neurosig.runtime.keyed_log import KeyedLog
 from neurosig.runtime.shapes import check_choice
 
 logger = logging.getLogger(__name__)
@@ -114,28 +114,26 @@ def answer_start(decode: Callable[[Sequence[int]], str], completion_ids: Sequenc
     return bisect_left(range(len(completion_ids)), closed, key=lambda n: thought_of(decode(completion_ids[:n])).closed)
 
 
-class RolloutLog:
+class RolloutLog(KeyedLog):
     """Append-only log with one line per question, so that a killed run loses at most the question being written.
 
-    The first line is the key: everything that determines the rollouts (model, prompts, sampling). A log with another
-    key is never continued. A torn last line is dropped and its question sampled again.
+    The key is everything that determines the rollouts (model, prompts, sampling).
 
     Raises:
-        UserError: The log is damaged or has another key.
+        UserError: See `KeyedLog`.
     """
 
     def __init__(self, path: str | Path, key: Mapping[str, Any]):
-        self.path = Path(path)
-        self.key = json.loads(json.dumps(key))
         self.groups: dict[str, list[Rollout]] = {}
-        if self.path.exists():
-            self._reopen()
-        else:
-            write_atomic(self.path, json.dumps({"key": self.key}) + "\n")
+        super().__init__(path, key)
+
+    def read(self, line: Any) -> None:
+        group = [parse_rollout(fields) for fields in line]
+        self.groups[group[0].question_id] = group
 
     def append(self, group: Sequence[Rollout]) -> None:
         """Add one question's rollouts and flush them to disk."""
-        append_line(self.path, json.dumps([asdict(rollout) for rollout in group], ensure_ascii=False))
+        self.write([asdict(rollout) for rollout in group])
         self.groups[group[0].question_id] = list(group)
 
     def extend(
@@ -159,17 +157,6 @@ class RolloutLog:
                 bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
                 bar.update(len(self.groups) - bar.n)
         return self.groups
-
-    def _reopen(self) -> None:
-        lines = self.path.read_bytes().split(b"\n")
-        try:
-            earlier = json.loads(lines[0])["key"]
-            groups = [[parse_rollout(fields) for fields in json.loads(line)] for line in lines[1:-1]]
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{self.path}: damaged, so it cannot be resumed ({error}); use --overwrite") from error
-        check_same_run(self.path.parent, earlier, self.key)
-        self.groups = {group[0].question_id: group for group in groups}
-        write_atomic(self.path, b"\n".join(lines[:-1]) + b"\n")
 
 
 def parse_rollout(fields: Mapping[str, Any]) -> Rollout:

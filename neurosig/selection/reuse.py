@@ -7,11 +7,11 @@ from pathlib import Path
 
 from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel
-from neurosig.neurons.config import TraceConfig
+from neurosig.neurons.config import PARSED, TraceConfig
 from neurosig.neurons.contributions import ActiveSets
-from neurosig.neurons.positions import PARSED
 from neurosig.questions.load import Question
 from neurosig.questions.reader import AnswerReader
+from neurosig.registry import Kind, find
 from neurosig.runtime.cli import CommonConfig, config_record
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.provenance import differences, explain
@@ -66,6 +66,10 @@ def reused(
     if options["positions"] in PARSED:
         for side, record in ((there, header.answers), (here, reader.record())):
             side["answers"] = {name: value for name, value in record.items() if name != "vote_merge"}
+    kinds: tuple[Kind, ...] = ("contribution", "active_set")
+    for name in kinds:
+        found = find(name, options[name])
+        there[f"{name}_sha256"], here[f"{name}_sha256"] = header.functions.get(str(there[name])), found.sha256
     signals = exported.signals
     for side in (there, here):
         trace = TraceConfig(active=side["active_set"], set_size=side["set_size"])

@@ -113,6 +113,7 @@ def _guarded(check: Callable[[Path, Found], Iterator[Check]], folder: Path, foun
 def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     """Files, rows and contexts (`neurosig.manifest.read_manifest`), then votes, counts, signals and neurons."""
     from neurosig.manifest import read_manifest
+    from neurosig.verify.functions import function_checks
     from neurosig.verify.recomputed import lengths_problem, votes_problem
 
     manifest = read_manifest(folder)
@@ -126,6 +127,7 @@ def check_manifest(folder: Path, found: Found) -> Iterator[Check]:
     counts = {"questions": len(manifest.rows), **{str(reason): count for reason, count in reasons.items()}}
     yield "counts by reason", "" if counts == header.counts else f"{header.counts}, the rows say {counts}"
     yield "lengths of the rollouts", lengths_problem(manifest)
+    yield from function_checks(header)
     gold = {"answer", "aliases", "gold", "answers_gold", "answerKey"} & set(_keys(folder / "manifest.json"))
     yield "no gold answer in it", f"manifest.json has the field {min(gold)}" if gold else ""
     yield "signals and neurons", _signals_problem(folder, len(manifest.rollouts))
@@ -256,9 +258,9 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
     """Rows against rollouts (and gold answers, where the questions are at hand), aggregates against rows."""
     import pyarrow.parquet
 
-    from neurosig.questions.custom_parser import MissingParser
     from neurosig.questions.load import load_questions
     from neurosig.questions.reader import AnswerReader
+    from neurosig.registry import MissingFunction
     from neurosig.runtime.files import sha256_file
     from neurosig.verify.recomputed import aggregates, choice_aggregates, choice_row_problem, difference, row_problem
 
@@ -292,7 +294,7 @@ def check_evaluation(folder: Path, found: Found) -> Iterator[Check]:
         wrong = next((f'question "{name}": {problem}' for name, problem in problems if problem), "")
         if sampled and not form.is_of(summary["answers"]):
             wrong = f"{SKIPPED}another version of the parser read them"
-    except MissingParser as error:
+    except MissingFunction as error:
         wrong = f"{SKIPPED}{error}"
     missing = (
         ""

@@ -17,11 +17,11 @@ from scipy import special
 from neurosig.manifest import Manifest
 from neurosig.questions.answers import is_correct, normalise
 from neurosig.questions.answers.spaces import members
-from neurosig.questions.custom_parser import MissingParser
 from neurosig.questions.load import Question
 from neurosig.questions.reader import AnswerReader
 from neurosig.questions.thoughts import thought_of
 from neurosig.questions.vote import majority_vote
+from neurosig.registry import MissingFunction
 from neurosig.sampling.rollouts import Rollout, parse_rollout
 from neurosig.statistics import metrics
 from neurosig.verify import SKIPPED
@@ -33,7 +33,7 @@ def votes_problem(manifest: Manifest) -> str:
     """The first question whose answers or vote do not follow from its rollouts, or an empty string."""
     try:
         reader = manifest.header.answer_reader()
-    except MissingParser as error:
+    except MissingFunction as error:
         return f"{SKIPPED}{error}"
     if not reader.is_of(manifest.header.answers):
         return f"{SKIPPED}another version of the parser read them"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import math
-import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,21 +13,12 @@ from torch import Tensor
 
 from neurosig.hallucination.planted import PlantedConfig, plant
 from neurosig.patterns.similarity import Neighbours, nearest_sets
-from tests.benchmarks.resident import resident_mb, restart_peak
+from tests.benchmarks.resident import measured
 
 pytestmark = pytest.mark.bench
 SIZES = (1_000, 3_000, 10_000, 30_000)
 SCIPY_UP_TO = 10_000
 M = 10
-
-
-def measured(call: Callable[[], object]) -> tuple[object, float, float]:
-    """The result of ``call``, its seconds, and the rise of peak resident memory in MB."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory that was freed earlier is reused without being counted
-    restart_peak()
-    before, start = resident_mb("VmRSS"), time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - start, resident_mb("VmHWM") - before
 
 
 def scipy_products(sets: Tensor) -> None:

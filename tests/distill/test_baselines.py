@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.baselines import trl as baselines
-from distill.baselines.trl import question_prompts
-from distill.tasks import sampling_config
+from distill.tasks import question_prompts, sampling_config
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
@@ -143,10 +142,10 @@ def test_baselines_take_the_questions_of_n_opsd_or_all(tmp_path: Path, split_man
     read, loaded = read_manifest(split_manifest), load_model(tmp_path / "model")
     config = baseline_config(tmp_path, split_manifest)
     sampling = sampling_config(config, read)
-    selected = question_prompts(read, loaded, config, sampling)
+    selected = question_prompts(read, loaded, config, max_new_tokens=sampling.max_new_tokens)
     assert list(selected) == [row.question_id for row in read.selected] and 0 < len(selected) < len(read.rows)
     config.questions_of = "all"
-    everything = question_prompts(read, loaded, config, sampling)
+    everything = question_prompts(read, loaded, config, max_new_tokens=sampling.max_new_tokens)
     assert list(everything) == [row.question_id for row in read.rows]
     assert all(everything[name] == prompt for name, prompt in selected.items())
 

@@ -10,8 +10,7 @@ import torch
 
 from distill.baselines import trl as baselines
 from distill.baselines.rewards import consistent_rollouts
-from distill.baselines.trl import question_prompts
-from distill.tasks import sampling_config
+from distill.tasks import question_prompts, sampling_config
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.runtime.errors import UserError
@@ -31,7 +30,7 @@ def test_lmsi_learns_the_exact_tokens_of_the_consistent_rollouts(tmp_path: Path,
     """The loss of the first step is the plain cross-entropy of the completions, the prompt's labels left out."""
     read, loaded = read_manifest(manifest), load_model(manifest.parent / "model")
     config = baseline_config(tmp_path, manifest, method="lmsi", steps=1)
-    prompts = question_prompts(read, loaded, config, sampling_config(config, read))
+    prompts = question_prompts(read, loaded, config, max_new_tokens=sampling_config(config, read).max_new_tokens)
     found = consistent_rollouts(read, list(prompts), keep_truncated=True)
     rows = {row.question_id: row for row in read.rows}
     assert 0 < len(found) < len(read.rollouts)

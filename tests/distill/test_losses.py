@@ -8,12 +8,10 @@ import math
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.losses import DivergenceOutput, cut_share
 from neurosig.runtime.errors import UserError
-from tests.support.divergences import DIVERGENCES, divergence_of, inputs
+from tests.support.divergences import DIVERGENCES, VocabularyRows, divergence_of, inputs
 
 CLIPS = ("none", "token", "entry")
 
@@ -333,21 +331,6 @@ def test_bfloat16_hidden_states_are_reduced_in_float32():
     torch.testing.assert_close(output.loss.double(), exact.loss, rtol=1e-5, atol=0)
     output.loss.backward()
     assert tensors[0].grad.dtype == tensors[2].grad.dtype == torch.bfloat16
-
-
-class VocabularyRows(TorchDispatchMode):
-    """Records how many rows of vocabulary width each operation's tensors hold."""
-
-    def __init__(self, vocab: int) -> None:
-        super().__init__()
-        self.vocab, self.rows = vocab, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.numel() >= self.vocab:
-                self.rows = max(self.rows, tensor.numel() // self.vocab)
-        return result
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

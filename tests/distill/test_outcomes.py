@@ -11,23 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from distill.config import PRESETS, TrainConfig
+from distill.config import BASIS, PRESETS, TrainConfig
 from distill.distributed import ALONE
 from distill.losses import Divergence, chunked_divergence
 from distill.step import learn
 from distill.student import StudentSampler, make_student
 from distill.tasks import Task, load_student, manifest_tasks, sampling_config
 from distill.teacher import Teacher
+from distill.train import main
 from neurosig.export import PRESETS as EXPORT_PRESETS
 from neurosig.export import ExportConfig
 from neurosig.export import main as export
 from neurosig.manifest import read_manifest
 from neurosig.models.completion_hidden import completion_hidden
 from neurosig.models.load import LoadedModel
+from neurosig.runtime.arguments import parse_config
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import make_manifest
 from tests.support.parsers import UNCUT
 from tests.support.processes import run_training, train_arguments
+from tests.support.runs import metrics_of, train_config
 
 LOSSES = [
     *itertools.product(("forward_kl", "reverse_kl", "jsd"), ("none", "token", "entry")),
@@ -69,7 +72,7 @@ def change(manifest: Path, **options: Any) -> tuple[float, float]:
 
     A live teacher is measured as it is then, the others as the model before training.
     """
-    config = TrainConfig(manifest=manifest, out=manifest, keep_truncated=True, quiet=True, **options)
+    config = TrainConfig(manifest=manifest, out=manifest, quiet=True, **{"keep_truncated": True, **options})
     contents = read_manifest(manifest)
     loaded = load_student(config, contents, None)
     few = loaded.info.id == "organism"
@@ -112,14 +115,58 @@ def test_the_divergence_falls_by_half_on_the_organism(organism: Path, divergence
     assert before > 0.005 and after < before / 2
 
 
-def test_a_preset_says_what_it_rests_on(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_training(train_arguments(tiny, tmp_path / "run", preset="qwen3-4b", steps=1)) == 0
-    assert "preset qwen3-4b: not run at full size; public recipes" in capsys.readouterr().err
+@pytest.mark.parametrize("preset", ["qwen3-4b", "published", "canon", "opsa"])
+def test_a_preset_says_what_it_rests_on(
+    tmp_path: Path, tiny: Path, preset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"preset": preset, "steps": 1, "max_new_tokens": 4}
+    assert run_training(train_arguments(tiny, tmp_path / "run", **options)) == 0
+    assert f"preset {preset}: {BASIS[preset]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_of_a_published_recipe_is_listed_with_its_basis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipes = {*PRESETS} - {"cpu", "organism"}
+    assert BASIS.keys() == recipes
+    assert all("run at full size" in text for text in BASIS.values())
+    for preset in recipes:
+        words = ["--preset", preset, "--manifest", str(tmp_path), "--out", str(tmp_path)]
+        config = parse_config(TrainConfig, presets=PRESETS, prog="train", argv=words)
+        assert {name: getattr(config, name) for name in PRESETS[preset]} == PRESETS[preset]
+    assert run_training(["--help"]) == 0
+    page = capsys.readouterr().out
+    assert "inflow, published, consistency, redundancy, mutual, full  steps = 250" in page
+    assert all(f"\n  {name} " in page for name in ("canon", "u-opsd", "opsa"))
+
+
+SLOW_PRESETS = ("organism", "qwen3-4b", "canon", "u-opsd")
+"""Presets whose loss and teacher another preset or test has."""
+
+
+def presets_with_a_teacher() -> Iterator[Any]:
+    """One of those that are equal."""
+    seen: list[Mapping[str, object]] = []
+    for name, values in PRESETS.items():
+        if values not in seen and values.get("method") != "opsa":
+            yield pytest.param(name, marks=pytest.mark.slow if name in SLOW_PRESETS else ())
+        seen.append(values)
+
+
+@pytest.mark.parametrize("preset", presets_with_a_teacher())
 def test_a_preset_lowers_the_divergence(organism: Path, preset: str) -> None:
-    """Its loss, teacher and adapter, at the organism's learning rate: larger models need smaller ones."""
-    options = {**PRESETS[preset], "learning_rate": PRESETS["organism"]["learning_rate"]}
-    before, after = change(organism, **options)
+    """Its loss, teacher and adapter, at a learning rate for the organism and its length: larger models need smaller
+    rates, as do larger adapters with clipped gradients."""
+    rate = 5e-4 if preset == "u-opsd" else PRESETS["organism"]["learning_rate"]
+    before, after = change(organism, **{**PRESETS[preset], "learning_rate": rate, "max_new_tokens": None})
     assert before > 0.005 and after < before / 2
+
+
+@pytest.mark.slow
+def test_the_preset_without_a_teacher_moves_mass_to_the_head(tiny: Path, tmp_path: Path) -> None:
+    """At a rate for a small model, fresh samples have less entropy and are likelier. The organism's are too sure."""
+    own = {"learning_rate": 5e-3, "max_new_tokens": None, "steps": 16, "questions_per_step": 8, "num_generations": 4}
+    main(train_config(tmp_path, tiny, **{**PRESETS["opsa"], **own}))
+    metrics = metrics_of(tmp_path / "run")
+    assert metrics[-1]["student_entropy"] < 0.8 * metrics[0]["student_entropy"]
+    assert metrics[-1]["student_logprob"] > 0.8 * metrics[0]["student_logprob"]

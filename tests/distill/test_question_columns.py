@@ -65,7 +65,7 @@ def test_a_note_replaces_the_demonstrations(manifest: Manifest) -> None:
     assert all(row.privileged_context is None for row in others) and any(row.context for row in others)
     assert {item.question_id for row in others for item in row.context} & {row.question_id for row in noted}
     assert manifest.header.notes[-1] == "4 of 8 questions bring the privileged_context that their teacher sees"
-    assert manifest.header.options["fields"] == list(FIELDS) and manifest.header.schema_version == "1.3"
+    assert manifest.header.options["fields"] == list(FIELDS) and manifest.header.schema_version == "1.4"
     assert "GOLD" not in (manifest.folder / "questions.jsonl").read_text()
 
 

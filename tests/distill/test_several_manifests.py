@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from distill.train import main
-from neurosig.combined import combine
 from neurosig.export import main as export
 from neurosig.manifest import read_manifest
+from neurosig.manifest.combined import combine
 from neurosig.runtime.errors import UserError
 from neurosig.verify.__main__ import VerifyConfig
 from neurosig.verify.__main__ import main as verify

@@ -62,6 +62,11 @@ def steps(**series: list[Any]) -> list[dict[str, Any]]:
             "the student's entropy is 0.300 nats, the teacher's 1.000",
         ),
         ({"student_entropy": [1.2, 0.8, 5.0, 9.0]}, None),
+        ({"student_entropy": [0.9, 0.7, 0.5, 0.4], "teacher_entropy": [None] * 4}, None),
+        (
+            {"student_entropy": [0.9, 0.7, 0.4, 0.3], "teacher_entropy": [None] * 4},
+            "the student's entropy is 0.350 nats, in its first steps 0.800",
+        ),
         ({"distinct_3": [0.8, 0.8, 0.4, 0.3]}, "the share of distinct trigrams fell from 0.80 to 0.35"),
     ],
 )

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import distill.step
-from distill.config import TrainConfig
+from distill.config import PRESETS, TrainConfig
 from distill.tasks import Task, questions_of_step, replay_tasks
 from distill.teacher import Teacher
 from distill.train import main
@@ -46,10 +46,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_manifest(tmp_path_factory.mktemp("export"), answer_parser=UNCUT)
 
 
-def test_no_context_and_a_live_teacher_teach_exactly_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"teacher": "live"}, PRESETS["consistency"]], ids=["live", "consistency"])
+def test_no_context_and_a_live_teacher_teach_exactly_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    """And no metric divides by the divergence of 0."""
     manifest = make_manifest(tmp_path, context_policy="none")
-    metrics, _ = train(tmp_path, manifest, teacher="live")
+    metrics, _ = train(tmp_path, manifest, **{**options, "steps": 4, "save_steps": 2, "max_new_tokens": None})
     for step in metrics:
+        assert all(math.isfinite(value) for value in step.values())
         assert step["loss"] == 0.0
         assert step["grad_norm"] == 0.0
         assert step["entropy_gap"] == 0.0

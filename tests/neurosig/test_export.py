@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from distill.config import TrainConfig
 from distill.train import main as train
 from neurosig.export import PRESETS, ExportConfig
 from neurosig.export import main as export
-from neurosig.hallucination.config import HallucinationScore
+from neurosig.hallucination.scores import BEFORE_CONTEXTS
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.neurons.config import TraceConfig
@@ -326,7 +326,7 @@ def test_every_option_reaches_the_manifest(tmp_path: Path, options: dict[str, An
     share = {row.question_id: row.vote.count / row.vote.n for row in manifest.rows}  # type: ignore[union-attr]
     by_vote = options.get("question_weight") == "vote_share"
     assert {row.question_id: row.weight for row in manifest.rows} == (share if by_vote else dict.fromkeys(share, 1.0))
-    assert set(manifest.rows[0].scores) == set(get_args(HallucinationScore))
+    assert set(manifest.rows[0].scores) == set(BEFORE_CONTEXTS)
     if options.get("context_policy") == "majority_solution":
         for row in manifest.selected:
             (item,) = row.context

@@ -6,11 +6,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from neurosig.hallucination.config import HallucinationScore
+from neurosig.hallucination.scores import BEFORE_CONTEXTS
 from neurosig.manifest import (
     FILES,
     HEADER,
@@ -48,7 +48,7 @@ def test_a_manifest_holds_what_was_decided(folder: Path) -> None:
     assert [row.question_id for row in manifest.rows] == [f"q{index}" for index in range(8)]
     for row in manifest.rows:
         assert len(row.answers) == row.vote.n == 3  # type: ignore[union-attr]
-        assert set(row.scores) == set(get_args(HallucinationScore))
+        assert set(row.scores) == set(BEFORE_CONTEXTS)
         assert row.as_question().answer is None
         for item in row.context:
             assert manifest.rollouts[item.question_id, item.rollout_id].question_id == item.question_id
@@ -113,10 +113,10 @@ def test_a_context_with_the_same_text_under_another_id_is_refused(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.3; upgrade"),
+        (lambda header: header.update(schema_version="2.0"), "schema version 2.0, this neurosig reads 1.4; upgrade"),
         (
             lambda header: header.update(schema_version="1.1"),
-            "schema version 1.1 has other fields than 1.3; export",
+            "schema version 1.1 has other fields than 1.4; export",
         ),
         (lambda header: header["answers"].pop("vote_merge"), r"\$\.answers\.vote_merge: field missing or unknown"),
         (lambda header: header["answers"].update(merge=1), r"\$\.answers\.merge: field missing or unknown"),
@@ -224,7 +224,7 @@ def test_a_path_outside_the_folder_is_never_opened(
         opened.append(path.name)
         return sha256_file(path)
 
-    monkeypatch.setattr("neurosig.manifest.sha256_file", recorded)
+    monkeypatch.setattr("neurosig.manifest.files.sha256_file", recorded)
     with pytest.raises(UserError, match=r'manifest\.json: files\["\.\./x"\]: path leaves the manifest folder'):
         read_manifest(folder)
     assert "x" not in opened

@@ -12,7 +12,8 @@ import torch
 
 from neurosig.export import main as export
 from neurosig.exported import Exported
-from neurosig.manifest import BEFORE_1_3, read_manifest
+from neurosig.manifest import read_manifest
+from neurosig.manifest.files import BEFORE_1_3
 from neurosig.models.load import load_model
 from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.tracer import NeuronTracer

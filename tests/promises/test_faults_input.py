@@ -222,7 +222,7 @@ CASES = [
          question_row(lambda row: row["context"][0].update(question_id="q1"))),
     Case("train", "dangling context", rf"{PATTERN}:2: \$\.context\[0\]: no rollout 9 of question",
          question_row(lambda row: row["context"][0].update(rollout_id=9))),
-    Case("train intervene", "newer schema", r"schema version 2\.0, this neurosig reads 1\.3; upgrade",
+    Case("train intervene", "newer schema", r"schema version 2\.0, this neurosig reads 1\.4; upgrade",
          header(lambda h: h.update(schema_version="2.0"))),
     Case("train", "a path out of the folder", r'files\["\.\./x"\]: path leaves the manifest folder',
          header(lambda h: h["files"].update({"../x": h["files"]["neurons.csv"]}))),

@@ -89,6 +89,7 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"topk": 8},
     {"clip": "token", "loss_temperature": 2.0},
     {"gradient_checkpointing": True},
+    {"method": "opsa"},
 ]
 
 
@@ -153,7 +154,7 @@ def test_a_compiled_step_is_that_of_a_plain_one(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["lmsi", "ttrl", "intuitor", "u-opsd"])
+@pytest.mark.parametrize("method", ["lmsi", "ttrl", "intuitor", "u-opsd", "opsa"])
 def test_the_baselines_train(tmp_path: Path, method: str) -> None:
     manifest = make_manifest(
         tmp_path,

@@ -30,6 +30,7 @@ def test_the_import_contracts_hold() -> None:
     [
         "neurosig",
         "neurosig.export",
+        "neurosig.screen",
         "neurosig.intervene.__main__",
         "distill.train",
         "distill.evaluate",

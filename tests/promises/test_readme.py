@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from figures.experiments.signal_search import adds
+from neurosig.export_config import ExportConfig
 from neurosig.runtime.arguments import parse_config
 from tests.benchmarks import memory
 from tests.support.commands import command_module
-from tests.support.paths import ROOT
+from tests.support.paths import FIGURE_DATA, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = {
     "neurosig.export": "ExportConfig",
     "neurosig.check": "CheckConfig",
     "neurosig.report": "ReportConfig",
+    "neurosig.screen": "ScreenConfig",
     "neurosig.intervene": "InterveneConfig",
     "neurosig.verify": "VerifyConfig",
     "distill.train": "TrainConfig",
@@ -118,3 +123,47 @@ def test_the_memory_table_is_the_arithmetic() -> None:
         "loss: two": [terms["loss: two chunks of logits"]] * 3,
     }.items():
         assert cells(name) == pytest.approx(expected, abs=0.06), name
+
+
+def test_what_screening_buys_is_the_committed_table() -> None:
+    """Every number with an interval in that section is one of the table's."""
+    section = README[README.index("### Sample where it is worth it") :].partition("\n##")[0]
+    with (FIGURE_DATA / "screening.csv").open(newline="") as handle:
+        rows = [[row[name] for name in ("value", "low", "high")] for row in csv.DictReader(handle) if row["low"]]
+    numbers = [[float(number) for number in row] for row in rows]
+    named = re.findall(r"(\d*\.\d+) \[(\d*\.\d+), (\d*\.\d+)\]", section)
+    assert len(named) >= 8
+    for found in named:
+        digits = len(found[0].partition(".")[2])
+        wanted = [f"{float(number):.{digits}f}" for number in found]
+        assert any([f"{number:.{digits}f}" for number in row] == wanted for row in numbers), found
+
+
+def test_numbers_of_the_signal_search_are_those_of_its_table() -> None:
+    """Each interval is one of the table's; as many tests add as it says, and the rule keeps the default."""
+    section = " ".join(README.partition("### Looking for more, honestly")[2].partition("\n#")[0].split())
+    table = pd.read_csv(FIGURE_DATA / "signal_search.csv")
+    known = [table[[name, f"{name}_low", f"{name}_high"]].dropna() for name in ("auroc", "over_vote", "over_default")]
+    rows = {tuple(f"{number:.3f}" for number in row) for part in known for row in part.to_numpy()}
+    named = re.findall(r"([+-]?\.\d+)\s\[(-?\.\d+), (-?\.\d+)\]", section)
+    assert len(named) == 6
+    for found in named:
+        assert tuple(f"{float(number):.3f}" for number in found) in rows, found
+    tried = table[(table["role"] == "tried") & table["over_vote_p"].notna()]
+    counts = {}
+    for stage, tests in tried.groupby("stage"):
+        own = [adds(tests, base) for base in ("over_vote", "over_outputs")]
+        counts[stage] = len(tests), *(int(one.sum()) for one in own)
+    assert counts == {"search": (640, 2, 0), "confirmation": (60, 0, 0)}
+    assert "of 640 tests 2 add" in section and "none of 60 tests adds" in section
+    assert (
+        f"{table.loc[table['stage'] == 'search', 'variant'][table['role'] == 'tried'].nunique()} annotation" in section
+    )
+    mean = table[(table["task"] == "mean over the tasks") & (table["stage"] == "confirmation")]
+    mean = mean[(mean["role"] == "tried") & (mean["event"] == "majority is right")]
+    assert (mean["over_default_low"] < 0).all() and "**The defaults stay.**" in section
+    assert [ExportConfig.positions, ExportConfig.probe_labels, ExportConfig.probe_values] == [
+        "answer",
+        "agreement",
+        "contribution",
+    ]

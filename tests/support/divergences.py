@@ -1,4 +1,4 @@
-"""Random hidden states and heads, and the divergence between them."""
+"""Random hidden states and heads, the divergence between them, and how many rows of logits it holds at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.losses import Divergence, DivergenceOutput, chunked_divergence
 
@@ -39,3 +40,18 @@ def inputs(
     )
     hidden, head = scale * hidden / math.sqrt(d_model), head.requires_grad_()
     return [hidden.requires_grad_(), scale * teacher / math.sqrt(d_model), head, teacher_head]
+
+
+class VocabularyRows(TorchDispatchMode):
+    """Records how many rows of vocabulary width each operation's tensors hold."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.numel() >= self.vocab:
+                self.rows = max(self.rows, tensor.numel() // self.vocab)
+        return result

@@ -13,6 +13,7 @@ from tests.support.paths import ROOT
 
 COMMANDS = (
     *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.intervene", "neurosig.verify"),
+    "neurosig.screen",
     *("neurosig.organism.train", "neurosig.organism.study"),
     *("distill.train", "distill.evaluate", "distill.rescore", "distill.compare"),
     *("figures", "figures.grid", "figures.grid.evidence", "figures.grid.rescore", "figures.experiments.signal_search"),
@@ -131,6 +132,8 @@ def _base(folder: Path, out: Path) -> list[Step]:
         command("neurosig.export", **other, refused=NEEDED.format("signals")),
         command("neurosig.report", **runs, refused=NEEDED.format("signals")),
         command("neurosig.intervene", **runs, **gold, refused=NEEDED.format("signals")),
+        command("neurosig.screen", run=folder / "manifest", questions=folder / "questions.jsonl", out=out / "screened",
+                refused=NEEDED.format("signals")),
         command("neurosig.check", model=folder / "model", refused=NEEDED.format("signals")),
         command("figures.grid", model=folder / "model", sources=f"a={folder}", out=out / "other",
                 refused=NEEDED.format("signals")),
@@ -154,6 +157,8 @@ def _signals(folder: Path, out: Path) -> list[Step]:
                 keep_truncated=True),
         command("neurosig.verify", str(out / "manifest"), shown="ok"),
         command("neurosig.check", model=folder / "model", shown="nnsight = plain hooks"),
+        command("neurosig.screen", run=out / "manifest", questions=folder / "questions.jsonl", out=out / "screened",
+                refused="8 questions with rollouts are too few for a probe"),
         command("neurosig.intervene", **found, **neurons, out=out / "intervene",
                 table=_some_neurons(folder), factors=(0.0, 1.0)),
         command("distill.train", **{**_trained(folder, out / "nopsd"), "manifest": out / "manifest"}),

@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> Callable[[bytes], None]:
                     entry |= {"sha256": hashlib.sha256(contents[name]).hexdigest()}
             header["files"]["questions.jsonl"]["rows"] = len(questions.splitlines())
             header["files"]["rollouts.jsonl"]["rows"] = len(rollouts.splitlines())
-            header["content_sha256"] = neurosig.manifest._content_sha256(header)
+            header["content_sha256"] = neurosig.manifest.files._content_sha256(header)
             head = json.dumps(header).encode()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             pass

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from neurosig.hallucination.config import HallucinationScore, ProbeConfig
+from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.scores import (
+    BEFORE_CONTEXTS,
+    SCORES,
     QuestionSignals,
+    ScoreInputs,
     agreement,
     agreement_majority,
-    hallucination_scores,
+    fitted_probe,
     knn_medoid,
     length,
     neuron_count,
-    random_score,
+    question_scores,
+    random,
     self_certainty,
 )
 from neurosig.patterns.signatures import signature
@@ -28,11 +32,12 @@ from neurosig.sampling.rollouts import Rollout
 
 
 def signal(
-    answers: list[str | None], sets: list[list[int]], logprobs: list[float | None] | None = None, tokens: int = 3
-) -> QuestionSignals:
+    answers: list[str | None], sets: list[list[int]], logprobs: list[float | None] | None = None, tokens: int = 3,
+    name: str = "q",
+) -> QuestionSignals:  # fmt: skip
     """One question; rollout i has ``tokens + i`` tokens before its end and certainty i."""
     rollouts = [
-        Rollout("q", i, str(answer), (5,) * (tokens + i) + (2,), "stop", lp, None if lp is None else -lp, float(i))
+        Rollout(name, i, str(answer), (5,) * (tokens + i) + (2,), "stop", lp, None if lp is None else -lp, float(i))
         for i, (answer, lp) in enumerate(zip(answers, logprobs or [-1.0] * len(answers), strict=True))
     ]
     width = max(map(len, sets))
@@ -42,14 +47,27 @@ def signal(
     return QuestionSignals(rollouts, reading, ids, values, torch.zeros(len(sets), 2))
 
 
+def scores_of(questions: dict[str, QuestionSignals], n_neurons: int) -> Any:
+    probe = fitted_probe(questions, n_neurons=n_neurons, probe=ProbeConfig())
+    return question_scores(list(questions.values()), probe, list(SCORES)).by_name
+
+
+def counted(signals: list[QuestionSignals]) -> Any:
+    return neuron_count(ScoreInputs(signals, np.zeros((len(signals), 1)), 0))
+
+
+def drawn(names: list[str], seed: int) -> list[float]:
+    return random(ScoreInputs([signal(["x"], [[0]], name=name) for name in names], np.zeros((len(names), 1)), seed))
+
+
 def test_scores_by_hand() -> None:
     """Two questions of two rollouts: one agrees with equal neurons, the other splits with disjoint ones."""
     questions = {
-        "a": signal(["x", "x"], [[0, 1], [0, 1]], [-0.5, -1.5]),
-        "b": signal(["x", "y"], [[0, 1], [2, 3]], [-1.0, -3.0]),
+        "a": signal(["x", "x"], [[0, 1], [0, 1]], [-0.5, -1.5], name="a"),
+        "b": signal(["x", "y"], [[0, 1], [2, 3]], [-1.0, -3.0], name="b"),
     }
-    scores = hallucination_scores(questions, n_neurons=4, probe=ProbeConfig()).by_name
-    assert set(scores) == set(get_args(HallucinationScore))
+    scores = scores_of(questions, 4)
+    assert set(scores) == set(BEFORE_CONTEXTS)
     assert scores["agreement"].tolist() == [0.0, 1.0]
     assert scores["vote_share"].tolist() == [0.0, 0.5]
     winner = ["x", "y"].index(questions["b"].vote.winner or "")
@@ -59,7 +77,7 @@ def test_scores_by_hand() -> None:
     assert scores["self_certainty"].tolist() == [-0.5, -float(winner)]
     assert scores["probe_score"].tolist() == [0.5, 0.5]
     assert scores["neuron_count"].tolist() == pytest.approx([-math.log(2) / 2, math.log(2) / 2])
-    assert scores["random"].tolist() == [random_score("a", 0), random_score("b", 0)]
+    assert scores["random"].tolist() == drawn(["a", "b"], 0)
 
 
 SETS = [[0, 1], [0, 1], [0, 2], [7, 8]]
@@ -95,23 +113,23 @@ def test_neuron_count_is_free_of_length() -> None:
         return signal(["x"], [list(range(neurons))], tokens=tokens)
 
     sizes = [(2, 20), (4, 40), (8, 80), (16, 160)]
-    assert neuron_count([grown(*size) for size in sizes]) == pytest.approx(np.zeros(4), abs=1e-12)
-    scores = neuron_count([grown(*size) for size in [*sizes, (4, 80)]])
+    assert counted([grown(*size) for size in sizes]) == pytest.approx(np.zeros(4), abs=1e-12)
+    scores = counted([grown(*size) for size in [*sizes, (4, 80)]])
     assert scores.argmax() == 4
-    assert neuron_count([grown(4, 10), grown(4, 20)]) == pytest.approx([-math.log(2) / 2, math.log(2) / 2])
+    assert counted([grown(4, 10), grown(4, 20)]) == pytest.approx([-math.log(2) / 2, math.log(2) / 2])
 
 
 def test_scores_that_lack_what_they_need_are_absent() -> None:
     questions = {"a": signal(["x", "x"], [[0], [1]]), "b": signal(["x", "x"], [[0], [1]], [-1.0, None])}
-    scores = hallucination_scores(questions, n_neurons=2, probe=ProbeConfig()).by_name
-    assert set(get_args(HallucinationScore)) - set(scores) == {"mean_logprob", "entropy"}
+    scores = scores_of(questions, 2)
+    assert set(BEFORE_CONTEXTS) - set(scores) == {"mean_logprob", "entropy"}
 
 
 def test_random_scores_follow_seed_and_id_and_are_uniform() -> None:
-    assert random_score("a", 0) == random_score("a", 0) != random_score("a", 1)
-    drawn = np.array([random_score(f"q{i}", 0) for i in range(2000)])
-    assert abs(drawn.mean() - 0.5) < 0.03 and drawn.min() >= 0 and drawn.max() < 1
-    assert np.histogram(drawn, bins=10, range=(0, 1))[0].min() > 140
+    assert drawn(["a"], 0) == drawn(["a"], 0) != drawn(["a"], 1)
+    values = np.array(drawn([f"q{i}" for i in range(2000)], 0))
+    assert abs(values.mean() - 0.5) < 0.03 and values.min() >= 0 and values.max() < 1
+    assert np.histogram(values, bins=10, range=(0, 1))[0].min() > 140
 
 
 def test_every_signature_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 
 from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import (
+    ACTIVE_SETS,
+    CONTRIBUTIONS,
     PAD,
     cett,
+    entries_over_layers,
     largest,
     largest_entries,
     largest_per_token,
@@ -20,6 +24,7 @@ from neurosig.neurons.contributions import (
     masked_mean,
     neurons_per_layer,
     pack_sets,
+    token_entries,
     unembed,
 )
 from neurosig.neurons.reduction import reduce_layer
@@ -90,13 +95,15 @@ def test_what_masked_positions_hold_changes_no_active_set(active: str) -> None:
     generator = torch.Generator().manual_seed(0)
     value, out = (torch.randn(2, 3, width, generator=generator) for width in (8, 4))
     head, w_out = torch.randn(5, 4, generator=generator), torch.randn(8, 4, generator=generator)
-    options: dict[str, Any] = {"mask": mask, "norms": None, "next_ids": None, "active": active}
+    options: dict[str, Any] = {"mask": mask, "norms": None, "next_ids": None}
+    options["contribution"] = CONTRIBUTIONS["cett"], ("value", "w_out_norm", "ffn_out")
+    options["active"] = ACTIVE_SETS[active], tuple(inspect.signature(ACTIVE_SETS[active]).parameters)
     options |= {"set_size": 3, "share": 2, "positive_only": True}
     plain = reduce_layer(0, value, out, w_out, head, **options)
     for bad in (math.nan, math.inf):
         value[~mask], out[~mask] = bad, 0.0
         spoilt = reduce_layer(0, value, out, w_out, head, **options)
-        assert all(one.equal(other) for one, other in zip(plain, spoilt, strict=True))
+        assert all(one is other is None or one.equal(other) for one, other in zip(plain, spoilt, strict=True))
 
 
 def test_unembed_by_hand() -> None:
@@ -105,6 +112,33 @@ def test_unembed_by_hand() -> None:
     value = torch.tensor([[[1.0, -2.0, 4.0], [1.0, -2.0, 4.0]]])
     following = torch.tensor([[[1.0, 0.0], [0.0, 10.0]]])
     assert unembed(value, w_out, following).tolist() == [[[3.0, 0.0, -4.0], [40.0, -40.0, 0.0]]]
+
+
+def test_two_cuts_by_hand() -> None:
+    """Two layers of three neurons, two tokens: the best of each layer and token, then the best entries of all."""
+    mask = torch.tensor([[True, True, False]])
+    first = torch.tensor([[[5.0, 1.0, 0.0], [4.0, 6.0, 0.0], [9.0, 9.0, 9.0]]])
+    second = torch.tensor([[[0.5, 0.2, 0.1], [-3.0, -2.0, -1.0], [9.0, 9.0, 9.0]]])
+
+    def cut(set_size: int, positive_only: bool = True) -> list[list[int]]:
+        found = [token_entries(score, mask, 1, set_size, positive_only) for score in (first, second)]
+        members = torch.cat([member for member, _ in found], dim=1)
+        return ids_of(entries_over_layers(members, torch.zeros(1, 6), [kept for _, kept in found], set_size))
+
+    assert cut(9) == [[0, 1, 3]]  # 5 and 6 of the first layer; of the second .5 alone is above 0
+    assert cut(9, positive_only=False) == [[0, 1, 3, 5]]
+    assert cut(2) == [[0, 1]]
+    assert cut(1) == [[1]]
+
+
+def test_a_neuron_counts_once_however_many_entries_it_holds() -> None:
+    """The size of the set tells how concentrated the contributions are."""
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    one = torch.tensor([[[1.0, 0.0, 0.0]] * 4])
+    spread = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]])
+    for score, size in ((one, 1), (spread, 3)):
+        member, kept = token_entries(score, mask, 1, 4, True)
+        assert entries_over_layers(member, score.mean(1), [kept], 4).sum() == size
 
 
 def ids_of(member: torch.Tensor) -> list[list[int]]:

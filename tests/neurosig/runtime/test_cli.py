@@ -180,6 +180,7 @@ def test_model_text_is_shown_harmlessly() -> None:
     "module",
     [
         *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.intervene", "neurosig.verify"),
+        *("neurosig.screen", "figures.experiments.screening"),
         *("distill.train", "distill.evaluate", "distill.compare", "figures", "figures.grid"),
     ],
 )

@@ -25,18 +25,18 @@ from neurosig.export import ExportConfig
 from neurosig.intervene.interventions import choose_neurons
 from neurosig.neurons.backends import tracer_class
 from neurosig.neurons.config import TraceConfig
-from neurosig.neurons.reduction import reduce_layer
 from neurosig.patterns.signatures import signature
 from neurosig.patterns.similarity import nearest_sets
 from neurosig.questions.load import Question
 from neurosig.runtime.shapes import Above0, AtLeast, Shapes, check_config, option_names
 from neurosig.sampling.choice_scoring import completions
+from neurosig.screen import ScreenConfig
 from neurosig.selection.rows import manifest_rows
 from neurosig.views import explorer
 from tests.support.tiny import tiny_model
 
 
-@pytest.mark.parametrize("config_class", [ExportConfig, TrainConfig, EvaluateConfig])
+@pytest.mark.parametrize("config_class", [ExportConfig, TrainConfig, EvaluateConfig, ScreenConfig])
 def test_every_option_has_one_mark(config_class: type) -> None:
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in fields(config_class):
@@ -65,9 +65,8 @@ def test_marks_decide_reuse_resume_and_records() -> None:
         *("gradient_checkpointing", "compile"),
         "compile_decoding",
     }
-    assert {"teacher", "divergence", "replay", "sampler", "base_url"} < {
-        *option_names(TrainConfig, Shapes.DISTILLATION)
-    }
+    assert {"dev_questions", "compile", "sampler", "base_url"} < {*option_names(TrainConfig, Shapes.DISTILLATION)}
+    assert {"teacher", "divergence", "clip", "replay"} < {*option_names(TrainConfig, Shapes.TEACHER)}
 
 
 @pytest.fixture
@@ -150,11 +149,7 @@ TYPO: Any = "typo"
         lambda: Teacher(TYPO, tiny_model("qwen3"), None),
         lambda: explorer.Explorer.heat_map(TYPO, "q", quantity=TYPO),
         lambda: run_folder(TYPO),
-        lambda: manifest_rows([], {}, TYPO, ranked_by=TYPO, selection=TYPO, prompt_tokens={}),
-        lambda: reduce_layer(
-            0, torch.ones(1, 2, 3), None, torch.ones(3, 4), torch.ones(5, 4), mask=torch.ones(1, 2).bool(), norms=None,
-            next_ids=None, active=TYPO, set_size=2, share=2, positive_only=False,
-        ),
+        lambda: manifest_rows([], {}, TYPO, [], ranked_by=TYPO, selection=TYPO),
     ],
 )  # fmt: skip
 def test_a_misspelt_argument_lists_the_names(call: Callable[[], object]) -> None:

@@ -27,7 +27,12 @@ from tests.support.processes import exit_codes, run_evaluate, run_export, start_
 
 QUICK: dict[str, Any] = {"num_generations": 3, "max_new_tokens": 4, "temperature": 1.0, "batch_rows": 3}
 EXPORT: dict[str, Any] = {**QUICK, "set_size": 16, "question_filter": "all", "keep_truncated": True}
+SECOND = {**EXPORT, "teacher_rollouts": 2, "context_policy": "trajectory"}
 SAME = {
+    "second": (
+        *("questions.jsonl", "rollouts.jsonl", "teacher_rollouts.jsonl"),
+        *("signals.safetensors", "neurons.csv", "manifest.json"),
+    ),
     "export": ("questions.jsonl", "rollouts.jsonl", "signals.safetensors", "neurons.csv", "manifest.json"),
     "evaluate": ("results.parquet", "rollouts.jsonl"),
 }
@@ -89,13 +94,14 @@ def commands(made: Path, out: Path, **changes: Any) -> dict[str, tuple[Any, list
     scored = {**model, "questions": made / "choices.jsonl", "scoring": "loglikelihood", "mutual_info": True}
     return {
         "export": (run_export, command_words({**common, "out": out / "export", **EXPORT})),
+        "second": (run_export, command_words({**common, "out": out / "second", **SECOND})),
         "evaluate": (run_evaluate, command_words({**common, "out": out / "evaluate", **QUICK})),
         "scored": (run_evaluate, command_words({**scored, "out": out / "scored", "batch_rows": 6})),
     }
 
 
 def assert_same(one: Path, other: Path) -> None:
-    files = SAME["export" if one.name == "export" else "evaluate"]
+    files = SAME.get(one.name, SAME["evaluate"])
     assert {path.name for path in other.iterdir()} == {path.name for path in one.iterdir()}
     for name in files:
         if name == "manifest.json":  # the content's hash is of all but time stamps
@@ -107,13 +113,13 @@ def assert_same(one: Path, other: Path) -> None:
 
 def test_two_processes_write_the_bytes_of_one(tmp_path: Path, made: Path) -> None:
     run_all(made, tmp_path, 2)
-    for name in ("export", "evaluate", "scored"):
+    for name in ("export", "second", "evaluate", "scored"):
         assert_same(made / name, tmp_path / name)
         assert json.loads((tmp_path / name / "run.json").read_text())["processes"] == 2
         assert said(tmp_path / f"log-{name}", 0) and not said(tmp_path / f"log-{name}", 1)
 
 
-@pytest.mark.parametrize("name", ["export", "evaluate", "scored"])
+@pytest.mark.parametrize("name", ["export", "second", "evaluate", "scored"])
 def test_a_killed_run_resumes_with_another_number_of_processes(tmp_path: Path, made: Path, name: str) -> None:
     work, arguments = commands(made, tmp_path)[name]
     again = (work, [*arguments, "--resume"])
@@ -123,9 +129,10 @@ def test_a_killed_run_resumes_with_another_number_of_processes(tmp_path: Path, m
     kept = {path.name: len(path.read_text().splitlines()) - 1 for path in (tmp_path / name).rglob("*rollouts.log*")}
     assert sorted(kept.values()) == [1, 2]
 
+    left = {"0": 12 if name == "second" else 9}  # questions, of which the teacher is asked all
     shutil.copytree(tmp_path / name, tmp_path / "two" / name)
-    assert exit_codes(start_ranks(tmp_path / "log1", 1, broken_off, *again, KeyboardInterrupt(), {"0": 9})) == [0]
-    assert_same(made / name, tmp_path / name)  # 9 questions were left
+    assert exit_codes(start_ranks(tmp_path / "log1", 1, broken_off, *again, KeyboardInterrupt(), left)) == [0]
+    assert_same(made / name, tmp_path / name)
 
     two = (work, [*commands(made, tmp_path / "two")[name][1], "--resume"])
     assert exit_codes(start_ranks(tmp_path / "log2", 2, traced_in_threes, *two)) == [0, 0]

@@ -129,6 +129,27 @@ def test_unfinished_answers_do_not_end_an_export(
     assert cut_off == {(first.question_id, number) for number in range(3)}
 
 
+def test_the_teacher_is_asked_with_its_context_as_earlier_turns(
+    process: ServerProcess, served_folder: Path, tmp_path: Path
+) -> None:
+    where = served_folder / "model", served_folder / "questions.jsonl"
+    options: dict[str, Any] = {"sampler": "openai", "base_url": process.base_url, "server_api": "chat"}
+    options |= {"hallucination_score": "agreement", "teacher_rollouts": 2, "num_demonstrations": 1, "max_retries": 0}
+    export(export_config(tmp_path, *where, **options))
+    manifest = read_manifest(tmp_path / "manifest")
+    by_id = {row.question_id: row for row in manifest.rows}
+    chats = [request["messages"] for request in process.get("/seen") if "messages" in request]
+    asked = [chat for chat in chats if len(chat) > 1]
+    assert len(asked) == len(manifest.teacher_rollouts) > 0
+    for row in manifest.rows:
+        for item in row.context:
+            text = manifest.rollouts[item.question_id, item.rollout_id].text.strip()
+            own = [chat for chat in asked if row.question in chat[-1]["content"]]
+            assert len(own) == 2
+            assert all(by_id[item.question_id].question in chat[-3]["content"] for chat in own)
+            assert all(chat[-2] == {"role": "assistant", "content": text} for chat in own)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -156,18 +156,18 @@ def test_every_question_filter() -> None:
     ]
     vote = ["low_agreement", "tie", "no_parse"]
     expected = {
-        "neuron": ["selected", "hallucination", "selected", "hallucination", *vote],
+        "neuron": ["selected", "score", "selected", "score", *vote],
         "vote_only": ["selected"] * 4 + vote,
         "neuron_only": [
             "selected",
-            "hallucination",
+            "score",
             "selected",
-            "hallucination",
+            "score",
             "selected",
-            "hallucination",
+            "score",
             "no_parse",
         ],
-        "threshold": ["selected", "selected", "selected", "hallucination", *vote],
+        "threshold": ["selected", "selected", "selected", "score", *vote],
         "all": ["selected"] * 7,
     }
     candidates[5] = candidate("f", count=4, tied=2, score=0.5)

@@ -14,7 +14,7 @@ from neurosig.export import main as export
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.locate import HallucinationProbe
 from neurosig.hallucination.probe import contribution_matrix, fit_probe
-from neurosig.hallucination.scores import QuestionSignals, hallucination_scores
+from neurosig.hallucination.scores import SCORES, QuestionSignals, fitted_probe, question_scores
 from neurosig.manifest import Manifest, read_manifest
 from neurosig.questions.reader import Reading
 from neurosig.questions.vote import Vote, majority_vote
@@ -104,7 +104,7 @@ def test_an_export_without_information_skips_the_cut_and_says_so(
     manifest = exported(tmp_path, text, k, n, **options)
     counts = manifest.header.counts
     assert counts["selected"] == sum(row.pseudo_label is not None for row in manifest.rows)
-    assert "hallucination" not in counts
+    assert "score" not in counts
     (note,) = manifest.header.notes
     assert "cut is skipped" in note and note in caplog.text
     report(ReportConfig(manifest=manifest.folder, out=tmp_path / "report", quiet=True, resamples=100))
@@ -165,7 +165,8 @@ def test_a_question_without_active_neurons_spoils_no_score() -> None:
         return QuestionSignals(group, reading(name, 2), tensor, tensor.float(), torch.ones(2, 3))
 
     traced = {"a": signals("a", [[1, 2], [2, 3]]), "b": signals("b", [[-1, -1], [-1, -1]])}
-    scores = hallucination_scores(traced, n_neurons=10, probe=ProbeConfig())
+    probe = fitted_probe(traced, n_neurons=10, probe=ProbeConfig())
+    scores = question_scores(list(traced.values()), probe, list(SCORES))
     assert "neuron_count" in scores.by_name
     assert all(np.isfinite(values).all() for values in scores.by_name.values())
     ragged = {
@@ -173,4 +174,4 @@ def test_a_question_without_active_neurons_spoils_no_score() -> None:
         "c": QuestionSignals([traced["a"].rollouts[0]], reading("c", 1), *(torch.ones(1, 2).int(),) * 3),
     }
     with pytest.raises(ValueError, match='question "c" has 1 rollouts, the first has 2'):
-        hallucination_scores(ragged, n_neurons=10, probe=ProbeConfig())
+        fitted_probe(ragged, n_neurons=10, probe=ProbeConfig())

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from neurosig.questions.load import Question
+    from neurosig.sampling.sampler import Prompt
 
-PARSED = ("statement", "answer_words")
-"""Positions that depend on how answers are read."""
 PROMPT_END = range(-1, 0)
 """The position before the completion's first token."""
 
@@ -90,6 +89,21 @@ def traced_at(
     if len(prompt_ids) < 2:
         raise UserError("--positions prompt_end: a prompt of one token; it needs two")
     return prompt_ids[:-1], prompt_ids[-1:], range(1)
+
+
+def all_traced_at(
+    prompts: Mapping[str, Prompt],
+    groups: Mapping[str, Sequence[Rollout]],
+    read_at: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    about_next: bool,
+) -> list[Traced]:
+    """`traced_at` of all rollouts in the order of ``groups``, read at what `read_positions` found."""
+    return [
+        traced_at(prompts[name].token_ids, rollout.completion_ids_without_eos, indices, about_next=about_next)
+        for name, group in groups.items()
+        for rollout, indices in zip(group, read_at[name], strict=True)
+    ]
 
 
 def _indices(

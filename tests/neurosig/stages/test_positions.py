@@ -14,7 +14,6 @@ from neurosig.exported import Exported
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
 from neurosig.neurons.config import TraceConfig
-from neurosig.neurons.positions import PROMPT_END, read_positions, token_span, traced_at
 from neurosig.neurons.tracer import NeuronTracer
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import PromptBuilder
@@ -22,6 +21,7 @@ from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout, completion_text
+from neurosig.stages.positions import PROMPT_END, read_positions, token_span, traced_at
 from tests.support.exports import write_lines
 from tests.support.flow import export_config, make_manifest, save_tiny, write_questions
 from tests.support.hooked import hooked_scores

@@ -1,9 +1,4 @@
-"""The selection manifest: the only thing that export passes to distillation.
-
-A folder of ``questions.jsonl`` (one row per input question, in input order), ``rollouts.jsonl``,
-``signals.safetensors``, ``neurons.csv`` and, written last, ``manifest.json``: its presence means that the export is
-complete. It has no gold answer. Same inputs and seed give the same bytes.
-"""
+"""Writing a manifest, and reading it with every check."""
 
 from __future__ import annotations
 
@@ -11,28 +6,29 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from neurosig.models.load import ModelInfo
-from neurosig.questions.load import WITHOUT_GOLD, Question
-from neurosig.questions.prompts import PromptConfig, teacher_config
+from neurosig.manifest.rows import NESTED, FileEntry, Header, QuestionRow, Reason, RolloutRow
 from neurosig.questions.reader import AnswerReader
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_file, sha256_text, write_atomic
-from neurosig.runtime.strict import RowT, Strict, first_problem, read_rows
-from neurosig.sampling.config import SamplingConfig
+from neurosig.runtime.strict import RowT, first_problem, read_rows
 from neurosig.sampling.rollouts import Rollout
 
 FORMAT = "neurosig-manifest"
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.4"
 HEADER = "manifest.json"
 QUESTIONS, ROLLOUTS, SIGNALS, NEURONS = "questions.jsonl", "rollouts.jsonl", "signals.safetensors", "neurons.csv"
+TEACHER_ROLLOUTS = "teacher_rollouts.jsonl"
 FILES = (QUESTIONS, ROLLOUTS, SIGNALS, NEURONS)
+"""Files of every manifest; one with a second stage also has `TEACHER_ROLLOUTS`."""
 
+OF_OTHERS = ("nearest", "nearest_first", "random", "random_within_kind", "trajectory", "final_layer", "mutual", "none")
+"""Context policies that never show a question its own rollout."""
 READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
     "model": ("id", "weights"),
     "tokenizer": ("sha256", "chat_template_sha256"),
@@ -46,162 +42,24 @@ READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
 BEFORE_1_3 = {"teacher_thinking": None, "demonstration_thoughts": True, "keep_truncated": True, "positions": "all"}
 """What an export did before these were options; ``enable_thinking`` and ``trace`` were the names of two others."""
 
-Reason = Literal["selected", "too_long", "no_parse", "tie", "low_agreement", "cut_off", "hallucination", "no_context"]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class VoteRecord(Strict):
-    """A majority vote: votes of the winner, number of rollouts, and number of candidates with that many votes."""
-
-    count: Count
-    n: Annotated[Count, Field(ge=1)]
-    n_tied: Count
-
-
-class DemonstrationRecord(Strict):
-    """One demonstration of the teacher's context: a rollout of another question, and how similar that question is."""
-
-    question_id: str
-    rollout_id: Count
-    similarity: float
-
-
-class QuestionRow(Strict):
-    """One input question and the decisions about it.
-
-    Attributes:
-        answer_space: See `neurosig.questions.load.Question`, as for the four fields after it.
-        privileged_context: Its teacher sees it instead of demonstrations, so ``context`` is empty.
-        raw_answers: What the parser read in each of the K rollouts, ``None`` in one without an answer.
-        answers: The candidate that each rollout votes for; see `neurosig.questions.reader.Reading`.
-        pseudo_label: The majority answer.
-        scores: All hallucination scores, higher is less trustworthy.
-        selected: Whether distillation trains on the question.
-        reason: Why it is selected or not.
-        context: The teacher's demonstrations in prompt order.
-        weight: Weight of its rollouts in the loss.
-    """
-
-    question_id: str
-    line: Count
-    domain: str
-    kind: str | None
-    question: str
-    choices: tuple[str, ...] | None
-    text_sha256: str
-    answer_space: str | tuple[tuple[str, ...], ...] | None = None
-    system: str | None = None
-    earlier_turns: tuple[tuple[str, str], ...] = ()
-    as_is: bool = False
-    privileged_context: str | None = None
-    raw_answers: tuple[str | None, ...] = ()
-    answers: tuple[str | None, ...]
-    vote: VoteRecord | None
-    pseudo_label: str | None
-    scores: dict[str, float]
-    selected: bool
-    reason: Reason
-    context: tuple[DemonstrationRecord, ...]
-    weight: Annotated[float, Field(ge=0)]
-
-    def as_question(self) -> Question:
-        """The question, without a gold answer."""
-        return Question(id=self.question_id, **{name: getattr(self, name) for name in WITHOUT_GOLD})
-
-
-class RolloutRow(Strict):
-    """A line of ``rollouts.jsonl``; the fields of `Rollout`."""
-
-    question_id: str
-    rollout_id: Count
-    text: str
-    completion_ids: tuple[Count, ...] = Field(min_length=1)
-    finish_reason: Literal["stop", "length"]
-    mean_logprob: float | None
-    mean_entropy: float | None
-    mean_self_certainty: float | None
-    answer_start: Count = 0
-
-
-class FileEntry(Strict):
-    """Hash, bytes and rows (``None`` for a file without rows) of one file of the manifest."""
-
-    sha256: str
-    bytes: Count
-    rows: Count | None
-
-
-NESTED: Mapping[str, type[Strict]] = {"vote": VoteRecord, "context": DemonstrationRecord, "files": FileEntry}
-
-
-class Header(Strict):
-    """``manifest.json``. ``model`` and ``tokenizer`` are the fingerprints of the model that made the rollouts,
-    ``answers`` is the record of their `AnswerReader`, ``lengths`` their `neurosig.sampling.lengths.completion_lengths`;
-    ``notes`` say what an option could not decide, such as a cut through equal scores."""
-
-    format: Literal["neurosig-manifest"]
-    schema_version: str
-    content_sha256: str
-    tool: dict[str, str]
-    model: dict[str, Any]
-    tokenizer: dict[str, str | None]
-    dataset: dict[str, Any]
-    sampling: dict[str, Any]
-    options: dict[str, Any]
-    answers: dict[str, Any]
-    counts: dict[str, int]
-    lengths: dict[str, float] = Field(default_factory=dict)
-    files: dict[str, FileEntry]
-    notes: list[str] = Field(default_factory=list)
-
-    def answer_reader(self, answer_parser: str | None = None) -> AnswerReader:
-        """How the rollouts were parsed and merged; see `AnswerReader.from_record`."""
-        return AnswerReader.from_record(self.answers, answer_parser)
-
-    def prompt_config(self) -> PromptConfig:
-        """Wording of the student's prompts."""
-        names = ("system", "instruction", "choice_instruction", "student_thinking")
-        return PromptConfig(*(self.options[name] for name in names))
-
-    def teacher_prompt_config(self) -> PromptConfig:
-        """Wording of the teacher's prompts."""
-        own = self.options["teacher_thinking"], self.options["demonstration_thoughts"]
-        return teacher_config(self.prompt_config(), *own)
-
-    def adapter(self, given: Path | None = None) -> Path | None:
-        """Where the adapter is that made the manifest: ``given``, or where it was; ``None`` if there was none."""
-        recorded = self.options.get("adapter")
-        return given if given is not None or recorded is None else Path(recorded)
-
-    def sampling_config(self, *, num_generations: int, seed: int, **changes: Any) -> SamplingConfig:
-        """The export's sampling options with another K and seed, and with ``changes``."""
-        names = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
-        options = {name: self.options[name] for name in names} | changes
-        return SamplingConfig(num_generations=num_generations, seed=seed, **options)
-
-    def differences(self, model: ModelInfo) -> list[str]:
-        """What of ``model`` is not of the model that made the manifest: weights, adapter, tokenizer, chat template."""
-
-        def short(digest: Mapping[str, str] | str | None) -> str:
-            return str(next(iter(digest.values()), None) if isinstance(digest, Mapping) else digest)[:12]
-
-        pairs = (
-            ("weights", self.model["weights"], model.weights),
-            ("adapter", self.model.get("adapter"), model.adapter),
-            ("tokenizer", self.tokenizer["sha256"], model.tokenizer_sha256),
-            ("chat template", self.tokenizer["chat_template_sha256"], model.chat_template_sha256),
-        )
-        return [f"{what} {short(made)} against {short(here)}" for what, made, here in pairs if made != here]
-
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A verified manifest in memory."""
+    """A verified manifest in memory.
+
+    Attributes:
+        folder: Where it is.
+        header: ``manifest.json``.
+        rows: ``questions.jsonl``.
+        rollouts: (question id, rollout id) -> a rollout of the student.
+        teacher_rollouts: The same of the teacher with its context; empty without a second stage.
+    """
 
     folder: Path
     header: Header
     rows: tuple[QuestionRow, ...]
     rollouts: Mapping[tuple[str, int], Rollout]
+    teacher_rollouts: Mapping[tuple[str, int], Rollout] = field(default_factory=dict)
 
     @property
     def k(self) -> int:
@@ -229,6 +87,7 @@ def write_manifest(
     signals: bytes,
     neurons_csv: str,
     header: Mapping[str, Any],
+    teacher_rollouts: Iterable[Rollout] = (),
 ) -> Header:
     """Write the manifest's files, then its header.
 
@@ -239,7 +98,8 @@ def write_manifest(
         signals: The bytes of ``signals.safetensors``.
         neurons_csv: The text of ``neurons.csv``.
         header: ``tool``, ``model``, ``tokenizer``, ``dataset``, ``sampling``, ``options``, ``answers``, ``lengths``;
-            ``notes``, if any.
+            ``notes`` and ``functions``, if any.
+        teacher_rollouts: Of a second stage, in the order of ``rows``.
     """
     rollout_lines = [rollout.to_json() for rollout in rollouts]
     contents: dict[str, tuple[bytes, int | None]] = {
@@ -248,6 +108,8 @@ def write_manifest(
         SIGNALS: (signals, None),
         NEURONS: (neurons_csv.encode(), neurons_csv.count("\n") - 1),
     }
+    if teacher := [rollout.to_json() for rollout in teacher_rollouts]:
+        contents[TEACHER_ROLLOUTS] = ("".join(line + "\n" for line in teacher).encode(), len(teacher))
     files = {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "rows": count}
         for name, (data, count) in contents.items()
@@ -287,17 +149,26 @@ def read_manifest(folder: str | Path) -> Manifest:
     contents = {name: _verified(folder, name, entry) for name, entry in header.files.items()}
     rows = _read_rows(folder / QUESTIONS, contents[QUESTIONS], QuestionRow, header.files[QUESTIONS].rows)
     by_id = _by_id(folder / QUESTIONS, rows)
+    rollouts, teacher = (
+        _rollouts_of(folder / name, contents[name], header.files[name].rows, by_id) if name in contents else {}
+        for name in (ROLLOUTS, TEACHER_ROLLOUTS)
+    )
+    _verify_contexts(folder / QUESTIONS, by_id, rollouts, header.options)
+    return Manifest(folder, header, tuple(rows), rollouts, teacher)
+
+
+def _rollouts_of(
+    path: Path, data: bytes, expected: int | None, by_id: Mapping[str, QuestionRow]
+) -> dict[tuple[str, int], Rollout]:
     rollouts: dict[tuple[str, int], Rollout] = {}
-    rollout_rows = _read_rows(folder / ROLLOUTS, contents[ROLLOUTS], RolloutRow, header.files[ROLLOUTS].rows)
-    for number, row in enumerate(rollout_rows, start=1):
-        place, key = f"{folder / ROLLOUTS}:{number}", (row.question_id, row.rollout_id)
+    for number, row in enumerate(_read_rows(path, data, RolloutRow, expected), start=1):
+        place, key = f"{path}:{number}", (row.question_id, row.rollout_id)
         if row.question_id not in by_id:
             raise UserError(f'{place}: $.question_id: no question "{row.question_id}"')
         if key in rollouts:
             raise UserError(f'{place}: $.rollout_id: rollout {row.rollout_id} of "{row.question_id}" appears twice')
         rollouts[key] = Rollout(**row.model_dump())
-    _verify_contexts(folder / QUESTIONS, by_id, rollouts, header.options)
-    return Manifest(folder, header, tuple(rows), rollouts)
+    return rollouts
 
 
 def _parse_header(path: Path, text: bytes) -> Header:
@@ -342,7 +213,7 @@ def _verified(folder: Path, name: str, entry: FileEntry) -> bytes:
         raise UserError(f'{folder / HEADER}: files["{name}"]: path leaves the manifest folder')
     if not path.is_file():
         raise UserError(f"{path}: missing, though {HEADER} lists it; export again")
-    data = path.read_bytes() if name in (QUESTIONS, ROLLOUTS) else b""
+    data = path.read_bytes() if name in (QUESTIONS, ROLLOUTS, TEACHER_ROLLOUTS) else b""
     if (hashlib.sha256(data).hexdigest() if data else sha256_file(path)) != entry.sha256:
         raise UserError(f"{path}: sha256 differs from {HEADER}; it was changed after export, export again")
     return data
@@ -385,7 +256,7 @@ def _verify_contexts(
     rollouts: Mapping[tuple[str, int], Rollout],
     options: Mapping[str, Any],
 ) -> None:
-    majority = options.get("context_policy") == "majority_solution"
+    own_too = options.get("context_policy") not in OF_OTHERS
     for number, row in enumerate(by_id.values(), start=1):
         if row.privileged_context is not None and row.context:
             raise UserError(f"{path}:{number}: $.context: demonstrations beside a privileged_context; export again")
@@ -395,6 +266,6 @@ def _verify_contexts(
                 raise UserError(f'{where}: no rollout {item.rollout_id} of question "{item.question_id}"')
             if rollouts[item.question_id, item.rollout_id].finish_reason == "length" and not options["keep_truncated"]:
                 raise UserError(f"{where}: a rollout that was cut off is no demonstration; export again")
-            own = majority and item.question_id == row.question_id
+            own = own_too and item.question_id == row.question_id
             if not own and by_id[item.question_id].text_sha256 == row.text_sha256:
                 raise UserError(f"{where}: a question is its own context")

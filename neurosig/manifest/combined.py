@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neurosig.manifest import READ_BY_TRAINING, Header, Manifest, QuestionRow
+from neurosig.manifest.files import READ_BY_TRAINING, Manifest
+from neurosig.manifest.rows import Header, QuestionRow
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import sha256_text
 from neurosig.runtime.provenance import differences, explain
 from neurosig.sampling.rollouts import Rollout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Combined(Manifest):
     """The questions and rollouts of one or more manifests, under the first one's header.
 
@@ -75,7 +76,8 @@ def combine(manifests: Sequence[Manifest], weights: Sequence[float] = (), *, fre
             )
     if not several:
         part_of = dict.fromkeys((row.question_id for row in first.rows), 1)
-        return Combined(first.folder, first.header, first.rows, first.rollouts, (first,), weights, part_of)
+        parts: Any = {"parts": (first,), "weights": weights, "part_of": part_of}
+        return Combined(first.folder, first.header, first.rows, first.rollouts, **parts)
     ids = Counter(row.question_id for one in manifests for row in one.rows)
     rows: list[QuestionRow] = []
     rollouts: dict[tuple[str, int], Rollout] = {}
@@ -90,7 +92,8 @@ def combine(manifests: Sequence[Manifest], weights: Sequence[float] = (), *, fre
             rollouts[names[name], index] = replace(rollout, question_id=names[name])
     text = "".join(f"{one.header.content_sha256} {w:g}\n" for one, w in zip(manifests, weights, strict=True))
     header = first.header.model_copy(update={"content_sha256": sha256_text(text)})
-    return Combined(first.folder, header, tuple(rows), rollouts, tuple(manifests), weights, part_of)
+    parts = {"parts": tuple(manifests), "weights": weights, "part_of": part_of}
+    return Combined(first.folder, header, tuple(rows), rollouts, **parts)
 
 
 def _compared(header: Header, free: Collection[str]) -> dict[str, Any]:
