@@ -56,7 +56,7 @@ def test_a_parser_in_a_package_may_use_its_neighbours(here: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
-        ("my_parser", "", r"expected MODULE:FUNCTION, such as my_parser:parse for a file my_parser\.py here"),
+        ("my_parser", "", r"expected MODULE:FUNCTION, such as my_functions:name for a file my_functions\.py here"),
         ("my_parser.py:", "", r"expected MODULE:FUNCTION"),
         ("no_such_parser:parse", "", r"no module no_such_parser in .* or among the installed packages"),
         ("no_such.parser:parse", "", r"no module no_such\.parser in"),
