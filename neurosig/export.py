@@ -73,6 +73,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     from neurosig.selection.reuse import reused
     from neurosig.selection.rows import manifest_rows
     from neurosig.stages.first import first_stage
+    from neurosig.stages.positions import read_positions
     from neurosig.stages.second import sample_teacher
 
     with ranks.together():
@@ -92,6 +93,7 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             for wording in (config.prompt_config(), config.teacher_prompt_config())
         )
         check_same_stream(builder, teacher)
+        reader = config.answer_reader(loaded)
         prompts = _prompts(questions, builder, teacher, loaded, config)
         work = config.out / WORK
         work.mkdir(exist_ok=True)
@@ -99,7 +101,8 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         with timer.phase("sample"):
             groups, rollouts_sha256 = _rollouts(config, loaded, questions, prompts, work, timer, ranks)
         with timer.phase("trace"):
-            shards = _trace(config, loaded, prompts, groups, work, timer, ranks)
+            read_at, lacking = read_positions(config.positions, groups, questions, reader, loaded.tokenizer)
+            shards = _trace(config, loaded, prompts, groups, read_at, work, timer, ranks)
     first: FirstStage | None = None
     contexts: dict[str, list[DemonstrationRecord]] | None = None
     run: TeacherRun | None = None
@@ -110,14 +113,15 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
             else:
                 with read_once(config.rollouts) as rollouts_sha256:
                     dataset = _dataset_sha256(questions)
-                    traced = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256)
-            first = first_stage(config, loaded, questions, groups_of_folds, prompts, traced, timer)
+                    traced = reused(config.reuse, config, loaded, questions, dataset, rollouts_sha256, reader)
+                read_at, lacking = read_positions(config.positions, traced[0], questions, reader, loaded.tokenizer)
+            first = first_stage(config, loaded, reader, questions, groups_of_folds, prompts, traced, read_at, timer)
             config = first.config
             if config.sees_contexts:
                 contexts = first.contexts()
                 first = first.with_contexts(contexts)
     if config.teacher_rollouts:
-        run = sample_teacher(config, loaded, first, contexts, work, timer, ranks)
+        run = sample_teacher(config, loaded, reader, questions, first, contexts, work, timer, ranks)
     with ranks.together():
         if first is None:
             return
@@ -136,7 +140,8 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
                 contexts=contexts,
             )
         with timer.phase("write"):
-            lengths = _write(config, loaded, first, questions, rows, scores, note, rollouts_sha256, run)
+            notes = [lacking, run.note if run else "", note]
+            lengths = _write(config, loaded, first, questions, rows, scores, notes, rollouts_sha256, run)
         shutil.rmtree(work)
         _report(config, rows, first.groups, lengths)
 
@@ -256,6 +261,7 @@ def _trace(
     loaded: LoadedModel,
     prompts: Mapping[str, Prompt],
     groups: Mapping[str, Sequence[Rollout]],
+    read_at: Mapping[str, Sequence[Sequence[int]]],
     work: Path,
     timer: PhaseTimer,
     ranks: Ranks,
@@ -263,15 +269,12 @@ def _trace(
     """Trace all rollouts in the order of ``groups``, in shards that are kept in ``work``."""
     from neurosig.neurons.signals_file import trace_to_shards
     from neurosig.neurons.tracer import NeuronTracer
+    from neurosig.stages.positions import all_traced_at
 
     with ranks.together():
         tracer = NeuronTracer(loaded.model, config.trace_config())
     weights = f"{loaded.info.weights}{loaded.info.adapter or ''}"
-    flat = [
-        (prompts[name].token_ids, rollout.completion_ids_without_eos, rollout.positions(config.trace))
-        for name, group in groups.items()
-        for rollout in group
-    ]
+    flat = all_traced_at(prompts, groups, read_at, about_next=tracer.about_next)
     with progress(total=len(flat), desc="trace", quiet=config.quiet or not ranks.main) as bar:
 
         def advance(rollouts: int, tokens: int) -> None:
@@ -288,7 +291,7 @@ def _write(
     questions: Sequence[Question],
     rows: Sequence[QuestionRow],
     scores: Scores,
-    note: str,
+    notes: Sequence[str],
     rollouts_sha256: str | None,
     run: TeacherRun | None,
 ) -> dict[str, float]:
@@ -317,8 +320,8 @@ def _write(
     }
     if functions := config.functions():
         header["functions"] = functions
-    notes = [note] if note else []
-    if note:
+    notes = [note for note in notes if note]
+    for note in notes:
         logger.warning("%s", note)
     if own := sum(row.privileged_context is not None for row in rows):
         notes.append(f"{own} of {len(rows)} questions bring the privileged_context that their teacher sees")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from neurosig.hallucination.config import INVERSE_PENALTY, ProbeConfig
-from neurosig.neurons.config import NeuronValue, TraceConfig
+from neurosig.hallucination.config import INVERSE_PENALTY, ProbeConfig, ProbeLabels, ProbeValues
+from neurosig.neurons.config import NeuronValue, TraceConfig, check_positions
 from neurosig.options import ORGANISM, PROMPT, QWEN3_4B, QWEN3_4B_THINKING, RolloutOptions
 from neurosig.patterns import Signature
 from neurosig.questions.prompts import PRIVILEGED_WORDING, PromptConfig, check_privileged_wording, teacher_config
@@ -16,7 +16,6 @@ from neurosig.registry import ActiveSet, ContextPolicy, Contribution, Hallucinat
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.help import Section
 from neurosig.runtime.shapes import AtLeast, Shapes
-from neurosig.sampling.rollouts import RolloutPart
 from neurosig.selection.config import QuestionWeight, SelectionConfig
 
 TRACE, PROBE, SELECTION = TraceConfig(), ProbeConfig(), SelectionConfig()  # the options' defaults
@@ -65,10 +64,15 @@ class ExportConfig(RolloutOptions):
     """Demonstrations show the thought too, even where the chat template drops those of earlier turns, and it counts in
     --max-context-tokens, which two thoughts easily exceed. By default they show the answer after it alone."""
 
-    trace: Annotated[RolloutPart, Shapes.TRACES, Section.NEURONS] = "answer"
-    """Tokens whose neurons count: answer, those after the thought; thought, those up to its end; all. A rollout without
-    such a part, such as one without a thought, is traced whole. The other scores are means over the whole completion.
-    thought and all keep every token's neurons while a layer is reduced: about 1 GB per 8,192 tokens of a 4B model."""
+    positions: Annotated[str, Shapes.TRACES, Section.NEURONS] = "answer"
+    """Tokens whose neurons are read: answer, those after the thought; thought, those up to its end; all; statement, the
+    sentence in which the answer is read; answer_words, its words in that sentence; answer_start, the first token after
+    the thought; prompt_end, the prompt's last, which predicts the first token and is the same in all rollouts; or
+    tokens of the completion as in Python, such as 0, -1, 0:3 or 0,-1 (--positions=-3: with an equals sign). A rollout
+    without such a token is read at its answer, one without a thought as a whole; the manifest's notes count them.
+    answer is the default because no other reading ranked other questions reliably better (python -m
+    figures.experiments.signal_search). Scores of outputs are means over the whole completion. thought and all keep
+    every token's neurons while a layer is reduced: about 1 GB per 8,192 tokens of a 4B model."""
     neuron_value: Annotated[NeuronValue, Shapes.TRACES] = TRACE.value
     """A neuron's value: act(gate)*up, or act(gate) alone."""
     contribution: Annotated[Contribution | str, Shapes.TRACES, Open("contribution")] = TRACE.score
@@ -97,6 +101,13 @@ class ExportConfig(RolloutOptions):
     teacher_rollouts: Annotated[int, Shapes.SELECTION, AtLeast(0)] = 0
     """M, completions that the teacher samples with its context for each question that is not ruled out by votes: its
     context is then chosen among all of these, before the score decides. 0: none."""
+    probe_labels: Annotated[ProbeLabels, Shapes.SELECTION] = PROBE.labels
+    """What the probe learns. agreement: questions whose rollouts split against questions whose rollouts agree;
+    contrast: in a question whose winner has at least --probe-split-share, rollouts with another answer against the
+    winner's. It ranked other questions better in some domains and worse in others, so that agreement is the default."""
+    probe_values: Annotated[ProbeValues, Shapes.SELECTION] = PROBE.values
+    """What the probe reads of an active neuron. contribution: its mean; layer_z: that in standard deviations over its
+    layer's neurons in the same rollout, which leaves out how strongly a layer speaks as a whole."""
     probe_agree_share: Annotated[float, Shapes.SELECTION] = PROBE.agree_share
     """The probe learns a question as known when the winner has at least this share of the K answers, 0 to 1; 1 asks for
     unanimity, which a weak model rarely reaches."""
@@ -158,6 +169,7 @@ class ExportConfig(RolloutOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positions(self.positions)
         self.trace_config()
         self.probe_config()
         self.part(SelectionConfig)
@@ -217,6 +229,8 @@ class ExportConfig(RolloutOptions):
             folds=self.probe_folds,
             groups=self.probe_groups,
             fold_seeds=self.probe_fold_seeds,
+            labels=self.probe_labels,
+            values=self.probe_values,
             seed=self.seed,
         )
 

@@ -1,17 +1,16 @@
 """Neuron features of a manifest's rollouts in every reading of the signal search, from one forward pass.
 
-Positions: the prompt's last token, all tokens of the completion, its first three, and those of its answer. Scores:
-CETT, and a neuron's contribution to the logit of the next token (``logit``), read one position earlier.
+Positions: those of ``--positions`` (`neurosig.stages.positions`), found as an export finds them. Values: the mean CETT
+of the neurons for which it is largest in each layer, as an export keeps it, and ``signed``: the mean of CETT with the
+sign of the neuron's value, as a z-score over its layer's neurons, of those farthest from the layer's mean.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,30 @@ from torch import Tensor
 
 from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel, load_model
-from neurosig.models.prefix import pad, run_prompts
+from neurosig.models.prefix import run_prompts
 from neurosig.neurons.config import TraceConfig
-from neurosig.neurons.contributions import cett, masked_mean, neurons_per_layer, unembed
+from neurosig.neurons.contributions import cett, masked_mean, neurons_per_layer
 from neurosig.neurons.nnsight_reader import FFNEnvoy
 from neurosig.neurons.sites import ffn_sites, w_out_norms
-from neurosig.questions.answers import normalise
 from neurosig.questions.prompts import PromptBuilder
 from neurosig.runtime.cli import progress
 from neurosig.runtime.files import write_atomic
+from neurosig.stages.positions import read_positions
 
-READINGS = ("prompt", "all", "early", "answer", "logit_all", "logit_answer")
-EARLY_TOKENS = 3
+POSITIONS = ("answer", "statement", "answer_words", "answer_start", "0:3", "prompt_end")
+READINGS = (*POSITIONS, *(f"{positions} signed" for positions in POSITIONS))
 QUESTIONS_AT_ONCE = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """One manifest's rollouts in question order: active neurons and their scores in every reading, and hidden states.
+    """One manifest's rollouts in question order: active neurons and their values in every reading, and hidden states.
 
     Attributes:
-        ids: Flat neuron ids, the same number from each layer, largest absolute score first.
-        values: Their mean scores; ``logit`` readings are signed.
-        hidden: Residual stream two thirds up the layers, mean over the completion.
-        without_answer: Share of the rollouts whose text does not contain their parsed answer word for word; all their
-            tokens count as answer tokens.
+        ids: Flat neuron ids, the same number from each layer, largest first.
+        values: Their values, in float16.
+        hidden: Residual stream two thirds up the layers, mean over the answer.
+        lacking: Position -> share of the rollouts that have none and are read at their answers.
         n_layers: Layers of the model.
         d_mlp: Neurons per layer.
     """
@@ -54,7 +52,7 @@ class Features:
     ids: Int[np.ndarray, "n readings size"]
     values: Float[np.ndarray, "n readings size"]
     hidden: Float[np.ndarray, "n d_model"]
-    without_answer: float
+    lacking: Mapping[str, float]
     n_layers: int
     d_mlp: int
 
@@ -68,37 +66,11 @@ def features_of(exported: Exported, cache: Path, *, quiet: bool = False) -> Feat
     if not path.is_file():
         features = _trace(exported, quiet)
         tensors = {name: getattr(features, name) for name in ("ids", "values", "hidden")}
-        numbers = {name: getattr(features, name) for name in ("without_answer", "n_layers", "d_mlp")}
+        numbers = {name: getattr(features, name) for name in ("lacking", "n_layers", "d_mlp")}
         write_atomic(path, save(tensors, metadata={"features": json.dumps(numbers)}))
     with safe_open(path, framework="numpy") as stored:
         numbers = json.loads(stored.metadata()["features"])
         return Features(*(stored.get_tensor(name) for name in ("ids", "values", "hidden")), **numbers)
-
-
-def answer_tokens(pieces: Sequence[str], answer: str | None) -> list[bool]:
-    """Mask of the answer's tokens: the first run of words that normalises to it; all false without one.
-
-    Args:
-        pieces: The text of each token; joined they are the completion.
-        answer: The parsed answer, normalised.
-    """
-    text = "".join(pieces)
-    wanted = normalise(answer or "").split()
-    words = list(_words(text))
-    for start in range(len(words) - len(wanted) + 1):
-        run = words[start : start + len(wanted)]
-        if wanted and [word for word, _, _ in run] == wanted:
-            first, last = run[0][1], run[-1][2]
-            ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-            return [end > first and end - len(piece) < last for piece, end in zip(pieces, ends, strict=True)]
-    return [False] * len(pieces)
-
-
-def _words(text: str) -> Iterator[tuple[str, int, int]]:
-    """Normalised words of a text with start and end of each in it."""
-    for match in re.finditer(r"\w+", text):
-        for word in normalise(match[0]).split():
-            yield word, match.start(), match.end()
 
 
 def _trace(exported: Exported, quiet: bool) -> Features:
@@ -107,40 +79,33 @@ def _trace(exported: Exported, quiet: bool) -> Features:
     where: Any = {"dtype": options["dtype"], "template": options["template"], "adapter": header.adapter()}
     loaded = load_model(str(header.model["id"]), **where)
     builder = PromptBuilder(loaded.tokenizer, header.prompt_config())
-    rows, groups = list(exported.rows.values()), list(exported.rollouts.values())
-    prompts = [builder.student(row.as_question()) for row in rows]
-    answers = [row.answers for row in rows]
+    questions = [row.as_question() for row in exported.rows.values()]
+    groups = list(exported.rollouts.values())
+    prompts = [builder.student(question) for question in questions]
     completions = [[rollout.completion_ids_without_eos for rollout in group] for group in groups]
-    marked = [
-        [answer_tokens(_pieces(loaded, ids), answer) for ids, answer in zip(group, texts, strict=True)]
-        for group, texts in zip(completions, answers, strict=True)
-    ]
-    flat = [mask for group in marked for mask in group]
-    without = sum(not any(mask) for mask in flat) / len(flat)
+    n_rollouts = sum(map(len, groups))
+    read_at, lacking = {}, {}
+    for positions in POSITIONS:
+        by_id, note = read_positions(positions, exported.rollouts, questions, header.answer_reader(), loaded.tokenizer)
+        read_at[positions] = list(by_id.values())
+        lacking[positions] = int(note.split(": ")[1].split()[0]) / n_rollouts if note else 0.0
     tracer = _Tracer(loaded)
-    order = sorted(range(len(rows)), key=lambda index: max(map(len, completions[index])))
-    parts: list[Any] = [None] * len(rows)
-    with progress(total=len(rows), desc="trace", quiet=quiet) as bar:
+    order = sorted(range(len(groups)), key=lambda index: max(map(len, completions[index])))
+    parts: list[Any] = [None] * len(groups)
+    with progress(total=len(groups), desc="trace", quiet=quiet) as bar:
         for start in range(0, len(order), QUESTIONS_AT_ONCE):
             batch = order[start : start + QUESTIONS_AT_ONCE]
             traced = tracer.trace(
                 [prompts[index] for index in batch],
                 [completions[index] for index in batch],
-                [marked[index] for index in batch],
+                [[at[index] for index in batch] for at in read_at.values()],
             )
             k = len(groups[0])
             for place, index in enumerate(batch):
                 parts[index] = [tensor[place * k : (place + 1) * k] for tensor in traced]
             bar.update(len(batch))
     ids, values, hidden = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return Features(ids, values, hidden, without, tracer.sites.n_layers, tracer.sites.d_mlp)
-
-
-def _pieces(loaded: LoadedModel, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; a character of several tokens belongs to its last."""
-    prefixes = [list(token_ids[:end]) for end in range(len(token_ids) + 1)]
-    texts = [str(loaded.tokenizer.decode(prefix)).rstrip("\ufffd") for prefix in prefixes]
-    return [after[len(before) :] for before, after in pairwise(texts)]
+    return Features(ids, values, hidden, lacking, tracer.sites.n_layers, tracer.sites.d_mlp)
 
 
 class _Tracer:
@@ -158,34 +123,31 @@ class _Tracer:
         self,
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[Sequence[int]]],
-        answers: Sequence[Sequence[Sequence[bool]]],
+        read_at: Sequence[Sequence[Sequence[Sequence[int]]]],
     ) -> list[Tensor]:
-        """``ids`` and ``values`` [n, readings, size] and ``hidden`` [n, d_model] of all completions, in order."""
+        """``ids`` and ``values`` [n, readings, size] and ``hidden`` [n, d_model] of all completions, in order.
+
+        ``read_at`` has, for each of `POSITIONS`, question by question, each completion's indices.
+        """
         prefix = run_prompts(self.model, [prompt[:-1] for prompt in prompts])
         owners = torch.tensor([owner for owner, group in enumerate(completions) for _ in group])
         rows = [[prompt[-1], *ids] for prompt, group in zip(prompts, completions, strict=True) for ids in group]
-        tokens, real = pad(rows, side="right", device="cpu")
-        answer = pad([[0, *mask] for group in answers for mask in group], side="right", device="cpu")[0].bool()
-        position = torch.arange(tokens.shape[1])
-        whole = real & (position > 0)
-        answer = torch.where(answer.any(dim=1, keepdim=True), answer, whole)
-        masks = {
-            "prompt": (position == 0).expand_as(real),
-            "all": whole,
-            "early": whole & (position <= EARLY_TOKENS),
-            "answer": answer,
-        }
+        width = max(map(len, rows))
+        masks = torch.zeros(len(rows), len(POSITIONS), width, dtype=torch.bool)
+        for column, by_question in enumerate(read_at):
+            for row, indices in enumerate(indices for group in by_question for indices in group):
+                masks[row, column, [index + 1 for index in indices]] = True  # the prompt's end is index -1
         layers, hidden = self.envoy.read(
             prefix.rows(owners).inputs(rows),
-            partial(self._reduce, masks=masks, tokens=tokens),
-            lambda hidden: masked_mean(hidden.float(), whole),
+            partial(self._reduce, masks=masks),
+            lambda hidden: masked_mean(hidden.float(), masks[:, 0]),
             lambda layers, hidden: (layers, hidden),
             value="gated",
             with_output=True,
             hidden_layer=self.sites.n_layers * 2 // 3,
         )
         ids, values = (torch.cat(column, dim=-1) for column in zip(*layers, strict=True))
-        return [ids, values, hidden]
+        return [ids, values.half(), hidden]
 
     def _reduce(
         self,
@@ -195,14 +157,14 @@ class _Tracer:
         w_out: Tensor,
         head: Tensor,
         *,
-        masks: dict[str, Bool[Tensor, "n seq"]],
-        tokens: Int[Tensor, "n seq"],
+        masks: Bool[Tensor, "n positions seq"],
     ) -> tuple[Int[Tensor, "n readings share"], Float[Tensor, "n readings share"]]:
-        """Each reading's strongest neurons of one layer."""
-        score = cett(value, self.norms[layer], ffn_out)
-        means = [masked_mean(score, masks[name]) for name in ("prompt", "all", "early", "answer")]
-        score = unembed(value[:, :-1], w_out, head[tokens[:, 1:]])
-        means += [masked_mean(score, masks[name][:, 1:]) for name in ("all", "answer")]
-        mean = torch.stack(means, dim=1)
-        top = mean.abs().topk(self.share, dim=-1).indices
-        return (top + layer * self.sites.d_mlp).int(), mean.gather(-1, top)
+        """Each reading's neurons of one layer."""
+        weights = masks / masks.sum(dim=-1, keepdim=True)
+        score = cett(value, self.norms[layer], ffn_out).masked_fill(~masks.any(dim=1)[..., None], 0)
+        plain = torch.einsum("nps,nsd->npd", weights, score)
+        signed = torch.einsum("nps,nsd->npd", weights, score * value.sign())
+        signed = (signed - signed.mean(dim=-1, keepdim=True)) / signed.std(dim=-1, keepdim=True)
+        both = torch.cat([plain, signed], dim=1)
+        top = both.abs().topk(self.share, dim=-1).indices
+        return (top + layer * self.sites.d_mlp).int(), both.gather(-1, top)

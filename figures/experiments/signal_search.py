@@ -1,16 +1,18 @@
-"""A search for neuron signals that add to output-level signals, judged on held-out questions and domains.
+"""A search for readings of the neurons that beat the export's, chosen on some sets of questions, confirmed on others.
 
-    python -m figures.experiments.signal_search --train runs/demo/manifest --held-out runs/search/geography
-    runs/search/language
+    python -m figures.experiments.signal_search --exports runs/search
 
-Every variant is an annotation-free probe fitted on the rollouts of one manifest (geography, training split) and applied
-to the rollouts of others: unseen questions of the same domain, and an unseen domain. Gold answers are read there only,
-to judge. Each variant's trust is compared with the vote share and with all output-level signals
-(`neurosig.statistics.auroc`), its sign fixed beforehand, and the p-values are corrected for all variants, domains and
-events together (Holm). Every variant is also fitted again to permuted labels of the training questions: a probe of
-labels that mean nothing gains too (`neurosig.statistics.permutation`).
-Controls: shuffled labels, a linear probe of hidden states, and probes fitted on the gold answers of the training
-questions, which show how much the neurons hold beyond the annotation-free labels.
+The folder holds exports of the bundled sets, named as in `figures.experiments.search_plan`: ``geography-train`` of
+``geography:train``, and so on. Every variant of the plan is an annotation-free probe, fitted on some exports and judged
+on questions, kinds of question or domains that it never saw. Gold answers are read there only, to judge, strictly and
+leniently.
+
+1. Search: every variant on every task of the search: its AUROC, and what it adds to the vote share and to all
+   output-level signals, the p-values corrected over all of them (Holm). Variants with a gain that survives are also
+   fitted again to permuted labels: a probe of labels that mean nothing gains too
+   (`neurosig.statistics.permutation`).
+2. Confirmation: the best few, on sets that chose nothing, against the default: difference in AUROC with its paired
+   bootstrap interval over questions, per task and meaned over the tasks, again corrected.
 
 `python -m figures signal_search` draws the figure from ``signal_search.csv`` of the results folder, or from the
 committed ``figures/data/signal_search.csv``.
@@ -20,380 +22,306 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from figures.experiments.search_plan import CONFIRMED, RULE, TASKS, VARIANTS, Stage, Task, Variant
 from neurosig.runtime.cli import CommonConfig, PhaseTimer, progress, run_command
-from neurosig.runtime.shapes import check_config
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-    from matplotlib.axes import Axes
 
-    from figures.experiments.search_features import Features
-    from figures.experiments.search_judge import Judge
-    from neurosig.exported import Exported
-    from neurosig.manifest import QuestionRow
+    from figures.experiments.search_fit import Source
+    from figures.experiments.search_judge import Draws
 
     Array = np.ndarray[Any, Any]
-    Fit = Callable[[Array], list[tuple[Array, int]]]
 
 logger = logging.getLogger(__name__)
 
 NAME = "signal_search"
 NEEDS = None
-RESAMPLES = 5000
-PENALTY, MIN_ACTIVE_SHARE, HIDDEN_PENALTY = 0.1, 0.02, 0.01
-
-Labels = Literal["agreement", "contrast", "shuffled", "gold"]
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One reading of the rollouts' neurons and the labels of its probe.
-
-    Attributes:
-        name: Label in the figure.
-        reading: One of `figures.experiments.search_features.READINGS`, or ``hidden``.
-        labels: ``agreement``: questions whose rollouts split against questions whose rollouts agree; ``contrast``:
-            rollouts outside the majority of their question against rollouts inside; ``shuffled``: ``agreement`` in
-            random order; ``gold``: wrong against right rollouts.
-        layers: First and last third of the layers to read, of 0, 1 and 2.
-        role: ``tried`` counts in the correction, ``control`` does not.
-    """
-
-    name: str
-    reading: str
-    labels: Labels = "agreement"
-    layers: tuple[int, int] = (0, 2)
-    role: Literal["tried", "control"] = "tried"
-
-    def __post_init__(self) -> None:
-        check_config(self)
-
-
-VARIANTS = (
-    Variant("all tokens (the default)", "all"),
-    Variant("answer tokens", "answer"),
-    Variant("first 3 tokens", "early"),
-    Variant("last prompt token", "prompt"),
-    Variant("early layers", "all", layers=(0, 0)),
-    Variant("middle layers", "all", layers=(1, 1)),
-    Variant("late layers", "all", layers=(2, 2)),
-    Variant("every token's logit", "logit_all"),
-    Variant("answer's logit", "logit_answer"),
-    Variant("answer's logit, middle layers", "logit_answer", layers=(1, 1)),
-    Variant("contrast, all tokens", "all", "contrast"),
-    Variant("contrast, answer tokens", "answer", "contrast"),
-    Variant("contrast, answer's logit", "logit_answer", "contrast"),
-    Variant("shuffled labels", "all", "shuffled", role="control"),
-    Variant("hidden states", "hidden", role="control"),
-    Variant("gold labels, all tokens", "all", "gold", role="control"),
-    Variant("gold labels, answer tokens", "answer", "gold", role="control"),
-    Variant("gold labels, hidden states", "hidden", "gold", role="control"),
-)
+ALL_TASKS = "mean over the tasks"
+BASES = ("over_vote", "over_outputs")
 
 
 @dataclass(kw_only=True)
 class SearchConfig(CommonConfig):
-    """Fit every variant on one manifest, judge it on others, and write signal_search.csv."""
+    """Fit every variant, choose the best, confirm them on other questions, and write signal_search.csv."""
 
-    train: Path
-    """Manifest whose rollouts the probes are fitted on."""
-    held_out: tuple[Path, ...]
-    """Manifests to judge on; none may share a question with --train."""
+    exports: Path = Path("runs/search")
+    """Folder of the plan's exports; the traced features are kept there for a second run."""
     out: Path = Path("runs/search")
-    """Folder of signal_search.csv and of the traced features, which a second run reuses."""
-    resamples: int = RESAMPLES
-    """Bootstrap resamples."""
+    """Folder of signal_search.csv."""
+    resamples: int = 1000
+    """Bootstrap resamples. The p of a gain below .01 is computed again from 40 times as many: a correction over n tests
+    can only reject a p below .05 / n."""
     permutations: int = 49
-    """Refits of every variant to permuted labels of the training questions, which give the p of what it adds beside the
-    bootstrap's: at least 1 / (1 + this). 0 leaves them out."""
+    """Refits of a variant to permuted labels, where one of its gains survives the correction; they give the p of what
+    it adds beside the bootstrap's: at least 1 / (1 + this)."""
     seed: int = 0
     """Seed of bootstrap, folds and shuffled labels."""
 
 
 def main(config: SearchConfig) -> None:
-    """Run the search described by ``config``.
+    """Run the plan.
 
     Raises:
-        UserError: A manifest or its gold answers cannot be read, or --held-out shares questions with --train.
+        UserError: An export or its gold answers cannot be read.
     """
+    search(config, VARIANTS, TASKS)
+
+
+def search(config: SearchConfig, variants: Sequence[Variant], tasks: Sequence[Task]) -> pd.DataFrame:
+    """Run both stages over ``variants`` and ``tasks``, print them and write the table; see the module."""
     import pandas as pd
 
-    from figures.experiments.search_features import features_of
-    from figures.experiments.search_judge import Judge
-    from neurosig.exported import Exported
-    from neurosig.runtime.errors import UserError
+    from figures.sources import finished_export
     from neurosig.runtime.files import write_atomic
-    from neurosig.statistics.auroc import AnalysisConfig
 
+    names = list(dict.fromkeys(name for task in tasks for name in (*task.fitted, task.judged)))
+    for name in names:
+        finished_export(config.exports / name)
     config.out.mkdir(parents=True, exist_ok=True)
-    train = Exported(config.train)
-    held_out = [Exported(folder) for folder in config.held_out]
-    known = {row.text_sha256 for row in train.manifest.rows}
-    for exported in held_out:
-        if known & {row.text_sha256 for row in exported.manifest.rows}:
-            raise UserError(f"--held-out {exported.manifest.folder}: shares questions with --train {config.train}")
     with PhaseTimer() as timer:
         with timer.phase("trace"):
-            fitted = features_of(train, config.out, quiet=config.quiet)
-            judged = [features_of(exported, config.out, quiet=config.quiet) for exported in held_out]
-        with timer.phase("fit"):
-            judges = [Judge(exported, AnalysisConfig(config.seed)) for exported in held_out]
-            trust, p_refit = _fit_all(train, fitted, judged, judges, config)
-        with timer.phase("judge"):
-            tables, start = [], 0
-            for judge, scores in zip(judges, trust, strict=True):
-                own = {name: p[start : start + len(judge.tests)] for name, p in p_refit.items()}
-                tables.append(_judge(judge, scores, own, config))
-                start += len(judge.tests)
-    table = _corrected(pd.concat(tables, ignore_index=True))
-    write_atomic(config.out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.6g"))
-    without = ", ".join(f"{features.without_answer:.2f}" for features in (fitted, *judged))
-    logger.info("share of rollouts without the answer's words, train and held out: %s", without)
-    print(summary(table))
+            sources = {name: _source(name, index, config) for index, name in enumerate(names)}
+        with timer.phase("search"):
+            found = _judged("search", variants, tasks, sources, config)
+        chosen = _chosen(found)
+        print(_search_summary(found, chosen))
+        with timer.phase("confirm"):
+            kept = [variant for variant in variants if variant.role != "tried" or variant.name in chosen]
+            confirmed = _judged("confirmation", kept, tasks, sources, config)
+        print(_confirmation_summary(confirmed, chosen))
+    table = pd.concat([found, confirmed], ignore_index=True).assign(
+        resamples=config.resamples, permutations=config.permutations, seed=config.seed
+    )
+    write_atomic(config.out / f"{NAME}.csv", table.to_csv(index=False, float_format="%.4g"))
+    return table
 
 
-def summary(table: pd.DataFrame) -> str:
-    """The result of the search in words."""
-    from figures.experiments.search_judge import adds
+def _source(name: str, index: int, config: SearchConfig) -> Source:
+    from figures.experiments.search_features import features_of
+    from figures.experiments.search_fit import Source
+    from figures.experiments.search_judge import Judge
+    from neurosig.exported import Exported
+    from neurosig.statistics.auroc import AnalysisConfig
 
-    tried = table[table["role"] == "tried"]
-    lines = []
-    for base, name in (("over_vote", "the vote share"), ("over_outputs", "all output-level signals")):
-        adding = tried[adds(tried, base)]
-        alone = int((tried[f"{base}_low"] > 0).sum())
-        named = "; ".join(
-            f"{row.variant} ({row.domain}, {row.event}) {getattr(row, base):+.3f}" for row in adding.itertuples()
-        )
-        lines.append(
-            f"Of {len(tried)} tests ({tried['variant'].nunique()} variants) {len(adding)} add to {name} after "
-            f"correction and against refits on permuted labels, {alone} by their interval alone"
-            f"{': ' if named else ''}{named}."
-        )
-    return "\n".join(lines)
-
-
-# Fitting
-
-
-def _fit_all(
-    train: Exported, fitted: Features, judged: Sequence[Features], judges: Sequence[Judge], config: SearchConfig
-) -> tuple[list[dict[str, tuple[Array, int]]], dict[str, Array]]:
-    """For each held-out manifest, variant -> trust of its rollouts, and number of neurons that the probe uses.
-
-    Then variant -> p of its gains from refits on permuted labels, in the order of the manifests' `Judge.tests`.
-    """
-    import numpy as np
-
-    from neurosig.statistics.permutation import permutation_p
-
-    labels = _labels(train, config)
-    questions = np.repeat(np.arange(len(train.rows)), [len(row.answers) for row in train.rows.values()])
-    trust: list[dict[str, tuple[Array, int]]] = [{} for _ in judged]
-    p_refit = {}
-    for variant in progress(VARIANTS, desc="fit", quiet=config.quiet):
-        own = labels[variant.labels]
-        fit = (_fit_hidden if variant.reading == "hidden" else _fit_neurons)(variant, fitted, judged, config)
-        for scores, result in zip(trust, fit(own), strict=True):
-            scores[variant.name] = result
-        if config.permutations:
-            gains = partial(_gains, fit, judges)
-            p_refit[variant.name] = permutation_p(gains, own, config.permutations, config.seed, questions).p
-    return trust, p_refit
-
-
-def _gains(fit: Fit, judges: Sequence[Judge], labels: Array) -> list[float]:
-    return [gain for judge, (scores, _) in zip(judges, fit(labels), strict=True) for gain in judge.gains(scores)]
-
-
-def _labels(exported: Exported, config: SearchConfig) -> dict[str, Array]:
-    """Labels of the rollouts in question order: 1 suspect, 0 trusted, -1 not used for fitting."""
-    import numpy as np
-
-    from neurosig.exported import join_gold
-    from neurosig.hallucination.config import ProbeConfig
-    from neurosig.hallucination.probe import agreement_labels
-    from neurosig.questions.answers import is_correct
-
-    rows = list(exported.rows.values())
-    k = len(rows[0].answers)
-    shares = np.array([row.vote.count / row.vote.n for row in rows if row.vote])
-    of_question = agreement_labels(shares, ProbeConfig())
-    shuffled = of_question.copy()
-    used = np.flatnonzero(of_question >= 0)
-    shuffled[used] = np.random.default_rng(config.seed).permutation(of_question[used])
-    contrast = [
-        -1 if answer is None or not clear else int(answer != row.pseudo_label)
-        for row, clear in zip(rows, _clear_majority(rows), strict=True)
-        for answer in row.answers
-    ]
-    gold, _ = join_gold(exported.manifest, required=True)
-    wrong = [int(not is_correct(answer, gold[row.question_id])) for row in rows for answer in row.answers]
-    return {
-        "agreement": np.repeat(of_question, k),
-        "shuffled": np.repeat(shuffled, k),
-        "contrast": np.array(contrast),
-        "gold": np.array(wrong),
-    }
-
-
-def _clear_majority(rows: Sequence[QuestionRow]) -> list[bool]:
-    """Whether one answer has at least half of the votes, and no other answer as many."""
-    return [row.vote is not None and 2 * row.vote.count >= row.vote.n and row.vote.n_tied == 1 for row in rows]
-
-
-def _fit_neurons(variant: Variant, fitted: Features, judged: Sequence[Features], config: SearchConfig) -> Fit:
-    """The L1 probe of `neurosig.hallucination.probe` at its default penalty."""
-    import numpy as np
-
-    from neurosig.hallucination.lasso import design, fit_l1
-
-    prepared = design(_matrix(variant, fitted), MIN_ACTIVE_SHARE)
-    unseen = [_matrix(variant, features)[:, prepared.columns] for features in judged]
-
-    def fit(labels: Array) -> list[tuple[Array, int]]:
-        known = np.flatnonzero(labels >= 0)
-        model = fit_l1(prepared.matrix[known], labels[known], PENALTY, config.seed)
-        weights = model.coef_[0] / prepared.scale
-        return [(-(matrix @ weights), int(np.count_nonzero(weights))) for matrix in unseen]
-
-    return fit
-
-
-def _matrix(variant: Variant, features: Features) -> Any:
-    from figures.experiments.search_features import READINGS
-    from neurosig.hallucination.probe import contribution_matrix
-
-    column = READINGS.index(variant.reading)
-    ids, values = features.ids[:, column], features.values[:, column].astype(float)
-    third = features.n_layers / 3
-    layer = ids[0] // features.d_mlp  # every row has the same number of neurons per layer, layer after layer
-    kept = (layer >= variant.layers[0] * third) & (layer < (variant.layers[1] + 1) * third)
-    return contribution_matrix(ids[:, kept], values[:, kept], features.n_layers * features.d_mlp)
-
-
-def _fit_hidden(variant: Variant, fitted: Features, judged: Sequence[Features], config: SearchConfig) -> Fit:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def fit(labels: Array) -> list[tuple[Array, int]]:
-        known = labels >= 0
-        model = make_pipeline(
-            StandardScaler(), LogisticRegression(C=HIDDEN_PENALTY, class_weight="balanced", max_iter=1000)
-        ).fit(fitted.hidden[known], labels[known])
-        return [(-model.decision_function(features.hidden), 0) for features in judged]
-
-    return fit
+    exported = Exported(config.exports / name)
+    features = features_of(exported, config.exports, quiet=config.quiet)
+    lacking = ", ".join(f"{positions} {share:.2f}" for positions, share in features.lacking.items() if share)
+    logger.info("%s: %d questions; share of rollouts without such a token: %s", name, len(exported.rows), lacking)
+    analysis = AnalysisConfig(config.seed + 1000 * index, config.resamples, repeats=1)  # draws of its own for every set
+    return Source(exported, features, Judge(exported, analysis), config.seed)
 
 
 # Judging
 
 
-def _judge(
-    judge: Judge, trust: Mapping[str, tuple[Array, int]], p_refit: Mapping[str, Array], config: SearchConfig
+def _judged(
+    stage: Stage, variants: Sequence[Variant], tasks: Sequence[Task], sources: dict[str, Source], config: SearchConfig
 ) -> pd.DataFrame:
-    """AUROC and gains of every variant for both events on one held-out manifest."""
+    """One row per variant, task, event and grading, with p-values corrected, and the means over the tasks."""
+    import numpy as np
     import pandas as pd
 
-    from neurosig.report.signal_table import Signal, analyse
-    from neurosig.statistics.auroc import AnalysisConfig
+    from figures.experiments.search_fit import trust_of
 
-    roles = {variant.name: variant.role for variant in VARIANTS}
-    lines = []
-    for event, level in judge.levels.items():
-        tried = [Signal(name, judge.trust(event, scores), "neuron", fitted=True) for name, (scores, _) in trust.items()]
-        outputs = [signal for signal in level.signals if signal.kind == "output"]
-        analysis = AnalysisConfig(config.seed, config.resamples)
-        table = analyse([*tried, *outputs], level.right, level.owners, level.confounders, analysis)
-        for row in table:
-            name = row.signal.name
-            line = {
-                "domain": judge.exported.manifest.rows[0].domain,
-                "event": event,
-                "variant": name.replace("_", " "),
-                "role": roles.get(name, "output"),
-                "neurons": trust[name][1] if name in trust else 0,
-                "n": len(judge.exported.rows),
-                "rows": len(level.owners),
-                "right": int(level.right.sum()) if level.right is not None else 0,
-                **_columns("auroc", row.auroc),
-                **_columns("spearman_vote_share", row.correlations["vote_share"]),
-                **_columns("spearman_token_overlap", row.correlations["token_overlap"]),
-            }
-            refits = dict(zip(judge.tests, p_refit.get(name, ()), strict=False))
-            for base in ("over_vote", "over_outputs"):
-                gain = getattr(row, base)
-                line |= _columns(base, gain and gain.auroc) | {f"{base}_p": gain and gain.p}
-                line[f"{base}_p_refit"] = refits.get((event, base))
-            lines.append(line | {name: getattr(config, name) for name in ("resamples", "permutations", "seed")})
-    return pd.DataFrame(lines)
-
-
-def _columns(name: str, interval: Any) -> dict[str, float | None]:
-    ends = {name: "estimate", f"{name}_low": "low", f"{name}_high": "high"}
-    return {column: interval and getattr(interval, end) for column, end in ends.items()}
-
-
-def _corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with p-values corrected over all variants that were tried, domains and events."""
-    from neurosig.statistics.significance import holm
-
-    tried = table["role"] == "tried"
-    for base in ("over_vote", "over_outputs"):
-        table.loc[tried, f"{base}_p_holm"] = holm(table.loc[tried, f"{base}_p"].tolist())
+    own = [task for task in tasks if task.stage == stage]
+    lines: list[dict[str, Any]] = []
+    default: dict[tuple[str, tuple[str, str]], Draws] = {}
+    for variant in progress(variants, desc=stage, quiet=config.quiet):
+        against: dict[tuple[str, str], list[Any]] = {}
+        for task in own:
+            labels = {name: sources[name].labels(variant) for name in task.fitted}
+            scores, used = trust_of(variant, task, sources, labels, config.seed)
+            judge = sources[task.judged].judge
+            for key in judge.levels:
+                auroc = judge.auroc(key, judge.trust(key[0], scores))
+                if variant.role == "default":
+                    default[task.name, key] = auroc
+                lines.append(_line(stage, task, variant, key, used, auroc, default[task.name, key], judge, scores))
+                against.setdefault(key, []).append((auroc, default[task.name, key]))
+        lines += [_mean_line(stage, variant, key, pairs, config) for key, pairs in against.items()]
+    for task in own:
+        lines += _output_lines(stage, task, sources[task.judged].judge)
+    table = _corrected(pd.DataFrame(lines))
+    table["over_vote_p_refit"] = table["over_outputs_p_refit"] = np.nan
+    surviving = table[_survives(table, "over_vote") | _survives(table, "over_outputs")]
+    kept = set(zip(surviving.variant, surviving.task, strict=True))
+    refitted = [(variant, task) for variant in variants for task in own if (variant.name, task.name) in kept]
+    for variant, task in progress(refitted if config.permutations else [], desc="refits", quiet=config.quiet):
+        for (event, grading, base), p in _p_refit(variant, task, sources, config):
+            where = (table.variant == variant.name) & (table.task == task.name)
+            table.loc[where & (table.event == event) & (table.grading == grading), f"{base}_p_refit"] = p
     return table
 
 
-# Drawing
+def _line(
+    stage: Stage,
+    task: Task,
+    variant: Variant,
+    key: tuple[str, str],
+    used: int,
+    auroc: Draws,
+    default: Draws,
+    judge: Any,
+    scores: Array,
+) -> dict[str, Any]:
+    level, n = judge.levels[key], len(judge.exported.rows)
+    line = {
+        **{"stage": stage, "task": task.name, "reach": task.reach, "event": key[0], "grading": key[1]},
+        **{"variant": variant.name, "role": variant.role, "neurons": used, "n": n, "right": int(level.right.sum())},
+        **_columns("auroc", auroc.interval(n, judge.analysis.seed)),
+    }
+    if variant.role != "default":
+        difference = auroc.minus(default)
+        line |= _columns("over_default", difference.interval(n, judge.analysis.seed))
+    for base, gain in judge.gains(key, judge.trust(key[0], scores)).items():
+        line |= _columns(base, gain.auroc) | {f"{base}_p": gain.p}
+    return line
+
+
+def _mean_line(
+    stage: Stage, variant: Variant, key: tuple[str, str], pairs: Sequence[tuple[Draws, Draws]], config: SearchConfig
+) -> dict[str, Any]:
+    """Means over the tasks; tasks on one set of questions share its draws, sets are drawn independently."""
+    import numpy as np
+
+    from figures.experiments.search_judge import mean_draws
+    from neurosig.statistics.significance import bootstrap_p
+
+    mean = mean_draws([auroc for auroc, _ in pairs])
+    line = {
+        **{"stage": stage, "task": ALL_TASKS, "reach": "all", "event": key[0], "grading": key[1]},
+        **{"variant": variant.name, "role": variant.role, **_columns("auroc", mean.interval(0, config.seed))},
+    }
+    if variant.role != "default":
+        difference = mean_draws([auroc.minus(default) for auroc, default in pairs])
+        line |= _columns("over_default", difference.interval(0, config.seed))
+        if stage == "confirmation":
+            line["over_default_p"] = bootstrap_p(difference.draws[~np.isnan(difference.draws)])
+    return line
+
+
+def _output_lines(stage: Stage, task: Task, judge: Any) -> Iterator[dict[str, Any]]:
+    for key, level in judge.levels.items():
+        for signal in level.signals:
+            if signal.kind == "output":
+                auroc = judge.auroc(key, signal.trust).interval(len(judge.exported.rows), judge.analysis.seed)
+                yield {
+                    **{"stage": stage, "task": task.name, "reach": task.reach, "event": key[0], "grading": key[1]},
+                    **{"variant": signal.name.replace("_", " "), "role": "output", **_columns("auroc", auroc)},
+                }
+
+
+def _columns(name: str, interval: Any) -> dict[str, float]:
+    ends = {name: "estimate", f"{name}_low": "low", f"{name}_high": "high"}
+    return {column: getattr(interval, end) for column, end in ends.items()}
+
+
+def _corrected(table: pd.DataFrame) -> pd.DataFrame:
+    """With p-values corrected over the tried variants, tasks, events and gradings of the stage; those over the default,
+    which the confirmation has for the means over the tasks, are a family of their own."""
+    from neurosig.statistics.significance import holm
+
+    for base in (*BASES, "over_default"):
+        table[f"{base}_p_holm"] = float("nan")
+        if f"{base}_p" in table:
+            rows = (table["role"] == "tried") & table[f"{base}_p"].notna()
+            table.loc[rows, f"{base}_p_holm"] = holm(table.loc[rows, f"{base}_p"].tolist())
+    return table
+
+
+def _survives(table: pd.DataFrame, base: str) -> pd.Series[bool]:
+    return (table[f"{base}_low"] > 0) & (table[f"{base}_p_holm"] <= 0.05)
+
+
+def _p_refit(
+    variant: Variant, task: Task, sources: dict[str, Source], config: SearchConfig
+) -> list[tuple[tuple[str, str, str], float]]:
+    """p of each gain from fits to permuted labels."""
+    import numpy as np
+
+    from figures.experiments.search_fit import trust_of
+    from neurosig.statistics.permutation import permutation_p
+
+    judge, parts = sources[task.judged].judge, [sources[name] for name in task.fitted]
+    sizes = np.cumsum([len(part.owners) for part in parts])[:-1]
+    steps = np.cumsum([0, *(int(part.owners.max()) + 1 for part in parts)])
+    owners = np.concatenate([part.owners + step for part, step in zip(parts, steps[:-1], strict=True)])
+    labels = np.concatenate([part.labels(variant) for part in parts])
+
+    def gains(permuted: Array) -> list[float]:
+        own = dict(zip(task.fitted, np.split(permuted, sizes), strict=True))
+        return judge.refit_gains(trust_of(variant, task, sources, own, config.seed)[0])
+
+    p = permutation_p(gains, labels, config.permutations, config.seed, owners).p
+    return list(zip(judge.tests, p.tolist(), strict=True))
+
+
+# In words
+
+
+def _chosen(found: pd.DataFrame) -> list[str]:
+    """The variants that are confirmed: see `figures.experiments.search_plan.CONFIRMED`."""
+    mean = _ranked(found[found["role"] == "tried"])
+    return [str(name) for name in mean.index[:CONFIRMED]]
+
+
+def _ranked(found: pd.DataFrame) -> pd.Series[float]:
+    own = found[(found["task"] == ALL_TASKS) & (found["event"] == "majority is right")]
+    return own.groupby("variant", sort=True)["auroc"].mean().sort_values(ascending=False, kind="stable")
+
+
+def adds(table: pd.DataFrame, base: str) -> pd.Series[bool]:
+    """Whether a variant adds to a base: after correction, and more than fits to permuted labels."""
+    return _survives(table, base) & (table[f"{base}_p_refit"].fillna(0.0) <= 0.05)
+
+
+def _search_summary(found: pd.DataFrame, chosen: Sequence[str]) -> str:
+    tried, ranked = found[found["role"] == "tried"], _ranked(found)
+    default = found.loc[found["role"] == "default", "variant"].iloc[0]
+    lines = [f"Search: {tried['variant'].nunique()} variants on {found['task'].nunique() - 1} tasks."]
+    for base, name in (("over_vote", "the vote share"), ("over_outputs", "all output-level signals")):
+        tests = tried[tried[f"{base}_p"].notna()]
+        lines.append(
+            f"Of {len(tests)} tests {int(adds(tests, base).sum())} add to {name} after correction and against refits "
+            f"on permuted labels, {int((tests[f'{base}_low'] > 0).sum())} by their interval alone."
+        )
+    best = "; ".join(f"{name} {ranked[name]:.3f}" for name in chosen)
+    lines.append(f"Best by mean AUROC for 'majority is right': {best}; the default {ranked[default]:.3f}.")
+    return "\n".join(lines)
+
+
+def _confirmation_summary(table: pd.DataFrame, chosen: Sequence[str]) -> str:
+    lines = ["Confirmation, on sets that chose nothing, against the default:"]
+    supported = []
+    for name in chosen:
+        own = table[(table["variant"] == name) & (table["event"] == "majority is right")]
+        mean, by_task = own[own["task"] == ALL_TASKS], own[own["task"] != ALL_TASKS]
+        parts = [
+            f"{row.grading} {row.over_default:+.3f} [{row.over_default_low:+.3f}, {row.over_default_high:+.3f}], "
+            f"p = {row.over_default_p_holm:.3f}"
+            for row in mean.itertuples()
+        ]
+        lost = int((by_task["over_default_high"] < 0).sum())
+        lines.append(f"{name}: {'; '.join(parts)}; below it in {lost} of {len(by_task)} tests")
+        if (mean["over_default_low"] > 0).all() and (mean["over_default_p_holm"] <= 0.05).all() and not lost:
+            supported.append(name)
+    lines.append(f"{RULE} By this rule: {', '.join(supported) or 'the default stays'}.")
+    return "\n".join(lines)
 
 
 def draw(results: Path, out: Path) -> list[Path]:
     """Draw the figure from ``results`` into ``out``."""
-    import pandas as pd
-
+    from figures.experiments.search_figure import draw_table
     from figures.sources import made_or_committed
-    from figures.style import save_figure, subplots
 
-    table = pd.read_csv(made_or_committed(results / f"{NAME}.csv", NAME))
-    panels = {"auroc": "AUROC", "over_vote": "adds to vote share", "over_outputs": "adds to all output signals"}
-    events = list(dict.fromkeys(table["event"]))
-    figure, axes = subplots(len(events), len(panels), size=(11, 4.6 * len(events)), sharey="row", squeeze=False)
-    for line, event in zip(axes, events, strict=True):
-        for axis, (column, label) in zip(line, panels.items(), strict=True):
-            _draw_panel(axis, table[table["event"] == event], column)
-            axis.set_xlabel(f"{label} ({event})")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
-
-
-def _draw_panel(axis: Axes, table: pd.DataFrame, column: str) -> None:
-    from figures.experiments.search_judge import adds
-    from figures.style import Colour
-
-    colours = {"tried": Colour.OURS, "control": Colour.CONTROL, "output": Colour.BASELINE}
-    names = list(dict.fromkeys(table["variant"]))
-    axis.axvline(0.5 if column == "auroc" else 0.0, color="black", linewidth=0.8, linestyle="--")
-    for offset, domain in enumerate(dict.fromkeys(table["domain"])):
-        rows = table[table["domain"] == domain].set_index("variant").loc[names]
-        y = [position + 0.2 * (2 * offset - 1) for position in range(len(names))]
-        marks = [colours[role] for role in rows["role"]]
-        axis.hlines(y, rows[f"{column}_low"], rows[f"{column}_high"], colors=marks, linewidth=1.2)
-        marker, face = ("o", "black") if offset == 0 else ("s", "white")
-        axis.scatter(rows[column], y, color=face if offset else marks, edgecolors=marks, marker=marker, s=16, zorder=3)
-        axis.scatter([], [], color=face, edgecolors="black", marker=marker, label=f"{domain} (n={rows['n'].iloc[0]})")
-    if column != "auroc":
-        for row in table[table["role"].eq("tried") & adds(table, column)].itertuples():
-            axis.annotate("*", (getattr(row, f"{column}_high"), names.index(str(row.variant))), va="center")
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.4, -0.6)
+    return draw_table(made_or_committed(results / f"{NAME}.csv", NAME), out, NAME)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Literal
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_config
 
+ProbeLabels = Literal["agreement", "contrast"]
+ProbeValues = Literal["contribution", "layer_z"]
 INVERSE_PENALTY = 0.1
 """C of the probe."""
 FOLD_SEEDS = 3
@@ -27,6 +29,11 @@ class ProbeConfig:
             Where there are fewer groups than folds, each group is a fold.
         groups: What the folds keep together: ``question``, or another column of the questions, such as ``kind``. It
             names the groups in messages; `neurosig.hallucination.groups.fold_groups` makes them.
+        labels: What it learns (`neurosig.hallucination.probe.rollout_labels`): ``agreement``, questions whose rollouts
+            split against questions whose rollouts agree; ``contrast``, within a question, rollouts outside its majority
+            against rollouts inside.
+        values: What it reads of a neuron (`neurosig.hallucination.probe.probe_matrix`): its ``contribution``, or
+            ``layer_z``, that in standard deviations of the layer.
         fold_seeds: Times that the folds are drawn, from ``seed`` upwards; the scores are the mean.
         seed: Seed of the folds, the halves and the solver.
         min_active_share: Neurons active in a smaller share of the rollouts are left out, whatever the labels.
@@ -44,6 +51,8 @@ class ProbeConfig:
     inverse_penalty: float | None = INVERSE_PENALTY
     folds: int = 5
     groups: str = "question"
+    labels: ProbeLabels = "agreement"
+    values: ProbeValues = "contribution"
     fold_seeds: int = FOLD_SEEDS
     seed: int = 0
     min_active_share: float = 0.02

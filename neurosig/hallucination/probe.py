@@ -9,6 +9,7 @@ its gold labels: reconstruction). `neurosig.hallucination.locate` adds what a cl
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -81,6 +82,67 @@ def agreement_labels(shares: Float[np.ndarray, " questions"], config: ProbeConfi
     return np.where(shares >= config.agree_share, 0, np.where(shares < config.split_share, 1, -1))
 
 
+def rollout_labels(
+    answers: Sequence[Sequence[str | None]], winners: Sequence[str | None], config: ProbeConfig
+) -> Int[np.ndarray, " rollouts"]:
+    """The labels of all rollouts in order: 1 suspect, 0 trusted, -1 not used for fitting.
+
+    ``agreement``: those of the rollout's question (`agreement_labels`). ``contrast``: in a question whose rollouts give
+    several answers, of which one has the most votes and at least ``split_share`` of them, 1 for a rollout with another
+    answer and 0 for one with that answer; a rollout without an answer has no label. With one rollout per question
+    nothing has.
+
+    Args:
+        answers: Question by question, the candidate that each rollout votes for.
+        winners: Each question's majority answer.
+        config: The probe's options.
+    """
+    votes = [Counter[str | None](answer for answer in given if answer is not None) for given in answers]
+    shares = np.array(
+        [count[winner] / len(given) for given, winner, count in zip(answers, winners, votes, strict=True)]
+    )
+    if config.labels == "agreement":
+        labels = agreement_labels(shares, config)
+        sizes = np.array([len(given) for given in answers])
+        return np.repeat(np.where(sizes > 1, labels, -1), sizes)
+    contrasts = []
+    for given, winner, share, count in zip(answers, winners, shares, votes, strict=True):
+        first, second = (*(n for _, n in count.most_common(2)), 0, 0)[:2]
+        clear = first > second > 0 and share >= config.split_share
+        contrasts += [int(answer != winner) if clear and answer is not None else -1 for answer in given]
+    return np.array(contrasts)
+
+
+@takes_arrays
+def probe_matrix(
+    ids: Int[np.ndarray, "rollouts size"],
+    values: Float[np.ndarray, "rollouts size"],
+    n_layers: int,
+    n_neurons: int,
+    config: ProbeConfig,
+) -> sparse.csr_array:
+    """What the probe reads of each rollout: `contribution_matrix`, or with ``layer_z`` in standard deviations.
+
+    ``layer_z`` divides a contribution by the standard deviation over all neurons of its layer in that rollout, those
+    outside the active set counting 0: a z-score taken from an inactive neuron's level, so that such a neuron stays 0.
+    It leaves out how strongly a layer speaks as a whole; contributions with a sign (``unembed``) keep it.
+
+    Args:
+        ids: See `contribution_matrix`, as for ``values``.
+        n_layers: Layers of the model.
+        n_neurons: Its neurons over all layers.
+        config: The probe's options.
+    """
+    if config.values == "layer_z":
+        size = n_neurons // n_layers
+        cells = np.arange(len(ids))[:, None] * n_layers + ids.clip(min=0) // size
+        kept = np.where(ids == PAD, 0.0, values)
+        total, square = (np.bincount(cells.ravel(), part.ravel(), len(ids) * n_layers) for part in (kept, kept**2))
+        deviation = np.sqrt(np.maximum(square / size - (total / size) ** 2, 0))[cells]
+        values = np.divide(kept, deviation, out=np.zeros(kept.shape), where=deviation > 0)
+    return contribution_matrix(ids, values, n_neurons)
+
+
 @takes_arrays
 def fit_probe(
     contributions: sparse.csr_array,
@@ -91,8 +153,8 @@ def fit_probe(
     """Fit the probe on the labelled rollouts and score every rollout by cross-fitting over groups of questions.
 
     Args:
-        contributions: One row per rollout (`contribution_matrix`).
-        labels: 1 guessed, 0 known, -1 unlabelled: of the rollout's question (`agreement_labels`), or given.
+        contributions: One row per rollout (`probe_matrix`).
+        labels: 1 guessed, 0 known, -1 unlabelled (`rollout_labels`), or given.
         fold_groups: What no fold splits: the rollout's question, or a column of it such as its kind
             (`neurosig.hallucination.groups.fold_groups`).
         config: The probe's options.
@@ -148,6 +210,11 @@ def too_few(labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " roll
     needed = config.folds * (2 if config.inverse_penalty is None else 1)  # folds within folds choose the penalty
     if min(known, guessed) >= needed:
         return ""
+    if config.labels == "contrast":
+        return (
+            f"of {len(np.unique(groups))} questions, {min(known, guessed)} have a clear majority and rollouts outside "
+            f"it; at least {needed} are needed"
+        )
     return (
         f"of {len(np.unique(groups))} questions, the rollouts of {known} agree and of {guessed} split; at least "
         f"{needed} of each are needed"

@@ -20,7 +20,7 @@ from neurosig.hallucination import context_scores
 from neurosig.hallucination.belief import Belief
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.context_scores import TeacherSignals
-from neurosig.hallucination.probe import ProbeResult, agreement_labels, contribution_matrix, fit_probe
+from neurosig.hallucination.probe import ProbeResult, fit_probe, probe_matrix, rollout_labels
 from neurosig.manifest import DemonstrationRecord
 from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard
 from neurosig.questions.reader import Reading
@@ -116,6 +116,7 @@ def fitted_probe(
     *,
     n_neurons: int,
     probe: ProbeConfig,
+    n_layers: int = 1,
     fold_groups: Mapping[str, str] | None = None,
 ) -> ProbeResult:
     """The annotation-free probe on the questions' rollouts, cross-fitted.
@@ -124,6 +125,7 @@ def fitted_probe(
         questions: Question id -> its signals.
         n_neurons: Neurons of the model, over all layers.
         probe: Options of the probe.
+        n_layers: Its layers, for the probe's ``layer_z``.
         fold_groups: Question id -> the group that no fold of the probe splits; default: each question is its own.
 
     Raises:
@@ -138,10 +140,9 @@ def fitted_probe(
         raise ValueError(
             f'question "{odd}" has {len(questions[odd].rollouts)} rollouts, the first has {k}; give K of each'
         )
-    shares = np.array([signal.vote.share for signal in signals])
-    labels = np.repeat(agreement_labels(shares, probe) if k > 1 else np.full(len(shares), -1), k)  # one always agrees
+    labels = rollout_labels([signal.answers for signal in signals], [signal.vote.winner for signal in signals], probe)
     kept = [(fold_groups or {}).get(question_id, question_id) for question_id in questions for _ in range(k)]
-    return fit_probe(contribution_matrix(ids, values, n_neurons), labels, kept, probe)
+    return fit_probe(probe_matrix(ids, values, n_layers, n_neurons, probe), labels, kept, probe)
 
 
 def question_scores(

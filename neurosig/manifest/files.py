@@ -39,8 +39,8 @@ READ_BY_TRAINING: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Required entries of the header's open fields."""
-BEFORE_1_3 = {"teacher_thinking": None, "demonstration_thoughts": True, "keep_truncated": True, "trace": "all"}
-"""What an export did before these were options; ``student_thinking`` was ``enable_thinking``."""
+BEFORE_1_3 = {"teacher_thinking": None, "demonstration_thoughts": True, "keep_truncated": True, "positions": "all"}
+"""What an export did before these were options; ``enable_thinking`` and ``trace`` were the names of two others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +189,9 @@ def _parse_header(path: Path, text: bytes) -> Header:
         raise UserError(f"{path}: {first_problem(error, Header, NESTED)}") from error
     if header.content_sha256 != _content_sha256(raw):
         raise UserError(f"{path}: content_sha256 differs from the header's content; export again")
+    (options := header.options).update({"positions": options.pop("trace")} if "trace" in options else {})
     if version == "1.2":
-        options = {**BEFORE_1_3, "student_thinking": raw["options"].get("enable_thinking"), **header.options}
-        header = header.model_copy(update={"options": options})
+        options.update({**BEFORE_1_3, "student_thinking": options.get("enable_thinking"), **options})
     needed = ((part, name) for part, names in READ_BY_TRAINING.items() for name in names)
     if gap := next((f"{part}.{name}" for part, name in needed if name not in getattr(header, part)), None):
         raise UserError(f"{path}: $.{gap}: field required; export again")

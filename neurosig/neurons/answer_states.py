@@ -6,11 +6,10 @@ end; here the answer is found in the text (reconstruction).
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from string import ascii_lowercase, ascii_uppercase
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
@@ -24,14 +23,13 @@ from neurosig.models.prefix import distinct_rows, run_prompts
 from neurosig.neurons.sites import ffn_sites
 from neurosig.neurons.tracer import pack_rows
 from neurosig.questions.answers import normalise
-from neurosig.questions.answers.spaces import canonical, members
+from neurosig.questions.answers.spaces import members
 from neurosig.questions.load import Question
+from neurosig.questions.statement import answer_words
 from neurosig.sampling.rollouts import Rollout
 
 PROJECTED, PROJECTION_SEED = 64, 42
 """Numbers that a trajectory is projected to, and the seed of the signs (INFLOW, appendix E.1)."""
-MOST_WORDS = 8
-"""Longest answer that is looked for in a text, in words."""
 
 
 class AnswerStates(NamedTuple):
@@ -122,9 +120,10 @@ class _AnswerPlaces:
         last = _Place(len(ids) - 1, {})
         if answer is None:
             return last
-        offset = answer_offset(self._decode(ids), answer, question)
-        if offset is None:
+        words = answer_words(self._decode(ids), answer, question)
+        if words is None:
             return last
+        offset = words[0]
         token = bisect_right(range(len(ids)), offset, key=lambda n: len(self._decode(ids[: n + 1])))
         if token >= len(ids):
             return last
@@ -162,27 +161,3 @@ def possible_answers(question: Question) -> tuple[str, ...]:
     if question.choices:
         return tuple(ascii_uppercase[: len(question.choices)])
     return tuple(names[0] for names in members(question))
-
-
-def answer_offset(text: str, answer: str, question: Question) -> int | None:
-    """Index of the character at which a parsed answer last begins in its completion; ``None`` if it is not there.
-
-    Args:
-        text: The completion.
-        answer: What the parser read in it.
-        question: The question; with choices the answer is a letter.
-    """
-    if question.choices:
-        if answer not in ascii_lowercase:
-            return None
-        for letter in (answer.upper(), answer):
-            found = [match.start() for match in re.finditer(rf"(?<![^\W_]){letter}(?![^\W_])", text)]
-            if found:
-                return found[-1]
-        return None
-    words = list(re.finditer(r"[^\W_][^\s]*", text))
-    for first in reversed(range(len(words))):
-        for last in range(first, min(first + MOST_WORDS, len(words))):
-            if canonical(normalise(text[words[first].start() : words[last].end()]), question) == answer:
-                return words[first].start()
-    return None

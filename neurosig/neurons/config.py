@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from neurosig.registry import ActiveSet, Contribution, Open
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_config
 
 NeuronValue = Literal["gated", "act"]
+NamedPositions = Literal["answer", "thought", "all", "statement", "answer_words", "answer_start", "prompt_end"]
+PARSED = ("statement", "answer_words")
+"""Positions that depend on how answers are read."""
+CHOSEN_TOKENS = re.compile(r"(?P<at>-?\d+)|(?P<start>-?\d+)?:(?P<stop>-?\d+)?")
+"""A token of the completion, or a range of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,20 @@ class TraceConfig:
             share = isinstance(self.set_size, float)
             return replace(self, set_size=max(1, round(self.set_size * n_layers * d_mlp))) if share else self
         return replace(self, set_size=n_layers * neurons_per_layer(n_layers, d_mlp, self.set_size))
+
+
+def check_positions(positions: str) -> None:
+    """Refuse positions that are neither a name nor numbers and ranges.
+
+    Raises:
+        UserError: Listing what is accepted.
+    """
+    names = get_args(NamedPositions)
+    if positions not in names and not all(CHOSEN_TOKENS.fullmatch(part) for part in positions.split(",")):
+        raise UserError(
+            f"--positions: expected {', '.join(names)}, or tokens of the completion such as 0, -1, 0:3 or 0,-1, "
+            f"got {positions!r}"
+        )
 
 
 def check_set_size(option: str, value: int | float) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CHUNK = 512
 """Rollouts per shard."""
-Traced = tuple[Sequence[int], Sequence[int], range]
+Traced = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,9 +174,13 @@ class NeuronTracer:
     ) -> Iterator[tuple[list[int], ActiveSets]]:
         """Each distinct prompt runs once, untraced; its rollouts continue from it in batches of like lengths.
 
-        A thought that does not count runs with its prompt, so that no neuron of it is kept.
+        A thought that does not count runs with its prompt, so that no neuron of it is kept; tokens after the last that
+        counts do not run.
         """
         shift = 1 if self.about_next else 0  # a score about the next token is one position earlier
+        ends = [len(mask) - list(mask)[::-1].index(True) for mask in masks]  # no later token changes what is read
+        completions = [completion[:end] for completion, end in zip(completions, ends, strict=True)]
+        masks = [mask[:end] for mask, end in zip(masks, ends, strict=True)]
         if self.reader.whole:
             lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
             for indices in pack_rows(lengths, self.config.batch_tokens):

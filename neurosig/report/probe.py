@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from neurosig.exported import Exported
-from neurosig.hallucination.config import ProbeConfig
+from neurosig.hallucination.config import ProbeConfig, ProbeLabels
 from neurosig.hallucination.controls import RandomNeurons, random_neuron_auroc
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe
-from neurosig.hallucination.probe import agreement_labels, contribution_matrix, too_few
+from neurosig.hallucination.probe import probe_matrix, rollout_labels, too_few
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import format_interval
 
@@ -28,12 +28,14 @@ class Located:
         random: Probes on the same number of random neurons; ``None`` where the probe kept none.
         known: Questions it was fitted on as known.
         guessed: Questions it was fitted on as guessed.
+        labels: What it learned (`ProbeConfig.labels`); under ``contrast`` the same questions have both.
     """
 
     probe: FittedProbe
     random: RandomNeurons | None
     known: int
     guessed: int
+    labels: ProbeLabels = "agreement"
 
     @property
     def path(self) -> list[dict[Hashable, Any]]:
@@ -47,9 +49,15 @@ class Located:
     def sentence(self) -> str:
         """The finding in words, made from the numbers."""
         probe, stable = self.probe, int(self.probe.stability.stable.sum())
+        contrast = self.labels == "contrast"
+        learned = (
+            f"rollouts inside and outside the majority of {self.known} questions"
+            if contrast
+            else f"{self.known} questions whose rollouts agree, {self.guessed} whose rollouts split"
+        )
         text = (
-            f"Labels without gold: {self.known} questions whose rollouts agree, {self.guessed} whose rollouts split. "
-            f"Cross-validation by question keeps {len(probe.columns)} neurons; they predict a question's side with "
+            f"Labels without gold: {learned}. Cross-validation by question keeps {len(probe.columns)} neurons; they "
+            f"predict a {'rollout' if contrast else 'question'}'s side with "
             f"AUROC {probe.auroc:.3f} where they did not see it"
         )
         if self.random is not None:
@@ -74,20 +82,25 @@ def locate(exported: Exported, *, seed: int, quiet: bool) -> Located | str:
         split_share=options["probe_split_share"],
         inverse_penalty=None,
         folds=options["probe_folds"],
+        labels=options.get("probe_labels", "agreement"),
+        values=options.get("probe_values", "contribution"),
         fold_seeds=1,
         seed=seed,
     )
-    share = {row.question_id: row.vote.count / row.vote.n for row in exported.rows.values() if row.vote is not None}
+    rows = exported.rows.values()
     owners = [question_id for question_id, _ in exported.place]
-    labels = agreement_labels(np.array([share[owner] for owner in owners]), config)
+    by_row = rollout_labels([row.answers for row in rows], [row.pseudo_label for row in rows], config)
+    keys = [(row.question_id, index) for row in rows for index in range(len(row.answers))]
+    label_of = dict(zip(keys, by_row.tolist(), strict=True))
+    labels = np.array([label_of[key] for key in exported.place])
     shortage = too_few(labels, np.unique(owners, return_inverse=True)[1], config)
     if exported.manifest.k == 1:
         shortage = "with one rollout per question, none can agree or split"
     if shortage:
         return f"Single neurons cannot be located: {shortage}."
     signals = exported.signals
-    contributions = contribution_matrix(
-        signals.neuron_ids.numpy(), signals.contributions.float().numpy(), signals.n_neurons
+    contributions = probe_matrix(
+        signals.neuron_ids.numpy(), signals.contributions.float().numpy(), signals.n_layers, signals.n_neurons, config
     )
     try:
         probe = HallucinationProbe(config).fit(contributions, labels, owners, d_mlp=signals.d_mlp, quiet=quiet)
@@ -98,5 +111,5 @@ def locate(exported: Exported, *, seed: int, quiet: bool) -> Located | str:
         random = random_neuron_auroc(
             contributions, labels, owners, len(probe.columns), config, exclude=probe.columns, draws=RANDOM_DRAWS
         )
-    by_question = agreement_labels(np.array(list(share.values())), config)
-    return Located(probe, random, int((by_question == 0).sum()), int((by_question == 1).sum()))
+    known, guessed = (len({owner for owner, own in zip(owners, labels, strict=True) if own == k}) for k in (0, 1))
+    return Located(probe, random, known, guessed, config.labels)

@@ -19,11 +19,11 @@ from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.groups import fold_groups
 from neurosig.hallucination.lasso import Design, design
 from neurosig.hallucination.probe import (
-    agreement_labels,
-    contribution_matrix,
     cross_fit,
     cross_fit_by_seed,
     fold_count,
+    probe_matrix,
+    rollout_labels,
     too_few,
 )
 from neurosig.report.data import LevelData
@@ -111,13 +111,15 @@ class Refits:
             folds=options["probe_folds"],
             groups=options.get("probe_groups", "question"),  # earlier exports had one grouping and one fold seed
             fold_seeds=options.get("probe_fold_seeds", 1),
+            labels=options.get("probe_labels", "agreement"),
+            values=options.get("probe_values", "contribution"),
             seed=options["seed"],
         )
         self.rows = list(exported.rows.values())
-        shares = np.array([row.vote.count / row.vote.n for row in self.rows if row.vote is not None])
         sizes = [len(row.answers) for row in self.rows]
         self.owners = np.repeat(np.arange(len(self.rows)), sizes)
-        self.labels = agreement_labels(shares, self.config)[self.owners]
+        winners = [row.pseudo_label for row in self.rows]
+        self.labels = rollout_labels([row.answers for row in self.rows], winners, self.config)
         self.in_majority = np.array([answer == row.pseudo_label for row in self.rows for answer in row.answers])
 
     def design(self) -> Design:
@@ -125,8 +127,9 @@ class Refits:
         signals = self.exported.signals
         ids = [(row.question_id, index) for row in self.rows for index in range(len(row.answers))]
         places = [self.exported.place[key] for key in ids]
-        contributions = contribution_matrix(
-            signals.neuron_ids[places].numpy(), signals.contributions[places].float().numpy(), signals.n_neurons
+        values = signals.contributions[places].float().numpy()
+        contributions = probe_matrix(
+            signals.neuron_ids[places].numpy(), values, signals.n_layers, signals.n_neurons, self.config
         )
         return design(contributions, self.config.min_active_share)
 

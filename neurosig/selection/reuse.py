@@ -7,9 +7,10 @@ from pathlib import Path
 
 from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel
-from neurosig.neurons.config import TraceConfig
+from neurosig.neurons.config import PARSED, TraceConfig
 from neurosig.neurons.contributions import ActiveSets
 from neurosig.questions.load import Question
+from neurosig.questions.reader import AnswerReader
 from neurosig.registry import Kind, find
 from neurosig.runtime.cli import CommonConfig, config_record
 from neurosig.runtime.errors import UserError
@@ -26,6 +27,7 @@ def reused(
     questions: Sequence[Question],
     dataset_sha256: str,
     rollouts_sha256: str | None,
+    reader: AnswerReader,
 ) -> tuple[dict[str, list[Rollout]], ActiveSets]:
     """Rollouts by question and their active sets, equal to those of sampling and tracing again.
 
@@ -36,6 +38,7 @@ def reused(
         questions: Its questions.
         dataset_sha256: Their hash.
         rollouts_sha256: Hash of the file of ``--rollouts``, which may have moved since.
+        reader: How answers are parsed, which some ``--positions`` depend on.
 
     Raises:
         UserError: Model, questions or an option that shapes rollouts or traces differ; the message names them with both
@@ -60,6 +63,9 @@ def reused(
     for name in option_names(type(config), Shapes.ROLLOUTS, Shapes.TRACES):
         if name not in there and name not in BY_CONTENT and name not in of_the_file:
             there[name], here[name] = header.options.get(name), options[name]
+    if options["positions"] in PARSED:
+        for side, record in ((there, header.answers), (here, reader.record())):
+            side["answers"] = {name: value for name, value in record.items() if name != "vote_merge"}
     kinds: tuple[Kind, ...] = ("contribution", "active_set")
     for name in kinds:
         found = find(name, options[name])

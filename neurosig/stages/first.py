@@ -77,25 +77,26 @@ class FirstStage:
 def first_stage(
     config: ExportConfig,
     loaded: LoadedModel,
+    reader: AnswerReader,
     questions: Sequence[Question],
     fold_groups: Mapping[str, str] | None,
     prompts: Mapping[str, Prompt],
     traced: tuple[Mapping[str, Sequence[Rollout]], ActiveSets],
+    read_at: Mapping[str, Sequence[Sequence[int]]],
     timer: PhaseTimer,
 ) -> FirstStage:
-    """Votes, the probe and the candidates of the traced rollouts."""
-
+    """Votes, the probe and the candidates of the traced rollouts, whose neurons were read at ``read_at``."""
     groups, sets = traced
     sites = ffn_sites(loaded.model)
     config = _with_k(config, len(next(iter(groups.values()))))
     config = replace(config, set_size=config.trace_config().sized(sites.n_layers, sites.d_mlp).set_size)
     by_id = {question.id: question for question in questions}
     with timer.phase("score and select"):
-        reader = config.answer_reader(loaded)
-        signals = _signals(config, reader, by_id, groups, sets)
+        signals = _signals(reader, by_id, groups, read_at, sets)
         probe = fitted_probe(
             signals,
             n_neurons=sites.n_layers * sites.d_mlp,
+            n_layers=sites.n_layers,
             probe=config.probe_config(),
             fold_groups=fold_groups,
         )
@@ -111,17 +112,17 @@ def first_stage(
 
 
 def _signals(
-    config: ExportConfig,
     reader: AnswerReader,
     by_id: Mapping[str, Question],
     groups: Mapping[str, Sequence[Rollout]],
+    read_at: Mapping[str, Sequence[Sequence[int]]],
     sets: ActiveSets,
 ) -> dict[str, QuestionSignals]:
     signals, start = {}, 0
     for name, group in groups.items():
         stop = start + len(group)
         ids, values, hidden = (tensor[start:stop] for tensor in sets)
-        n_traced = sum(len(rollout.positions(config.trace)) for rollout in group)
+        n_traced = sum(map(len, read_at[name]))
         signals[name] = QuestionSignals(group, reader.read(group, by_id[name]), ids, values, hidden, n_traced)
         start = stop
     return signals

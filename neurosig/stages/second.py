@@ -30,6 +30,7 @@ from neurosig.runtime.ranks import Ranks
 from neurosig.sampling.dealing import sampled_together
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import Prompt
+from neurosig.stages.positions import all_traced_at, read_positions
 
 if TYPE_CHECKING:
     from neurosig.export_config import ExportConfig
@@ -52,16 +53,20 @@ class TeacherRun:
         prompts: Question id -> the teacher's prompt.
         groups: Question id -> its M completions.
         sets: Active sets of all of them, in this order.
+        note: See `neurosig.stages.positions.read_positions`.
     """
 
     prompts: Mapping[str, Prompt]
     groups: Mapping[str, Sequence[Rollout]]
     sets: ActiveSets
+    note: str
 
 
 def sample_teacher(
     config: ExportConfig,
     loaded: LoadedModel,
+    reader: AnswerReader,
+    questions: Sequence[Question],
     first: FirstStage | None,
     contexts: Mapping[str, Sequence[DemonstrationRecord]] | None,
     work: Path,
@@ -73,6 +78,8 @@ def sample_teacher(
     Args:
         config: The export's options.
         loaded: The model.
+        reader: How answers are parsed.
+        questions: The export's questions.
         first: The first stage, whose rollouts the demonstrations show; on the main process only.
         contexts: Question id -> demonstrations, of the questions to ask; likewise.
         work: The export's folder of unfinished work.
@@ -107,15 +114,12 @@ def sample_teacher(
         groups = {name: groups[name] for name in prompts}
     with timer.phase("trace"):
         tracer = NeuronTracer(loaded.model, config.trace_config())
-        flat = [
-            (prompts[name].token_ids, rollout.completion_ids_without_eos, rollout.positions(config.trace))
-            for name, group in groups.items()
-            for rollout in group
-        ]
+        read_at, note = read_positions(config.positions, groups, questions, reader, loaded.tokenizer)
+        flat = all_traced_at(prompts, groups, read_at, about_next=tracer.about_next)
         weights = f"{loaded.info.weights}{loaded.info.adapter or ''}"
         with progress(total=len(flat), desc="trace the teacher", quiet=config.quiet or not ranks.main) as bar:
             shards = trace_to_shards(tracer, flat, folder, weights, advance=lambda n, _: bar.update(n), ranks=ranks)
-    return TeacherRun(prompts, groups, load_shards(shards))
+    return TeacherRun(prompts, groups, load_shards(shards), note and f"the teacher's {note}")
 
 
 def _teacher_prompts(

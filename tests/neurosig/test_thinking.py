@@ -40,7 +40,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_the_traced_tokens_are_those_of_a_naive_slice(world: tuple[Path, dict[str, Any]], part: str) -> None:
     """The other tokens are a prompt that nothing is read from, or follow and are never seen."""
     folder, given = world
-    own = exported(folder, part, **given, trace=part)
+    own = exported(folder, part, **given, positions=part)
     loaded = load_model(folder / "model")
     builder = PromptBuilder(loaded.tokenizer, own.manifest.header.prompt_config())
     prompts, completions = [], []
@@ -161,12 +161,12 @@ def test_a_manifest_from_before_is_read_as_it_was_made(tmp_path: Path) -> None:
 
 
 def test_rollouts_without_a_thought_are_traced_whole(tmp_path: Path) -> None:
-    """The same signals whatever --trace says."""
+    """The same signals whatever --positions says."""
     write_world(tmp_path, KEEPS)
     lines = [{"question_id": f"q{index}", "text": f"Yes, {k}."} for index in range(5) for k in range(K)]
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = []
     for part in ("answer", "thought", "all"):
-        exported(tmp_path, part, rollouts=tmp_path / "plain.jsonl", trace=part)
+        exported(tmp_path, part, rollouts=tmp_path / "plain.jsonl", positions=part)
         files.append((tmp_path / part / "signals.safetensors").read_bytes())
     assert files[0] == files[1] == files[2]

@@ -10,8 +10,11 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from figures.experiments.signal_search import adds
+from neurosig.export_config import ExportConfig
 from neurosig.runtime.arguments import parse_config
 from tests.benchmarks import memory
 from tests.support.commands import command_module
@@ -189,3 +192,33 @@ def test_where_locating_fails_is_the_committed_table() -> None:
         assert sentence in text
     assert total("correlated", "left_out_decoys") == total(nearly, "both") == 0
     assert 2 * total("length", "both_decoys") == total("length", "stable_decoys")
+
+
+def test_numbers_of_the_signal_search_are_those_of_its_table() -> None:
+    """Each interval is one of the table's; as many tests add as it says, and the rule keeps the default."""
+    section = " ".join(README.partition("### Looking for more, honestly")[2].partition("\n#")[0].split())
+    table = pd.read_csv(FIGURE_DATA / "signal_search.csv")
+    known = [table[[name, f"{name}_low", f"{name}_high"]].dropna() for name in ("auroc", "over_vote", "over_default")]
+    rows = {tuple(f"{number:.3f}" for number in row) for part in known for row in part.to_numpy()}
+    named = re.findall(r"([+-]?\.\d+)\s\[(-?\.\d+), (-?\.\d+)\]", section)
+    assert len(named) == 6
+    for found in named:
+        assert tuple(f"{float(number):.3f}" for number in found) in rows, found
+    tried = table[(table["role"] == "tried") & table["over_vote_p"].notna()]
+    counts = {}
+    for stage, tests in tried.groupby("stage"):
+        own = [adds(tests, base) for base in ("over_vote", "over_outputs")]
+        counts[stage] = len(tests), *(int(one.sum()) for one in own)
+    assert counts == {"search": (640, 2, 0), "confirmation": (60, 0, 0)}
+    assert "of 640 tests 2 add" in section and "none of 60 tests adds" in section
+    assert (
+        f"{table.loc[table['stage'] == 'search', 'variant'][table['role'] == 'tried'].nunique()} annotation" in section
+    )
+    mean = table[(table["task"] == "mean over the tasks") & (table["stage"] == "confirmation")]
+    mean = mean[(mean["role"] == "tried") & (mean["event"] == "majority is right")]
+    assert (mean["over_default_low"] < 0).all() and "**The defaults stay.**" in section
+    assert [ExportConfig.positions, ExportConfig.probe_labels, ExportConfig.probe_values] == [
+        "answer",
+        "agreement",
+        "contribution",
+    ]

@@ -17,10 +17,11 @@ from neurosig.hallucination.context_scores import SCORES
 from neurosig.manifest import read_manifest
 from neurosig.models.completion_hidden import completion_entropies
 from neurosig.models.load import load_model
-from neurosig.neurons.answer_states import PROJECTED, answer_offset, answer_states, possible_answers
+from neurosig.neurons.answer_states import PROJECTED, answer_states, possible_answers
 from neurosig.neurons.tracer import NeuronTracer
 from neurosig.questions.load import Question
 from neurosig.questions.prompts import Demonstration, PromptBuilder
+from neurosig.questions.statement import answer_words
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.rollouts import Rollout
 from tests.support.flow import (
@@ -51,8 +52,8 @@ PLACE = Question("q", "d", "Where?", answer_space=(("Africa",), ("Asia",), ("Sou
     ],
 )
 def test_where_an_answer_begins(text: str, answer: str, question: Question, found: str | None) -> None:
-    offset = answer_offset(text, answer, question)
-    assert (None if offset is None else text[offset:]) == found
+    words = answer_words(text, answer, question)
+    assert (None if words is None else text[words[0] :]) == found
 
 
 def test_possible_answers() -> None:
