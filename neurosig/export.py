@@ -86,12 +86,9 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
         questions = without_answers(read)
         groups_of_folds = fold_groups(questions, config.probe_groups)
         with timer.phase("load model"):
-            device = ranks.device or config.device
-            loaded = load_as_trained(config, device)
-        builder, teacher = (
-            PromptBuilder(loaded.tokenizer, wording)
-            for wording in (config.prompt_config(), config.teacher_prompt_config())
-        )
+            loaded = load_as_trained(config, ranks.device or config.device)
+        wordings = config.prompt_config(), config.teacher_prompt_config()
+        builder, teacher = (PromptBuilder(loaded.tokenizer, wording) for wording in wordings)
         check_same_stream(builder, teacher)
         reader = config.answer_reader(loaded)
         prompts = _prompts(questions, builder, teacher, loaded, config)

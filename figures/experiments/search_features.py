@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from figures.experiments.search_plan import POSITIONS
 from neurosig.exported import Exported
 from neurosig.models.load import LoadedModel, load_model
 from neurosig.models.prefix import run_prompts
@@ -31,7 +32,6 @@ from neurosig.runtime.cli import progress
 from neurosig.runtime.files import write_atomic
 from neurosig.stages.positions import read_positions
 
-POSITIONS = ("answer", "statement", "answer_words", "answer_start", "0:3", "prompt_end")
 READINGS = (*POSITIONS, *(f"{positions} signed" for positions in POSITIONS))
 QUESTIONS_AT_ONCE = 24
 

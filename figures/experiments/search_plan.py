@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
 
-from figures.experiments.search_features import POSITIONS
 from neurosig.runtime.shapes import check_config
 
+POSITIONS = ("answer", "statement", "answer_words", "answer_start", "0:3", "prompt_end")
 Labels = Literal["agreement", "contrast", "shuffled", "gold"]
 Values = Literal["contribution", "layer_z", "signed_z"]
 Stage = Literal["search", "confirmation"]
@@ -24,7 +24,7 @@ class Variant:
     """One reading of the rollouts' neurons and the labels of its probe.
 
     Attributes:
-        positions: One of `figures.experiments.search_features.POSITIONS`, or ``hidden`` states.
+        positions: One of `POSITIONS`, or ``hidden`` states.
         labels: See `neurosig.hallucination.probe.rollout_labels`; ``shuffled``: agreement in random order; ``gold``:
             wrong against right rollouts.
         values: See `neurosig.hallucination.probe.probe_matrix`; ``signed_z``: `figures.experiments.search_features`.
@@ -61,6 +61,9 @@ class Task:
     fitted: tuple[str, ...]
     judged: str
     reach: Reach
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
     @property
     def name(self) -> str:

@@ -176,7 +176,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     table = table[table["grading"] == "strict"]
     models = list(dict.fromkeys(table["model"]))
     figure, axes = subplots(
-        len(models), len(PANELS), size=(8.2, 0.6 + 2.6 * len(models)), sharey=True, sharex="col", squeeze=False
+        len(models), len(PANELS), size=(8.2, 0.6 + 2.6 * len(models)), sharey="row", sharex="col", squeeze=False
     )
     for line, model in zip(axes, models, strict=True):
         part = table[table["model"] == model].reset_index(drop=True)

@@ -66,14 +66,15 @@ def signs_by_kind(
         least: See `LEAST_QUESTIONS`.
     """
     rows = np.flatnonzero(labels >= 0)
-    _, first, index, size = np.unique(questions[rows], return_index=True, return_inverse=True, return_counts=True)
+    owners = 2 * questions[rows] + labels[rows]  # the labels `contrast` differ within a question
+    _, first, index, size = np.unique(owners, return_index=True, return_inverse=True, return_counts=True)
     mean = sparse.csr_array((1 / size[index], (index, np.arange(len(rows)))), shape=(len(size), len(rows)))
     means = (mean @ matrix[rows]).toarray()
-    by_question, kind = labels[rows][first], kinds[rows][first]
+    by_owner, kind = labels[rows][first], kinds[rows][first]
     auroc = np.full((int(kinds.max()) + 1, means.shape[1]), np.nan)
     for one in np.unique(kind):
         members = np.flatnonzero(kind == one)
-        guessed = by_question[members] == 1
+        guessed = by_owner[members] == 1
         pairs = guessed.sum() * (~guessed).sum()
         if min(guessed.sum(), (~guessed).sum()) < least:
             continue

@@ -23,6 +23,7 @@ from scipy import sparse
 from neurosig.hallucination.probe import contribution_matrix
 from neurosig.neurons.contributions import neurons_per_layer
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 
 BASE, TOPIC, QUESTION, ROLLOUT = 0.35, 0.2, 0.12, 0.2
 """Spreads of the log contribution: between neurons (Student t, 4 degrees of freedom), topics, questions, rollouts."""
@@ -78,6 +79,7 @@ class PlantedConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_config(self)
         for name, valid, expected in (
             ("n_questions", self.n_questions >= 2, "at least 2"),
             ("num_generations", self.num_generations >= 1, "at least 1"),

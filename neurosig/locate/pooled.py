@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -12,7 +13,6 @@ from scipy import sparse
 
 from neurosig.exported import Exported
 from neurosig.hallucination.config import ProbeConfig
-from neurosig.hallucination.probe import contribution_matrix
 from neurosig.manifest import QuestionRow
 from neurosig.questions.answers.normal import normalise
 from neurosig.questions.load import Question
@@ -30,8 +30,8 @@ class Pooled:
     """Rollouts of several exports, in their order.
 
     Attributes:
-        contributions: [rollouts, neurons].
-        labels: 1 guessed, 0 known, -1 unlabelled, by agreement of the question's rollouts.
+        contributions: What the probe reads, [rollouts, neurons].
+        labels: 1 guessed, 0 known, -1 unlabelled (`neurosig.hallucination.probe.rollout_labels`).
         questions: Index of each rollout's question.
         groups: ``kind``, ``entity`` and ``domain`` -> index of each rollout's group.
         names: The same -> the names of the groups.
@@ -67,23 +67,22 @@ def pool(exports: Sequence[Exported], gold: Sequence[Mapping[str, Question]]) ->
         gold: For each export its questions with gold answers, by id; only to tell which ask about the same entity.
 
     Raises:
-        UserError: Their models or what was traced differ, or a question is in two of them.
+        UserError: Their models, what was traced or what the probe learns differ, or a question is in two of them.
     """
     first = exports[0]
+    parts = [Refits(one) for one in exports]
     seen: dict[str, str] = {}
-    for one in exports:
+    for one, part in zip(exports, parts, strict=True):
         folder = one.manifest.folder
         if any(one.manifest.header.model.get(x) != first.manifest.header.model.get(x) for x in ("weights", "adapter")):
             raise UserError(f"--manifest {folder}: another model than {first.manifest.folder}'s; give exports of one")
-        options = [{name: x.manifest.header.options[name] for name in ALIKE} for x in (first, one)]
-        if pairs := differences(*options):
+        if pairs := differences(_read_and_learned(parts[0]), _read_and_learned(part)):
             raise UserError(f"--manifest {folder}: its neurons are not comparable: {explain(pairs, 'there')}")
         for name in one.rows:
             if name in seen:
                 raise UserError(f'question "{name}" is in {seen[name]} and {folder}; give each question once')
             seen[name] = str(folder)
     rows = [row for one in exports for row in one.rows.values()]
-    parts = [Refits(one) for one in exports]
     starts = np.cumsum([0, *(len(part.rows) for part in parts)])
     owners = np.concatenate([part.owners + start for part, start in zip(parts, starts, strict=False)])
     named = {
@@ -94,7 +93,7 @@ def pool(exports: Sequence[Exported], gold: Sequence[Mapping[str, Question]]) ->
     coded = {column: np.unique(values, return_inverse=True) for column, values in named.items()}
     signals = first.signals
     return Pooled(
-        sparse.csr_array(sparse.vstack([_contributions(one) for one in exports])),
+        sparse.csr_array(sparse.vstack([part.contributions() for part in parts])),
         np.concatenate([part.labels for part in parts]),
         owners,
         {column: codes[owners] for column, (_, codes) in coded.items()},
@@ -105,6 +104,12 @@ def pool(exports: Sequence[Exported], gold: Sequence[Mapping[str, Question]]) ->
         signals.d_mlp,
         signals.neuron_ids.shape[1],
     )
+
+
+def _read_and_learned(part: Refits) -> dict[str, Any]:
+    options = part.exported.manifest.header.options
+    learned = ("labels", "values", "agree_share", "split_share")
+    return {name: options[name] for name in ALIKE} | {f"probe_{name}": getattr(part.config, name) for name in learned}
 
 
 def entities(rows: Sequence[QuestionRow], gold: Mapping[str, Question]) -> list[str]:
@@ -131,12 +136,3 @@ def entities(rows: Sequence[QuestionRow], gold: Mapping[str, Question]) -> list[
         for name in sorted(name for name in names if counts[name] <= SHARED_ANSWER):
             root[find(place)] = find(first.setdefault(name, place))
     return [rows[find(place)].question_id for place in range(len(rows))]
-
-
-def _contributions(exported: Exported) -> sparse.csr_array:
-    """In the order of the questions and their rollouts, as `Refits` numbers them."""
-    signals = exported.signals
-    places = [exported.place[name, index] for name, row in exported.rows.items() for index in range(len(row.answers))]
-    return contribution_matrix(
-        signals.neuron_ids[places].numpy(), signals.contributions[places].float().numpy(), signals.n_neurons
-    )

@@ -21,7 +21,7 @@ from neurosig.runtime.provenance import differences, explain
 from neurosig.statistics.auroc import AnalysisConfig, auroc_interval
 from neurosig.statistics.metrics import format_interval, paired_mean_interval
 
-ALIKE = ("neuron_value", "contribution", "active_set", "set_size", "positive_only")
+ALIKE = ("neuron_value", "contribution", "active_set", "set_size", "positive_only", "positions")
 """Options of both exports without which their neurons cannot be compared."""
 
 

@@ -14,6 +14,7 @@ from neurosig.hallucination.controls import RandomNeurons, random_neuron_auroc
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe
 from neurosig.hallucination.probe import probe_matrix, rollout_labels, too_few
 from neurosig.runtime.errors import UserError
+from neurosig.runtime.shapes import check_config
 from neurosig.statistics.metrics import format_interval
 
 RANDOM_DRAWS = 10
@@ -36,6 +37,9 @@ class Located:
     known: int
     guessed: int
     labels: ProbeLabels = "agreement"
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
     @property
     def path(self) -> list[dict[Hashable, Any]]:

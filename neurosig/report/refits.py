@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 from neurosig.exported import Exported
@@ -122,16 +123,19 @@ class Refits:
         self.labels = rollout_labels([row.answers for row in self.rows], winners, self.config)
         self.in_majority = np.array([answer == row.pseudo_label for row in self.rows for answer in row.answers])
 
-    def design(self) -> Design:
-        """The scaled contributions of the rollouts, in the order of the questions."""
+    def contributions(self) -> sparse.csr_array:
+        """`neurosig.hallucination.probe.probe_matrix` of the rollouts, in the order of the questions."""
         signals = self.exported.signals
         ids = [(row.question_id, index) for row in self.rows for index in range(len(row.answers))]
         places = [self.exported.place[key] for key in ids]
         values = signals.contributions[places].float().numpy()
-        contributions = probe_matrix(
+        return probe_matrix(
             signals.neuron_ids[places].numpy(), values, signals.n_layers, signals.n_neurons, self.config
         )
-        return design(contributions, self.config.min_active_share)
+
+    def design(self) -> Design:
+        """The same, scaled."""
+        return design(self.contributions(), self.config.min_active_share)
 
     def groups(self, column: str) -> Int[np.ndarray, " rollouts"]:
         """Index of each rollout's group.

@@ -25,7 +25,7 @@ from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.kinds import signs_by_kind
 from neurosig.hallucination.lasso import design
 from neurosig.hallucination.locate import stable_neurons
-from neurosig.hallucination.probe import agreement_labels, contribution_matrix
+from neurosig.hallucination.probe import probe_matrix, rollout_labels
 from neurosig.hallucination.scores import Scores
 from neurosig.manifest import QuestionRow
 from neurosig.neurons.contributions import PAD, ActiveSets
@@ -75,7 +75,7 @@ def neurons_csv(
         keep_truncated: Whether a rollout that was cut off can represent its question.
     """
     traced = [row for row in rows if row.vote is not None]
-    hallucination, sampled = _hallucination(traced, groups, sets, scores, probe, n_neurons)
+    hallucination, sampled = _hallucination(traced, groups, sets, scores, probe, (n_neurons // d_mlp, n_neurons))
     chosen = [
         start + index
         for row, start, own in zip(traced, _starts(groups), scores.rollout_probe, strict=True)
@@ -101,7 +101,7 @@ def _hallucination(
     sets: ActiveSets,
     scores: Scores,
     probe: ProbeConfig,
-    n_neurons: int,
+    size: tuple[int, int],
 ) -> tuple[pd.DataFrame, str]:
     """The probe's neurons, and a note where not all questions were used for the stability."""
     neurons, weights = scores.probe.neurons, scores.probe.weights
@@ -109,10 +109,9 @@ def _hallucination(
     if not len(neurons):
         return table.assign(stability=np.nan, kinds=0, kinds_agreeing=0), ""
     owners = np.repeat(np.arange(len(rows)), [len(groups[row.question_id]) for row in rows])
-    shares = np.array([row.vote.count / row.vote.n for row in rows if row.vote is not None])
-    labels = agreement_labels(shares, probe)[owners]
+    labels = rollout_labels([row.answers for row in rows], [row.pseudo_label for row in rows], probe)
     kinds = np.unique([row.kind or row.domain for row in rows], return_inverse=True)[1][owners]
-    matrix = contribution_matrix(sets.neuron_ids.numpy(), sets.contributions.float().numpy(), n_neurons)
+    matrix = probe_matrix(sets.neuron_ids.numpy(), sets.contributions.float().numpy(), *size, probe)
     prepared = design(matrix, probe.min_active_share)
     known = np.flatnonzero(labels >= 0)
     used, note = np.unique(owners[known]), ""

@@ -94,8 +94,13 @@ def named(module: Any, field: dataclasses.Field[Any]) -> bool:
 
 
 def built(kind: type, /, **changes: Any) -> Any:
-    """An instance with these fields; required fields get a value that none of the checks reads."""
-    required = {f.name: "x" for f in fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    """An instance with these fields; other required ones get a name of their own, or a value that no check reads."""
+    hints = typing.get_type_hints(kind)
+    required = {
+        f.name: typing.get_args(hints[f.name])[0] if typing.get_origin(hints[f.name]) is Literal else "x"
+        for f in fields(kind)
+        if f.default is f.default_factory is dataclasses.MISSING
+    }
     return kind(**{**required, **changes})
 
 
