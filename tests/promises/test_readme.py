@@ -16,6 +16,7 @@ import pytest
 from figures.experiments.signal_search import adds
 from neurosig.export_config import ExportConfig
 from neurosig.runtime.arguments import parse_config
+from neurosig.statistics.vote_table import GRADINGS
 from tests.benchmarks import memory
 from tests.support.commands import command_module
 from tests.support.paths import FIGURE_DATA, ROOT
@@ -139,6 +140,22 @@ def test_what_screening_buys_is_the_committed_table() -> None:
         digits = len(found[0].partition(".")[2])
         wanted = [f"{float(number):.{digits}f}" for number in found]
         assert any([f"{number:.{digits}f}" for number in row] == wanted for row in numbers), found
+
+
+def test_what_the_published_selectors_select_is_the_committed_table() -> None:
+    text = " ".join(README[README.index("Of the majorities that each selects") :].partition("\n###")[0].split())
+    table = pd.read_csv(FIGURE_DATA / "selectors.csv")
+    table = table[table["model"] == "smollm2-135m"].drop(columns=["model", "questions"])
+    strict, lenient = (table[table["grading"] == grading].drop(columns="grading") for grading in GRADINGS)
+    assert strict.to_numpy().tolist() == lenient.to_numpy().tolist() and set(strict["asked"]) == {60}
+    rows = strict.set_index("selector")
+    named = re.findall(r"(-?\.\d+) \[(-?\.\d+), (-?\d?\.\d+)\]", text)
+    wanted = [rows.loc[name, ["student", "student_low", "student_high"]] for name in ("probe", "votes", "published")]
+    wanted += [rows.loc["inflow", ["student", "student_low", "student_high"]]]
+    wanted += [rows.loc[name, ["balance", "balance_low", "balance_high"]] for name in ("canon", "u-opsd")]
+    assert [[float(one) for one in found] for found in named] == [[round(v, 2) for v in row] for row in wanted]
+    assert rows.loc["consistency", "student_low"] == 1
+    assert (rows["balance_low"] <= 0).all() and set(rows.index[rows["balance_high"] < 0]) == {"canon", "u-opsd"}
 
 
 def test_what_scaling_neurons_does_is_in_the_committed_tables() -> None:

@@ -39,13 +39,13 @@ def pooled_of(data: PlantedData, k: int, domains: int = 1) -> Pooled:
     return Pooled(data.contributions(), data.labels, questions, groups, names, PROBE, k, 6, 400, 120)
 
 
-def exported_world(folder: Path, domain: str, first: int = 0) -> Path:
+def exported_world(folder: Path, domain: str, first: int = 0, **options: Any) -> Path:
     write_world(folder, first)
     lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
     rows = [row | {"kind": "even" if i % 2 else "odd", "domain": domain} for i, row in enumerate(lines)]
     write_lines(folder / "questions.jsonl", rows)
     files: dict[str, Any] = {"rollouts": folder / "rollouts.jsonl", "num_generations": K, "probe_inverse_penalty": 3.0}
-    export(export_config(folder, folder / "model", folder / "questions.jsonl", **files))
+    export(export_config(folder, folder / "model", folder / "questions.jsonl", **files, **options))
     return folder / "manifest"
 
 
@@ -110,6 +110,13 @@ def test_exports_that_cannot_be_pooled_are_refused(exports: tuple[Path, Path], t
     export(export_config(folder, folder / "model", folder / "questions.jsonl", **files))
     with pytest.raises(UserError, match=r"another model than \S+; give exports of one"):
         main(LocateConfig(manifest=(exports[0], folder / "manifest"), out=tmp_path / "out", quiet=True))
+    for options, named in (
+        ({"probe_labels": "contrast"}, r"probe_labels \(agreement there, contrast now\)"),
+        ({"positions": "all"}, r"positions \(answer there, all now\)"),
+    ):
+        another = exported_world(tmp_path / next(iter(options)), "numbers", 80, **options)
+        with pytest.raises(UserError, match=f"its neurons are not comparable: {named}"):
+            main(LocateConfig(manifest=(exports[0], another), out=tmp_path / "out", quiet=True))
     assert not (tmp_path / "out").exists()
 
 
