@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -72,15 +72,20 @@ def mean_pairwise_jaccard(sets: Int[Tensor, "k size"]) -> float:
     return float((similarity.sum() - similarity.trace()) / (k * (k - 1)))
 
 
-def rank_neighbours(
-    similarity: Float[Tensor, "n m"], forbidden: Bool[Tensor, "n m"], m: int
-) -> tuple[Int[Tensor, "n m_kept"], Float[Tensor, "n m_kept"]]:
-    """The ``m`` most similar columns of each row, most similar first, ties by column order.
+def largest(similarity: Float[Tensor, "q n"], m: int) -> tuple[Int[Tensor, "q m_kept"], Float[Tensor, "q m_kept"]]:
+    """The columns of the ``m`` largest values of each row, and the values; ties by lower column.
 
-    Forbidden columns come last with similarity ``-inf``.
+    ``-inf`` forbids a column: `PAD` stands where fewer than ``m`` are allowed.
     """
-    values, order = similarity.masked_fill(forbidden, -torch.inf).sort(dim=1, descending=True, stable=True)
-    return order[:, :m], values[:, :m]
+    m = min(m, similarity.shape[1])
+    least = similarity.topk(m).values[:, -1:] if m else similarity[:, :0]  # topk leaves the choice among ties open
+    rows, columns = (x.numpy() for x in (similarity >= least).nonzero(as_tuple=True))
+    values = similarity.numpy()[rows, columns]
+    order = np.lexsort((columns, -values, rows))
+    first = np.searchsorted(rows, np.arange(len(similarity)))
+    chosen = torch.from_numpy(order[first[:, None] + np.arange(m)])
+    kept = torch.from_numpy(values)[chosen]
+    return torch.from_numpy(columns)[chosen].masked_fill(kept == -torch.inf, PAD), kept
 
 
 def nearest_sets(
@@ -95,7 +100,7 @@ def nearest_sets(
 ) -> Neighbours:
     """The ``m`` sets most similar to each query by Jaccard similarity, in memory linear in the number of sets.
 
-    ``exact`` equals `jaccard` and `rank_neighbours` on the full matrix, ties by lower index, but holds only
+    ``exact`` equals `jaccard` and `largest` on the full matrix, ties by lower index, but holds only
     ``block`` rows of it. Frequent neurons are counted by a dense product and rare ones by a sparse product: in
     real sets 2,200 of 46,000 neurons make up 98% of what pairs share.
     ``usearch`` searches a graph index over bit vectors (the extra ``neighbours``): approximate, for 50,000 sets
@@ -139,32 +144,20 @@ def _exact_neighbours(
     block: int,
 ) -> Neighbours:
     frequent = right.count_nonzero(axis=0) > DENSE_SHARE * right.shape[0]
-    hot = torch.from_numpy(right[:, frequent].toarray()).T
-    rare = right[:, ~frequent].T.tocsr()
+    hot = torch.from_numpy(right[:, frequent].toarray()).float().T
+    rare = right[:, ~frequent].T.tocsr().astype(np.float32)  # counts beyond 127
     sizes = torch.from_numpy(right.count_nonzero(axis=1))
     found = _empty_neighbours(left.shape[0], m)
     for start in range(0, left.shape[0], block):
         rows = left[start : start + block]
-        shared = torch.from_numpy(rows[:, frequent].toarray()) @ hot
+        shared = torch.from_numpy(rows[:, frequent].toarray()).float() @ hot
         shared += torch.from_numpy((rows[:, ~frequent] @ rare).toarray())
         union = torch.from_numpy(rows.count_nonzero(axis=1))[:, None] + sizes - shared
         similarity = shared.div_(union.clamp_(min=1))
         if left_groups is not None and right_groups is not None:
             similarity[left_groups[start : start + block, None] == right_groups] = -torch.inf
-        found.indices[start : start + block], found.similarity[start : start + block] = _top(similarity, m)
+        found.indices[start : start + block], found.similarity[start : start + block] = largest(similarity, m)
     return found
-
-
-def _top(similarity: Float[Tensor, "q n"], m: int) -> tuple[Int[Tensor, "q m"], Float[Tensor, "q m"]]:
-    """The ``m`` largest of each row, ties by lower column: ``topk`` leaves the choice among ties open."""
-    least = similarity.topk(m).values[:, -1:] if m else similarity[:, :0]
-    rows, columns = (x.numpy() for x in (similarity >= least).nonzero(as_tuple=True))
-    values = similarity.numpy()[rows, columns]
-    order = np.lexsort((columns, -values, rows))
-    first = np.searchsorted(rows, np.arange(len(similarity)))
-    chosen = torch.from_numpy(order[first[:, None] + np.arange(m)])
-    kept = torch.from_numpy(values)[chosen]
-    return torch.from_numpy(columns)[chosen].masked_fill(kept == -torch.inf, PAD), kept
 
 
 def _usearch_neighbours(
@@ -188,8 +181,8 @@ def _usearch_neighbours(
     for start in range(0, n, block):
         bits = np.packbits(right[start : start + block][:, shared].toarray() > 0, axis=1)
         index.add(np.arange(start, start + len(bits)), bits)
-    largest = 0 if right_groups is None else int(right_groups.unique(return_counts=True)[1].max())
-    candidates = min(m + largest, n)
+    group_size = 0 if right_groups is None else int(right_groups.unique(return_counts=True)[1].max())
+    candidates = min(m + group_size, n)
     found = _empty_neighbours(left.shape[0], m)
     for start in range(0, left.shape[0], block):
         rows = left[start : start + block]
@@ -201,7 +194,7 @@ def _usearch_neighbours(
         similarity = _paired_jaccard(rows, right, keys % n).masked_fill_(torch.from_numpy(keys == n), -torch.inf)
         if left_groups is not None and right_groups is not None:
             similarity[left_groups[start : start + block, None] == right_groups[keys % n]] = -torch.inf
-        order, found.similarity[start : start + block] = _top(similarity, m)
+        order, found.similarity[start : start + block] = largest(similarity, m)
         of_order = torch.from_numpy(keys).gather(1, order.clamp(min=0))
         found.indices[start : start + block] = of_order.masked_fill(order == PAD, PAD)
     return found
@@ -229,7 +222,7 @@ def _membership(sets: Int[Tensor, "n size"], width: int) -> sparse.csr_array:
     pointers = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
     if pointers[-1] < 2**31:
         pointers = pointers.astype(np.int32)  # scipy then keeps the columns in 32 bits too
-    return sparse.csr_array((np.ones(pointers[-1], np.float32), ids[kept], pointers), shape=(len(ids), width))
+    return sparse.csr_array((np.ones(pointers[-1], np.int8), ids[kept], pointers), shape=(len(ids), width))
 
 
 def _multi_hot(columns: Int[Tensor, "n size"], width: int) -> Float[Tensor, "n width"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from neurosig.hallucination.belief import AnswerState
 from neurosig.manifest import DemonstrationRecord
 from neurosig.neurons.contributions import PAD
-from neurosig.patterns.similarity import nearest_sets, rank_neighbours
+from neurosig.patterns.similarity import largest, nearest_sets
 from neurosig.registry import find
 from neurosig.runtime.errors import UserError
 from neurosig.selection.choose import Candidate, called
@@ -57,12 +57,18 @@ class ContextInputs:
         Args:
             values_of: Students -> the value of each question of the pool for each of them, higher is better.
             similarity: What the manifest records of student and demonstration; default: the value.
+
+        Raises:
+            UserError: A value is not a number.
         """
         ranked: list[list[DemonstrationRecord]] = []
         for start in range(0, len(self.students), BLOCK):
             block = self.students[start : start + BLOCK]
             forbidden = self._forbidden(range(start, start + len(block)))
-            order, values = rank_neighbours(values_of(block).float(), forbidden, self.config.num_demonstrations)
+            allowed = values_of(block).float().masked_fill(forbidden, -torch.inf)
+            if allowed.isnan().any():
+                raise UserError(f"--context-policy {self.config.context_policy}: a value that is not a number")
+            order, values = largest(allowed, self.config.num_demonstrations)
             for student, columns, found in zip(block, order.tolist(), values.tolist(), strict=True):
                 ranked.append(
                     [

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from neurosig.hallucination.planted import PlantedConfig, plant
 from neurosig.neurons.contributions import PAD
-from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard, nearest_sets, rank_neighbours
+from neurosig.patterns.similarity import jaccard, largest, mean_pairwise_jaccard, nearest_sets
 from neurosig.runtime.errors import UserError
 
 
@@ -63,11 +63,20 @@ def test_mean_pairwise_jaccard_by_hand() -> None:
     assert mean_pairwise_jaccard(large) == pytest.approx(np.mean([n / (2000 - n) for n in by_set]), rel=1e-7)
 
 
-def test_neighbours_are_ranked_with_ties_by_order_and_forbidden_last() -> None:
-    similarity = torch.tensor([[0.5, 0.9, 0.5, 0.1]])
-    order, values = rank_neighbours(similarity, torch.tensor([[False, True, False, False]]), 4)
-    assert order.tolist() == [[0, 2, 3, 1]]
+def rank_neighbours(similarity: torch.Tensor, forbidden: torch.Tensor, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The full matrix sorted: what `largest` and `nearest_sets` have to find."""
+    values, order = similarity.masked_fill(forbidden, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return order[:, :m].masked_fill(values[:, :m] == -torch.inf, PAD), values[:, :m]
+
+
+def test_the_largest_are_ranked_with_ties_by_order_and_without_the_forbidden() -> None:
+    order, values = largest(torch.tensor([[0.5, -torch.inf, 0.5, 0.1]]), 4)
+    assert order.tolist() == [[0, 2, 3, PAD]]
     assert values[0, 3] == -torch.inf
+    few = torch.randint(4, (50, 30), generator=torch.Generator().manual_seed(0)).float()
+    forbidden = few == 3
+    found, wanted = largest(few.masked_fill(forbidden, -torch.inf), 12), rank_neighbours(few, forbidden, 12)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
 @settings(deadline=None, max_examples=80)
@@ -84,7 +93,7 @@ def test_nearest_sets_equal_the_ranked_full_matrix(
     order, values = rank_neighbours(jaccard(queries, sets), forbidden, m)
     found = nearest_sets(sets, m, queries=queries, groups=of_sets, query_groups=of_queries, block=block)
     assert torch.equal(found.similarity, values)
-    assert torch.equal(found.indices, order.masked_fill(values == -torch.inf, PAD))
+    assert torch.equal(found.indices, order)
     order, values = rank_neighbours(jaccard(queries, sets), torch.zeros_like(forbidden), m)
     free = nearest_sets(sets, m, queries=queries, block=block)
     assert torch.equal(free.indices, order) and torch.equal(free.similarity, values)

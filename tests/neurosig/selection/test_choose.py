@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.probe import agreement_labels, contribution_matrix, fit_probe
 from neurosig.patterns.signatures import representative
-from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard, rank_neighbours
+from neurosig.patterns.similarity import jaccard, mean_pairwise_jaccard
 from neurosig.questions.vote import Vote, majority_vote
 from neurosig.runtime.errors import UserError
 from neurosig.selection.choose import Candidate, selection_reasons
@@ -32,13 +32,6 @@ def test_jaccard_by_hand() -> None:
     torch.testing.assert_close(jaccard(sets[:1], sets[1:]), expected[:1, 1:])
     assert mean_pairwise_jaccard(sets[:3]) == pytest.approx((2 / 6 + 0 + 0) / 3)
     assert mean_pairwise_jaccard(sets[:1]) == 1.0
-
-
-def test_neighbours_are_ranked_with_ties_by_order_and_forbidden_last() -> None:
-    similarity = torch.tensor([[0.5, 0.9, 0.5, 0.1]])
-    order, values = rank_neighbours(similarity, torch.tensor([[False, True, False, False]]), 4)
-    assert order.tolist() == [[0, 2, 3, 1]]
-    assert values[0, 3] == -torch.inf
 
 
 # probe
