@@ -9,8 +9,11 @@ other cells still run. ``results.csv`` has one row per cell, target and evaluati
 question. The command prints their tables in the paper's form; ``python -m figures paper_tables --results OUT`` draws
 them. ``evidence_plan.toml`` is the plan of tests as it was when the grid was started.
 
+With ``--learning-rates`` every method's learning rate and steps are chosen first, on the development questions and by
+the same number of tries (``tries/``, ``tuning.csv``).
+
 Two controls are part of every grid: the untrained model at the temperature with the best Avg@K on the development
-splits, and context that is random within the question's kind (method ``nopsd-kind``).
+splits, and context that is random within the question's kind (method ``probe-kind``).
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from figures.grid.cells import Cell, trained_cells, untrained_cells
+from figures.grid.cells import Cell, trained_cells, tried_cells, untrained_cells
 from figures.grid.config import METHODS, PLAN, PRESETS, SETTINGS, GridConfig
 from figures.grid.processes import LOG, forkserver, run_cells
+from figures.grid.tuning import choose
 from neurosig.runtime.cli import config_record, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.extras import EXTRAS, check_installed
@@ -47,15 +51,20 @@ def main(config: GridConfig) -> None:
     targets = _by_domain(config.targets or config.sources, "--targets")
     dev = _by_domain(config.dev, "--dev")
     _check(config)
+    judging = _dev_of_sources(config, sources, dev)
     check_installed("figures.grid", *EXTRAS["signals"])
     with output_folder(config.out, finished=RESULTS, owned=(), resume=True, overwrite=False):
         _keep_settings(config, {"sources": sources, "targets": targets, "dev": dev})
         context = forkserver()
         failed = []
-        stages = (untrained_cells(config, targets, dev), trained_cells(config, sources, targets))
-        _check_finished([cell for cells in stages for cell in cells])
-        for cells in stages:
-            failed += run_cells(cells, config.out / "cells", context, jobs=config.jobs, quiet=config.quiet)
+        for folder, cells_of in (
+            ("cells", lambda: untrained_cells(config, targets, dev)),
+            ("tries", lambda: tried_cells(config, sources, judging)),
+            ("cells", lambda: trained_cells(config, sources, targets, choose(config, sources))),
+        ):
+            cells = cells_of()
+            _check_finished(cells)
+            failed += run_cells(cells, config.out / folder, context, jobs=config.jobs, quiet=config.quiet)
         print(collect(config.out, list(targets), config.allow_difference))
     if failed:
         raise UserError(f"{len(failed)} cells failed ({', '.join(failed)}): see {LOG} in each; fix it and run again")
@@ -79,6 +88,16 @@ def _by_domain(values: Sequence[str], flag: str) -> dict[str, str]:
             )
         questions_of[name] = questions or name
     return questions_of
+
+
+def _dev_of_sources(config: GridConfig, sources: Mapping[str, str], dev: Mapping[str, str]) -> dict[str, str]:
+    """Source -> its development questions."""
+    found = {name: dev.get(name, f"{name}:dev" if questions == name else "") for name, questions in sources.items()}
+    if missing := [name for name, questions in found.items() if not questions and config.learning_rates]:
+        raise UserError(
+            f"--learning-rates: no development questions of {missing[0]}; give --dev {missing[0]}=QUESTIONS"
+        )
+    return found
 
 
 def _check(config: GridConfig) -> None:

@@ -5,11 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from distill.config import PRESETS, TrainConfig
 from figures.grid.config import BASE, CONTROL, METHODS, GridConfig, Options
 
-SHARED_EXPORT = "manifests/{source}/nopsd"
-"""The export of a source whose rollouts all its other exports reuse."""
+SHARED_EXPORT = "manifests/{source}/probe"
+"""The export of a source whose rollouts the exports without a preset reuse."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """A learning rate and a number of steps of a method's training.
+
+    Attributes:
+        learning_rate: Peak learning rate.
+        steps: Steps of the training, which its schedule depends on.
+        at: Step after which the adapter is taken.
+    """
+
+    learning_rate: float
+    steps: int
+    at: int
+
+    @property
+    def options(self) -> Options:
+        """Options of the training."""
+        return {"learning_rate": self.learning_rate, "steps": self.steps, "save_steps": max(1, self.steps // 2)}
+
+    def adapter(self, run: Path) -> Path:
+        """Where the training in ``run`` leaves the adapter."""
+        return run / "adapter" if self.at == self.steps else run / "checkpoints" / f"step-{self.at:06d}"
 
 
 @dataclass(frozen=True)
@@ -53,37 +79,81 @@ def untrained_cells(config: GridConfig, targets: Mapping[str, str], dev: Mapping
     return cells
 
 
-def trained_cells(config: GridConfig, sources: Mapping[str, str], targets: Mapping[str, str]) -> list[Cell]:
-    """Every method on every source with every seed; all cells of the first seed come first."""
+def tries(config: GridConfig, method: str) -> list[Try]:
+    """What is tried for a method, smallest learning rate first; without ``learning_rates`` its own alone."""
+    options = _train_options(config, method)
+    options = {**PRESETS.get(options.get("preset", ""), {}), **options}
+    rate, steps = options.get("learning_rate", TrainConfig.learning_rate), options.get("steps", TrainConfig.steps)
+    if not config.learning_rates:
+        return [Try(rate, steps, steps)]
+    places = sorted({max(1, steps // 2), steps})
+    return [Try(float(f"{rate * factor:g}"), steps, at) for factor in sorted(config.learning_rates) for at in places]
+
+
+def tried_cells(config: GridConfig, sources: Mapping[str, str], dev: Mapping[str, str]) -> list[Cell]:
+    """Every try of every method on every source, judged on the source's development questions."""
+    seed = config.seeds[0]
+    found: dict[str, Cell] = {}
+    for method in config.methods if config.learning_rates else ():
+        for source, questions in sources.items():
+            for one in tries(config, method):
+                name = tried_name(method, source, one.learning_rate)
+                train = _training(config, method, source, questions, config.out / "tries" / name, seed, one)
+                found.setdefault(name, Cell(name, train))
+                judged = {"adapter": one.adapter(config.out / "tries" / name / "train"), "questions": [dev[source]]}
+                options = {"model": config.model, **config.evaluate, **judged, "seed": config.evaluation_seeds[0]}
+                place = config.out / "tries" / name / "eval" / f"step-{one.at:06d}"
+                found[name] = Cell(
+                    name, [*found[name].commands, Command("distill.evaluate", place, "summary.json", options)]
+                )
+    return list(found.values())
+
+
+def tried_name(method: str, source: str, learning_rate: float) -> str:
+    """Name of the cell of `tried_cells`."""
+    return f"{method}--{source}--lr{learning_rate:g}"
+
+
+def trained_cells(
+    config: GridConfig, sources: Mapping[str, str], targets: Mapping[str, str], chosen: Mapping[str, Try]
+) -> list[Cell]:
+    """Every method of ``chosen`` on every source with every seed; all cells of the first seed come first."""
     return [
-        _trained_cell(config, method, source, seed, sources[source], targets)
+        _trained_cell(config, method, source, seed, sources[source], targets, chosen[method])
         for seed in (*config.seeds, *config.more_seeds)
         for method in config.methods
-        if seed in config.seeds or method in config.more_seeds_for
+        if method in chosen and (seed in config.seeds or method in config.more_seeds_for)
         for source in sources
     ]
 
 
 def _trained_cell(
-    config: GridConfig, name: str, source: str, seed: int, questions: str, targets: Mapping[str, str]
+    config: GridConfig, name: str, source: str, seed: int, questions: str, targets: Mapping[str, str], chosen: Try
 ) -> Cell:
-    """Export, training and evaluations; a method that selects otherwise has an export of its own."""
-    method, cell = METHODS[name], f"{name}--{source}--seed{seed}"
-    shared = config.out / SHARED_EXPORT.format(source=source)
+    cell = f"{name}--{source}--seed{seed}"
+    folder = config.out / "cells" / cell
+    adapter = {"adapter": chosen.adapter(folder / "train")}
+    train = _training(config, name, source, questions, folder, seed, chosen)
+    return Cell(cell, [*train, *_evaluations(config, cell, targets, adapter)])
+
+
+def _training(
+    config: GridConfig, name: str, source: str, questions: str, folder: Path, seed: int, chosen: Try
+) -> list[Command]:
+    """Export and training; a method that selects otherwise has an export of its own."""
+    method, shared = METHODS[name], config.out / SHARED_EXPORT.format(source=source)
     own = shared.with_name(name) if method.export else shared
-    run = config.out / "cells" / cell / "train"
     export = {"model": config.model, "questions": [questions], **config.export}
-    reuse = {**method.export, "reuse": shared} if method.export else {}
-    train = {**config.train, **config.methods_train.get(name, {}), **method.train, "manifest": own, "seed": seed}
-    return Cell(
-        cell,
-        [
-            Command("neurosig.export", shared, "manifest.json", export),
-            Command("neurosig.export", own, "manifest.json", {**export, **reuse}),
-            Command("distill.train", run, "train.json", train),
-            *_evaluations(config, cell, targets, {"adapter": run / "adapter"}),
-        ],
-    )
+    exports = [Command("neurosig.export", own, "manifest.json", {**export, **method.export})]
+    if method.export and "preset" not in method.export:
+        reused = Command("neurosig.export", own, "manifest.json", {**export, **method.export, "reuse": shared})
+        exports = [Command("neurosig.export", shared, "manifest.json", export), reused]
+    train = {**_train_options(config, name), **chosen.options, "manifest": own, "seed": seed}
+    return [*exports, Command("distill.train", folder / "train", "train.json", train)]
+
+
+def _train_options(config: GridConfig, name: str) -> dict[str, Any]:
+    return {**config.train, **config.methods_train.get(name, {}), **METHODS[name].train}
 
 
 def _evaluations(

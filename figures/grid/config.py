@@ -1,4 +1,4 @@
-"""Options of ``python -m figures.grid``, its presets, and how each method differs from N-OPSD."""
+"""Options of ``python -m figures.grid``, its presets, and the methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tyro.conf import Fixed
 
 from figures.sources import DATA
 from neurosig.runtime.cli import CommonConfig
-from neurosig.runtime.shapes import AtLeast, Shapes
+from neurosig.runtime.shapes import Above0, AtLeast, Shapes
 
 Options = Mapping[str, Any]
 SETTINGS = "grid.json"
@@ -21,18 +21,24 @@ BASE, CONTROL = "base", "control"
 """The untrained model, and the same at its best temperature."""
 
 
+PUBLISHED = {"nopsd": "published", "inflow": "inflow", "canon": "canon"}
+"""Method -> its preset of neurosig.export and distill.train; ``nopsd`` is the only published reading of N-OPSD."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """How a method differs from N-OPSD: options of its export and of its training."""
+    """Options of a method's export and of its training. An export with a preset samples and traces for itself; the
+    others reuse the rollouts of ``probe``."""
 
     export: Options = field(default_factory=dict)
     train: Options = field(default_factory=dict)
 
 
 METHODS: Mapping[str, Method] = {
-    "nopsd": Method(),
-    "nopsd-random": Method(export={"context_policy": "random"}),
-    "nopsd-kind": Method(export={"context_policy": "random_within_kind"}),
+    **{name: Method({"preset": preset}, {"preset": preset}) for name, preset in PUBLISHED.items()},
+    "probe": Method(),
+    "probe-random": Method(export={"context_policy": "random"}),
+    "probe-kind": Method(export={"context_policy": "random_within_kind"}),
     "vote-only": Method(export={"question_filter": "vote_only"}),
     "vote-only-random": Method(export={"question_filter": "vote_only", "context_policy": "random"}),
     "u-opsd": Method(export={"context_policy": "majority_solution"}, train={"method": "u-opsd"}),
@@ -41,7 +47,8 @@ METHODS: Mapping[str, Method] = {
     "ttrl": Method(train={"method": "ttrl"}),
     "intuitor": Method(train={"method": "intuitor"}),
 }
-"""The paper's rows, the 2 x 2 of filter and context, and the control without a teacher (opsa)."""
+"""How each method differs from ``probe``, N-OPSD with this project's probe: the published selectors, each with the
+training of the same name; the 2 x 2 of filter and context; the paper's baselines; the control without a teacher."""
 
 
 @dataclass(kw_only=True)
@@ -58,16 +65,19 @@ class GridConfig(CommonConfig):
     """Hub id, folder, GGUF file, or a bundled model: smollm2-135m, organism."""
     methods: tuple[str, ...] = (
         "nopsd",
-        "nopsd-random",
-        "nopsd-kind",
+        "probe",
+        "inflow",
+        "canon",
         "vote-only",
-        "u-opsd",
+        "probe-kind",
+        "opsa",
         "lmsi",
         "ttrl",
         "intuitor",
     )
-    """Rows of the tables; vote-only-random completes the 2 x 2 of filter and context, opsa is the control without a
-    teacher."""
+    """Rows of the tables. nopsd is N-OPSD as published, probe the same with our probe, probe-kind its control with
+    contexts that are random within the kind; opsa has no teacher. probe-random and vote-only-random complete the
+    2 x 2 of filter and context."""
     sources: tuple[str, ...]
     """Training questions of each domain: a bundled set, or NAME=QUESTIONS."""
     targets: tuple[str, ...] = ()
@@ -76,7 +86,7 @@ class GridConfig(CommonConfig):
     """Training seeds. All cells of a source share its rollouts; all evaluations share their sampling seeds."""
     more_seeds: tuple[int, ...] = ()
     """Further training seeds of the methods in --more-seeds-for."""
-    more_seeds_for: tuple[str, ...] = ("nopsd", "nopsd-random", "lmsi")
+    more_seeds_for: tuple[str, ...] = ("nopsd", "probe", "inflow", "lmsi")
     """Methods that are also trained with --more-seeds."""
     evaluation_seeds: tuple[int, ...] = (0,)
     """Sampling seeds of the evaluations. Every model is evaluated once per seed and the tables average over them, so
@@ -86,8 +96,13 @@ class GridConfig(CommonConfig):
     (CUDA_VISIBLE_DEVICES is respected). Keep one value per grid: last bits depend on it."""
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)
     """Candidates of the temperature control."""
+    learning_rates: tuple[Annotated[float, Above0], ...] = ()
+    """Factors on each method's learning rate. Every method is trained with each of them in every source, and judged on
+    the source's development questions after half of its steps and at the end; the pair with the best mean Avg@K is the
+    method's in the whole grid. Default: the learning rate as it is, all steps."""
     dev: tuple[str, ...] = ()
-    """Labelled development questions that choose among them, given like --sources; default: of the bundled targets."""
+    """Labelled development questions that choose temperature and learning rates, given like --sources; default: of the
+    bundled targets and sources."""
     allow_difference: tuple[str, ...] = ()
     """Options, other than temperature, seed and adapter, in which the evaluations of a target may differ."""
     export: Fixed[dict[str, Any]] = field(default_factory=dict)
@@ -96,13 +111,25 @@ class GridConfig(CommonConfig):
     methods_train: Fixed[dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 
+SMALL: Options = {
+    **{"learning_rate": 5e-4, "warmup_steps": 3, "lora_r": 16, "lora_alpha": 32},
+    **{"questions_per_step": 8, "num_generations": 2, "max_new_tokens": 24},
+}
+"""What of a published training is made for models of billions of parameters, as this project's defaults have it."""
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {
         "model": "smollm2-135m",
         "sources": ("geography", "language", "chemistry"),
-        "evaluate": {"limit": 70},
-        "methods_train": {
-            "ttrl": {"learning_rate": 2e-4, "num_generations": 4, "questions_per_step": 4, "vote_generations": 8},
+        "learning_rates": (0.3, 1.0, 3.0),
+        "train": {"steps": 40},
+        "evaluate": {"limit": 100},
+        "methods_train": {  # 640 rollouts each, so that all sample as many tokens; lmsi learns from the export's
+            **{name: {**SMALL, "steps": 80, "num_generations": 1} for name in ("nopsd", "inflow")},
+            "canon": SMALL,
+            "ttrl": {
+                **{"learning_rate": 2e-4, "num_generations": 4, "questions_per_step": 4, "vote_generations": 8},
+                "steps": 20,
+            },
             "intuitor": {"learning_rate": 5e-5, "num_generations": 4, "questions_per_step": 4},
         },
     },

@@ -39,11 +39,14 @@ METHOD_LABELS = {
     "intuitor": "Intuitor",
     "u-opsd": "U-OPSD",
     "opsa": "OPSA (no teacher)",
-    "nopsd": "N-OPSD",
-    "vote-only": "N-OPSD, vote alone filters",
-    "nopsd-kind": "N-OPSD, random context of the kind",
-    "nopsd-random": "N-OPSD, random context",
-    "vote-only-random": "N-OPSD, vote alone, random context",
+    "canon": "CANON",
+    "inflow": "INFLOW",
+    "nopsd": "N-OPSD (published reading)",
+    "probe": "N-OPSD with our probe",
+    "vote-only": "vote alone filters",
+    "probe-kind": "our probe, random context of the kind",
+    "probe-random": "our probe, random context",
+    "vote-only-random": "vote alone, random context",
 }
 """Method -> label, in the order of the tables; other methods follow by name."""
 LEVEL = 0.95

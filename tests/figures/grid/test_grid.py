@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def grid(folder: Path, **changes: Any) -> GridConfig:
     named = tuple(f"{name}={folder / name}.jsonl" for name in ("red", "blue"))
     options: dict[str, Any] = {
-        "methods": ("nopsd", "nopsd-random"),
+        "methods": ("probe", "probe-random"),
         "sources": named[:1],
         "targets": named,
         "dev": named[:1],
@@ -84,7 +84,7 @@ def test_a_grid_runs_resumes_and_collects(
 ) -> None:
     caplog.set_level(logging.INFO, logger="figures")
     (folder / "model" / "config.json").rename(folder / "away")
-    with pytest.raises(UserError, match=r"4 cells failed \(base, control-T0.5, .*nopsd-random--red--seed0\): see log"):
+    with pytest.raises(UserError, match=r"4 cells failed \(base, control-T0.5, .*probe-random--red--seed0\): see log"):
         main(grid(folder))
     assert "base: distill.evaluate: error: model" in caplog.text and "no config.json" in caplog.text
     (folder / "away").rename(folder / "model" / "config.json")
@@ -92,9 +92,9 @@ def test_a_grid_runs_resumes_and_collects(
     capsys.readouterr()
     main(grid(folder))
     tables = capsys.readouterr().out
-    assert "trained_on: 8 (nopsd--red--seed0 on red; of 8 questions)" in tables
+    assert "trained_on: 8 (probe--red--seed0 on red; of 8 questions)" in tables
     found = {(row["method"], row["source"], row["target"]) for row in rows(folder)}
-    trained = {(method, "red", target) for method in ("nopsd", "nopsd-random") for target in ("red", "blue")}
+    trained = {(method, "red", target) for method in ("probe", "probe-random") for target in ("red", "blue")}
     assert found == trained | {(method, "", target) for method in ("base", "control") for target in ("red", "blue")}
     assert {row["temperature"] for row in rows(folder) if row["method"] == "control"} == {"0.5"}
 
@@ -107,9 +107,9 @@ def test_a_grid_runs_resumes_and_collects(
         assert len(run) == summary["n"] == 8
     policies = {
         name: json.loads((folder / "grid" / "manifests" / "red" / name / "manifest.json").read_text())
-        for name in ("nopsd", "nopsd-random")
+        for name in ("probe", "probe-random")
     }
-    assert policies["nopsd-random"]["options"]["context_policy"] == "random"
+    assert policies["probe-random"]["options"]["context_policy"] == "random"
     files = [policy["files"]["rollouts.jsonl"]["sha256"] for policy in policies.values()]
     assert files[0] == files[1]
 
@@ -157,14 +157,14 @@ def check_seeds(folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.C
     ):
         main(grid(folder))
     caplog.clear()
-    main(grid(folder, more_seeds=(1,), more_seeds_for=("nopsd",), jobs=2))
+    main(grid(folder, more_seeds=(1,), more_seeds_for=("probe",), jobs=2))
     assert "--jobs 1 before, 2 now; bits of the results may differ" in caplog.text
     after = {path: path.stat().st_mtime_ns for path in cells.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
-    assert {path.relative_to(cells).parts[0] for path in after.keys() - before.keys()} == {"nopsd--red--seed1"}
-    assert {row["seed"] for row in rows(folder) if row["method"] == "nopsd"} == {"0", "1"}
+    assert {path.relative_to(cells).parts[0] for path in after.keys() - before.keys()} == {"probe--red--seed1"}
+    assert {row["seed"] for row in rows(folder) if row["method"] == "probe"} == {"0", "1"}
 
-    main(grid(folder, methods=("nopsd",), evaluation_seeds=(0, 1)))  # no cell is trained again
+    main(grid(folder, methods=("probe",), evaluation_seeds=(0, 1)))  # no cell is trained again
     new = {path.relative_to(cells) for path in cells.rglob("*") if path.is_file()} - {
         p.relative_to(cells) for p in after
     }
@@ -270,14 +270,14 @@ def test_tables_of_a_config_file_reach_the_commands(tmp_path: Path) -> None:
 def test_cells_that_are_unlike_the_base_are_not_put_into_one_table(folder: Path, tmp_path: Path) -> None:
     """As when training had a wording that the base was not asked with."""
     cells = tmp_path / "cells"
-    for cell in ("base", "nopsd--red--seed0"):
+    for cell in ("base", "probe--red--seed0"):
         shutil.copytree(folder / "grid" / "cells" / "base" / "eval" / "red", cells / cell / "eval" / "red")
-    path = cells / "nopsd--red--seed0" / "eval" / "red" / "summary.json"
+    path = cells / "probe--red--seed0" / "eval" / "red" / "summary.json"
     summary = json.loads(path.read_text())
     summary["config"] |= {"instruction": "Guess.", "temperature": 0.1, "adapter": "x"}
     path.write_text(json.dumps(summary))
     with pytest.raises(
-        UserError, match=r"these differ: instruction \(.* for base, Guess. for nopsd--red--seed0 on red\)"
+        UserError, match=r"these differ: instruction \(.* for base, Guess. for probe--red--seed0 on red\)"
     ):
         collect(tmp_path, ["red"])
     assert "Allowed differences: instruction (" in collect(tmp_path, ["red"], ["instruction"])
