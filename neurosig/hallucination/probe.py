@@ -272,11 +272,12 @@ def regularisation_path(
     rows = np.flatnonzero(labels >= 0)
     matrix, labels, groups = matrix[rows], labels[rows], groups[rows]
     weight = compute_sample_weight("balanced", labels)
+    folds = [(matrix[seen], labels[seen], matrix[unseen], unseen) for seen, unseen in _folds(labels, groups, config)]
     table = []
     for penalty in inverse_penalties(matrix, labels, config):
         aurocs, losses = [], []
-        for seen, unseen in _folds(labels, groups, config):
-            scores = fit_l1(matrix[seen], labels[seen], penalty, config.seed).predict_proba(matrix[unseen])[:, 1]
+        for fitted, known, held_out, unseen in folds:
+            scores = fit_l1(fitted, known, penalty, config.seed).predict_proba(held_out)[:, 1]
             if len(np.unique(labels[unseen])) == 2:
                 aurocs.append(roc_auc_score(labels[unseen], scores))
             losses.append(log_loss(labels[unseen], scores, sample_weight=weight[unseen], labels=[0, 1]))
