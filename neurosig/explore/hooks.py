@@ -1,0 +1,1 @@
+"""Change neurons inside a with block."""
