@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import OPTForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from neurosig.neurons.backends import trace_neurons
-from neurosig.neurons.backends import Backend
+from neurosig.neurons.backends import Backend, trace_neurons
 from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets
 from neurosig.neurons.lens_reader import LensTracer
