@@ -53,9 +53,8 @@ class Directions:
         tokens: At each position, the id of the token whose logit is meant.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, sites: FFNSites, stream: Stream, tokens: Int[Tensor, " token"]
-    ) -> None:
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, sites: FFNSites, stream: Stream, tokens: Int[Tensor, " token"]) -> None:
         head, scale = model.get_output_embeddings(), logit_scale(model)
         tokens = tokens.to(head.weight.device)
         read = head.weight[tokens].double().to(stream.hidden.device) * scale
@@ -80,6 +79,7 @@ class Directions:
             self.logit,
         )
 
+    @torch.no_grad()
     def neurons(
         self, layer: int, values: Float[Tensor, "token kept"], kept: Sequence[int] | slice = slice(None)
     ) -> Float64[Tensor, "token kept"]:

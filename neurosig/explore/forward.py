@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
@@ -120,21 +120,48 @@ def _hooked(modules: Sequence[nn.Module], hook: Callable[..., None]) -> Iterator
 
 
 @torch.no_grad()
-def read_module(
-    model: PreTrainedModel, path: str, ids: Sequence[int], at: Sequence[int]
-) -> Float[Tensor, "1 token d"]:
-    """A module's output, or the first item of it, at positions of one sequence.
+def read_modules(
+    model: PreTrainedModel, paths: Sequence[str], ids: Sequence[int], at: Sequence[int]
+) -> Float[Tensor, "module token d"]:
+    """Each module's output, or the first item of it, at positions of one sequence; the modules are of one width.
 
     Raises:
-        UserError: The module does not run, or gives no tensor with one row per token.
+        UserError: A module does not run, or gives no tensor with one row per token.
     """
     calls = _Calls(len(ids), at)
-    module = model.get_submodule(path)
-    with _hooked([module], calls):
-        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=1)
-    if module not in calls.outputs:
-        raise UserError(f"sites={path!r}: the module does not run, or gives no tensor with one row per token")
-    return calls.outputs[module][None]
+    modules = [model.get_submodule(path) for path in paths]
+    with _hooked(modules, calls):
+        model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, logits_to_keep=len(ids))
+    for module, path in zip(modules, paths, strict=True):
+        if module not in calls.outputs or not calls.outputs[module].is_floating_point():
+            raise UserError(f"sites={path!r}: the module does not run, or gives no tensor with one row per token")
+    return torch.stack([calls.outputs[module] for module in modules])
+
+
+class NeuronRead(NamedTuple):
+    """What ``keep`` made of each layer, and the stream after the final norm at all positions, ``[1, seq, d_model]``."""
+
+    kept: list[Any]
+    hidden: Tensor
+
+
+@torch.no_grad()
+def read_neurons(
+    model: PreTrainedModel, sites: FFNSites, ids: Sequence[int], at: Sequence[int], keep: Keep
+) -> NeuronRead:
+    """Run one sequence whole, without the head, and reduce each layer's neurons at the positions ``at`` as it runs."""
+    downs, acts = ([model.get_submodule(path) for path in paths] for paths in (sites.layers, sites.acts))
+    calls, kept = _Calls(len(ids), at), list[Any]()
+
+    def on_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        layer = len(kept)
+        value, made, act = calls.rows(args[0]), calls.rows(output), calls.outputs.pop(acts[layer])
+        assert value is not None and made is not None
+        kept.append(keep(layer, value, made, act))
+
+    with _hooked(acts, calls), _hooked(downs, on_down):
+        last = model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+    return NeuronRead(kept, last.last_hidden_state)
 
 
 @torch.no_grad()
@@ -154,27 +181,15 @@ def read_stream(
         UserError: What the blocks add to the residual stream cannot be told apart.
     """
     blocks = [model.get_submodule(path) for path in sites.blocks]
-    decoder = model.get_decoder()
-    around = [module for module in decoder.children() if not isinstance(module, nn.ModuleList)]
-    downs, acts = ([model.get_submodule(path) for path in paths] for paths in (sites.layers, sites.acts))
-    calls, inner, kept = _Calls(len(ids), at), _Calls(len(ids), at), []
-    outputs: list[Tensor] = []
-
-    def on_down(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        layer = len(outputs)
-        value, made, act = inner.rows(args[0]), inner.rows(output), inner.outputs.pop(acts[layer])
-        assert value is not None and made is not None
-        outputs.append(made)
-        kept.append(None if keep is None else keep(layer, value, made, act))
-
-    children = [child for block in blocks for child in block.children()]
-    with _hooked(acts, inner), _hooked(downs, on_down), _hooked([*blocks, *children, *around], calls):
-        last = model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
-    hidden = calls.rows(last.last_hidden_state)
+    around = [module for module in model.get_decoder().children() if not isinstance(module, nn.ModuleList)]
+    calls = _Calls(len(ids), at)
+    with _hooked([*blocks, *(child for block in blocks for child in block.children()), *around], calls):
+        read = read_neurons(model, sites, ids, at, lambda *given: (given[2], keep and keep(*given)))
+    hidden = calls.rows(read.hidden)
     assert hidden is not None
     attention, ffn, post_norms = [], [], []
     for layer, block in enumerate(blocks):
-        added, own, norm = _parts(model, sites, layer, calls, outputs[layer])
+        added, own, norm = _parts(model, sites, layer, calls, read.kept[layer][0])
         before = calls.inputs[blocks[0]] if layer == 0 else calls.outputs[blocks[layer - 1]]
         _check_sum(model, calls.outputs[block], (before, added, own), f"block {layer}")
         attention.append(added)
@@ -189,7 +204,7 @@ def read_stream(
         hidden,
         _final_norm(model, around, calls, residual[-1], hidden),
         tuple(post_norms),
-        kept,
+        [kept for _, kept in read.kept],
     )
 
 
@@ -207,8 +222,8 @@ def _parts(
     ]
     if len(mixers) != 1 or mixers[0] not in calls.outputs:
         raise UserError(
-            f"model type {model.config.model_type!r}: {sites.blocks[layer]} has {len(mixers)} sublayers beside its FFN, "
-            "expected one, its attention; what each adds to the residual stream cannot be told apart"
+            f"model type {model.config.model_type!r}: {sites.blocks[layer]} has {len(mixers)} sublayers beside its "
+            "FFN, expected one, its attention; what each adds to the residual stream cannot be told apart"
         )
     after = [child for child in calls.order if child in set(children.values()) and child not in (ffn, *mixers)]
     attention, _ = _chained(calls, after, calls.outputs[mixers[0]])
