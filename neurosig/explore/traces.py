@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
@@ -65,7 +65,7 @@ class Traces:
     changes: tuple[Change, ...] = ()
     _sets: ActiveSets | None = None
     _vectors: Float[Tensor, "n layer d"] | None = None
-    _values: tuple[Float[Tensor, "layer token d"], ...] | None = None
+    _values: tuple[Float[Tensor, "layer _ d"], ...] | None = None
 
     @property
     def sites(self) -> FFNSites:
@@ -100,8 +100,10 @@ class Traces:
         return self._vectors
 
     @property
-    def values(self) -> tuple[Float[Tensor, "layer token d"], ...]:
-        """Per text what was read at each of ``read_at``: neuron values, or the site's output; float32, on the CPU.
+    def values(self) -> tuple[Float[Tensor, "layer _ d"], ...]:
+        """Per text ``[layer, token, d]``, what was read at each of ``read_at``: neuron values, or the site's output.
+
+        In float32, on the CPU.
 
         With the score ``unembed``, which is about the next token, a token's values are those at the position before it.
 
@@ -163,7 +165,7 @@ class Traces:
         *,
         position: int | None = None,
         token: int | str | None = None,
-        by: Literal["sublayers", "neurons"] = "sublayers",
+        by: str = "sublayers",
         top: int = 20,
     ) -> pd.DataFrame:
         """What each part of the model adds directly to the logit of the next token (direct logit attribution).
@@ -269,7 +271,7 @@ def trace(
         >>> run[0].sets.neuron_ids.shape  # one text, its active set: layer * d_mlp + neuron
         torch.Size([1, 1020])
         >>> table = run.attribution(0)  # parts of the logit of " Paris" at the prompt's end
-        >>> abs(table["effect"].sum() - table.attrs["logit"]) < 1e-3
+        >>> abs(float(table["effect"].sum()) - table.attrs["logit"]) < 1e-3
         True
 
     Special tokens: a prompt gets those that the tokenizer puts before a text (BOS) once, and none after it; a
