@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.sampler import Prompt, sample
 from tests.support.hooked import hooked_scores
+from tests.support.paths import ROOT
 from tests.support.tiny import D_MLP, D_MODEL, Arch, tiny_model, tiny_tokenizer
 
 TEXTS: list[Any] = [("Is it red?", " It is blue."), "What?", ("Why so?", " No."), "Hello there"]
@@ -278,9 +282,16 @@ def test_it_prints_text_as_text() -> None:
     assert "residual" in neurosig.trace(model, "Hi?", sites="residual", progress=False)._repr_html_()
 
 
-def test_help_and_public_names() -> None:
-    for name in ("trace", "Traces", "hooks"):
-        assert name in neurosig.__all__
-        assert getattr(neurosig, name).__doc__
-    assert not {"trace_neurons", "NeuronTracer"} & set(neurosig.__all__)
-    assert len(neurosig.__all__) <= 16
+def test_public_names_are_few_and_listed() -> None:
+    page = (Path(neurosig.__file__).parent / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", page.partition("## The options that are functions")[0], flags=re.MULTILINE)
+    assert sorted(listed) == sorted(set(neurosig.__all__) - {"__version__"})
+    assert len(listed) <= 16
+    assert all(getattr(neurosig, name).__doc__ for name in listed)
+
+
+def test_importing_is_quick_and_loads_no_torch() -> None:
+    statement = "import time; t = time.perf_counter(); import neurosig; print(time.perf_counter() - t < 0.3)"
+    done = subprocess.run([sys.executable, "-c", f"{statement}; import sys; print('torch' in sys.modules)"],
+                          capture_output=True, text=True, cwd=ROOT, check=True)  # fmt: skip
+    assert done.stdout.split() == ["True", "False"]
