@@ -127,11 +127,8 @@ class Traces:
     def __iter__(self) -> Iterator[Traces]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, which: int | slice | Sequence[int]) -> Traces:
-        if isinstance(which, slice):
-            rows = list(range(len(self))[which])
-        else:
-            rows = [range(len(self))[index] for index in ([which] if isinstance(which, int) else which)]
+    def __getitem__(self, which: Any) -> Traces:
+        rows = _rows(which, len(self))
         sets = self._sets and ActiveSets(*(tensor[rows] for tensor in self._sets))
         vectors = None if self._vectors is None else self._vectors[rows]
         values = None if self._values is None else tuple(self._values[row] for row in rows)
@@ -139,7 +136,7 @@ class Traces:
         return replace(self, texts=texts, read_at=read_at, _sets=sets, _vectors=vectors, _values=values)
 
     def to_frame(self, top: int = 20) -> pd.DataFrame:
-        """The largest neurons of each text, or the largest dimensions of another site.
+        """The largest neurons of each text, or the largest dimensions of another site; neurons run each text once more.
 
         Args:
             top: Rows per text.
@@ -323,6 +320,19 @@ def trace(
         return traced_elsewhere(run, values, progress)
     run = traced(run, progress)
     return with_values(run, progress) if values else run
+
+
+def _rows(which: Any, count: int) -> list[int]:
+    """The rows that an index, a slice, a list of indices or a mask names."""
+    if isinstance(which, slice):
+        return list(range(count))[which]
+    given = which.tolist() if hasattr(which, "tolist") else which
+    given = list(given) if isinstance(given, Iterable) else [given]
+    if given and all(isinstance(one, bool) for one in given):
+        if len(given) != count:
+            raise UserError(f"a mask of {len(given)} for {count} texts; give one flag per text")
+        given = [index for index, wanted in enumerate(given) if wanted]
+    return [range(count)[index] for index in given]
 
 
 def check_model(model: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,14 @@ def test_the_table_of_neurons() -> None:
 def test_parts_of_a_run() -> None:
     run = neurosig.trace(loaded(), TEXTS, values=True, progress=False)
     assert (len(run), len(run[1:]), len(run[[0, 3]]), [len(one) for one in run]) == (4, 3, 2, [1] * 4)
-    for part, rows in ((run[1:], [1, 2, 3]), (run[[3, 0]], [3, 0]), (run[-1], [3])):
+    for part, rows in (
+        (run[1:], [1, 2, 3]),
+        (run[[3, 0]], [3, 0]),
+        (run[-1], [3]),
+        (run[np.array([3, 1])[1]], [1]),
+        (run[torch.tensor([0, 2])], [0, 2]),
+        (run[np.array([False, True, False, True])], [1, 3]),
+    ):
         assert part.texts == tuple(run.texts[row] for row in rows)
         assert torch.equal(part.sets.contributions, run.sets.contributions[rows])
         assert all(torch.equal(part.values[i], run.values[row]) for i, row in enumerate(rows))
@@ -112,6 +120,8 @@ def test_parts_of_a_run() -> None:
     assert torch.allclose(alone.sets.contributions, run[2].sets.contributions, atol=1e-6)
     with pytest.raises(IndexError):
         run[4]
+    with pytest.raises(UserError, match="a mask of 2 for 4 texts"):
+        run[[True, False]]
 
 
 def test_rollouts_and_chats_are_traced_as_they_were_sampled() -> None:
