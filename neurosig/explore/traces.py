@@ -18,7 +18,7 @@ from neurosig.explore.changes import Change, in_force, prompt_of, with_only
 from neurosig.explore.forward import Keep, Stream, read_neurons, read_stream
 from neurosig.explore.tables import NEURON_COLUMNS, attribution_table, dimension_rows, html, neuron_rows, summary
 from neurosig.explore.texts import TextReader, TracedText, find_positions, positions_name
-from neurosig.explore.tracing import traced, traced_elsewhere, with_values
+from neurosig.explore.tracing import FEWER, traced, traced_elsewhere, with_values
 from neurosig.models.load import LoadedModel
 from neurosig.models.prefix import max_positions
 from neurosig.neurons.config import TraceConfig
@@ -317,7 +317,7 @@ def trace(
     if values:
         _check_values(run, values_limit)
     if sites != "ffn":
-        return traced_elsewhere(run, values, progress)
+        return traced_elsewhere(run, values_limit if values else None, progress)
     run = traced(run, progress)
     return with_values(run, progress) if values else run
 
@@ -366,5 +366,5 @@ def _check_values(run: Traces, limit: int) -> None:
     if run.site in ("ffn", "residual", "attention_out") and tokens * per_token > limit:
         raise UserError(
             f"values: {tokens} tokens of {per_token} bytes are {tokens * per_token / 1e9:.2f} GB, more than "
-            f"values_limit={limit}; read fewer tokens (positions=), trace the texts in parts, or raise values_limit"
+            f"values_limit={limit}; {FEWER}"
         )

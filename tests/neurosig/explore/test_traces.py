@@ -214,6 +214,10 @@ def test_values_have_a_limit() -> None:
     assert run.values[0].shape == (2, tokens, D_MLP)
     with pytest.raises(UserError, match=rf"values: {tokens} tokens of {per_token} bytes .*raise values_limit"):
         neurosig.trace(model, TEXTS[0], values=True, values_limit=tokens * per_token - 1, progress=False)
+    options: dict[str, Any] = {"sites": "model.layers.0.mlp.gate_proj", "values": True, "progress": False}
+    with pytest.raises(UserError, match=r"values: those of 2 of 2 texts .*raise values_limit"):
+        neurosig.trace(model, [TEXTS[0]] * 2, values_limit=2 * tokens * 4 * D_MLP - 1, **options)
+    assert len(neurosig.trace(model, [TEXTS[0]] * 2, values_limit=2 * tokens * 4 * D_MLP, **options).values) == 2
     with pytest.raises(UserError, match="trace with values=True"):
         _ = neurosig.trace(model, TEXTS[0], progress=False).values
 
