@@ -173,7 +173,7 @@ def _pairs(given: Any, option: str, sites: FFNSites) -> list[Neuron]:
             raise UserError(f"hooks: {option}: a table without the columns layer and neuron")
         given = zip(given["layer"].tolist(), given["neuron"].tolist(), strict=True)
     found: dict[Neuron, None] = {}
-    for pair in given:
+    for pair in given if isinstance(given, Iterable) and not isinstance(given, str) else [given]:
         try:
             layer, neuron = (int(number) for number in pair)
         except (TypeError, ValueError):

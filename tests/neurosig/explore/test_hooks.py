@@ -257,6 +257,7 @@ def test_a_trace_under_a_change_stays_that_of_the_changed_model(positions: Any) 
         ({}, "nothing is changed; give ablate"),
         ({"ablate": [(2, 0)]}, "ablate: neuron 2.0: the model has layers 0 to 1 of neurons 0 to 63"),
         ({"ablate": [(0, 64)]}, "ablate: neuron 0.64"),
+        ({"ablate": True}, r"ablate: expected \(layer, neuron\) pairs such as \(19, 696\), got True"),
         ({"ablate": [7]}, r"ablate: expected \(layer, neuron\) pairs such as \(19, 696\), got 7"),
         ({"ablate": pd.DataFrame({"layer": [1]})}, "a table without the columns layer and neuron"),
         ({"neurons": [(0, 1)]}, "neurons without scale or set_to"),
