@@ -74,6 +74,11 @@ def check_positions(positions: str) -> None:
         )
 
 
+def neuron_name(layer: int, index: int) -> str:
+    """A neuron as readers see it: ``L19/696`` is neuron 696 of layer 19, both counted from 0."""
+    return f"L{int(layer)}/{int(index)}"
+
+
 def check_set_size(option: str, value: int | float) -> None:
     """Refuse a set size that is neither a number of neurons nor a share of them.
 

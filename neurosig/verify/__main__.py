@@ -23,6 +23,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from neurosig.neurons.config import neuron_name
 from neurosig.runtime.cli import CommonConfig, printable, run_command, untimed
 from neurosig.runtime.errors import UserError
 from neurosig.verify import SKIPPED
@@ -175,9 +176,9 @@ def _signals_problem(folder: Path, rollouts: int) -> str:
             if number_of is None:
                 return f"neurons.csv:{number}: no role {role}; expected hallucination or pattern"
             if not (0 <= layer < sites["n_layers"] and 0 <= index < sites["d_mlp"]):
-                return f"neurons.csv:{number}: no neuron {layer}.{index}; the model has {sites}"
+                return f"neurons.csv:{number}: no neuron {neuron_name(layer, index)}; the model has {sites}"
             if (role, layer, index) in seen or not math.isfinite(float(row[number_of])):
-                return f"neurons.csv:{number}: neuron {layer}.{index} appears twice or has no finite {number_of}"
+                return f"neurons.csv:{number}: neuron {neuron_name(layer, index)} appears twice or has no finite {number_of}"
             seen.add((role, layer, index))
     return ""
 
