@@ -91,7 +91,8 @@ def vocabulary_effect(tracer: NeuronTracer, layer: int, index: int) -> Float[Ten
     sites = tracer.sites
     if not (0 <= layer < sites.n_layers and 0 <= index < sites.d_mlp):
         raise UserError(
-            f"neuron {neuron_name(layer, index)}: the model has layers 0 to {sites.n_layers - 1} of neurons 0 to {sites.d_mlp - 1}"
+            f"neuron {neuron_name(layer, index)}: the model has layers 0 to {sites.n_layers - 1} of neurons 0 to "
+            f"{sites.d_mlp - 1}"
         )
     head = tracer.model.get_output_embeddings().weight
     if head.shape[1] != sites.d_model:

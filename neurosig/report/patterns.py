@@ -112,7 +112,11 @@ def patterns(exported: Exported, *, seed: int, selected_only: bool = False) -> P
                 len(members),
                 ", ".join(f"{kind} ({count})" for kind, count in counts),
                 tuple(rows[index].question for index in typical),
-                ", ".join(f"{neuron_name(m.layer, m.index)} (lift {m.lift:.1f})" for m in markers.itertuples()) or "none",
+                ", ".join(
+                    f"{neuron_name(layer, index)} (lift {lift:.1f})"
+                    for layer, index, lift in zip(markers["layer"], markers["index"], markers["lift"], strict=True)
+                )
+                or "none",
             )
         )
     return Patterns(found, tuple(clusters), tuple(rows), places)

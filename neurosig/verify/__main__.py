@@ -178,7 +178,8 @@ def _signals_problem(folder: Path, rollouts: int) -> str:
             if not (0 <= layer < sites["n_layers"] and 0 <= index < sites["d_mlp"]):
                 return f"neurons.csv:{number}: no neuron {neuron_name(layer, index)}; the model has {sites}"
             if (role, layer, index) in seen or not math.isfinite(float(row[number_of])):
-                return f"neurons.csv:{number}: neuron {neuron_name(layer, index)} appears twice or has no finite {number_of}"
+                name = neuron_name(layer, index)
+                return f"neurons.csv:{number}: neuron {name} appears twice or has no finite {number_of}"
             seen.add((role, layer, index))
     return ""
 
