@@ -38,7 +38,6 @@ _DIVERGING = ("#0b4f7d", "#4f9bc9", "#c4dff0", "#f7f4ee", "#f6cfae", "#d97f3f", 
 _LEVELS = 240
 """Colours of a scale; a multiple of the steps between the stops of both."""
 
-_CELL = Markup('<td style="padding:0;border:0;{colour}" title="{name}: {value}"></td>')
 _LINE = "1px solid rgba(128,128,128,.35)"
 STYLE: Mapping[str, str] = {
     "view": "font:14px/1.45 system-ui, sans-serif;max-width:72rem",
@@ -226,9 +225,12 @@ def shade(value: float, low: float, high: float) -> str:
 
 def cells(values: Sequence[float], low: float, high: float, names: Sequence[str]) -> Markup:
     """Table cells without text, coloured by `shade`; each number is the cell's title."""
-    colours = [_shade(low < 0, _level(value, low, high), ink=False) for value in values]
-    row = zip(names, values, colours, strict=True)
-    return Markup("").join(_CELL.format(name=name, value=f"{value:.6g}", colour=colour) for name, value, colour in row)
+    styles = [_shade(low < 0, _level(value, low, high), ink=False) for value in values]
+    made = (
+        f'<td style="padding:0;border:0;{style}" title="{name}: {value:.6g}"></td>'
+        for name, value, style in zip(names, values, styles, strict=True)
+    )
+    return Markup("".join(made))  # names of layers and numbers, no text of a model
 
 
 def gradient(low: float) -> str:
