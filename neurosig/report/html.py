@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from neurosig.report.data import Layer, LevelData
 from neurosig.report.signal_table import DISGUISE, SignalRow
+from neurosig.report.words import MEANING
 from neurosig.runtime.cli import visible
 
 TEMPLATE = "report.html.jinja"
@@ -85,6 +86,7 @@ def render(page: Mapping[str, Any]) -> str:
         trim_blocks=True,
     )
     environment.filters["signed"] = "{:+.3f}".format
+    environment.filters["meaning"] = lambda name: MEANING.get(str(name), "")
     environment.filters["spoken"] = lambda name: name.replace("_", " ")
     environment.filters["within"] = lambda value, low, high: min(max(value, low), high)
     return environment.get_template(TEMPLATE).render(page, disguise=f"{DISGUISE:g}")

@@ -76,7 +76,7 @@ class ExportedRun:
         """One row per input question, by ``question_id``.
 
         Columns: ``line`` of its file, ``domain``, ``kind``, ``question``, ``choices``, ``pseudo_label`` (the majority
-        answer; none on a tie), ``votes`` for it, ``rollouts`` (K), ``n_tied``, ``vote_share`` (votes over K),
+        answer, none without any answer), ``votes`` for it, ``rollouts`` (K), ``n_tied``, ``vote_share`` (votes over K),
         ``selected``, ``reason`` of the manifest, ``decision`` (the same in words), ``weight`` in the loss,
         ``demonstrations`` (number in the teacher's context).
         """
@@ -289,7 +289,7 @@ class ExportedRun:
             return f"a rollout that is not in the export: {rollout.text}"
         k = rollout.rollout_id
         role = ", the representative one" if k == self.representative(row.question_id) else ""
-        return f"rollout {k} of 0 to {len(row.answers) - 1}{role}; answer {row.answers[k]} ({self.verdict(row, k)})"
+        return f"rollout {k} ({len(row.answers)} from 0){role}; answer {row.answers[k]} ({self.verdict(row, k)})"
 
     def trusted(self, row: QuestionRow, rollout_id: int) -> bool:
         """Whether the rollout is right or, without a gold answer, agrees with the majority."""

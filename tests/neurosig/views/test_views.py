@@ -323,7 +323,7 @@ def test_the_explorer_finds_the_exports_own_numbers(explorer: Explorer) -> None:
     torch.testing.assert_close(view.values.mean(dim=1), stored, rtol=2e-3, atol=1e-4)
     assert view.question == row.question and len(view.tokens) == len(rollout.completion_ids_without_eos)
     assert active.sum() == (signals.neuron_ids[place] != PAD).sum()
-    assert "rollout 1 of 0 to 2" in view.which and view.note.startswith("Mean over the layer's active neurons of CETT")
+    assert "rollout 1 (3 from 0)" in view.which and view.note.startswith("Mean over the layer's active neurons of CETT")
 
 
 def test_evidence_is_weight_times_contribution(explorer: Explorer) -> None:
