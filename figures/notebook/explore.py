@@ -71,10 +71,13 @@ def similarity_map(
     names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Similarity of questions in the given order; blocks of equal labels are framed and named on the left."""
+    """Similarity of questions in the given order; blocks of equal labels are framed and named on the left.
+
+    The colours always run from 0 to 1."""
     n = len(similarity)
     axis = axes_for(ax, (6.2, 5.2))
     image = draw_similarity(axis, similarity, labels)
+    image.set_clim(0, 1)  # so that two maps can be compared
     ends = edges(labels)
     if names is None:
         axis.set_yticks([(low + high - 1) / 2 for low, high in itertools.pairwise(ends)])

@@ -107,6 +107,8 @@ class Explorer(ExportedRun):
         trace = self.trace(question_id, chosen)
         if quantity == "evidence":
             values, title, note = weighted_evidence(trace, self.weights), "the probe's evidence", _EVIDENCE
+            if self.manifest.header.options.get("probe_values") == "layer_z":
+                note += " This export's probe reads contributions relative to their layer's, the map as they are."
         else:
             values, score = active_contribution(trace, self.active(chosen)), str(self.tracer.config.score)
             title = "mean contribution per active neuron"
@@ -325,7 +327,7 @@ class Explorer(ExportedRun):
     ) -> list[tuple[str, float, float, float | None]]:
         """The neurons whose mean contribution is larger here, inside the active sets or not, by the difference."""
         known = {layer * self.exported.signals.d_mlp + index for layer, index in self.located}
-        order = (here.abs() - there.abs()).topk(min(count, len(here)))
+        order = (here.abs() - there.abs()).nan_to_num(0.0, 0.0, 0.0).topk(min(count, len(here)))
         larger = [
             neuron for neuron, gain in zip(order.indices.tolist(), order.values.tolist(), strict=True) if gain > 0
         ]

@@ -114,6 +114,7 @@ def test_the_similarity_map_shows_its_matrix() -> None:
     np.testing.assert_array_equal(shown[off], similarity[off])
     assert np.ma.getmaskarray(figure.axes[0].images[0].get_array())[~off].all()
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["a b", "c"]
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
 
 
 def test_scatters_plot_every_point() -> None:

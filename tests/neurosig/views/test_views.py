@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,28 @@ def test_the_explorer_finds_the_exports_own_numbers(explorer: Explorer) -> None:
     assert view.question == row.question and len(view.tokens) == len(rollout.completion_ids_without_eos)
     assert active.sum() == (signals.neuron_ids[place] != PAD).sum()
     assert "rollout 1 (3 from 0)" in view.which and view.note.startswith("Mean over the layer's active neurons of CETT")
+
+
+def test_a_rollout_sampled_now_is_shown_and_not_the_representative(explorer: Explorer) -> None:
+    name, other = explorer.selected[:2]
+    stored = explorer.rollout(name, 0)
+    made = replace(stored, text="another", completion_ids=stored.completion_ids[::-1])
+    view = explorer.heat_map(name, made)
+    assert view.which == "a rollout that is not in the export: another"
+    assert view.tokens == explorer.texts(made.completion_ids_without_eos)
+    sets = explorer.tracer.trace([explorer.prompt_ids(name)], [made.completion_ids_without_eos])
+    torch.testing.assert_close(
+        view.values.mean(dim=1), sets.contributions.view(2, -1).mean(dim=1), rtol=2e-3, atol=1e-4
+    )
+    with pytest.raises(UserError, match=f'answers question "{name}", not "{other}"'):
+        explorer.heat_map(other, made)
+
+
+def test_layers_start_where_the_probe_has_most_evidence(explorer: Explorer) -> None:
+    name = explorer.selected[0]
+    evidence = explorer.heat_map(name, 0, quantity="evidence").values.abs().sum(dim=1)
+    choice = explorer.layers(name, 0)
+    assert choice.first == str(int(evidence.argmax())) and evidence.max() > 0
 
 
 def test_evidence_is_weight_times_contribution(explorer: Explorer) -> None:
