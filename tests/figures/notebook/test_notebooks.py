@@ -26,8 +26,14 @@ PICTURES = {
     "06_the_whole_method": 0,
 }
 """Figures of each notebook; none of them is skipped."""
-VIEWS = {"01_neuron_signals": 5, "02_hallucination_neurons": 1, "03_reasoning_patterns": 3, "06_the_whole_method": 1}
-"""Views (`neurosig.views.explorer`) of each notebook."""
+VIEWS = {
+    "01_neuron_signals": 6,
+    "02_hallucination_neurons": 2,
+    "03_reasoning_patterns": 6,
+    "05_calibration": 1,
+    "06_the_whole_method": 2,
+}
+"""Views and tables (`neurosig.views`) of each notebook."""
 
 
 def code_cells(path: Path) -> list[Any]:
