@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from neurosig.questions.load import load_questions
     from neurosig.registry import register
     from neurosig.sampling.sampler import sample
+    from neurosig.views.explorer import read_export
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "hooks",
     "load_model",
     "load_questions",
+    "read_export",
     "read_manifest",
     "register",
     "register_layout",
@@ -36,6 +38,7 @@ _HOME = {
     "load_model": "neurosig.models.load",
     "load_questions": "neurosig.questions.load",
     "sample": "neurosig.sampling.sampler",
+    "read_export": "neurosig.views.explorer",
     "read_manifest": "neurosig.manifest",
     "register": "neurosig.registry",
     "register_layout": "neurosig.neurons.layouts",

@@ -1,6 +1,7 @@
 """The runs that the notebooks look at: a finished one if there is one, else a small one made on the spot.
 
-``NEUROSIG_RUN`` names a folder as ``make demo`` writes it. Without it the notebooks use ``runs/demo`` if it holds an
+``NEUROSIG_RUN`` names a folder as ``make demo`` writes it, as seen from the working directory or from the repository's
+root. Without it the notebooks use ``runs/demo`` if it holds an
 export, else they make ``runs/small``: the same commands on fewer questions, two minutes on two CPU cores. They write
 what they add to a run (another selection, a short intervention) to its subfolder ``notebooks``.
 """
@@ -8,7 +9,7 @@ what they add to a run (another selection, a short intervention) to its subfolde
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_choice
 
 VARIABLE = "NEUROSIG_RUN"
+REPOSITORY = Path(__file__).resolve().parents[2]
 Part = Literal["export", "evaluations"]
 
 SMALL_EXPORT: Mapping[str, Any] = {"limit": 32, "num_generations": 4, "probe_folds": 3, "probe_inverse_penalty": 1.0}
@@ -44,14 +46,20 @@ def run_folder(*parts: Part) -> Path:
     """
     for part in parts:
         check_choice("part", part, Part)
-    named, demo = os.environ.get(VARIABLE), _root() / "runs" / "demo"
-    for place in [Path(named)] if named else [demo]:
-        lacking = [part for part in parts or ("export",) if not _holds(place, part)]
-        if not lacking:
+    wanted: Sequence[Part] = ("export", *parts)
+    named = os.environ.get(VARIABLE)
+    if named is None or not named.strip():
+        demo = _root() / "runs" / "demo"
+        return demo if all(_holds(demo, part) for part in wanted) else small_run(_root() / "runs" / "small", *parts)
+    places = list(dict.fromkeys((base / Path(named).expanduser()).resolve() for base in (Path.cwd(), REPOSITORY)))
+    for place in places:
+        if all(_holds(place, part) for part in wanted):
             return place
-        if named:
-            raise UserError(f"{VARIABLE}={named}: no finished {lacking[0]} there; name a folder that make demo wrote")
-    return small_run(_root() / "runs" / "small", *parts)
+    lacking = next(part for part in wanted if not any(_holds(place, part) for place in places))
+    raise UserError(
+        f"{VARIABLE}={named}: no finished {lacking} in {' or '.join(map(str, places))}; "
+        "name a folder that make demo wrote"
+    )
 
 
 def small_run(folder: Path, *parts: Part) -> Path:

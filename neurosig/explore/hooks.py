@@ -16,6 +16,7 @@ from neurosig.explore.changes import Change, Edit, Where, changed, in_force, pro
 from neurosig.explore.texts import TextReader
 from neurosig.explore.traces import Traces, check_model, trace
 from neurosig.models.load import LoadedModel
+from neurosig.neurons.config import neuron_name
 from neurosig.neurons.sites import FFNSites, ffn_sites
 from neurosig.runtime.errors import UserError
 from neurosig.sampling.config import SamplingConfig
@@ -146,7 +147,7 @@ def hooks(
     set_values = {neuron: 0.0 for neuron in _pairs(ablate, "ablate", sites)}
     given = _per_neuron(set_to, neurons, "set_to", sites)
     for neuron in given.keys() & set_values.keys():
-        raise UserError(f"hooks: neuron {neuron[0]}.{neuron[1]} is in ablate and in set_to; give one of them")
+        raise UserError(f"hooks: {neuron_name(*neuron)} is in ablate and in set_to; give one of them")
     set_values |= _means(given, reference, sites)
     factors = _per_neuron(scale, neurons, "scale", sites)
     if neurons is not None and len(neurons) and scale is None and set_to is None:
@@ -182,8 +183,8 @@ def _pairs(given: Any, option: str, sites: FFNSites) -> list[Neuron]:
             ) from None
         if not (0 <= layer < sites.n_layers and 0 <= neuron < sites.d_mlp):
             raise UserError(
-                f"hooks: {option}: neuron {layer}.{neuron}: the model has layers 0 to {sites.n_layers - 1} of neurons "
-                f"0 to {sites.d_mlp - 1}"
+                f"hooks: {option}: {neuron_name(layer, neuron)}: the model has layers 0 to {sites.n_layers - 1} of "
+                f"neurons 0 to {sites.d_mlp - 1}"
             )
         found[layer, neuron] = None
     return list(found)

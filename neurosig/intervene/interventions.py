@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from neurosig.models.prefix import pad
+from neurosig.neurons.config import neuron_name
 from neurosig.neurons.contributions import PAD
 from neurosig.neurons.nnsight_reader import NeuronScaler
 from neurosig.neurons.signals_file import Signals
@@ -87,7 +88,7 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
     ids = layer * sites.d_mlp + index
     if len(np.unique(ids)) < len(ids):
         twice = np.flatnonzero(np.bincount(ids) > 1)[0]
-        raise UserError(f"{path}: neuron {twice // sites.d_mlp}.{twice % sites.d_mlp} appears twice")
+        raise UserError(f"{path}: neuron {neuron_name(*divmod(twice, sites.d_mlp))} appears twice")
     wanted = {"positive": weight > 0, "negative": weight < 0, "all": np.full(len(weight), True)}[sign]
     if not wanted.any():
         raise UserError(f"{path}: no neuron{'' if sign == 'all' else f' with a {sign} weight'}; the probe found none")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from distill.entropy_gap import TokenEntropies
+from figures.notebook import parts
 from figures.notebook.explore import (
     agreement_scatter,
     auroc_forest,
@@ -22,6 +26,7 @@ from figures.notebook.explore import (
     similarity_map,
 )
 from figures.notebook.runs import another_selection
+from figures.style import use_style
 from neurosig.report.signal_table import Signal, SignalRow
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import Interval, ece
@@ -109,6 +114,7 @@ def test_the_similarity_map_shows_its_matrix() -> None:
     np.testing.assert_array_equal(shown[off], similarity[off])
     assert np.ma.getmaskarray(figure.axes[0].images[0].get_array())[~off].all()
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["a b", "c"]
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
 
 
 def test_scatters_plot_every_point() -> None:
@@ -148,3 +154,34 @@ def test_the_forest_is_sorted_by_auroc() -> None:
 def test_the_chosen_number_of_clusters_is_marked() -> None:
     axis = silhouettes(pd.DataFrame({"k": [2, 3, 4], "silhouette": [0.1, 0.3, 0.2]}), 3).axes[0]
     np.testing.assert_array_equal(axis.lines[1].get_xydata(), [[3, 0.3]])
+
+
+def test_pictures_are_drawn_on_given_axes() -> None:
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert silhouettes(pd.DataFrame({"k": [2, 3], "silhouette": [0.1, 0.3]}), 3, ax=left) is figure
+    assert agreement_scatter([0.25], [0.3], ["x"], ax=right) is figure
+    assert left.get_ylabel() == "silhouette" and len(right.collections) == 1
+    assert len(similarity_map(np.ones((2, 2)), ["a", "b"], title="t", ax=right).axes) == 3  # with its colour bar
+
+
+def test_a_notebooks_picture_reads_on_white_and_on_black(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw() -> np.ndarray:
+        canvas = FigureCanvasAgg(silhouettes(pd.DataFrame({"k": [2, 3], "silhouette": [0.1, 0.3]}), 3))
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())
+
+    with matplotlib.rc_context():
+        use_style()
+        paper = draw()
+        monkeypatch.setattr(parts, "_theme", {})
+        parts.notebook_colours()
+        use_style()  # as a figure of the paper, drawn in between, does
+        picture = draw()
+        monkeypatch.undo()
+        np.testing.assert_array_equal(draw(), paper)
+    assert (paper[..., 3] == 255).all() and (paper[0, 0] == 255).all()
+    assert picture[0, 0, 3] == 0 and (picture[..., 3] == 0).mean() > 0.5
+    grey = (np.ptp(picture[..., :3].astype(int), axis=-1) < 8) & (picture[..., 3] == 255)
+    levels = picture[..., :3].mean(axis=-1)[grey]
+    assert levels.min() > 90 and levels.max() < 160  # neither black nor white

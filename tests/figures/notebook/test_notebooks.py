@@ -26,8 +26,14 @@ PICTURES = {
     "06_the_whole_method": 0,
 }
 """Figures of each notebook; none of them is skipped."""
-VIEWS = {"01_neuron_signals": 5, "02_hallucination_neurons": 1, "03_reasoning_patterns": 3, "06_the_whole_method": 1}
-"""Views (`neurosig.views.explorer`) of each notebook."""
+VIEWS = {
+    "01_neuron_signals": 6,
+    "02_hallucination_neurons": 2,
+    "03_reasoning_patterns": 6,
+    "05_calibration": 1,
+    "06_the_whole_method": 2,
+}
+"""Views and tables (`neurosig.views`) of each notebook."""
 
 
 def code_cells(path: Path) -> list[Any]:
@@ -90,13 +96,29 @@ def test_a_named_run_must_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     from neurosig.runtime.errors import UserError
 
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    with pytest.raises(UserError, match="no finished export there"):
+    with pytest.raises(UserError, match=f"no finished export in .*{tmp_path.name}; name a folder"):
         run_folder()
     (tmp_path / "manifest").mkdir()
     (tmp_path / "manifest" / "manifest.json").touch()
     assert run_folder() == tmp_path
-    with pytest.raises(UserError, match="no finished evaluations there"):
+    with pytest.raises(UserError, match="no finished evaluations in "):
         run_folder("evaluations")
+
+
+def test_a_named_run_is_seen_from_here_and_from_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from figures.notebook import runs
+    from neurosig.runtime.errors import UserError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "REPOSITORY", tmp_path / "repository")
+    monkeypatch.setenv(runs.VARIABLE, "runs/mine")
+    with pytest.raises(UserError) as error:
+        runs.run_folder()
+    assert f"in {tmp_path}/runs/mine or {tmp_path}/repository/runs/mine; name" in str(error.value)
+    for place in (tmp_path / "repository", tmp_path):
+        (place / "runs/mine/manifest").mkdir(parents=True)
+        (place / "runs/mine/manifest/manifest.json").touch()
+        assert runs.run_folder() == place / "runs/mine"
 
 
 def test_a_demo_is_found_from_the_notebooks_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -255,8 +255,8 @@ def test_a_trace_under_a_change_stays_that_of_the_changed_model(positions: Any) 
     ("options", "message"),
     [
         ({}, "nothing is changed; give ablate"),
-        ({"ablate": [(2, 0)]}, "ablate: neuron 2.0: the model has layers 0 to 1 of neurons 0 to 63"),
-        ({"ablate": [(0, 64)]}, "ablate: neuron 0.64"),
+        ({"ablate": [(2, 0)]}, "ablate: L2/0: the model has layers 0 to 1 of neurons 0 to 63"),
+        ({"ablate": [(0, 64)]}, "ablate: L0/64"),
         ({"ablate": True}, r"ablate: expected \(layer, neuron\) pairs such as \(19, 696\), got True"),
         ({"ablate": [7]}, r"ablate: expected \(layer, neuron\) pairs such as \(19, 696\), got 7"),
         ({"ablate": pd.DataFrame({"layer": [1]})}, "a table without the columns layer and neuron"),
@@ -265,10 +265,10 @@ def test_a_trace_under_a_change_stays_that_of_the_changed_model(positions: Any) 
         ({"neurons": [(0, 1)], "scale": float("nan")}, "expected a finite number or 'mean', got nan"),
         ({"neurons": [(0, 1)], "set_to": "median"}, "expected a finite number or 'mean', got 'median'"),
         ({"neurons": [(0, 1)], "set_to": "mean"}, "set_to='mean' needs reference="),
-        ({"ablate": [(0, 1)], "set_to": {(0, 1): 2.0}}, "neuron 0.1 is in ablate and in set_to"),
+        ({"ablate": [(0, 1)], "set_to": {(0, 1): 2.0}}, "L0/1 is in ablate and in set_to"),
         ({"ablate": [(0, 1)], "positions": "answer"}, "expected all, prompt, prompt_end, completion, or numbers"),
         ({"ablate": [(0, 1)], "positions": -1}, "expected numbers of tokens from 0"),
-        ({"patch": {5: torch.relu}}, "patch: neuron 5.0"),
+        ({"patch": {5: torch.relu}}, "patch: L5/0"),
     ],
 )
 def test_a_change_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:

@@ -24,9 +24,8 @@ from neurosig.manifest import read_manifest
 from neurosig.patterns.clusters import ClusterConfig, pattern_clusters
 from neurosig.report.__main__ import ReportConfig, main
 from neurosig.report.data import layer_profile, rollout_level
-from neurosig.report.html import visible
 from neurosig.report.patterns import patterns
-from neurosig.runtime.cli import run_command
+from neurosig.runtime.cli import run_command, visible
 from neurosig.runtime.errors import UserError
 from tests.support.exports import BIDI, K, N, write_lines, write_world
 from tests.support.flow import export_config, file_bytes, make_manifest

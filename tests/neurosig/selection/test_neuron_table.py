@@ -99,7 +99,7 @@ def test_pattern_neurons_are_the_markers_of_the_reports_clusters(exported: Expor
     best = markers.groupby(["layer", "index"])["lift"].max()
     for neuron in written.itertuples():
         assert neuron.lift == pytest.approx(best[neuron.layer, neuron.index], rel=1e-5)
-        row = markers.query(f"layer == {neuron.layer} and index == {neuron.index} and cluster == {neuron.cluster - 1}")
+        row = markers.query(f"layer == {neuron.layer} and index == {neuron.index} and cluster == {neuron.cluster}")
         assert row["q"].item() == pytest.approx(neuron.q, rel=1e-5)
 
 
