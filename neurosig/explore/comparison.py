@@ -163,7 +163,7 @@ def compare(
     return Comparison(
         found.iloc[order].reset_index(drop=True),
         _jaccard(before.sets.neuron_ids.numpy(), after.sets.neuron_ids.numpy()),
-        (model_name(_identity(before)), model_name(_identity(after))),
+        (_name(before), _name(after)),
         len(before),
         int(owners.max()) + 1,
         permutations,
@@ -203,15 +203,18 @@ def sign_flip_p(
     return p, q
 
 
-def _jaccard(first: Int[np.ndarray, "texts size"], second: Int[np.ndarray, "texts size"]) -> Float[np.ndarray, " texts"]:
+def _jaccard(
+    first: Int[np.ndarray, "texts size"], second: Int[np.ndarray, "texts size"]
+) -> Float[np.ndarray, " texts"]:
     shared = [len(np.intersect1d(a[a != PAD], b[b != PAD])) for a, b in zip(first, second, strict=True)]
     total = (first != PAD).sum(axis=1) + (second != PAD).sum(axis=1)
     return np.array([both / max(1, every - both) for both, every in zip(shared, total, strict=True)])
 
 
-def _identity(run: Traces) -> dict[str, Any]:
+def _name(run: Traces) -> str:
     info = run.model.info
-    return {"id": info.id, "weights": info.weights, "adapter": info.adapter}
+    name = model_name({"id": info.id, "weights": info.weights, "adapter": info.adapter})
+    return " with ".join([name, *map(str, run.changes)])
 
 
 def _check_same(before: Traces, after: Traces) -> None:

@@ -40,13 +40,21 @@ def fit_calibration(
 ) -> Calibration:
     """Fit on cross-fitted log odds of labelled texts.
 
+    The targets of ``sigmoid`` are Platt's, a little inside 0 and 1, so that separable scores give finite odds.
+
     Where the cross-fitted scores do not rise with the label, every probability is the share of positive labels: a
     falling map would turn the probe round.
     """
     if method == "isotonic":
         model = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(log_odds, labels)
         return Calibration(method, tuple(model.X_thresholds_.tolist()), tuple(model.y_thresholds_.tolist()))
-    line = LogisticRegression(C=np.inf, max_iter=1000).fit(log_odds[:, None], labels)
+    positive = int(labels.sum())
+    target = np.where(labels == 1, (positive + 1) / (positive + 2), 1 / (len(labels) - positive + 2))
+    line = LogisticRegression(C=np.inf, max_iter=1000).fit(
+        np.tile(log_odds, 2)[:, None],
+        np.repeat([1, 0], len(labels)),
+        sample_weight=np.concatenate([target, 1 - target]),
+    )
     slope, intercept = float(line.coef_[0, 0]), float(line.intercept_[0])
     if slope <= 0:
         slope, intercept = 0.0, float(special.logit(labels.mean()))

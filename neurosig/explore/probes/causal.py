@@ -64,9 +64,7 @@ def causal_table(
     return table.reindex(columns=[*COLUMNS, *DIFFERENCE])
 
 
-def _sets(
-    run: Traces, located: Sequence[int], excluded: Sequence[int], draws: int, seed: int
-) -> list[NeuronSet]:
+def _sets(run: Traces, located: Sequence[int], excluded: Sequence[int], draws: int, seed: int) -> list[NeuronSet]:
     rng, sites = np.random.default_rng(seed), run.sites
     ids, values = run.sets.neuron_ids.numpy(), run.sets.contributions.numpy()
     active = contribution_matrix(ids, values, sites.n_layers * sites.d_mlp)

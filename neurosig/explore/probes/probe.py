@@ -203,6 +203,8 @@ class Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.permute_ = "within" if within else "between"
         by = "groups" if halves(rows) is owners else "prompts"
         self.notes_ = (f"stability selection halved the {by}",) if groups is not None and self.kind == "l1" else ()
+        if not len(fitted.columns):
+            self.notes_ += ("no neuron has a weight at this penalty: raise inverse_penalty, or leave it None",)
         self.run_ = run if isinstance(run, Traces) else None
         return self
 
@@ -257,7 +259,7 @@ class Probe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         log_odds = self.decision_function(run)
         known, found = read_labels(labels, len(log_odds), self.classes_[1].item())
         if found[0] != self.classes_[0]:
-            raise UserError(f"labels: {found[0]!r} and {found[1]!r}; the probe was fitted on {_listed(self.classes_)}")
+            raise UserError(f"labels: {found[0]!r} and {found[1]!r}; the probe was fitted on {self.classes_.tolist()}")
         return float(roc_auc_score(known[known >= 0], log_odds[known >= 0]))
 
     def causal_check(
@@ -380,7 +382,9 @@ def load_probe(folder: str | Path) -> Probe:
     fitted, record = read_probe(folder)
     try:
         probe = Probe(**record["params"])
-        calibration = Calibration(**{name: _tuple(value) for name, value in record["calibration"].items()})
+        calibration = Calibration(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in record["calibration"].items()}
+        )
         signs = pd.DataFrame(record["signs"]) if record["signs"] else None
         layout = (int(record["layout"][0]), int(record["layout"][1]))
         if layout[0] * layout[1] != fitted.n_neurons:
@@ -392,11 +396,3 @@ def load_probe(folder: str | Path) -> Probe:
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"probe {folder}: not a saved probe ({error}); fit and save it again") from error
     return probe
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _listed(classes: np.ndarray) -> str:
-    return " and ".join(repr(one) for one in classes.tolist())
