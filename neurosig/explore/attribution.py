@@ -3,7 +3,8 @@
 The residual stream is a sum, and with the final norm's scale frozen at its value in the pass the logit is linear in
 it (direct logit attribution). So the logit of a token is the sum of the parts' effects, up to rounding. Effects are in
 units of a logit before the softcap, if the model has one (Gemma 2): the softcap is monotone and keeps their order, but
-not their sum. What a part does through later layers is not in its direct effect.
+not their sum. What a part does through later layers is not in its direct effect. A model that scales what its sublayers
+add (Granite), or adds the stream inside its FFN (BLOOM), is refused with a `UserError`.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def hooks(
     scale: float | Mapping[Neuron, float] | None = None,
     set_to: float | str | Mapping[Neuron, float | str] | None = None,
     patch: Patch | Mapping[int, Callable[[Tensor], Tensor]] | None = None,
-    positions: Where | int | Iterable[int] = "all",
+    positions: str | int | Iterable[int] = "all",
     reference: Traces | None = None,
 ) -> Hooked:
     """Change FFN neurons inside a ``with`` block; afterwards the model is as before, also after an error or Ctrl-C.
@@ -243,8 +243,6 @@ def _patches(patch: Any, sites: FFNSites) -> Sequence[tuple[int, Edit]]:
         for layer in patch:
             _pairs([(layer, 0)], "patch", sites)
         return list(patch.items())
-    if not callable(patch):
-        raise UserError(f"hooks: patch: expected a function of (layer, values), got {patch!r}")
 
     def of(layer: int) -> Edit:
         return lambda values: patch(layer, values)

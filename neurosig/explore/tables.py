@@ -160,16 +160,23 @@ def summary(run: Traces) -> str:
     info = run.model.info
     what = f"{len(run)} text{'s' * (len(run) != 1)} through {info.id}{' with an adapter' * (info.adapter is not None)}"
     read = sum(map(len, run.read_at))
-    parts = [what, f"sites {run.site}", f"positions {run.positions} ({read} tokens read, never the first of a text)"]
-    parts.append("special tokens: the tokenizer's before a prompt, none before or after a completion")
+    tokens = f"{read} token{'s' * (read != 1)} read, never the first of a text"
+    parts = [what, f"sites {run.site}", f"positions {run.positions} ({tokens})"]
+    parts.append("special tokens: the tokenizer's before a prompt or the chat template's, none around a completion")
     parts += [str(change) for change in run.changes]
     return printable(f"Traces({'; '.join([*parts, *run.notes])})")
 
 
-def html(run: Traces) -> str:
+def page(run: Traces, top: int) -> str:
+    """The same as a page of its own, light or dark as the reader's browser is, which loads nothing from elsewhere."""
+    head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>neurosig</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{html(run, top)}</body></html>\n'
+
+
+def html(run: Traces, top: int = SHOWN) -> str:
     """The summary and the top of the table, with all text escaped, inline styles only and the page's own colours."""
     shown = run[:TEXTS]
-    frame = shown.to_frame(SHOWN)
+    frame = shown.to_frame(top)
     more = f"<div>{len(run) - len(shown)} more texts</div>" if len(run) > len(shown) else ""
     listed = "".join(
         f"<div>{index}: {_shown(text.prompt)}<b>{_shown(text.completion)}</b></div>"

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
@@ -18,7 +18,7 @@ from neurosig.explore.changes import Change, in_force, prompt_of, with_only
 from neurosig.explore.forward import Keep, Stream, read_neurons, read_stream
 from neurosig.explore.tables import NEURON_COLUMNS, attribution_table, dimension_rows, html, neuron_rows, summary
 from neurosig.explore.texts import TextReader, TracedText, find_positions, positions_name
-from neurosig.explore.tracing import traced, traced_elsewhere, with_values
+from neurosig.explore.tracing import FEWER, traced, traced_elsewhere, with_values
 from neurosig.models.load import LoadedModel
 from neurosig.models.prefix import max_positions
 from neurosig.neurons.config import TraceConfig
@@ -65,7 +65,7 @@ class Traces:
     changes: tuple[Change, ...] = ()
     _sets: ActiveSets | None = None
     _vectors: Float[Tensor, "n layer d"] | None = None
-    _values: tuple[Float[Tensor, "layer token d"], ...] | None = None
+    _values: tuple[Float[Tensor, "layer _ d"], ...] | None = None
 
     @property
     def sites(self) -> FFNSites:
@@ -100,8 +100,10 @@ class Traces:
         return self._vectors
 
     @property
-    def values(self) -> tuple[Float[Tensor, "layer token d"], ...]:
-        """Per text what was read at each of ``read_at``: neuron values, or the site's output; float32, on the CPU.
+    def values(self) -> tuple[Float[Tensor, "layer _ d"], ...]:
+        """Per text ``[layer, token, d]``, what was read at each of ``read_at``: neuron values, or the site's output.
+
+        In float32, on the CPU.
 
         With the score ``unembed``, which is about the next token, a token's values are those at the position before it.
 
@@ -125,11 +127,8 @@ class Traces:
     def __iter__(self) -> Iterator[Traces]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, which: int | slice | Sequence[int]) -> Traces:
-        if isinstance(which, slice):
-            rows = list(range(len(self))[which])
-        else:
-            rows = [range(len(self))[index] for index in ([which] if isinstance(which, int) else which)]
+    def __getitem__(self, which: Any) -> Traces:
+        rows = _rows(which, len(self))
         sets = self._sets and ActiveSets(*(tensor[rows] for tensor in self._sets))
         vectors = None if self._vectors is None else self._vectors[rows]
         values = None if self._values is None else tuple(self._values[row] for row in rows)
@@ -137,7 +136,7 @@ class Traces:
         return replace(self, texts=texts, read_at=read_at, _sets=sets, _vectors=vectors, _values=values)
 
     def to_frame(self, top: int = 20) -> pd.DataFrame:
-        """The largest neurons of each text, or the largest dimensions of another site.
+        """The largest neurons of each text, or the largest dimensions of another site; neurons run each text once more.
 
         Args:
             top: Rows per text.
@@ -163,7 +162,7 @@ class Traces:
         *,
         position: int | None = None,
         token: int | str | None = None,
-        by: Literal["sublayers", "neurons"] = "sublayers",
+        by: str = "sublayers",
         top: int = 20,
     ) -> pd.DataFrame:
         """What each part of the model adds directly to the logit of the next token (direct logit attribution).
@@ -269,7 +268,7 @@ def trace(
         >>> run[0].sets.neuron_ids.shape  # one text, its active set: layer * d_mlp + neuron
         torch.Size([1, 1020])
         >>> table = run.attribution(0)  # parts of the logit of " Paris" at the prompt's end
-        >>> abs(table["effect"].sum() - table.attrs["logit"]) < 1e-3
+        >>> abs(float(table["effect"].sum()) - table.attrs["logit"]) < 1e-3
         True
 
     Special tokens: a prompt gets those that the tokenizer puts before a text (BOS) once, and none after it; a
@@ -318,9 +317,22 @@ def trace(
     if values:
         _check_values(run, values_limit)
     if sites != "ffn":
-        return traced_elsewhere(run, values, progress)
+        return traced_elsewhere(run, values_limit if values else None, progress)
     run = traced(run, progress)
     return with_values(run, progress) if values else run
+
+
+def _rows(which: Any, count: int) -> list[int]:
+    """The rows that an index, a slice, a list of indices or a mask names."""
+    if isinstance(which, slice):
+        return list(range(count))[which]
+    given = which.tolist() if hasattr(which, "tolist") else which
+    given = list(given) if isinstance(given, Iterable) else [given]
+    if given and all(isinstance(one, bool) for one in given):
+        if len(given) != count:
+            raise UserError(f"a mask of {len(given)} for {count} texts; give one flag per text")
+        given = [index for index, wanted in enumerate(given) if wanted]
+    return [range(count)[index] for index in given]
 
 
 def check_model(model: Any) -> None:
@@ -354,5 +366,5 @@ def _check_values(run: Traces, limit: int) -> None:
     if run.site in ("ffn", "residual", "attention_out") and tokens * per_token > limit:
         raise UserError(
             f"values: {tokens} tokens of {per_token} bytes are {tokens * per_token / 1e9:.2f} GB, more than "
-            f"values_limit={limit}; read fewer tokens (positions=), trace the texts in parts, or raise values_limit"
+            f"values_limit={limit}; {FEWER}"
         )

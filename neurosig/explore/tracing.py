@@ -13,12 +13,14 @@ from tqdm.auto import tqdm
 from neurosig.explore.changes import prompt_of
 from neurosig.explore.forward import read_modules
 from neurosig.neurons.contributions import ActiveSets, concat_sets
+from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from neurosig.explore.texts import TracedText
     from neurosig.explore.traces import Traces
 
 T = TypeVar("T")
+FEWER = "read fewer tokens (positions=), trace the texts in parts, or raise values_limit"
 
 
 class TraceInterrupted(KeyboardInterrupt):
@@ -87,8 +89,9 @@ def with_values(run: Traces, progress: bool) -> Traces:
     return replace(run, _values=done)
 
 
-def traced_elsewhere(run: Traces, values: bool, progress: bool) -> Traces:
-    """The run with the means of another site."""
+def traced_elsewhere(run: Traces, values_limit: int | None, progress: bool) -> Traces:
+    """The run with the means of another site, and its values if they have a limit in bytes."""
+    kept_bytes = 0
 
     def read(index: int) -> Tensor:
         at = run.read_at[index]
@@ -98,12 +101,23 @@ def traced_elsewhere(run: Traces, values: bool, progress: bool) -> Traces:
         return run.within(index, lambda model, ids: read_modules(model, paths, ids, at)).float().cpu()
 
     def keep(index: int) -> tuple[Tensor, Tensor | None]:
+        nonlocal kept_bytes
         found = read(index)
-        return found.mean(dim=1), found if values else None
+        if values_limit is None:
+            return found.mean(dim=1), None
+        kept_bytes += found.numel() * found.element_size()
+        if kept_bytes > values_limit:  # the width of a module is known only here
+            raise UserError(
+                f"values: those of {index + 1} of {len(run)} texts are {kept_bytes / 1e9:.2f} GB, more than "
+                f"values_limit={values_limit}; {FEWER}"
+            )
+        return found.mean(dim=1), found
 
     def with_(part: Traces, found: tuple[Any, ...]) -> Traces:
         kept = tuple(each for _, each in found)
-        return replace(part, _vectors=torch.stack([mean for mean, _ in found]), _values=kept if values else None)
+        return replace(
+            part, _vectors=torch.stack([mean for mean, _ in found]), _values=None if values_limit is None else kept
+        )
 
     return with_(run, _each(run, keep, with_, progress, "trace"))
 
