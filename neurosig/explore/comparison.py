@@ -74,7 +74,7 @@ class Comparison:
         for layer in range(self.n_layers):
             own = self.table[self.table["layer"] == layer]
             sure, size = own[own["q"] <= alpha], own["change"].abs()
-            largest = int(own["neuron"].loc[size.idxmax()]) if len(own) else -1
+            largest = int(own["neuron"].to_numpy()[size.to_numpy().argmax()]) if len(own) else -1
             rows.append((layer, len(own), len(sure), int((sure["change"] > 0).sum()), float(size.sum()), largest))
         return pd.DataFrame(rows, columns=["layer", "neurons", "changed", "grown", "change", "largest"])
 

@@ -111,7 +111,7 @@ def read_labels(labels: Any, n: int, positive: Label | None) -> tuple[Int[np.nda
             what = f"{len(found)} different values, {', '.join(map(repr, found[:4]))}{', ...' * (len(found) > 4)}"
         raise UserError(f"labels: {what}; give two different values, and None where a text has no label")
     try:
-        low, high = sorted(found)  # type: ignore[type-var]
+        low, high = sorted(found)
     except TypeError:
         raise UserError(f"labels: {found[0]!r} and {found[1]!r} are of different types; give one type") from None
     if positive is not None:
