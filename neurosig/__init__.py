@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from neurosig.explore.comparison import compare
     from neurosig.explore.hooks import hooks
+    from neurosig.explore.probes.probe import Probe, load_probe
     from neurosig.explore.traces import Traces, trace
     from neurosig.manifest import read_manifest
     from neurosig.models.load import load_model
@@ -21,10 +23,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Probe",
     "Traces",
     "__version__",
+    "compare",
     "hooks",
     "load_model",
+    "load_probe",
     "load_questions",
     "read_export",
     "read_manifest",
@@ -45,6 +50,9 @@ _HOME = {
     "trace": "neurosig.explore.traces",
     "Traces": "neurosig.explore.traces",
     "hooks": "neurosig.explore.hooks",
+    "Probe": "neurosig.explore.probes.probe",
+    "load_probe": "neurosig.explore.probes.probe",
+    "compare": "neurosig.explore.comparison",
 }
 
 

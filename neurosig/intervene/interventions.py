@@ -21,7 +21,6 @@ from torch import Tensor
 from neurosig.models.prefix import pad
 from neurosig.neurons.config import neuron_name
 from neurosig.neurons.contributions import PAD
-from neurosig.neurons.nnsight_reader import NeuronScaler
 from neurosig.neurons.signals_file import Signals
 from neurosig.neurons.sites import FFNSites
 from neurosig.runtime.errors import UserError
@@ -31,6 +30,7 @@ from neurosig.sampling.sampler import Prompt
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
+    from neurosig.neurons.nnsight_reader import NeuronScaler
 
 Sign = Literal["positive", "negative", "all"]
 Group = Literal["located", "layer", "activity", "strongest"]

@@ -291,7 +291,7 @@ def test_faults_inside_a_block_are_named() -> None:
 def test_the_docstring_teaches_what_runs(smollm2: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neurosig, "load_model", lambda name: smollm2)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for function in (neurosig.hooks, neurosig.trace):
+    for function in (neurosig.hooks, neurosig.trace, neurosig.Probe, neurosig.compare):
         (test,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__)
         assert test.examples
         assert runner.run(test).failed == 0
