@@ -62,7 +62,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         >>> bool((probe.score(run)[:8] > 0.5).all())  # the probability of True, the positive class
         True
 
-    Three probes of this package differ in neurons and weights. The export's probe scores the questions of a selection;
+    Three probes differ in neurons and weights. The export's probe scores the questions of a selection;
     the probe of ``neurosig.report`` and ``neurosig.locate`` names the neurons that stability selection keeps; `Probe`
     is fitted by you, on your texts and labels, with the same functions.
 
@@ -213,7 +213,7 @@ class Probe(ClassifierMixin, BaseEstimator):
 
     @property
     def neurons(self) -> pd.DataFrame:
-        """``neurons_``."""
+        """`neurons_`."""
         check_is_fitted(self)
         return self.neurons_
 
@@ -385,9 +385,8 @@ def load_probe(folder: str | Path) -> Probe:
     fitted, record = read_probe(folder)
     try:
         probe = Probe(**record["params"])
-        calibration = Calibration(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in record["calibration"].items()}
-        )
+        kept = record["calibration"]
+        calibration = Calibration(kept["method"], tuple(kept["x"]), tuple(kept["y"]))
         signs = pd.DataFrame(record["signs"]) if record["signs"] else None
         layout = (int(record["layout"][0]), int(record["layout"][1]))
         if layout[0] * layout[1] != fitted.n_neurons:
