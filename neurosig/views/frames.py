@@ -25,8 +25,8 @@ REASONS: Mapping[str, str] = {
     "tie": "vote tied",
     "low_agreement": "too few rollouts agree",
     "cut_off": "no finished rollout with the majority answer",
-    "score": "{score} score {side}",
-    "hallucination": "{score} score {side}",
+    "score": "{score} {side}",
+    "hallucination": "{score} {side}",
     "rejected": "rejected by the filter",
     "no_context": "no demonstration fits",
 }

@@ -91,7 +91,7 @@ def test_a_table_stays_a_table_and_keeps_its_texts(export: Explorer) -> None:
 
 
 def test_a_decision_judges_no_answer(export: Explorer) -> None:
-    options = export.manifest.header.options | {"hallucination_score": "probe"}
+    options = export.manifest.header.options | {"hallucination_score": "probe_score"}
     row: QuestionRow = export.manifest.rows[0]
     for reason in ("hallucination", "score"):
         assert decision(row.model_copy(update={"reason": reason}), options) == "probe score too high"
