@@ -11,6 +11,8 @@ from scipy import special
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
+from neurosig.runtime.shapes import check_config
+
 Method = Literal["sigmoid", "isotonic"]
 
 
@@ -27,6 +29,9 @@ class Calibration:
     method: Method
     x: tuple[float, ...]
     y: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_config(self)
 
     def __call__(self, log_odds: Float[np.ndarray, " texts"]) -> Float[np.ndarray, " texts"]:
         """Probabilities of the positive class."""
