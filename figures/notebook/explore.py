@@ -31,7 +31,7 @@ from figures.notebook.parts import (
     notebook_colours,
     themed,
 )
-from figures.style import Colour, use_style
+from figures.style import SERIES, Colour, use_style
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from distill.entropy_gap import TokenEntropies
-    from neurosig.report.probe import Located
+    from neurosig.explore.probes.probe import Probe
     from neurosig.report.signal_table import SignalRow
     from neurosig.statistics.regression import LineFit
 
@@ -111,10 +111,10 @@ def agreement_scatter(
 
 
 @themed
-def probe_path(located: Located, *, ax: Sequence[Axes] | None = None) -> Figure:
+def probe_path(fitted: Probe, *, ax: Sequence[Axes] | None = None) -> Figure:
     """Size and cross-validated AUROC of the probe along its penalty, and the frequencies of stability selection."""
     size, quality, stable = Figure(figsize=(9.4, 3.2)).subplots(1, 3) if ax is None else ax
-    path, probe = located.probe.path, located.probe
+    path, probe = fitted.path_, fitted.fitted_
     chosen = probe.inverse_penalty
     size.plot(path["inverse_penalty"], path["neurons"], "-D", color=Colour.OURS, markersize=4)
     size.set(ylabel="neurons with a weight", ylim=(0, None))
@@ -144,6 +144,22 @@ def probe_path(located: Located, *, ax: Sequence[Axes] | None = None) -> Figure:
     stable.set(xlabel="neuron, most often selected first", ylabel="share of halves that select it", ylim=(0, 1.02))
     stable.set_title(f"Stability, {2 * probe.stability.pairs} halves")
     return figure_of(stable)
+
+
+@themed
+def dose_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
+    """Change of each group's nats per token by factor, with its 95% interval, as `Probe.causal_check` returns it."""
+    axis = axes_for(ax, (5.8, 3.2))
+    for place, (group, rows) in enumerate(table.groupby("group", sort=False)):
+        colour, marker = SERIES[place % len(SERIES)]
+        x = rows["factor"] + 0.04 * place  # next to each other
+        ends = [rows["change"] - rows["change_low"], rows["change_high"] - rows["change"]]
+        axis.errorbar(x, rows["change"], yerr=ends, fmt=marker + "-", color=colour, capsize=2, label=str(group))
+    axis.axhline(0, color=ink(), linewidth=0.8, linestyle="--")
+    axis.set(xlabel="values multiplied by", ylabel="change in nats per token", xticks=sorted({*table["factor"], 1.0}))
+    axis.set_title(f"{table['neurons'].iloc[0]} neurons per group, n={table['texts'].iloc[0]} texts")
+    axis.legend(fontsize=8)
+    return figure_of(axis)
 
 
 @themed

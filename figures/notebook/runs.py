@@ -3,7 +3,7 @@
 ``NEUROSIG_RUN`` names a folder as ``make demo`` writes it, as seen from the working directory or from the repository's
 root. Without it the notebooks use ``runs/demo`` if it holds an
 export, else they make ``runs/small``: the same commands on fewer questions, two minutes on two CPU cores. They write
-what they add to a run (another selection, a short intervention) to its subfolder ``notebooks``.
+what they add to a run (another selection) to its subfolder ``notebooks``.
 """
 
 from __future__ import annotations
@@ -27,13 +27,6 @@ SMALL_EVALUATION: Mapping[str, Any] = {
     "questions": ("world-facts", "language"),
     "limit": (12, 8),
     "num_generations": 4,
-}
-SMALL_INTERVENTION: Mapping[str, Any] = {
-    "questions": ("world-facts",),
-    "limit": 6,
-    "num_generations": 2,
-    "factors": (0.0, 4.0),
-    "controls": 1,
 }
 ORGANISM_EXPORT: Mapping[str, Any] = {"limit": 48, "num_generations": 4, "probe_folds": 2}
 
@@ -125,21 +118,6 @@ def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
     out.parent.mkdir(parents=True, exist_ok=True)
     export(ExportConfig(**settings))
     return read_manifest(out)
-
-
-def intervention_run(run: Path) -> Path:
-    """Folder with a finished ``intervene``: the run itself (``make intervene``), or a short one made on the spot."""
-    if (run / "intervene" / "results.json").is_file():
-        return run
-    from neurosig.intervene.__main__ import InterveneConfig
-    from neurosig.intervene.__main__ import main as intervene
-
-    header = read_manifest(run / "manifest").header
-    place = run / "notebooks" / f"short-{header.content_sha256[:8]}"
-    place.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = dict(SMALL_INTERVENTION)
-    intervene(InterveneConfig(manifest=run / "manifest", out=place / "intervene", resume=True, quiet=True, **settings))
-    return place
 
 
 def _root() -> Path:

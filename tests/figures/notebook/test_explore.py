@@ -19,6 +19,7 @@ from figures.notebook.explore import (
     auroc_forest,
     calibration_summary,
     calibration_table,
+    dose_curves,
     entropy_curves,
     gap_scatter,
     reliability_diagrams,
@@ -149,6 +150,16 @@ def test_the_forest_is_sorted_by_auroc() -> None:
     axis = auroc_forest([row("low", 0.4), row("high", 0.9), row("mid", 0.6)], event="e", n=9).axes[0]
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["low", "mid", "high"]
     assert [float(line.get_xdata()[0]) for line in axis.lines[:3]] == [0.4, 0.6, 0.9]
+
+
+def test_a_dose_curve_has_each_groups_change_and_interval() -> None:
+    table = pd.DataFrame({"group": ["located", "layer"], "factor": [0.0, 0.0], "change": [0.5, 0.1]})
+    table = table.assign(change_low=[0.2, 0.0], change_high=[0.9, 0.3], neurons=7, texts=12)
+    axis = dose_curves(table).axes[0]
+    assert [float(one.lines[0].get_ydata()[0]) for one in axis.containers] == [0.5, 0.1]
+    np.testing.assert_allclose(axis.containers[0].lines[2][0].get_segments()[0][:, 1], [0.2, 0.9])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["located", "layer"]
+    assert axis.get_title() == "7 neurons per group, n=12 texts"
 
 
 def test_the_chosen_number_of_clusters_is_marked() -> None:
