@@ -58,7 +58,7 @@ assert len(sharpened) and all(row.confidence > base["confidence"][row.scope] for
 results = {name: pd.read_parquet(folder / "eval" / name / "results.parquet") for name in ("base", "nopsd")}
 assert run.selected and all(run.row(name).context for name in run.selected)
 assert "answer" not in run.manifest.rows[0].model_dump()  # no gold label in the manifest
-assert list(steps["step"]) == [1, 2, 3, 4, 5] and steps["loss"].notna().all()
+assert list(steps["step"]) == [1, 2, 3, 4] and steps["loss"].notna().all()
 assert list(results["base"]["question_id"]) == list(results["nopsd"]["question_id"]) and len(results["base"]) == 8
 assert set(run.questions.index).isdisjoint(results["base"]["question_id"])  # never seen by the export
 assert results["base"]["answers"].map(list).tolist() != results["nopsd"]["answers"].map(list).tolist()
