@@ -14,7 +14,7 @@ import pandas as pd
 from figures.notebook.calibration import calibration_summary, calibration_table
 from figures.notebook.explore import reliability_diagrams
 from figures.sources import finished_export
-from figures.style import caption, save_figure
+from figures.style import caption, save_figure, use_style
 from neurosig.runtime.errors import UserError
 
 NAME = "reliability"
@@ -41,6 +41,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     questions["method"] = questions["method"].map(lambda name: TITLES.get(name, name))
     summary = calibration_summary(questions, seed=SEED, resamples=RESAMPLES)
 
+    use_style()
     figure = reliability_diagrams(questions, summary)
     seeds = {json.loads(path.read_text())["config"]["seed"] for path in results.glob("eval/*/summary.json")}
     caption(

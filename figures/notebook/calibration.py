@@ -99,7 +99,7 @@ def calibration_points(questions: pd.DataFrame, *, seed: int = 0, resamples: int
         if len(accuracy) > 1:
             interval = metrics.paired_mean_interval(accuracy, np.zeros(len(accuracy)), seed=seed, resamples=resamples)
             low, high = interval.low, interval.high
-        confidence = votes / int(group["k"].iloc[0])
+        confidence = group["votes"].iloc[0] / int(group["k"].iloc[0])
         rows.append((scope, method, votes, confidence, float(accuracy.mean()), low, high, len(group)))
     columns = ["scope", "method", "votes", "confidence", "accuracy", "low", "high", "n"]
     return pd.DataFrame(rows, columns=columns).sort_values(["scope", "method", "votes"], ignore_index=True)

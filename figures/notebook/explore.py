@@ -262,7 +262,7 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame, *, ax: 
                 0.03,
                 0.97,
                 f"ECE {metrics.format_interval(values['ece'], values['ece_low'], values['ece_high'], '.3f')}\n"
-                f"floor {values['ece_floor']:.3f}, smooth ECE {values['smooth_ece']:.3f}\nn={values['n']}",
+                f"smooth ECE {values['smooth_ece']:.3f}\nfloor {values['ece_floor']:.3f}, n={values['n']}",
                 transform=axis.transAxes,
                 va="top",
                 fontsize=7.5,
