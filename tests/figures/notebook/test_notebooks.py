@@ -30,6 +30,7 @@ VIEWS = {
     "01_neuron_signals": 6,
     "02_hallucination_neurons": 2,
     "03_reasoning_patterns": 6,
+    "04_entropy_gap": 1,
     "06_the_whole_method": 2,
 }
 """Views and tables (`neurosig.views`) of each notebook."""
