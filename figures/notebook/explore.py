@@ -1,8 +1,7 @@
 """The notebooks' pictures: one function each, from the numbers to a figure that the notebook shows.
 
 They share the style of the paper's figures (`figures.style`), on a transparent background, and state their n and
-interval. Each draws on the axes given as ``ax``, else on a new figure, which it returns. `calibration_table` reads
-the evaluations behind the reliability diagrams.
+interval. Each draws on the axes given as ``ax``, else on a new figure, which it returns.
 """
 
 from __future__ import annotations
@@ -10,19 +9,18 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from figures.notebook.calibration import calibration_points
 from figures.notebook.parts import (
     axes_for,
     draw_forest,
-    draw_gap,
     draw_series,
     draw_similarity,
     edges,
@@ -32,7 +30,6 @@ from figures.notebook.parts import (
     themed,
 )
 from figures.style import SERIES, Colour, use_style
-from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
 
 if TYPE_CHECKING:
@@ -41,7 +38,6 @@ if TYPE_CHECKING:
     from distill.entropy_gap import TokenEntropies
     from neurosig.explore.probes.probe import Probe
     from neurosig.report.signal_table import SignalRow
-    from neurosig.statistics.regression import LineFit
 
 
 def notebook_style() -> None:
@@ -217,122 +213,61 @@ def entropy_curves(
 
 
 @themed
-def gap_scatter(table: pd.DataFrame, fit: LineFit, *, ax: Axes | None = None) -> Figure:
-    """Gain of each question and context against its entropy gap, the fitted line, and its slope with interval.
+def outcome_strips(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> Figure:
+    """Entropy gap and belief shift of every question and context, a row per outcome (fix, break, right, wrong).
+
+    The bar of a row is its mean with a 95% bootstrap interval over questions; a row of one question has none.
 
     Args:
-        table: Columns ``gap``, ``gain``, ``policy``.
-        fit: The line.
-        ax: Where to draw; default: a figure of its own.
+        table: Columns ``question_id``, ``context``, ``outcome_strict``, ``entropy_gap`` and ``belief_shift``.
+        ax: Two axes to draw on; default: a figure of their own.
     """
-    axis = axes_for(ax, (5.8, 3.8))
-    draw_gap(axis, table, fit)
-    slope, r = fit.slope, fit.r
-    axis.set_title(f"slope {slope:+.2f} per nat, r {r:+.2f}")
-    axis.legend(fontsize=8, title_fontsize=8, title=f"context (n={slope.n} questions)")
-    return figure_of(axis)
+    axes = Figure(figsize=(8.4, 3.0)).subplots(1, 2, sharey=True) if ax is None else ax
+    rows = [name for name in ("fix", "break", "right", "wrong") if (table["outcome_strict"] == name).any()]
+    rng = np.random.default_rng(0)
+    heights = {name: len(rows) - 1 - place for place, name in enumerate(rows)}
+    y = table["outcome_strict"].map(heights).to_numpy(np.float64) + rng.uniform(-0.16, 0.16, len(table))
+    for axis, name in zip(axes, ("entropy_gap", "belief_shift"), strict=True):
+        draw_series(axis, table[name].to_numpy(), y, list(table["context"]), alpha=0.75)
+        for outcome, height in heights.items():
+            means = table[table["outcome_strict"] == outcome].groupby("question_id")[name].mean().to_numpy()
+            if len(means) > 1:
+                found = metrics.paired_mean_interval(means, np.zeros(len(means)), seed=0)
+                axis.hlines(height - 0.32, found.low, found.high, color=ink(), linewidth=1.4)
+                axis.plot(found.estimate, height - 0.32, "|", color=ink(), markersize=9)
+        axis.axvline(0, color=Colour.ZERO, linewidth=0.8, zorder=0)
+        axis.set(xlabel=f"{name.replace('_', ' ')} (nats)")
+    counts = table["outcome_strict"].value_counts()
+    axes[0].set_yticks(list(heights.values()), [f"{name} (n={counts[name]})" for name in rows])
+    axes[1].legend(fontsize=8, title="context", title_fontsize=8)
+    return figure_of(axes[0])
 
 
 # Calibration
-
-
-def calibration_table(run: Path) -> pd.DataFrame:
-    """Every question of every evaluation in ``run/eval``, one row each.
-
-    Columns: ``method``, ``temperature``, ``scope`` (``in-domain`` if the manifest has the domain), ``domain``,
-    ``question_id``, ``k``, ``votes`` and ``accuracy`` (of the majority, in expectation over ties).
-
-    Raises:
-        UserError: There is no finished evaluation.
-    """
-    import json
-
-    from distill.evaluate import RESULTS, SUMMARY
-    from neurosig.manifest import read_manifest
-
-    trained_on = {row.domain for row in read_manifest(run / "manifest").rows}
-    frames = []
-    for summary in sorted((run / "eval").glob(f"*/{SUMMARY}")):
-        rows = pd.read_parquet(summary.parent / RESULTS)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "method": summary.parent.name,
-                    "temperature": json.loads(summary.read_text())["config"]["temperature"],
-                    "scope": np.where(rows["domain"].isin(trained_on), "in-domain", "cross-domain"),
-                    "domain": rows["domain"],
-                    "question_id": rows["question_id"],
-                    "k": rows["k"],
-                    "votes": rows["votes"],
-                    "accuracy": metrics.maj_at_k(rows["n_tied_right"].to_numpy(), rows["n_tied"].to_numpy()),
-                }
-            )
-        )
-    if not frames:
-        raise UserError(f"{run / 'eval'}: no finished evaluation; run distill.evaluate --out {run / 'eval' / 'base'}")
-    return pd.concat(frames, ignore_index=True)
-
-
-def calibration_summary(questions: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
-    """ECE with its 95% bootstrap interval over questions, smooth ECE, Brier and signed gap, per method and scope.
-
-    ``ece_floor`` is the ECE of a perfectly calibrated sampler at this K and n
-    (`neurosig.statistics.metrics.ece_floor`).
-    """
-    rows = []
-    for (scope, method), group in questions.groupby(["scope", "method"], sort=False):
-        votes, k = group["votes"].to_numpy(np.int64), int(group["k"].iloc[0])
-        accuracy = group["accuracy"].to_numpy(np.float64)
-
-        def value(
-            chosen: Int[np.ndarray, " questions"], votes: Any = votes, k: int = k, accuracy: Any = accuracy
-        ) -> float:
-            return metrics.ece(votes[chosen], k, accuracy[chosen])
-
-        interval = metrics.bootstrap_interval(value, len(group), seed=seed, resamples=resamples)
-        rows.append(
-            {
-                "scope": scope,
-                "method": method,
-                "temperature": float(group["temperature"].iloc[0]),
-                "n": len(group),
-                "k": k,
-                "maj_at_k": float(accuracy.mean()),
-                "confidence": float((votes / k).mean()),
-                "ece": interval.estimate,
-                "ece_low": interval.low,
-                "ece_high": interval.high,
-                "ece_floor": metrics.ece_floor(k, len(group), seed=seed),
-                "smooth_ece": metrics.smooth_ece(votes, k, accuracy),
-                "brier": metrics.brier(votes, k, accuracy),
-                "signed_gap": metrics.signed_gap(votes, k, accuracy),
-            }
-        )
-    return pd.DataFrame(rows).sort_values("scope", ascending=False, kind="stable", ignore_index=True)
 
 
 @themed
 def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame, *, ax: Any = None) -> Figure:
     """Accuracy of the majority at each confidence, one row per scope, one column per method; area: questions.
 
+    Bars: 95% bootstrap interval over the point's questions; a point of one question has none.
+
     ``ax`` is an array of axes of that shape; default: a figure of its own."""
     scopes, methods = list(dict.fromkeys(summary["scope"])), list(dict.fromkeys(summary["method"]))
     size = (2.2 * len(methods) + 0.4, 2.5 * len(scopes))
     made: Any = {"squeeze": False, "sharex": True, "sharey": True}
     axes = Figure(figsize=size).subplots(len(scopes), len(methods), **made) if ax is None else np.atleast_2d(ax)
-    most = questions.groupby(["scope", "method", "votes"]).size().max()
+    points = calibration_points(questions)
     for row, scope in enumerate(scopes):
         for column, method in enumerate(methods):
             axis = axes[row, column]
-            cell = questions[(questions["scope"] == scope) & (questions["method"] == method)]
+            cell = points[(points["scope"] == scope) & (points["method"] == method)]
             axis.plot([0, 1], [0, 1], color=ink(), linewidth=0.8, linestyle="--")
-            groups = cell.groupby("votes")["accuracy"].agg(["mean", "size"])
-            confidence = groups.index.to_numpy() / int(cell["k"].iloc[0])
-            axis.vlines(confidence, confidence, groups["mean"], color=Colour.CONTROL, linewidth=2)
+            axis.vlines(cell["confidence"], cell["low"], cell["high"], color=Colour.CONTROL, linewidth=1.6)
             axis.scatter(
-                confidence,
-                groups["mean"],
-                s=14 + 130 * groups["size"] / most,
+                cell["confidence"],
+                cell["accuracy"],
+                s=14 + 130 * cell["n"] / points["n"].max(),
                 color=Colour.OURS,
                 edgecolors="white",
                 zorder=3,
@@ -343,7 +278,7 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame, *, ax: 
                 0.03,
                 0.97,
                 f"ECE {metrics.format_interval(values['ece'], values['ece_low'], values['ece_high'], '.3f')}\n"
-                f"smooth ECE {values['smooth_ece']:.3f}\nn={values['n']}",
+                f"smooth ECE {values['smooth_ece']:.3f}\nfloor {values['ece_floor']:.3f}, n={values['n']}",
                 transform=axis.transAxes,
                 va="top",
                 fontsize=7.5,

@@ -119,6 +119,28 @@ class ExportedRun:
         """
         return frames.contexts(self.exported)
 
+    @cached_property
+    def effects(self) -> Table:
+        """What its context did to the teacher's answer, one row per question that the teacher was asked.
+
+        Columns: ``question_id``, ``selected``, majority answers of ``student`` and ``teacher``, ``outcome_strict`` and
+        ``outcome_lenient`` (``fix``: only the teacher is right, ``break``: only the student is, ``right``, ``wrong``:
+        both), and the scores of the second stage, such as ``belief_shift`` and ``entropy_gap`` in nats.
+
+        Raises:
+            UserError: There are no teacher rollouts, or no gold answers.
+        """
+        from neurosig.report.effects import effects
+        from neurosig.statistics.auroc import AnalysisConfig
+
+        found = effects(self.exported, self.gold, AnalysisConfig())
+        if found is None:
+            lacking = "gold answers to them" if self.manifest.teacher_rollouts else "rollouts of a teacher"
+            raise UserError(
+                f"{self.manifest.folder}: no {lacking}; export labelled questions with --teacher-rollouts 5"
+            )
+        return Table(found.questions)
+
     def overview(self) -> Table:
         """One row per question with rollouts: ``kind``, ``question``, ``majority`` answer and its ``share`` of the
         votes, ``verdict``, ``neuron_agreement`` of its active sets, ``decision``, ``representative`` rollout."""

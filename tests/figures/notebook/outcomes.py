@@ -1,10 +1,11 @@
-"""What the notebooks 01 to 03 must have found in a small run; run in a cell after their last."""
+"""What the notebooks must have found in a small run; run in a cell after their last."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
 import torch
 
 
@@ -49,3 +50,43 @@ def reasoning_patterns(seen: Mapping[str, Any]) -> None:
     assert all(neighbour.kind == view.kind for view in shown for neighbour in view.neighbours if neighbour.used)
     nearest = [(view, view.neighbours[0]) for view in seen["browser"].views.values() if view.neighbours]
     assert nearest and all(neighbour.similarity > view.typical for view, neighbour in nearest)
+
+
+def entropy_gap(seen: Mapping[str, Any]) -> None:
+    effects, changed = seen["effects"], seen["changed"]
+    assert set(effects["context"]) == set(seen["policies"]) and effects.groupby("context").size().nunique() == 1
+    assert set(effects["outcome_strict"]) <= {"fix", "break", "right", "wrong"}
+    assert changed["student"].ne(changed["teacher"]).all()  # a fix or a break is another answer
+    assert effects["belief_shift"].between(0, 0.6932).all()  # a Jensen-Shannon divergence is at most ln 2
+    gaps = effects.groupby("context")["entropy_gap"].mean()
+    assert gaps["nearest"] > gaps["random"] > 0
+
+
+def calibration(seen: Mapping[str, Any]) -> None:
+    summary, questions = seen["summary"], seen["questions"]
+    base = summary[summary["method"] == "base"].set_index("scope")
+    assert {"in-domain"} <= set(summary["scope"]) and len(summary) == len(questions.groupby(["scope", "method"]))
+    assert (summary["smooth_ece"] <= summary["ece"] + 1e-9).all()  # never exceeds the exact-support ECE
+    assert summary["ece"].between(0, 1).all() and (summary["ece_low"] <= summary["ece_high"]).all()
+    assert summary["ece_floor"].between(0, 1, inclusive="neither").all()
+    assert ((summary["confidence"] - summary["maj_at_k"] - summary["signed_gap"]).abs() < 1e-9).all()
+    assert (summary["ece"] >= summary["signed_gap"].abs() - 1e-9).all()  # a mean of absolute gaps
+    asked = set(questions["question_id"])
+    assert all(set(own) == asked for _, own in questions.groupby("method")["question_id"])
+    sharpened = summary[summary["temperature"] < base["temperature"].min()]
+    assert len(sharpened) and all(row.confidence > base["confidence"][row.scope] for row in sharpened.itertuples())
+
+
+def the_whole_method(seen: Mapping[str, Any]) -> None:
+    folder, run, steps, found = seen["folder"], seen["run"], seen["steps"], seen["found"]
+    base, trained = (pd.read_parquet(folder / "eval" / name / "results.parquet") for name in ("base", "nopsd"))
+    assert run.selected and all(run.row(name).context for name in run.selected)
+    assert "answer" not in run.manifest.rows[0].model_dump()  # no gold label in the manifest
+    assert list(steps["step"]) == [1, 2, 3, 4] and steps["loss"].notna().all()
+    assert list(base["question_id"]) == list(trained["question_id"]) and len(base) == 8
+    assert set(run.questions.index).isdisjoint(base["question_id"])  # never seen by the export
+    assert base["answers"].map(list).tolist() != trained["answers"].map(list).tolist()
+    assert (folder / "report" / "table.md").read_text().count("| in-domain |") == 6
+    assert found.n_texts == found.n_groups == len(seen["texts"]) and found.models[0] != found.models[1]
+    table = found.to_frame()
+    assert table["change"].abs().max() > 0 and table["q"].is_monotonic_increasing

@@ -14,14 +14,13 @@ from matplotlib.figure import Figure
 
 from distill.entropy_gap import TokenEntropies
 from figures.notebook import parts
+from figures.notebook.calibration import calibration_points, calibration_summary, calibration_table
 from figures.notebook.explore import (
     agreement_scatter,
     auroc_forest,
-    calibration_summary,
-    calibration_table,
     dose_curves,
     entropy_curves,
-    gap_scatter,
+    outcome_strips,
     reliability_diagrams,
     silhouettes,
     similarity_map,
@@ -31,7 +30,6 @@ from figures.style import use_style
 from neurosig.report.signal_table import Signal, SignalRow
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import Interval, ece
-from neurosig.statistics.regression import line_fit
 from tests.support.flow import make_manifest
 
 
@@ -91,6 +89,24 @@ def test_the_reliability_diagrams_plot_the_accuracy_of_each_number_of_votes(run:
     np.testing.assert_allclose(points, np.column_stack([rows.index / 4, rows]))
 
 
+def test_each_point_has_the_interval_of_its_own_questions(run: Path) -> None:
+    table = calibration_table(run)
+    table = table[(table["scope"] == "in-domain") & (table["method"] == "base")]
+    one = table[table["votes"] == table["votes"].mode()[0]]
+    alone = one.head(1).assign(votes=0)
+    points = calibration_points(pd.concat([one, alone]))
+    assert list(points["n"]) == [1, len(one)] and points[["low", "high"]].isna().all(axis=1).tolist() == [True, False]
+    values, rng = one["accuracy"].to_numpy(), np.random.default_rng(1)
+    draws = values[rng.integers(0, len(values), (20_000, len(values)))].mean(axis=1)
+    np.testing.assert_allclose(
+        points.loc[1, ["low", "high"]].astype(float), np.quantile(draws, [0.025, 0.975]), atol=0.07
+    )
+    assert 0 <= points["low"][1] < points["accuracy"][1] < points["high"][1] <= 1
+    drawn = reliability_diagrams(table, calibration_summary(table, resamples=200)).axes[0].collections[0].get_segments()
+    every = calibration_points(table).dropna()
+    np.testing.assert_allclose([bar[:, 1] for bar in drawn if len(bar)], every[["low", "high"]])
+
+
 def test_without_an_evaluation_there_is_nothing_to_draw(tmp_path: Path) -> None:
     make_manifest(tmp_path)
     with pytest.raises(UserError, match="no finished evaluation"):
@@ -123,12 +139,27 @@ def test_scatters_plot_every_point() -> None:
     points = np.concatenate([np.asarray(part.get_offsets()) for part in figure.axes[0].collections])
     np.testing.assert_array_equal(np.sort(points[:, 1]), [0.3, 0.6, 0.9])
     np.testing.assert_allclose(np.sort(points[:, 0]), [0.25, 0.5, 1.0], atol=0.013)
-    table = pd.DataFrame({"gap": [0.0, 1.0, 2.0], "gain": [0.5, 0.0, 0.25], "policy": ["a", "a", "b"]})
-    fit = line_fit(table["gap"].to_numpy(), table["gain"].to_numpy(), ["p", "q", "r"], resamples=100)
-    axis = gap_scatter(table, fit).axes[0]
-    line = axis.lines[0].get_xydata()
-    np.testing.assert_allclose(line[:, 1], fit.intercept + fit.slope.estimate * np.array([0.0, 2.0]))
-    assert sum(len(part.get_offsets()) for part in axis.collections) == 3
+
+
+def test_every_question_is_in_the_row_of_its_outcome() -> None:
+    table = pd.DataFrame(
+        {
+            "question_id": ["p", "q", "p", "q"],
+            "context": ["a", "a", "b", "b"],
+            "outcome_strict": ["fix", "break", "break", "break"],
+            "entropy_gap": [0.5, 0.25, -0.25, 0.75],
+            "belief_shift": [0.0, 0.1, 0.2, 0.3],
+        }
+    )
+    gap, shift = outcome_strips(table).axes
+    assert [tick.get_text() for tick in gap.get_yticklabels()] == ["fix (n=1)", "break (n=3)"]
+    points = np.concatenate([np.asarray(gap.collections[place].get_offsets()) for place in (0, 1)])
+    np.testing.assert_allclose(points[:, 0], table["entropy_gap"])
+    np.testing.assert_array_equal(points[:, 1].round(), [1, 0, 0, 0])
+    (mean,) = [
+        line.get_xdata() for line in shift.lines if line.get_marker() == "|"
+    ]  # fix has one question: no interval
+    np.testing.assert_allclose(mean, [0.2])
 
 
 def test_entropy_curves_average_over_questions_not_rollouts() -> None:

@@ -21,7 +21,7 @@ PICTURES = {
     "01_neuron_signals": 3,
     "02_hallucination_neurons": 3,
     "03_reasoning_patterns": 3,
-    "04_entropy_gap": 4,
+    "04_entropy_gap": 2,
     "05_calibration": 1,
     "06_the_whole_method": 0,
 }
@@ -30,16 +30,10 @@ VIEWS = {
     "01_neuron_signals": 6,
     "02_hallucination_neurons": 3,
     "03_reasoning_patterns": 7,
-    "05_calibration": 1,
+    "04_entropy_gap": 1,
     "06_the_whole_method": 2,
 }
 """Views and tables (`neurosig.views`) of each notebook."""
-OUTCOMES = {
-    "01_neuron_signals": "neuron_signals",
-    "02_hallucination_neurons": "hallucination_neurons",
-    "03_reasoning_patterns": "reasoning_patterns",
-}
-"""Functions of `tests.figures.notebook.outcomes` that look at what a notebook computed."""
 
 
 def code_cells(path: Path) -> list[Any]:
@@ -64,15 +58,8 @@ def test_the_notebook_is_thin_and_stripped(path: Path) -> None:
         own = [node for node in found if isinstance(node, ast.FunctionDef)]  # a function of the reader's, to register
         assert len(found) <= 1 and not any(isinstance(node, ast.ClassDef) for node in found)
         assert all("neurosig.register(" in cell.source and len(node.body) <= 3 for node in own)
-    if path.stem in OUTCOMES:
-        assert not any("assert " in cell.source for cell in cells)
-        return
-    last = nbformat.read(path, as_version=4).cells[-1]
-    statements = syntax_tree(last.source).body
-    asserts = [node for node in statements if isinstance(node, ast.Assert)]
-    assert len(asserts) >= 5 and all(isinstance(node, ast.Assert | ast.Assign) for node in statements)
-    for node in asserts:  # each looks at something that was computed
-        assert any(isinstance(part, ast.Name) for part in ast.walk(node.test))
+    assert nbformat.read(path, as_version=4).cells[-1].cell_type == "markdown"  # it ends with what was seen
+    assert not any(isinstance(node, ast.Assert) for cell in cells for node in ast.walk(syntax_tree(cell.source)))
 
 
 @pytest.fixture(scope="session")
@@ -94,10 +81,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs(path: Path, workplace: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    if path.stem in OUTCOMES:
-        name = OUTCOMES[path.stem]
-        source = f"from tests.figures.notebook.outcomes import {name}\n{name}(globals())"
-        notebook.cells.append(nbformat.v4.new_code_cell(source))
+    name = path.stem.partition("_")[2]  # of the function that looks at what the notebook computed
+    source = f"from tests.figures.notebook.outcomes import {name}\n{name}(globals())"
+    notebook.cells.append(nbformat.v4.new_code_cell(source))
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(workplace)}}).execute()
     shown = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs if "data" in out]
     assert sum("image/png" in out.data for out in shown) == PICTURES[path.stem]
@@ -146,3 +132,18 @@ def test_a_demo_is_found_from_the_notebooks_folder(monkeypatch: pytest.MonkeyPat
     for here in (tmp_path, tmp_path / "notebooks"):
         monkeypatch.chdir(here)
         assert run_folder() == tmp_path / "runs" / "demo"
+
+
+@pytest.mark.smollm2
+def test_the_readme_s_notebook_runs_as_written(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the small run in the place of ``make demo``'s."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## In a notebook")[2]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(workplace / "run", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    seen: dict[str, Any] = {}
+    exec(section.partition("```python\n")[2].partition("```")[0], seen)
+    assert seen["probe"].auroc > 0.8 and len(seen["probe"].neurons)
+    assert 0 < len(seen["export"].questions) == len(seen["export"].scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -98,3 +99,32 @@ def test_a_decision_judges_no_answer(export: Explorer) -> None:
     lowest = options | {"keep_scores": "highest"}
     assert decision(row.model_copy(update={"reason": "score"}), lowest) == "probe score too low"
     assert "hallucination" not in set(export.overview()["decision"])
+
+
+def test_a_context_fixes_what_only_the_teacher_answers_right_and_breaks_the_reverse(tmp_path: Path) -> None:
+    options = {"teacher_rollouts": 2, "answer_parser": UNCUT, "question_filter": "neuron_only", "num_demonstrations": 2}
+    folder = make_manifest(tmp_path, **options)
+    votes = neurosig.read_export(folder).effects.set_index("question_id")
+    differing = votes.index[
+        votes["student"].notna() & votes["teacher"].notna() & (votes["student"] != votes["teacher"])
+    ]
+    fixed, broken = differing[:2]
+    path, gold = tmp_path / "questions.jsonl", {fixed: votes["teacher"][fixed], broken: votes["student"][broken]}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.dumps(record | {"answer": gold.get(record["id"], "GOLD")}) for record in records]
+    path.write_text("\n".join(lines) + "\n")
+    export = neurosig.read_export(folder)
+    found = export.effects.set_index("question_id")
+    outcomes = {name: "wrong" for name in found.index} | {fixed: "fix", broken: "break"}
+    assert found["outcome_strict"].to_dict() == outcomes
+    for name in ("entropy_gap", "belief_shift"):
+        assert found[name].to_dict() == export.scores.loc[found.index, name].to_dict()
+    with pytest.raises(UserError, match="no gold answers to them; export labelled questions"):
+        _ = neurosig.read_export(folder, gold=False).effects
+
+
+def test_without_a_second_stage_there_are_no_effects(folder: Path) -> None:
+    with pytest.raises(
+        UserError, match="no rollouts of a teacher; export labelled questions with --teacher-rollouts 5"
+    ):
+        _ = neurosig.read_export(folder).effects
