@@ -56,8 +56,17 @@ def run_folder(*parts: Part) -> Path:
 
 
 def small_run(folder: Path, *parts: Part) -> Path:
-    """Make a small run in ``folder``; finished parts are kept."""
+    """Make a small run in ``folder``, saying so and with a bar; finished parts are kept."""
+    from tqdm.auto import tqdm
+
+    last = folder / "eval" / "nopsd" / "summary.json" if "evaluations" in parts else folder / "manifest" / HEADER
+    if last.is_file():
+        return folder
+    minutes = "two minutes" if "evaluations" in parts else "a minute"
+    print(f"No finished run here yet: a small one is made once, in {folder} (about {minutes} on two CPU cores).")
+    bar = tqdm(total=5 if "evaluations" in parts else 1, desc="small run")
     _export(folder / "manifest", {"model": "smollm2-135m", "questions": ("world-facts",), **SMALL_EXPORT})
+    bar.update()
     if "evaluations" in parts:
         from distill.config import TrainConfig
         from distill.evaluate import EvaluateConfig
@@ -65,6 +74,7 @@ def small_run(folder: Path, *parts: Part) -> Path:
         from distill.train import main as train
 
         train(TrainConfig(manifest=folder / "manifest", out=folder / "nopsd", resume=True, quiet=True, **SMALL_TRAIN))
+        bar.update()
         variants: Mapping[str, Mapping[str, Any]] = {
             "base": {},
             "control": {"temperature": 0.1},
@@ -75,6 +85,8 @@ def small_run(folder: Path, *parts: Part) -> Path:
             evaluate(
                 EvaluateConfig(model="smollm2-135m", out=folder / "eval" / name, resume=True, quiet=True, **settings)
             )
+            bar.update()
+    bar.close()
     return folder
 
 

@@ -14,6 +14,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.support.flow import save_tiny, write_questions
 from tests.support.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -147,3 +148,22 @@ def test_the_readme_s_notebook_runs_as_written(
     exec(section.partition("```python\n")[2].partition("```")[0], seen)
     assert seen["probe"].auroc > 0.8 and len(seen["probe"].neurons)
     assert 0 < len(seen["export"].questions) == len(seen["export"].scores)
+
+
+def test_a_small_run_says_that_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here by a model of random weights; a second call finds the first one's."""
+    from figures.notebook import runs
+
+    save_tiny(tmp_path / "model")
+    questions = write_questions(tmp_path / "questions.jsonl", domain="letters")
+    own = {"model": str(tmp_path / "model"), "questions": (str(questions),), "num_generations": 2, "set_size": 16}
+    monkeypatch.setattr(
+        runs, "SMALL_EXPORT", {**own, "max_new_tokens": 4, "question_filter": "all", "keep_truncated": True}
+    )
+    folder = runs.small_run(tmp_path / "small")
+    printed = capsys.readouterr()
+    assert f"a small one is made once, in {folder} (about a minute" in printed.out and "small run: 100%" in printed.err
+    assert runs.small_run(tmp_path / "small") == folder
+    assert not capsys.readouterr().out
