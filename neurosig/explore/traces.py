@@ -293,7 +293,7 @@ def trace(
         values_limit: Most bytes of them.
         prompts: The prompts of rollouts, as `neurosig.sample` got them.
         config: What a contribution is and how large an active set; default `TraceConfig()`.
-        progress: Show a bar.
+        progress: Show a bar from the second second on.
 
     Returns:
         Traces. Contributions have no unit: the share of the FFN output's norm (``cett``).

@@ -46,7 +46,7 @@ def traced(run: Traces, progress: bool) -> Traces:
         return replace(run[sorted(order)], _sets=merged)
 
     try:
-        with tqdm(total=len(rows), desc="trace", unit="text", disable=not progress, leave=False) as bar:
+        with tqdm(total=len(rows), desc="trace", unit="text", disable=not progress, leave=False, delay=1) as bar:
             for indices, sets in _batches(run, rows):
                 order += indices
                 parts.append(sets)
@@ -132,7 +132,7 @@ def _each(
     """``read`` of every text; interrupted, what is there of the first texts is kept."""
     found: list[T] = []
     try:
-        for index in tqdm(range(len(run)), desc=name, unit="text", disable=not progress, leave=False):
+        for index in tqdm(range(len(run)), desc=name, unit="text", disable=not progress, leave=False, delay=1):
             found.append(read(index))
     except KeyboardInterrupt as stop:
         if not found:
