@@ -190,7 +190,7 @@ def test_a_dose_curve_has_each_groups_change_and_interval() -> None:
     assert [float(one.lines[0].get_ydata()[0]) for one in axis.containers] == [0.5, 0.1]
     np.testing.assert_allclose(axis.containers[0].lines[2][0].get_segments()[0][:, 1], [0.2, 0.9])
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["located", "layer"]
-    assert "7 neurons per group, n=12 texts" in (axis.get_title(), axis.get_title("left"))  # as the style in force has it
+    assert "7 neurons per group, n=12 texts" in (axis.get_title(), axis.get_title("left"))  # by style
 
 
 def test_the_chosen_number_of_clusters_is_marked() -> None:
