@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,9 @@ import pandas as pd
 from jaxtyping import Float, Int
 from scipy import sparse
 
-from neurosig.explore.probes.display import axes, framed
+from neurosig.explore.probes.display import axes
 from neurosig.explore.probes.inputs import model_name, prompt_index, read_groups, read_input
-from neurosig.explore.tables import table
+from neurosig.explore.tables import neurons_html
 from neurosig.explore.traces import Traces
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.neurons.contributions import PAD
@@ -21,7 +20,6 @@ from neurosig.runtime.cli import printable
 from neurosig.runtime.errors import UserError
 
 ALPHA = 0.05
-SHOWN = 15
 CELLS_AT_ONCE = 20_000_000
 """Flips times neurons in memory at a time."""
 
@@ -94,9 +92,7 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
-        more = len(self.table) - SHOWN
-        tail = f"<div>{more} more neurons</div>" if more > 0 else ""
-        return framed(f"<div>{escape(repr(self))}</div>{table(self.table.head(SHOWN))}{tail}")
+        return neurons_html(repr(self), self.table)
 
 
 def compare(

@@ -30,6 +30,8 @@ SHOWN = 5
 """Neurons per text of a notebook's table."""
 TEXTS = 4
 """Texts of a notebook's table."""
+FIRST = 15
+"""Neurons that a notebook shows of a probe or a comparison."""
 CELL = "padding:2px 8px;border-bottom:1px solid currentColor;background:transparent;color:inherit"
 TABLE = "border-collapse:collapse;background:transparent;color:inherit;font-size:90%"
 
@@ -183,7 +185,19 @@ def html(run: Traces, top: int = SHOWN) -> str:
         for index, text in enumerate(shown.texts)
     )
     body = f"<div>{escape(summary(run))}</div>{listed}{more}{table(frame)}"
+    return framed(body)
+
+
+def framed(body: str) -> str:
+    """A block that takes the page's colours, so that it is legible in the dark and in the light."""
     return f'<div style="color:inherit;background:transparent">{body}</div>'
+
+
+def neurons_html(text: str, neurons: pd.DataFrame) -> str:
+    """A sentence and the first neurons of a table, escaped, inline styles only and the page's own colours."""
+    more = len(neurons) - FIRST
+    tail = f"<div>{more} more neurons</div>" if more > 0 else ""
+    return framed(f"<div>{escape(text)}</div>{table(neurons.head(FIRST))}{tail}")
 
 
 def table(frame: pd.DataFrame) -> str:

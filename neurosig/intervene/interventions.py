@@ -96,10 +96,17 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
 
 
 def mean_contributions(signals: Signals) -> Float[np.ndarray, " n_neurons"]:
-    """Each neuron's mean absolute contribution over an export's rollouts; a rollout without it counts as 0."""
-    ids, values = signals.neuron_ids.numpy(), np.abs(signals.contributions.numpy().astype(np.float64))
+    """`mean_over_sets` of an export's rollouts."""
+    return mean_over_sets(signals.neuron_ids, signals.contributions, signals.n_neurons)
+
+
+def mean_over_sets(
+    neuron_ids: Int[Tensor, "n size"], contributions: Float[Tensor, "n size"], n_neurons: int
+) -> Float[np.ndarray, " n_neurons"]:
+    """Each neuron's mean absolute contribution over active sets; a set without it counts as 0."""
+    ids, values = neuron_ids.numpy(), np.abs(contributions.numpy().astype(np.float64))
     active = ids != PAD
-    return np.bincount(ids[active], weights=values[active], minlength=signals.n_neurons) / len(ids)
+    return np.bincount(ids[active], weights=values[active], minlength=n_neurons) / len(ids)
 
 
 def layer_matched(

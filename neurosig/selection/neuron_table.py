@@ -124,7 +124,7 @@ def _hallucination(
     )
     place = np.searchsorted(prepared.columns, neurons)
     signs = signs_by_kind(prepared.matrix[:, place], weights, labels, owners, kinds)
-    found = {"stability": stability.frequency[place], "kinds": signs.told, "kinds_agreeing": signs.agreeing}
+    found = {"stability": stability.frequency[place], "kinds": signs.n_kinds, "kinds_agreeing": signs.n_agreeing}
     return table.assign(**found), note
 
 

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 
 from neurosig.explore.hooks import hooks
 from neurosig.explore.traces import Traces
-from neurosig.hallucination.probe import contribution_matrix
 from neurosig.intervene.dose_response import Cell, dose_response
 from neurosig.intervene.interventions import (
     NeuronSet,
     activity_matched,
     completion_nll,
     layer_matched,
+    mean_over_sets,
     strongest,
 )
 from neurosig.sampling.rollouts import Rollout
@@ -52,11 +52,7 @@ def causal_table(
     cells = [Cell(None, 1.0, {"nll": _nats(run)})]
     planned = [(neurons, factor) for factor in factors for neurons in sets]
     for neurons, factor in tqdm(planned, desc="scale", unit="set", disable=not progress, leave=False):
-        scaled: dict[tuple[int, int], float] = {}
-        for neuron in neurons.ids:
-            layer, index = divmod(neuron, run.sites.d_mlp)
-            scaled[layer, index] = factor
-        with hooks(run.model, scale=scaled):
+        with hooks(run.model, [divmod(neuron, run.sites.d_mlp) for neuron in neurons.ids], scale=factor):
             cells.append(Cell(neurons, factor, {"nll": _nats(run)}))
     rows: list[dict[str, Any]] = dose_response(cells, seed=seed, measures=("nll",))
     table = pd.DataFrame([row for row in rows if row["factor"] != 1])
@@ -66,9 +62,7 @@ def causal_table(
 
 def _sets(run: Traces, located: Sequence[int], excluded: Sequence[int], draws: int, seed: int) -> list[NeuronSet]:
     rng, sites = np.random.default_rng(seed), run.sites
-    ids, values = run.sets.neuron_ids.numpy(), run.sets.contributions.numpy()
-    active = contribution_matrix(ids, values, sites.n_layers * sites.d_mlp)
-    contributions = np.asarray(abs(active).sum(axis=0)).ravel() / len(run)
+    contributions = mean_over_sets(run.sets.neuron_ids, run.sets.contributions, sites.n_layers * sites.d_mlp)
     sets = [NeuronSet("located", 0, tuple(sorted(located)))]
     for draw in range(draws):
         sets.append(NeuronSet("layer", draw, tuple(layer_matched(located, excluded, sites, rng))))

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from neurosig.explore.tables import table
+from neurosig.explore.tables import framed, neurons_html
 from neurosig.runtime.extras import check_installed
 
 if TYPE_CHECKING:
     from neurosig.explore.probes.probe import Probe
-
-SHOWN = 15
 
 
 def probe_text(probe: Probe) -> str:
@@ -41,17 +39,9 @@ def probe_text(probe: Probe) -> str:
 
 def probe_html(probe: Probe) -> str:
     """`probe_text` and the first neurons, escaped, inline styles only and the page's own colours."""
-    body = f"<div>{escape(probe_text(probe))}</div>"
     if hasattr(probe, "classes_"):
-        body += table(probe.neurons_.head(SHOWN))
-        more = len(probe.neurons_) - SHOWN
-        body += f"<div>{more} more neurons</div>" if more > 0 else ""
-    return framed(body)
-
-
-def framed(body: str) -> str:
-    """A block that takes the page's colours, so that it is legible in the dark and in the light."""
-    return f'<div style="color:inherit;background:transparent">{body}</div>'
+        return neurons_html(probe_text(probe), probe.neurons_)
+    return framed(f"<div>{escape(probe_text(probe))}</div>")
 
 
 def path_plot(path: pd.DataFrame, penalty: float, ax: Any = None) -> Any:

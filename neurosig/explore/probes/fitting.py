@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from neurosig.hallucination.config import ProbeConfig
 from neurosig.hallucination.kinds import signs_by_kind
 from neurosig.hallucination.lasso import Design, design, fit_l1, fit_ridge
-from neurosig.hallucination.locate import FittedProbe, neuron_table, stable_neurons
+from neurosig.hallucination.locate import FittedProbe, build_probe, stable_neurons
 from neurosig.hallucination.probe import (
     Fit,
     chosen_penalty,
@@ -108,23 +108,8 @@ def fitted_probe(rows: Rows, d_mlp: int, n_neurons: int, config: ProbeConfig, ki
         stability = Stability(np.zeros(len(weights)), config.stable_frequency, 0.0, 0)
         least = np.sort(np.abs(weights))[-SHOWN_DENSE:][0]
         shown = np.where(np.abs(weights) >= least, weights, 0.0)
-    kept, texts = np.flatnonzero(weights), np.flatnonzero(rows.labels >= 0)
-    return FittedProbe(
-        config=config,
-        n_neurons=n_neurons,
-        d_mlp=d_mlp,
-        inverse_penalty=float(penalty),
-        columns=rows.prepared.columns[kept],
-        weights=weights[kept],
-        scale=rows.prepared.scale[kept],
-        intercept=float(model.intercept_[0]),
-        scores=scores,
-        auroc=float(roc_auc_score(rows.labels[texts], scores[texts])),
-        path=path,
-        neurons=neuron_table(rows.own, rows.labels, shown, stability, d_mlp),
-        candidates=rows.prepared.columns,
-        stability=stability,
-    )
+    size = n_neurons, d_mlp
+    return build_probe(config, size, rows.own, rows.labels, scores, path, penalty, model, stability, shown)
 
 
 def halves(rows: Rows) -> Int[np.ndarray, " texts"]:
@@ -174,4 +159,4 @@ def group_signs(rows: Rows, neurons: pd.DataFrame, d_mlp: int) -> pd.DataFrame:
     found = signs_by_kind(
         rows.own.matrix[:, places], neurons["weight"].to_numpy(), rows.labels, np.arange(rows.n), rows.groups
     )
-    return pd.DataFrame({"groups": found.told, "groups_agreeing": found.agreeing})
+    return pd.DataFrame({"groups": found.n_kinds, "groups_agreeing": found.n_agreeing})

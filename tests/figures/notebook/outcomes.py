@@ -71,8 +71,8 @@ def calibration(seen: Mapping[str, Any]) -> None:
     assert summary["ece_floor"].between(0, 1, inclusive="neither").all()
     assert ((summary["confidence"] - summary["maj_at_k"] - summary["signed_gap"]).abs() < 1e-9).all()
     assert (summary["ece"] >= summary["signed_gap"].abs() - 1e-9).all()  # a mean of absolute gaps
-    asked = set(questions["question_id"])
-    assert all(set(own) == asked for _, own in questions.groupby("method")["question_id"])
+    question_ids = set(questions["question_id"])
+    assert all(set(own) == question_ids for _, own in questions.groupby("method")["question_id"])
     sharpened = summary[summary["temperature"] < base["temperature"].min()]
     assert len(sharpened) and all(row.confidence > base["confidence"][row.scope] for row in sharpened.itertuples())
 
