@@ -7,7 +7,7 @@ both are measured without training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,27 +88,6 @@ def token_entropies(manifest: Manifest, loaded: LoadedModel, *, rollouts: int | 
     return entropies
 
 
-@dataclass(frozen=True, slots=True)
-class ContextGain:
-    """One question under one context.
-
-    Attributes:
-        question_id: The question.
-        gap: Student's minus teacher's entropy, mean over the tokens of its rollouts, in nats.
-        student: Share of the student's samples that are right.
-        teacher: Share of the teacher's.
-    """
-
-    question_id: str
-    gap: float
-    student: float
-    teacher: float
-
-    @property
-    def gain(self) -> float:
-        return self.teacher - self.student
-
-
 def fresh_accuracy(
     manifest: Manifest,
     loaded: LoadedModel,
@@ -147,20 +126,3 @@ def fresh_accuracy(
         question = gold[group[0].question_id]
         right[question.id] = float(np.mean(reader.grade(reader.read(group, question), group, question).strict))
     return {task.id: right[task.id] for task in tasks}
-
-
-def context_gains(
-    entropies: Sequence[TokenEntropies], student: Mapping[str, float], teacher: Mapping[str, float]
-) -> list[ContextGain]:
-    """Gap and accuracies of every question that has both, in the order of ``entropies``.
-
-    Args:
-        entropies: `token_entropies` under the context.
-        student: `fresh_accuracy` without the context.
-        teacher: `fresh_accuracy` with it.
-    """
-    gaps: dict[str, list[float]] = {}
-    for rollout in entropies:
-        gaps.setdefault(rollout.question_id, []).extend((rollout.student - rollout.teacher).tolist())
-    both = student.keys() & teacher.keys()
-    return [ContextGain(q, float(np.mean(gap)), student[q], teacher[q]) for q, gap in gaps.items() if q in both]

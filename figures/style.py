@@ -62,6 +62,8 @@ def use_style() -> None:
     """Set matplotlib up for a paper: small sans-serif type, thin frames, model text never read as a formula."""
     matplotlib.rcParams.update(
         {
+            **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "white"),
+            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "black"),
             "font.size": 9,
             "axes.titlesize": 9.5,
             "axes.titleweight": "bold",

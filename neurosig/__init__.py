@@ -9,37 +9,50 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from neurosig.explore.comparison import compare
+    from neurosig.explore.hooks import hooks
+    from neurosig.explore.probes.probe import Probe, load_probe
+    from neurosig.explore.traces import Traces, trace
     from neurosig.manifest import read_manifest
     from neurosig.models.load import load_model
-    from neurosig.neurons.backends import trace_neurons
     from neurosig.neurons.layouts import register_layout
-    from neurosig.neurons.tracer import NeuronTracer
     from neurosig.questions.load import load_questions
     from neurosig.registry import register
     from neurosig.sampling.sampler import sample
+    from neurosig.views.explorer import read_export
 
 __version__ = "0.1.0"
 __all__ = [
-    "NeuronTracer",
+    "Probe",
+    "Traces",
     "__version__",
+    "compare",
+    "hooks",
     "load_model",
+    "load_probe",
     "load_questions",
+    "read_export",
     "read_manifest",
     "register",
     "register_layout",
     "sample",
-    "trace_neurons",
+    "trace",
 ]
 
 _HOME = {
     "load_model": "neurosig.models.load",
     "load_questions": "neurosig.questions.load",
     "sample": "neurosig.sampling.sampler",
-    "NeuronTracer": "neurosig.neurons.tracer",
+    "read_export": "neurosig.views.explorer",
     "read_manifest": "neurosig.manifest",
     "register": "neurosig.registry",
     "register_layout": "neurosig.neurons.layouts",
-    "trace_neurons": "neurosig.neurons.backends",
+    "trace": "neurosig.explore.traces",
+    "Traces": "neurosig.explore.traces",
+    "hooks": "neurosig.explore.hooks",
+    "Probe": "neurosig.explore.probes.probe",
+    "load_probe": "neurosig.explore.probes.probe",
+    "compare": "neurosig.explore.comparison",
 }
 
 

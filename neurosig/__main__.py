@@ -7,6 +7,7 @@ import sys
 from neurosig.runtime.cli import list_commands
 
 COMMANDS = {
+    "show": "trace one text and print its largest neurons and what each adds to the next token",
     "export": "sample, trace and score unlabelled questions, and write the selection manifest",
     "screen": "rank a pool of questions by how far answers will agree, from one forward pass per prompt",
     "check": "compare nnsight, plain hooks and TransformerLens on a model's neurons",

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from figures.notebook.explore import draw_similarity
+from figures.notebook.parts import draw_similarity
 from figures.sources import finished_export
 from figures.style import SERIES, Colour, caption, save_figure, subplots
 from neurosig.runtime.errors import UserError

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from figures.experiments.context_policies import LABELS, POLICIES
-from figures.notebook.explore import draw_gap
+from figures.notebook.parts import draw_gap
 from figures.sources import made_or_committed
 from figures.style import SERIES, Colour, caption, save_figure, subplots
 from neurosig.statistics.metrics import Interval, paired_mean_interval

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from figures.notebook.explore import draw_forest
+from figures.notebook.parts import draw_forest
 from figures.sources import finished_export
 from figures.style import Colour, caption, save_figure, subplots
 from neurosig.runtime.files import csv_cell

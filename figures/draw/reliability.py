@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from figures.notebook.explore import calibration_summary, calibration_table, reliability_diagrams
+from figures.notebook.calibration import calibration_summary, calibration_table
+from figures.notebook.explore import reliability_diagrams
 from figures.sources import finished_export
-from figures.style import caption, save_figure
+from figures.style import caption, save_figure, use_style
 from neurosig.runtime.errors import UserError
 
 NAME = "reliability"
@@ -40,12 +41,13 @@ def draw(results: Path, out: Path) -> list[Path]:
     questions["method"] = questions["method"].map(lambda name: TITLES.get(name, name))
     summary = calibration_summary(questions, seed=SEED, resamples=RESAMPLES)
 
+    use_style()
     figure = reliability_diagrams(questions, summary)
     seeds = {json.loads(path.read_text())["config"]["seed"] for path in results.glob("eval/*/summary.json")}
     caption(
         figure,
-        f"one point per number of votes (K={questions['k'].iloc[0]}), its area the number of questions; line: gap to "
-        "perfect calibration (dashed);\nin brackets: 95% bootstrap interval over questions; sampling seed "
+        f"one point per number of votes (K={questions['k'].iloc[0]}), its area the number of questions; dashed: "
+        "perfect calibration;\nbars and brackets: 95% bootstrap interval over questions; sampling seed "
         f"{', '.join(map(str, sorted(seeds)))}; control: the base at its best temperature",
     )
     return save_figure(figure, out, NAME, _plotted(questions, summary).to_csv(index=False, float_format="%.6g"))

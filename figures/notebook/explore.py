@@ -1,7 +1,7 @@
 """The notebooks' pictures: one function each, from the numbers to a figure that the notebook shows.
 
-They share the style of the paper's figures (`figures.style`) and state their n and interval. `calibration_table` reads
-the evaluations behind the reliability diagrams.
+They share the style of the paper's figures (`figures.style`), on a transparent background, and state their n and
+interval. Each draws on the axes given as ``ax``, else on a new figure, which it returns.
 """
 
 from __future__ import annotations
@@ -9,31 +9,35 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from figures.notebook.calibration import calibration_points
+from figures.notebook.parts import (
+    axes_for,
+    draw_forest,
+    draw_series,
+    draw_similarity,
+    edges,
+    figure_of,
+    ink,
+    notebook_colours,
+    themed,
+)
 from figures.style import SERIES, Colour, use_style
-from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
 
     from distill.entropy_gap import TokenEntropies
-    from neurosig.report.probe import Located
+    from neurosig.explore.probes.probe import Probe
     from neurosig.report.signal_table import SignalRow
-    from neurosig.statistics.metrics import Interval
-    from neurosig.statistics.regression import LineFit
-
-TRUST = {"neuron": (Colour.OURS, "D"), "output": (Colour.BASELINE, "o"), "control": (Colour.BLACK, "x")}
-"""Kind of signal -> colour and marker."""
 
 
 def notebook_style() -> None:
@@ -44,6 +48,7 @@ def notebook_style() -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     use_style()
+    notebook_colours()
     shell = get_ipython()
     if shell is not None:
         shell.run_line_magic("matplotlib", "inline")
@@ -53,46 +58,59 @@ def notebook_style() -> None:
 # Neurons
 
 
+@themed
 def similarity_map(
-    similarity: Float[np.ndarray, "n n"], labels: Sequence[str], *, title: str, names: Sequence[str] | None = None
+    similarity: Float[np.ndarray, "n n"],
+    labels: Sequence[str],
+    *,
+    title: str,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
-    """Similarity of questions in the given order; blocks of equal labels are framed and named on the left."""
+    """Similarity of questions in the given order; blocks of equal labels are framed and named on the left.
+
+    The colours always run from 0 to 1."""
     n = len(similarity)
-    figure = Figure(figsize=(6.2, 5.2))
-    axis = figure.subplots()
+    axis = axes_for(ax, (6.2, 5.2))
     image = draw_similarity(axis, similarity, labels)
-    edges = _edges(labels)
+    image.set_clim(0, 1)  # so that two maps can be compared
+    ends = edges(labels)
     if names is None:
-        axis.set_yticks([(low + high - 1) / 2 for low, high in itertools.pairwise(edges)])
-        axis.set_yticklabels([labels[low].replace("_", " ") for low in edges[:-1]])
+        axis.set_yticks([(low + high - 1) / 2 for low, high in itertools.pairwise(ends)])
+        axis.set_yticklabels([labels[low].replace("_", " ") for low in ends[:-1]])
     else:
         axis.set_yticks(range(n), names, fontsize=7)
     axis.set_xticks([])
     axis.set_xlabel(f"the same {n} questions")
     axis.set_title(title)
-    figure.colorbar(image, ax=axis, label="Jaccard similarity of active sets", shrink=0.85)
-    return figure
+    axis.figure.colorbar(image, ax=axis, label="Jaccard similarity of active sets", shrink=0.85)
+    return figure_of(axis)
 
 
+@themed
 def agreement_scatter(
-    share: Sequence[float], agreement: Sequence[float], kinds: Sequence[str], *, seed: int = 0
+    share: Sequence[float],
+    agreement: Sequence[float],
+    kinds: Sequence[str],
+    *,
+    seed: int = 0,
+    ax: Axes | None = None,
 ) -> Figure:
     """Agreement of a question's active sets against that of its answers; shares are jittered to separate equal ones."""
-    figure = Figure(figsize=(5.4, 3.4))
-    axis = figure.subplots()
+    axis = axes_for(ax, (5.4, 3.4))
     jitter = np.random.default_rng(seed).uniform(-0.012, 0.012, len(share))
     draw_series(axis, np.asarray(share) + jitter, np.asarray(agreement), kinds)
     axis.set(xlabel="majority's share of the answers", ylabel="mean Jaccard of active sets")
     axis.set_title(f"Agreement of neurons and of answers (n={len(share)} questions)")
     axis.legend(fontsize=8)
-    return figure
+    return figure_of(axis)
 
 
-def probe_path(located: Located) -> Figure:
+@themed
+def probe_path(fitted: Probe, *, ax: Sequence[Axes] | None = None) -> Figure:
     """Size and cross-validated AUROC of the probe along its penalty, and the frequencies of stability selection."""
-    figure = Figure(figsize=(9.4, 3.2))
-    size, quality, stable = figure.subplots(1, 3)
-    path, probe = located.probe.path, located.probe
+    size, quality, stable = Figure(figsize=(9.4, 3.2)).subplots(1, 3) if ax is None else ax
+    path, probe = fitted.path_, fitted.fitted_
     chosen = probe.inverse_penalty
     size.plot(path["inverse_penalty"], path["neurons"], "-D", color=Colour.OURS, markersize=4)
     size.set(ylabel="neurons with a weight", ylim=(0, None))
@@ -106,7 +124,7 @@ def probe_path(located: Located) -> Figure:
         capsize=2,
         markersize=4,
     )
-    quality.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
+    quality.axhline(0.5, color=ink(), linewidth=0.8, linestyle="--")
     quality.set(ylabel="AUROC on unseen questions")
     quality.set_title(f"Bars: sd over {probe.config.folds} folds")
     for axis in (size, quality):
@@ -117,44 +135,66 @@ def probe_path(located: Located) -> Figure:
     size.legend(fontsize=8)
     frequency = np.sort(probe.stability.frequency)[::-1][:60]
     stable.plot(range(1, len(frequency) + 1), frequency, ".-", color=Colour.OURS, linewidth=1, markersize=4)
-    stable.axhline(probe.stability.threshold, color="black", linewidth=0.8, linestyle="--")
+    stable.axhline(probe.stability.threshold, color=ink(), linewidth=0.8, linestyle="--")
     stable.text(len(frequency), probe.stability.threshold + 0.015, "stable from here", ha="right", fontsize=8)
     stable.set(xlabel="neuron, most often selected first", ylabel="share of halves that select it", ylim=(0, 1.02))
     stable.set_title(f"Stability, {2 * probe.stability.pairs} halves")
-    return figure
+    return figure_of(stable)
 
 
-def auroc_forest(rows: Sequence[SignalRow], *, event: str, n: int) -> Figure:
+@themed
+def dose_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
+    """Change of each group's nats per token by factor, with its 95% interval, as `Probe.causal_check` returns it."""
+    axis = axes_for(ax, (5.8, 3.2))
+    for place, (group, rows) in enumerate(table.groupby("group", sort=False)):
+        colour, marker = SERIES[place % len(SERIES)]
+        x = rows["factor"] + 0.04 * place  # next to each other
+        ends = [rows["change"] - rows["change_low"], rows["change_high"] - rows["change"]]
+        axis.errorbar(x, rows["change"], yerr=ends, fmt=marker + "-", color=colour, capsize=2, label=str(group))
+    axis.axhline(0, color=ink(), linewidth=0.8, linestyle="--")
+    axis.set(xlabel="values multiplied by", ylabel="change in nats per token", xticks=sorted({*table["factor"], 1.0}))
+    axis.set_title(f"{table['neurons'].iloc[0]} neurons per group, n={table['texts'].iloc[0]} texts")
+    axis.legend(fontsize=8)
+    return figure_of(axis)
+
+
+@themed
+def auroc_forest(rows: Sequence[SignalRow], *, event: str, n: int, ax: Axes | None = None) -> Figure:
     """AUROC of every signal with its 95% interval over questions, best on top."""
     known = [(row.signal.name, row.signal.kind, row.auroc) for row in rows if row.auroc is not None]
-    figure = Figure(figsize=(5.8, 0.9 + 0.27 * len(known)))
-    axis = figure.subplots()
+    axis = axes_for(ax, (5.8, 0.9 + 0.27 * len(known)))
     draw_forest(axis, known)
     axis.set(xlabel=f"AUROC for '{event}' (95% interval, n={n} questions)")
-    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
-    return figure
+    if ax is None:
+        axis.figure.legend(fontsize=8, loc="outside upper center", ncols=3)
+    else:
+        axis.legend(fontsize=8)
+    return figure_of(axis)
 
 
-def silhouettes(table: pd.DataFrame, k: int) -> Figure:
+@themed
+def silhouettes(table: pd.DataFrame, k: int, *, ax: Axes | None = None) -> Figure:
     """Silhouette of each number of clusters; the chosen number is marked."""
-    figure = Figure(figsize=(4.4, 2.7))
-    axis = figure.subplots()
+    axis = axes_for(ax, (4.4, 2.7))
     axis.plot(table["k"], table["silhouette"], "-o", color=Colour.OURS, markersize=4.5)
     best = table.set_index("k")["silhouette"][k]
     axis.plot([k], [best], "D", color=Colour.CONTROL, markersize=8, label=f"chosen: {k}")
     axis.set(xlabel="clusters", ylabel="silhouette", xticks=list(table["k"]))
     axis.set_title("How many patterns")
     axis.legend(fontsize=8)
-    return figure
+    return figure_of(axis)
 
 
 # Entropies
 
 
-def entropy_curves(entropies: Mapping[str, Sequence[TokenEntropies]], *, longest: int = 16) -> Figure:
+@themed
+def entropy_curves(
+    entropies: Mapping[str, Sequence[TokenEntropies]], *, longest: int = 16, ax: Sequence[Axes] | None = None
+) -> Figure:
     """Mean entropy of student and teacher at each token, one panel per context; bands: 95% interval over questions."""
-    figure = Figure(figsize=(2.1 * len(entropies) + 0.6, 3.0))
-    axes = np.atleast_1d(figure.subplots(1, len(entropies), sharey=True))
+    size = (2.1 * len(entropies) + 0.6, 3.0)
+    axes = np.atleast_1d(Figure(figsize=size).subplots(1, len(entropies), sharey=True) if ax is None else np.array(ax))
     for axis, (name, rollouts) in zip(axes, entropies.items(), strict=True):
         for who, colour, line in (("student", Colour.BASELINE, "--"), ("teacher", Colour.OURS, "-")):
             mean, low, high = _by_position(rollouts, who, longest)
@@ -165,124 +205,69 @@ def entropy_curves(entropies: Mapping[str, Sequence[TokenEntropies]], *, longest
     axes[0].set_ylabel("entropy (nats)")
     axes[0].legend(fontsize=8)
     n = len({one.question_id for rollouts in entropies.values() for one in rollouts})
+    figure = figure_of(axes[0])
     figure.supxlabel(
         f"n={n} questions; bands: 95% interval of the mean over the questions of at least this length", fontsize=8
     )
     return figure
 
 
-def gap_scatter(table: pd.DataFrame, fit: LineFit) -> Figure:
-    """Gain of each question and context against its entropy gap, the fitted line, and its slope with interval.
+@themed
+def outcome_strips(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> Figure:
+    """Entropy gap and belief shift of every question and context, a row per outcome (fix, break, right, wrong).
+
+    The bar of a row is its mean with a 95% bootstrap interval over questions; a row of one question has none.
 
     Args:
-        table: Columns ``gap``, ``gain``, ``policy``.
-        fit: The line.
+        table: Columns ``question_id``, ``context``, ``outcome_strict``, ``entropy_gap`` and ``belief_shift``.
+        ax: Two axes to draw on; default: a figure of their own.
     """
-    figure = Figure(figsize=(5.8, 3.8))
-    axis = figure.subplots()
-    draw_gap(axis, table, fit)
-    slope, r = fit.slope, fit.r
-    axis.set_title(f"slope {slope:+.2f} per nat, r {r:+.2f}")
-    axis.legend(fontsize=8, title_fontsize=8, title=f"context (n={slope.n} questions)")
-    return figure
+    axes = Figure(figsize=(8.4, 3.0)).subplots(1, 2, sharey=True) if ax is None else ax
+    rows = [name for name in ("fix", "break", "right", "wrong") if (table["outcome_strict"] == name).any()]
+    rng = np.random.default_rng(0)
+    heights = {name: len(rows) - 1 - place for place, name in enumerate(rows)}
+    y = table["outcome_strict"].map(heights).to_numpy(np.float64) + rng.uniform(-0.16, 0.16, len(table))
+    for axis, name in zip(axes, ("entropy_gap", "belief_shift"), strict=True):
+        draw_series(axis, table[name].to_numpy(), y, list(table["context"]), alpha=0.75)
+        for outcome, height in heights.items():
+            means = table[table["outcome_strict"] == outcome].groupby("question_id")[name].mean().to_numpy()
+            if len(means) > 1:
+                found = metrics.paired_mean_interval(means, np.zeros(len(means)), seed=0)
+                axis.hlines(height - 0.32, found.low, found.high, color=ink(), linewidth=1.4)
+                axis.plot(found.estimate, height - 0.32, "|", color=ink(), markersize=9)
+        axis.axvline(0, color=Colour.ZERO, linewidth=0.8, zorder=0)
+        axis.set(xlabel=f"{name.replace('_', ' ')} (nats)")
+    counts = table["outcome_strict"].value_counts()
+    axes[0].set_yticks(list(heights.values()), [f"{name} (n={counts[name]})" for name in rows])
+    axes[1].legend(fontsize=8, title="context", title_fontsize=8)
+    return figure_of(axes[0])
 
 
 # Calibration
 
 
-def calibration_table(run: Path) -> pd.DataFrame:
-    """Every question of every evaluation in ``run/eval``, one row each.
+@themed
+def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame, *, ax: Any = None) -> Figure:
+    """Accuracy of the majority at each confidence, one row per scope, one column per method; area: questions.
 
-    Columns: ``method``, ``temperature``, ``scope`` (``in-domain`` if the manifest has the domain), ``domain``,
-    ``question_id``, ``k``, ``votes`` and ``accuracy`` (of the majority, in expectation over ties).
+    Bars: 95% bootstrap interval over the point's questions; a point of one question has none.
 
-    Raises:
-        UserError: There is no finished evaluation.
-    """
-    import json
-
-    from distill.evaluate import RESULTS, SUMMARY
-    from neurosig.manifest import read_manifest
-
-    trained_on = {row.domain for row in read_manifest(run / "manifest").rows}
-    frames = []
-    for summary in sorted((run / "eval").glob(f"*/{SUMMARY}")):
-        rows = pd.read_parquet(summary.parent / RESULTS)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "method": summary.parent.name,
-                    "temperature": json.loads(summary.read_text())["config"]["temperature"],
-                    "scope": np.where(rows["domain"].isin(trained_on), "in-domain", "cross-domain"),
-                    "domain": rows["domain"],
-                    "question_id": rows["question_id"],
-                    "k": rows["k"],
-                    "votes": rows["votes"],
-                    "accuracy": metrics.maj_at_k(rows["n_tied_right"].to_numpy(), rows["n_tied"].to_numpy()),
-                }
-            )
-        )
-    if not frames:
-        raise UserError(f"{run / 'eval'}: no finished evaluation; run distill.evaluate --out {run / 'eval' / 'base'}")
-    return pd.concat(frames, ignore_index=True)
-
-
-def calibration_summary(questions: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
-    """ECE with its 95% bootstrap interval over questions, smooth ECE, Brier and signed gap, per method and scope.
-
-    ``ece_floor`` is the ECE of a perfectly calibrated sampler at this K and n
-    (`neurosig.statistics.metrics.ece_floor`).
-    """
-    rows = []
-    for (scope, method), group in questions.groupby(["scope", "method"], sort=False):
-        votes, k = group["votes"].to_numpy(np.int64), int(group["k"].iloc[0])
-        accuracy = group["accuracy"].to_numpy(np.float64)
-
-        def value(
-            chosen: Int[np.ndarray, " questions"], votes: Any = votes, k: int = k, accuracy: Any = accuracy
-        ) -> float:
-            return metrics.ece(votes[chosen], k, accuracy[chosen])
-
-        interval = metrics.bootstrap_interval(value, len(group), seed=seed, resamples=resamples)
-        rows.append(
-            {
-                "scope": scope,
-                "method": method,
-                "temperature": float(group["temperature"].iloc[0]),
-                "n": len(group),
-                "k": k,
-                "maj_at_k": float(accuracy.mean()),
-                "confidence": float((votes / k).mean()),
-                "ece": interval.estimate,
-                "ece_low": interval.low,
-                "ece_high": interval.high,
-                "ece_floor": metrics.ece_floor(k, len(group), seed=seed),
-                "smooth_ece": metrics.smooth_ece(votes, k, accuracy),
-                "brier": metrics.brier(votes, k, accuracy),
-                "signed_gap": metrics.signed_gap(votes, k, accuracy),
-            }
-        )
-    return pd.DataFrame(rows).sort_values("scope", ascending=False, kind="stable", ignore_index=True)
-
-
-def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figure:
-    """Accuracy of the majority at each confidence, one row per scope, one column per method; area: questions."""
+    ``ax`` is an array of axes of that shape; default: a figure of its own."""
     scopes, methods = list(dict.fromkeys(summary["scope"])), list(dict.fromkeys(summary["method"]))
-    figure = Figure(figsize=(2.2 * len(methods) + 0.4, 2.5 * len(scopes)))
-    axes = figure.subplots(len(scopes), len(methods), squeeze=False, sharex=True, sharey=True)
-    most = questions.groupby(["scope", "method", "votes"]).size().max()
+    size = (2.2 * len(methods) + 0.4, 2.5 * len(scopes))
+    made: Any = {"squeeze": False, "sharex": True, "sharey": True}
+    axes = Figure(figsize=size).subplots(len(scopes), len(methods), **made) if ax is None else np.atleast_2d(ax)
+    points = calibration_points(questions)
     for row, scope in enumerate(scopes):
         for column, method in enumerate(methods):
             axis = axes[row, column]
-            cell = questions[(questions["scope"] == scope) & (questions["method"] == method)]
-            axis.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
-            groups = cell.groupby("votes")["accuracy"].agg(["mean", "size"])
-            confidence = groups.index.to_numpy() / int(cell["k"].iloc[0])
-            axis.vlines(confidence, confidence, groups["mean"], color=Colour.CONTROL, linewidth=2)
+            cell = points[(points["scope"] == scope) & (points["method"] == method)]
+            axis.plot([0, 1], [0, 1], color=ink(), linewidth=0.8, linestyle="--")
+            axis.vlines(cell["confidence"], cell["low"], cell["high"], color=Colour.CONTROL, linewidth=1.6)
             axis.scatter(
-                confidence,
-                groups["mean"],
-                s=14 + 130 * groups["size"] / most,
+                cell["confidence"],
+                cell["accuracy"],
+                s=14 + 130 * cell["n"] / points["n"].max(),
                 color=Colour.OURS,
                 edgecolors="white",
                 zorder=3,
@@ -293,7 +278,7 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
                 0.03,
                 0.97,
                 f"ECE {metrics.format_interval(values['ece'], values['ece_low'], values['ece_high'], '.3f')}\n"
-                f"smooth ECE {values['smooth_ece']:.3f}\nn={values['n']}",
+                f"smooth ECE {values['smooth_ece']:.3f}\nfloor {values['ece_floor']:.3f}, n={values['n']}",
                 transform=axis.transAxes,
                 va="top",
                 fontsize=7.5,
@@ -303,66 +288,7 @@ def reliability_diagrams(questions: pd.DataFrame, summary: pd.DataFrame) -> Figu
         axis.set_xlabel("majority's share of votes")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy of the majority")
-    return figure
-
-
-# Parts
-
-
-def draw_similarity(axis: Axes, similarity: Float[np.ndarray, "n n"], labels: Sequence[str]) -> AxesImage:
-    """Similarities without the diagonal; blocks of equal labels are framed."""
-    off_diagonal = similarity.copy()
-    np.fill_diagonal(off_diagonal, np.nan)
-    image = axis.imshow(off_diagonal, cmap="cividis", interpolation="nearest")
-    for low, high in itertools.pairwise(_edges(labels)):
-        corners = [low - 0.5, high - 0.5]
-        axis.plot(
-            [corners[i] for i in (0, 1, 1, 0, 0)], [corners[i] for i in (0, 0, 1, 1, 0)], color="white", linewidth=1.2
-        )
-    axis.grid(visible=False)
-    return image
-
-
-def draw_forest(axis: Axes, signals: Sequence[tuple[str, str, Interval]]) -> None:
-    """AUROC of every (name, kind, AUROC) with its interval, best on top; each kind gets a handle for the legend."""
-    ranked = sorted(signals, key=lambda signal: signal[2].estimate)
-    for place, (_, kind, auroc) in enumerate(ranked):
-        colour, marker = TRUST[kind]
-        axis.hlines(place, auroc.low, auroc.high, color=colour, linewidth=1.4)
-        axis.plot(auroc.estimate, place, marker, color=colour, markersize=5.5)
-    for kind, (colour, marker) in TRUST.items():
-        label = {"neuron": "reads neurons", "output": "reads outputs"}.get(kind, kind)
-        axis.plot([], [], marker, color=colour, label=label)
-    axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
-    axis.set_yticks(range(len(ranked)), [name.replace("_", " ") for name, _, _ in ranked])
-    axis.grid(axis="y", visible=False)
-
-
-def draw_gap(axis: Axes, table: pd.DataFrame, fit: LineFit) -> None:
-    """Points of ``gap`` and ``gain``, one series per ``policy``, and the fitted line."""
-    draw_series(axis, table["gap"].to_numpy(), table["gain"].to_numpy(), list(table["policy"]), alpha=0.75)
-    ends = np.array([table["gap"].min(), table["gap"].max()])
-    axis.plot(ends, fit.intercept + fit.slope.estimate * ends, color="black", linewidth=1.4)
-    axis.axhline(0, color=Colour.ZERO, linewidth=0.8, zorder=0)
-    axis.set(xlabel="entropy gap (nats per token)", ylabel="teacher's minus student's accuracy")
-
-
-def _edges(labels: Sequence[str]) -> list[int]:
-    """Index of the start of each run of equal labels, and the end."""
-    return [0, *(i for i in range(1, len(labels)) if labels[i] != labels[i - 1]), len(labels)]
-
-
-def draw_series(
-    axis: Axes, x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], labels: Sequence[str], alpha: float = 0.9
-) -> None:
-    """A scatter plot with one colour and marker per label."""
-    for place, label in enumerate(dict.fromkeys(labels)):
-        colour, marker = SERIES[place % len(SERIES)]
-        mask = np.array([other == label for other in labels])
-        axis.scatter(
-            x[mask], y[mask], color=colour, marker=marker, s=30, alpha=alpha, edgecolors="white", linewidths=0.5,
-            label=label.replace("_", " "),
-        )  # fmt: skip
+    return figure_of(axes[0, 0])
 
 
 def _by_position(

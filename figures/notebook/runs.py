@@ -1,14 +1,15 @@
 """The runs that the notebooks look at: a finished one if there is one, else a small one made on the spot.
 
-``NEUROSIG_RUN`` names a folder as ``make demo`` writes it. Without it the notebooks use ``runs/demo`` if it holds an
+``NEUROSIG_RUN`` names a folder as ``make demo`` writes it, as seen from the working directory or from the repository's
+root. Without it the notebooks use ``runs/demo`` if it holds an
 export, else they make ``runs/small``: the same commands on fewer questions, two minutes on two CPU cores. They write
-what they add to a run (another selection, a short intervention) to its subfolder ``notebooks``.
+what they add to a run (another selection) to its subfolder ``notebooks``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_choice
 
 VARIABLE = "NEUROSIG_RUN"
+REPOSITORY = Path(__file__).resolve().parents[2]
 Part = Literal["export", "evaluations"]
 
 SMALL_EXPORT: Mapping[str, Any] = {"limit": 32, "num_generations": 4, "probe_folds": 3, "probe_inverse_penalty": 1.0}
@@ -25,13 +27,6 @@ SMALL_EVALUATION: Mapping[str, Any] = {
     "questions": ("world-facts", "language"),
     "limit": (12, 8),
     "num_generations": 4,
-}
-SMALL_INTERVENTION: Mapping[str, Any] = {
-    "questions": ("world-facts",),
-    "limit": 6,
-    "num_generations": 2,
-    "factors": (0.0, 4.0),
-    "controls": 1,
 }
 ORGANISM_EXPORT: Mapping[str, Any] = {"limit": 48, "num_generations": 4, "probe_folds": 2}
 
@@ -44,19 +39,34 @@ def run_folder(*parts: Part) -> Path:
     """
     for part in parts:
         check_choice("part", part, Part)
-    named, demo = os.environ.get(VARIABLE), _root() / "runs" / "demo"
-    for place in [Path(named)] if named else [demo]:
-        lacking = [part for part in parts or ("export",) if not _holds(place, part)]
-        if not lacking:
+    wanted: Sequence[Part] = ("export", *parts)
+    named = os.environ.get(VARIABLE)
+    if named is None or not named.strip():
+        demo = _root() / "runs" / "demo"
+        return demo if all(_holds(demo, part) for part in wanted) else small_run(_root() / "runs" / "small", *parts)
+    places = list(dict.fromkeys((base / Path(named).expanduser()).resolve() for base in (Path.cwd(), REPOSITORY)))
+    for place in places:
+        if all(_holds(place, part) for part in wanted):
             return place
-        if named:
-            raise UserError(f"{VARIABLE}={named}: no finished {lacking[0]} there; name a folder that make demo wrote")
-    return small_run(_root() / "runs" / "small", *parts)
+    lacking = next(part for part in wanted if not any(_holds(place, part) for place in places))
+    raise UserError(
+        f"{VARIABLE}={named}: no finished {lacking} in {' or '.join(map(str, places))}; "
+        "name a folder that make demo wrote"
+    )
 
 
 def small_run(folder: Path, *parts: Part) -> Path:
-    """Make a small run in ``folder``; finished parts are kept."""
+    """Make a small run in ``folder``, saying so and with a bar; finished parts are kept."""
+    from tqdm.auto import tqdm
+
+    last = folder / "eval" / "nopsd" / "summary.json" if "evaluations" in parts else folder / "manifest" / HEADER
+    if last.is_file():
+        return folder
+    minutes = "two minutes" if "evaluations" in parts else "a minute"
+    print(f"No finished run here yet: a small one is made once, in {folder} (about {minutes} on two CPU cores).")
+    bar = tqdm(total=5 if "evaluations" in parts else 1, desc="small run")
     _export(folder / "manifest", {"model": "smollm2-135m", "questions": ("world-facts",), **SMALL_EXPORT})
+    bar.update()
     if "evaluations" in parts:
         from distill.config import TrainConfig
         from distill.evaluate import EvaluateConfig
@@ -64,6 +74,7 @@ def small_run(folder: Path, *parts: Part) -> Path:
         from distill.train import main as train
 
         train(TrainConfig(manifest=folder / "manifest", out=folder / "nopsd", resume=True, quiet=True, **SMALL_TRAIN))
+        bar.update()
         variants: Mapping[str, Mapping[str, Any]] = {
             "base": {},
             "control": {"temperature": 0.1},
@@ -74,6 +85,8 @@ def small_run(folder: Path, *parts: Part) -> Path:
             evaluate(
                 EvaluateConfig(model="smollm2-135m", out=folder / "eval" / name, resume=True, quiet=True, **settings)
             )
+            bar.update()
+    bar.close()
     return folder
 
 
@@ -117,21 +130,6 @@ def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
     out.parent.mkdir(parents=True, exist_ok=True)
     export(ExportConfig(**settings))
     return read_manifest(out)
-
-
-def intervention_run(run: Path) -> Path:
-    """Folder with a finished ``intervene``: the run itself (``make intervene``), or a short one made on the spot."""
-    if (run / "intervene" / "results.json").is_file():
-        return run
-    from neurosig.intervene.__main__ import InterveneConfig
-    from neurosig.intervene.__main__ import main as intervene
-
-    header = read_manifest(run / "manifest").header
-    place = run / "notebooks" / f"short-{header.content_sha256[:8]}"
-    place.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = dict(SMALL_INTERVENTION)
-    intervene(InterveneConfig(manifest=run / "manifest", out=place / "intervene", resume=True, quiet=True, **settings))
-    return place
 
 
 def _root() -> Path:

@@ -31,18 +31,18 @@ class SignsByKind:
     Attributes:
         auroc: Of the question's mean contribution for "guessed", within each kind; ``nan`` where it cannot be told
             because the kind has too few questions of either label, or the neuron is the same in all of them.
-        told: Kinds in which it can be told, for each neuron.
-        agreeing: Those of them in which its sign is that of its weight.
+        n_kinds: Kinds in which it can be told, for each neuron.
+        n_agreeing: Those of them in which its sign is that of its weight.
     """
 
     auroc: Float[np.ndarray, "kinds neurons"]
-    told: Int[np.ndarray, " neurons"]
-    agreeing: Int[np.ndarray, " neurons"]
+    n_kinds: Int[np.ndarray, " neurons"]
+    n_agreeing: Int[np.ndarray, " neurons"]
 
     @property
     def survives(self) -> Bool[np.ndarray, " neurons"]:
         """Whether a neuron's sign can be told in at least `LEAST_KINDS` kinds and agrees in all of them."""
-        return (self.told >= LEAST_KINDS) & (self.agreeing == self.told)
+        return (self.n_kinds >= LEAST_KINDS) & (self.n_agreeing == self.n_kinds)
 
 
 @takes_arrays
@@ -81,9 +81,9 @@ def signs_by_kind(
         ranks = stats.rankdata(means[members], axis=0)
         won = ranks[guessed].sum(axis=0) - guessed.sum() * (guessed.sum() + 1) / 2
         auroc[one] = np.where(np.ptp(means[members], axis=0) > 0, won / pairs, np.nan)
-    told = (~np.isnan(auroc)).sum(axis=0)
-    agreeing = ((np.sign(auroc - 0.5) == np.sign(signs)) & (np.sign(signs) != 0)).sum(axis=0)
-    return SignsByKind(auroc, told, agreeing)
+    n_kinds = (~np.isnan(auroc)).sum(axis=0)
+    n_agreeing = ((np.sign(auroc - 0.5) == np.sign(signs)) & (np.sign(signs) != 0)).sum(axis=0)
+    return SignsByKind(auroc, n_kinds, n_agreeing)
 
 
 @takes_arrays

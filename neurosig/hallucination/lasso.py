@@ -60,6 +60,15 @@ def fit_l1(
 
 
 @takes_arrays
+def fit_ridge(
+    matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"], inverse_penalty: float, seed: int
+) -> LogisticRegression:
+    """`fit_l1` with ``sum w^2 / 2`` in place of ``sum |w|``: every neuron gets a weight."""
+    model = LogisticRegression(C=inverse_penalty, class_weight="balanced", random_state=seed, max_iter=1000)
+    return model.fit(matrix, labels)
+
+
+@takes_arrays
 def entry_penalty(matrix: sparse.csr_array, labels: Int[np.ndarray, " rollouts"]) -> float:
     """The inverse penalty at which the first neuron gets a weight: below it, all are zero."""
     counts = np.bincount(labels, minlength=2)

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from scipy import sparse, special
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from neurosig.hallucination.config import ProbeConfig
@@ -191,25 +192,56 @@ class HallucinationProbe:
         penalty = config.inverse_penalty or chosen_penalty(path, config)
         model = fit_l1(matrix, known, penalty, config.seed)
         stability = stable_neurons(matrix, known, groups[rows], config, quiet=quiet)
-        layer_size = d_mlp or contributions.shape[1]
-        weights = model.coef_[0]
-        kept = np.flatnonzero(weights)
-        return FittedProbe(
-            config=config,
-            n_neurons=contributions.shape[1],
-            d_mlp=layer_size,
-            inverse_penalty=penalty,
-            columns=prepared.columns[kept],
-            weights=weights[kept],
-            scale=prepared.scale[kept],
-            intercept=float(model.intercept_[0]),
-            scores=scores,
-            auroc=float(roc_auc_score(known, scores[rows])),
-            path=path,
-            neurons=neuron_table(prepared, labels, weights, stability, layer_size),
-            candidates=prepared.columns,
-            stability=stability,
+        n_neurons = contributions.shape[1]
+        return build_probe(
+            config, (n_neurons, d_mlp or n_neurons), prepared, labels, scores, path, penalty, model, stability
         )
+
+
+def build_probe(
+    config: ProbeConfig,
+    size: tuple[int, int],
+    prepared: Design,
+    labels: Int[np.ndarray, " rollouts"],
+    scores: Float[np.ndarray, " rollouts"],
+    path: pd.DataFrame,
+    penalty: float,
+    model: LogisticRegression,
+    stability: Stability,
+    shown: Float[np.ndarray, " eligible"] | None = None,
+) -> FittedProbe:
+    """The fitted probe from the results of its steps.
+
+    Args:
+        config: The probe's options.
+        size: Neurons over all layers, and per layer.
+        prepared: The rows that were scored, with the columns' scale (`neurosig.hallucination.lasso.design`).
+        labels: 1, 0 or -1 of each row.
+        scores: Cross-fitted score of each row.
+        path: See `neurosig.hallucination.probe.regularisation_path`.
+        penalty: The inverse penalty of ``model``.
+        model: The fit on everything.
+        stability: Of the prepared columns.
+        shown: Weights by which neurons enter the table; default: the model's.
+    """
+    rows, weights = np.flatnonzero(labels >= 0), model.coef_[0]
+    kept = np.flatnonzero(weights)
+    return FittedProbe(
+        config=config,
+        n_neurons=size[0],
+        d_mlp=size[1],
+        inverse_penalty=float(penalty),
+        columns=prepared.columns[kept],
+        weights=weights[kept],
+        scale=prepared.scale[kept],
+        intercept=float(model.intercept_[0]),
+        scores=scores,
+        auroc=float(roc_auc_score(labels[rows], scores[rows])),
+        path=path,
+        neurons=neuron_table(prepared, labels, weights if shown is None else shown, stability, size[1]),
+        candidates=prepared.columns,
+        stability=stability,
+    )
 
 
 @takes_arrays

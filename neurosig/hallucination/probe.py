@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import sparse
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 from sklearn.utils.class_weight import compute_sample_weight
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 logger = logging.getLogger(__name__)
+
+Fit = Callable[[sparse.csr_array, Int[np.ndarray, " rollouts"], float, int], LogisticRegression]
+"""A logistic regression of labels on a matrix at an inverse penalty, with a seed of the solver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +230,11 @@ def cross_fit_by_seed(
     labels: Int[np.ndarray, " rollouts"],
     groups: Int[np.ndarray, " rollouts"],
     config: ProbeConfig,
+    fit: Fit = fit_l1,
 ) -> Float[np.ndarray, "seeds rollouts"]:
     """`cross_fit` with the folds of each of ``config.fold_seeds`` seeds; their mean has less of the folds' noise."""
     drawn = range(config.seed, config.seed + config.fold_seeds)
-    return np.stack([cross_fit(matrix, labels, groups, replace(config, seed=seed)) for seed in drawn])
+    return np.stack([cross_fit(matrix, labels, groups, replace(config, seed=seed), fit) for seed in drawn])
 
 
 @takes_arrays
@@ -238,6 +243,7 @@ def cross_fit(
     labels: Int[np.ndarray, " rollouts"],
     groups: Int[np.ndarray, " rollouts"],
     config: ProbeConfig,
+    fit: Fit = fit_l1,
 ) -> Float[np.ndarray, " rollouts"]:
     """Score every rollout by a probe that saw no rollout of its group, not even to choose its penalty.
 
@@ -246,12 +252,13 @@ def cross_fit(
         labels: 1 guessed, 0 known, -1 unlabelled (scored, but not used for fitting).
         groups: Index of the rollout's question, or of its kind, ...
         config: The probe's options.
+        fit: The regression; default: sparse.
     """
     scores = np.empty(len(labels))
-    for seen, unseen in _folds(labels, groups, config):
+    for seen, unseen in fold_splits(labels, groups, config):
         seen = seen[labels[seen] >= 0]
-        penalty = _penalty(matrix[seen], labels[seen], groups[seen], config)
-        scores[unseen] = fit_l1(matrix[seen], labels[seen], penalty, config.seed).predict_proba(matrix[unseen])[:, 1]
+        penalty = _penalty(matrix[seen], labels[seen], groups[seen], config, fit)
+        scores[unseen] = fit(matrix[seen], labels[seen], penalty, config.seed).predict_proba(matrix[unseen])[:, 1]
     return scores
 
 
@@ -261,6 +268,7 @@ def regularisation_path(
     labels: Int[np.ndarray, " rollouts"],
     groups: Int[np.ndarray, " rollouts"],
     config: ProbeConfig,
+    fit: Fit = fit_l1,
 ) -> pd.DataFrame:
     """The probe at each inverse penalty: its size, and how well it does on questions it did not see.
 
@@ -272,18 +280,21 @@ def regularisation_path(
     rows = np.flatnonzero(labels >= 0)
     matrix, labels, groups = matrix[rows], labels[rows], groups[rows]
     weight = compute_sample_weight("balanced", labels)
+    folds = [
+        (matrix[seen], labels[seen], matrix[unseen], unseen) for seen, unseen in fold_splits(labels, groups, config)
+    ]
     table = []
     for penalty in inverse_penalties(matrix, labels, config):
         aurocs, losses = [], []
-        for seen, unseen in _folds(labels, groups, config):
-            scores = fit_l1(matrix[seen], labels[seen], penalty, config.seed).predict_proba(matrix[unseen])[:, 1]
+        for fitted, known, held_out, unseen in folds:
+            scores = fit(fitted, known, penalty, config.seed).predict_proba(held_out)[:, 1]
             if len(np.unique(labels[unseen])) == 2:
                 aurocs.append(roc_auc_score(labels[unseen], scores))
             losses.append(log_loss(labels[unseen], scores, sample_weight=weight[unseen], labels=[0, 1]))
         table.append(
             {
                 "inverse_penalty": penalty,
-                "neurons": np.count_nonzero(fit_l1(matrix, labels, penalty, config.seed).coef_),
+                "neurons": np.count_nonzero(fit(matrix, labels, penalty, config.seed).coef_),
                 "auroc_mean": np.mean(aurocs),
                 "auroc_sd": np.std(aurocs, ddof=1),
                 "log_loss_mean": np.mean(losses),
@@ -327,22 +338,24 @@ def _penalty(
     labels: Int[np.ndarray, " rollouts"],
     groups: Int[np.ndarray, " rollouts"],
     config: ProbeConfig,
+    fit: Fit = fit_l1,
 ) -> float:
     if config.inverse_penalty is not None:
         return config.inverse_penalty
-    return chosen_penalty(regularisation_path(matrix, labels, groups, config), config)
+    return chosen_penalty(regularisation_path(matrix, labels, groups, config, fit), config)
 
 
 def _every_fold(
     labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig
 ) -> Iterator[tuple[Int[np.ndarray, " seen"], Int[np.ndarray, " unseen"]]]:
     for seed in range(config.seed, config.seed + config.fold_seeds):
-        yield from _folds(labels, groups, replace(config, seed=seed))
+        yield from fold_splits(labels, groups, replace(config, seed=seed))
 
 
-def _folds(
+def fold_splits(
     labels: Int[np.ndarray, " rollouts"], groups: Int[np.ndarray, " rollouts"], config: ProbeConfig
 ) -> Iterator[tuple[Int[np.ndarray, " seen"], Int[np.ndarray, " unseen"]]]:
+    """The rows of each fold's outside and of the fold itself; no fold splits a group."""
     folds = fold_count(groups, config)
     if folds == len(np.unique(groups)):
         return LeaveOneGroupOut().split(labels, labels, groups)

@@ -8,7 +8,7 @@ draws as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -96,8 +96,15 @@ def repetition(token_ids: Sequence[int]) -> float:
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 
-def dose_response(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
+def dose_response(
+    cells: Sequence[Cell], *, seed: int, measures: Iterable[str] = tuple(MEASURES)
+) -> list[dict[str, Any]]:
     """A row for each group of neuron sets, factor and measure.
+
+    Args:
+        cells: With the unscaled model's among them.
+        seed: Seed of the bootstrap.
+        measures: Those of `MEASURES` that the cells have.
 
     Returns:
         ``group``, ``draws``, ``factor``, ``measure``, ``n`` (questions), ``value``; ``change`` against the unscaled
@@ -111,12 +118,12 @@ def dose_response(cells: Sequence[Cell], *, seed: int) -> list[dict[str, Any]]:
     base = next((cell for cell in cells if cell.neurons is None), None)
     if base is None:
         raise UserError("dose response: no cell of the unscaled model to compare with")
-    if len(base.values["nll"]) < 2:
+    if len(next(iter(base.values.values()))) < 2:
         raise UserError("dose response: one question; an interval needs at least 2")
     rows = []
     groups = dict.fromkeys(cell.neurons.group for cell in cells if cell.neurons is not None)
     factors = sorted({cell.factor for cell in cells})
-    for group, factor, name in product(groups, factors, MEASURES):
+    for group, factor, name in product(groups, factors, tuple(measures)):
         group_cells = _draws(cells, group, factor) or [base]
         reference = _draws(cells, "located", factor) if group != "located" else []
         stacked = np.stack([cell.values[name] for cell in group_cells])

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from neurosig.models.prefix import pad
+from neurosig.neurons.config import neuron_name
 from neurosig.neurons.contributions import PAD
-from neurosig.neurons.nnsight_reader import NeuronScaler
 from neurosig.neurons.signals_file import Signals
 from neurosig.neurons.sites import FFNSites
 from neurosig.runtime.errors import UserError
@@ -30,6 +30,7 @@ from neurosig.sampling.sampler import Prompt
 
 if TYPE_CHECKING:
     from neurosig.models.load import LoadedModel
+    from neurosig.neurons.nnsight_reader import NeuronScaler
 
 Sign = Literal["positive", "negative", "all"]
 Group = Literal["located", "layer", "activity", "strongest"]
@@ -87,7 +88,7 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
     ids = layer * sites.d_mlp + index
     if len(np.unique(ids)) < len(ids):
         twice = np.flatnonzero(np.bincount(ids) > 1)[0]
-        raise UserError(f"{path}: neuron {twice // sites.d_mlp}.{twice % sites.d_mlp} appears twice")
+        raise UserError(f"{path}: neuron {neuron_name(*divmod(twice, sites.d_mlp))} appears twice")
     wanted = {"positive": weight > 0, "negative": weight < 0, "all": np.full(len(weight), True)}[sign]
     if not wanted.any():
         raise UserError(f"{path}: no neuron{'' if sign == 'all' else f' with a {sign} weight'}; the probe found none")
@@ -95,10 +96,17 @@ def choose_neurons(path: str | Path, sites: FFNSites, sign: Sign) -> tuple[list[
 
 
 def mean_contributions(signals: Signals) -> Float[np.ndarray, " n_neurons"]:
-    """Each neuron's mean absolute contribution over an export's rollouts; a rollout without it counts as 0."""
-    ids, values = signals.neuron_ids.numpy(), np.abs(signals.contributions.numpy().astype(np.float64))
+    """`mean_over_sets` of an export's rollouts."""
+    return mean_over_sets(signals.neuron_ids, signals.contributions, signals.n_neurons)
+
+
+def mean_over_sets(
+    neuron_ids: Int[Tensor, "n size"], contributions: Float[Tensor, "n size"], n_neurons: int
+) -> Float[np.ndarray, " n_neurons"]:
+    """Each neuron's mean absolute contribution over active sets; a set without it counts as 0."""
+    ids, values = neuron_ids.numpy(), np.abs(contributions.numpy().astype(np.float64))
     active = ids != PAD
-    return np.bincount(ids[active], weights=values[active], minlength=signals.n_neurons) / len(ids)
+    return np.bincount(ids[active], weights=values[active], minlength=n_neurons) / len(ids)
 
 
 def layer_matched(

@@ -60,8 +60,8 @@ def main(config: LocateConfig) -> None:
             pooled = pool(exports, [join_gold(one.manifest)[0] for one in exports])
             options = replace(pooled.config, pairs=config.pairs, seed=config.seed, groups="question")
         with timer.phase("power"):
-            told = power(pooled, options, quiet=config.quiet)
-            for line in planned(pooled, told):
+            stated = power(pooled, options, quiet=config.quiet)
+            for line in planned(pooled, stated):
                 print(printable(line), flush=True)
         with timer.phase("locate"):
             located = locate_over_kinds(pooled, options, quiet=config.quiet)
@@ -76,7 +76,7 @@ def main(config: LocateConfig) -> None:
             write_neurons(config.out / SURVIVING, table[table["survives"]])
             record = {
                 "manifests": [one.manifest.header.content_sha256 for one in exports],
-                "power": asdict(told),
+                "power": asdict(stated),
                 "auroc": [asdict(row) for row in rows],
                 "expected_false": located.stability.expected_false,
                 "findings": lines,

@@ -26,7 +26,7 @@ from neurosig.statistics.permutation import permutation_p
 from neurosig.statistics.significance import minimum_detectable_effect
 
 EFFECTS = (0.25, 0.5, 0.75, 1.0)
-"""Cohen's d of the planted neurons from which the power is told."""
+"""Cohen's d of the planted neurons for which the power is stated."""
 PLANTED = 10
 
 
@@ -36,7 +36,7 @@ class LocatedOverKinds:
 
     Attributes:
         table: A row per neuron with a weight or stable, most often selected first: ``layer``, ``index``, ``weight``,
-            ``active_share``, ``stability``, ``stable``, ``kinds`` (told), ``kinds_agreeing``, ``domains``,
+            ``active_share``, ``stability``, ``stable``, ``kinds`` (showing its sign), ``kinds_agreeing``, ``domains``,
             ``domains_agreeing``, ``stability_left_out`` (the least with a kind left out), ``survives``.
         stability: Of all candidates.
     """
@@ -81,19 +81,19 @@ def locate_over_kinds(pooled: Pooled, config: ProbeConfig, *, quiet: bool = True
         "active_share": prepared.matrix[:, found].count_nonzero(axis=0) / prepared.matrix.shape[0],
         "stability": stability.frequency[found],
         "stable": stable,
-        "kinds": by_kind.told,
-        "kinds_agreeing": by_kind.agreeing,
-        "domains": by_domain.told,
-        "domains_agreeing": by_domain.agreeing,
+        "kinds": by_kind.n_kinds,
+        "kinds_agreeing": by_kind.n_agreeing,
+        "domains": by_domain.n_kinds,
+        "domains_agreeing": by_domain.n_agreeing,
         "stability_left_out": left_out,
-        "survives": stable & by_kind.survives & (by_domain.agreeing == by_domain.told),
+        "survives": stable & by_kind.survives & (by_domain.n_agreeing == by_domain.n_kinds),
     }
     return LocatedOverKinds(pd.DataFrame(table), stability)
 
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """What these numbers of questions can show, told before the result.
+    """What these numbers of questions can show, stated before the result.
 
     Attributes:
         auroc: Smallest AUROC of a score that a two-sided test finds with 80% power.
@@ -221,15 +221,15 @@ def within_kinds(
     return won / pairs if pairs else math.nan
 
 
-def planned(pooled: Pooled, told: Power) -> list[str]:
+def planned(pooled: Pooled, power: Power) -> list[str]:
     """The data and what they can show, in words, before anything is located."""
     known, guessed = pooled.labelled()
-    shares = ", ".join(f"{share:.0%} at d={effect:g}" for effect, share in told.recall.items())
+    shares = ", ".join(f"{share:.0%} at d={effect:g}" for effect, share in power.recall.items())
     return [
         f"{known} questions agree and {guessed} split, in {len(pooled.names['kind'])} kinds and "
         f"{len(pooled.names['domain'])} domains.",
         f"Power: of planted neurons in data of this size {shares} are located; an AUROC by question is told from "
-        f"chance from {told.auroc:.3f}.",
+        f"chance from {power.auroc:.3f}.",
     ]
 
 

@@ -1,9 +1,11 @@
 """Trace neurons in one call, with the library of your choice.
 
-    from neurosig import load_model, trace_neurons
+    from neurosig import load_model
+    from neurosig.neurons.backends import trace_neurons
+
     loaded = load_model("smollm2-135m")
     prompt = loaded.tokenizer("The capital of France is").input_ids
-    answer = loaded.tokenizer(" Paris.").input_ids
+    answer = loaded.tokenizer(" Paris.", add_special_tokens=False).input_ids
     sets = trace_neurons(loaded, [prompt], [answer], backend="transformer_lens")
 
 Only the chosen library is imported.

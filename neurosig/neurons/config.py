@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, SupportsInt, get_args
 
 from neurosig.registry import ActiveSet, Contribution, Open
 from neurosig.runtime.errors import UserError
@@ -72,6 +72,11 @@ def check_positions(positions: str) -> None:
             f"--positions: expected {', '.join(names)}, or tokens of the completion such as 0, -1, 0:3 or 0,-1, "
             f"got {positions!r}"
         )
+
+
+def neuron_name(layer: SupportsInt, index: SupportsInt) -> str:
+    """A neuron as readers see it: ``L19/696`` is neuron 696 of layer 19, both counted from 0."""
+    return f"L{int(layer)}/{int(index)}"
 
 
 def check_set_size(option: str, value: int | float) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neurosig.models.prefix import run_prompts
+from neurosig.neurons.config import neuron_name
 from neurosig.neurons.reduction import layer_scores
 from neurosig.neurons.sites import w_out, w_out_norms
 from neurosig.neurons.tracer import NeuronTracer
@@ -90,12 +91,13 @@ def vocabulary_effect(tracer: NeuronTracer, layer: int, index: int) -> Float[Ten
     sites = tracer.sites
     if not (0 <= layer < sites.n_layers and 0 <= index < sites.d_mlp):
         raise UserError(
-            f"neuron {layer}.{index}: the model has layers 0 to {sites.n_layers - 1} of neurons 0 to {sites.d_mlp - 1}"
+            f"neuron {neuron_name(layer, index)}: the model has layers 0 to {sites.n_layers - 1} of neurons 0 to "
+            f"{sites.d_mlp - 1}"
         )
     head = tracer.model.get_output_embeddings().weight
     if head.shape[1] != sites.d_model:
         raise UserError(
-            f"neuron {layer}.{index}: the head reads {head.shape[1]} dimensions, the residual stream has "
+            f"neuron {neuron_name(layer, index)}: the head reads {head.shape[1]} dimensions, the residual stream has "
             f"{sites.d_model}; its direct effect on the vocabulary is not defined"
         )
     return (head @ w_out(tracer.model, sites.layers[layer])[index].to(head)).float().cpu()

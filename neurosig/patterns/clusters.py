@@ -193,10 +193,11 @@ def marking_neurons(
 ) -> pd.DataFrame:
     """The neurons that are active in a cluster's signatures more often than in the rest, highest lift first.
 
-    Columns: ``cluster``, ``layer``, ``index``, ``lift`` (share of the cluster's signatures that hold the neuron over
-    its share of the others, half a count added to each), ``share_in``, ``share_rest``, ``p`` (Fisher's exact test,
-    one-sided) and ``q`` (Benjamini-Hochberg over all neurons and clusters, at most ``max_fdr``). The clusters were
-    formed from these neurons: p and q rank and screen neurons, they are no evidence that the clusters are real.
+    Columns: ``cluster`` (from 1, the largest), ``layer``, ``index``, ``lift`` (share of the cluster's signatures that
+    hold the neuron over its share of the others, half a count added to each), ``share_in``, ``share_rest``, ``p``
+    (Fisher's exact test, one-sided) and ``q`` (Benjamini-Hochberg over all neurons and clusters, at most ``max_fdr``).
+    The clusters were formed from these neurons: p and q rank and screen neurons, they are no evidence that the clusters
+    are real.
     """
     ids = sets.numpy()
     rows, columns = np.nonzero(ids != PAD)
@@ -216,7 +217,7 @@ def marking_neurons(
         frames.append(
             pd.DataFrame(
                 {
-                    "cluster": cluster,
+                    "cluster": cluster + 1,
                     "layer": neurons[best] // d_mlp,
                     "index": neurons[best] % d_mlp,
                     "lift": lift[cluster, best],

@@ -98,7 +98,7 @@ def answer_words(
         answer: What the parser read in it.
         question: The question; with choices the answer is a letter.
         first: The first place instead.
-        most: Look at the first so many words only.
+        most: Look only at the first ``most`` words.
     """
     order = 0 if first else -1
     if question.choices:

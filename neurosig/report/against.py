@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from neurosig.exported import Exported
 from neurosig.hallucination.probe import contribution_matrix
+from neurosig.neurons.config import neuron_name
 from neurosig.questions.answers import is_correct
 from neurosig.questions.load import Question
 from neurosig.report.data import question_level
@@ -144,6 +145,6 @@ def _neurons(shared: list[Exported], analysis: AnalysisConfig) -> list[dict[str,
     rows = []
     for index in order:
         facts, column = probe.loc[index], probe.index.get_loc(index)
-        row = _row(f"{facts['layer']:.0f}.{facts['index']:.0f}", means[0][:, column], means[1][:, column], analysis)
+        row = _row(neuron_name(facts["layer"], facts["index"]), means[0][:, column], means[1][:, column], analysis)
         rows.append({"": row.pop(""), "probe weight": f"{facts['weight']:+.4g}", **row})
     return rows

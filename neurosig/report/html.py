@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from markupsafe import Markup
 
 from neurosig.report.data import Layer, LevelData
 from neurosig.report.signal_table import DISGUISE, SignalRow
+from neurosig.report.words import MEANING
+from neurosig.runtime.cli import visible
 
 TEMPLATE = "report.html.jinja"
-_INVISIBLE = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
-_JOINERS = {"\u200c", "\u200d"}  # Persian and emoji need them
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +86,10 @@ def render(page: Mapping[str, Any]) -> str:
         trim_blocks=True,
     )
     environment.filters["signed"] = "{:+.3f}".format
+    environment.filters["meaning"] = lambda name: MEANING.get(str(name), "")
     environment.filters["spoken"] = lambda name: name.replace("_", " ")
     environment.filters["within"] = lambda value, low, high: min(max(value, low), high)
     return environment.get_template(TEMPLATE).render(page, disguise=f"{DISGUISE:g}")
-
-
-def visible(text: str) -> str:
-    r"""Make control, bidi, zero-width and private-use characters visible, as ``\u202e``; newlines stay.
-
-    The page also isolates the direction of every model text.
-    """
-    return "".join(_escaped(char) if unicodedata.category(char) in _INVISIBLE else char for char in text)
-
-
-def _escaped(char: str) -> str:
-    return char if char == "\n" or char in _JOINERS else char.encode("unicode_escape").decode()
 
 
 def _visible_value(value: Any) -> Any:

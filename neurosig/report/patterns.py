@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from neurosig.exported import Exported
 from neurosig.manifest import QuestionRow
+from neurosig.neurons.config import neuron_name
 from neurosig.neurons.contributions import PAD
 from neurosig.patterns.clusters import (
     ClusterConfig,
@@ -105,13 +106,17 @@ def patterns(exported: Exported, *, seed: int, selected_only: bool = False) -> P
     for label, typical in enumerate(found.typical):
         members = np.flatnonzero(found.clustering.labels == label)
         counts = Counter(kinds[index] for index in members).most_common(3)
-        markers = found.markers[found.markers["cluster"] == label].head(SHOWN_MARKERS)
+        markers = found.markers[found.markers["cluster"] == label + 1].head(SHOWN_MARKERS)
         clusters.append(
             Cluster(
                 len(members),
                 ", ".join(f"{kind} ({count})" for kind, count in counts),
                 tuple(rows[index].question for index in typical),
-                ", ".join(f"{m.layer}.{m.index} (lift {m.lift:.1f})" for m in markers.itertuples()) or "none",
+                ", ".join(
+                    f"{neuron_name(layer, index)} (lift {lift:.1f})"
+                    for layer, index, lift in zip(markers["layer"], markers["index"], markers["lift"], strict=True)
+                )
+                or "none",
             )
         )
     return Patterns(found, tuple(clusters), tuple(rows), places)

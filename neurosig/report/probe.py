@@ -13,6 +13,7 @@ from neurosig.hallucination.config import ProbeConfig, ProbeLabels
 from neurosig.hallucination.controls import RandomNeurons, random_neuron_auroc
 from neurosig.hallucination.locate import FittedProbe, HallucinationProbe
 from neurosig.hallucination.probe import probe_matrix, rollout_labels, too_few
+from neurosig.neurons.config import neuron_name
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.shapes import check_config
 from neurosig.statistics.metrics import format_interval
@@ -47,7 +48,8 @@ class Located:
 
     @property
     def table(self) -> list[dict[Hashable, Any]]:
-        return self.probe.neurons.to_dict("records")
+        rows = self.probe.neurons.to_dict("records")
+        return [{"neuron": neuron_name(row.pop("layer"), row.pop("index")), **row} for row in rows]
 
     @property
     def sentence(self) -> str:

@@ -101,7 +101,8 @@ def _parse(
             raise UserError(f"{' '.join([flag, *given[flag]])}: expected {known[flag].expected}") from fault
     if surplus := re.search(r"Unrecognized options: (?!Unrecognized)(\S+)", text):
         raise UserError(f"{surplus[1]}: one word too many; see --help") from fault
-    missing = next((option for option in options if option.default is MISSING and option.flag not in given), None)
+    absent = [option for option in options if option.default is MISSING and option.flag not in given]
+    missing = next((option for option in absent if option.text in text), next(iter(absent), None))
     raise UserError(text if missing is None else f"{missing.flag} is required: {missing.text}") from fault
 
 

@@ -36,6 +36,7 @@ import sys
 import time
 import traceback
 import typing
+import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ EXIT_DONE, EXIT_INTERNAL, EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130,
 OUT_OF_MEMORY = "out of memory: {}; lower the batch size (--batch-rows, in training --micro-batch-size), then {}"
 TIMED = ("seconds_", "tokens_per_second_", "peak_memory_gb")
 """How the names of `untimed` metrics begin."""
+_INVISIBLE = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}
+_JOINERS = {"\u200c", "\u200d"}  # Persian and emoji need them
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -192,6 +195,18 @@ def config_record(config: CommonConfig) -> dict[str, Any]:
 def printable(text: str) -> str:
     r"""Model text for a terminal, on one line: control characters (``\x1b``) and bidi overrides escaped."""
     return _UNPRINTABLE.sub(lambda match: repr(match.group())[1:-1], text)
+
+
+def visible(text: str) -> str:
+    r"""Make control, bidi, zero-width and private-use characters visible, as ``\u202e``; newlines stay.
+
+    A page also isolates the direction of every model text.
+    """
+    return "".join(_escaped(char) if unicodedata.category(char) in _INVISIBLE else char for char in text)
+
+
+def _escaped(char: str) -> str:
+    return char if char == "\n" or char in _JOINERS else char.encode("unicode_escape").decode()
 
 
 def progress(iterable: Iterable[T] | None = None, *, total: int | None = None, desc: str, quiet: bool = False) -> Any:

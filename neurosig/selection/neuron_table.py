@@ -124,7 +124,7 @@ def _hallucination(
     )
     place = np.searchsorted(prepared.columns, neurons)
     signs = signs_by_kind(prepared.matrix[:, place], weights, labels, owners, kinds)
-    found = {"stability": stability.frequency[place], "kinds": signs.told, "kinds_agreeing": signs.agreeing}
+    found = {"stability": stability.frequency[place], "kinds": signs.n_kinds, "kinds_agreeing": signs.n_agreeing}
     return table.assign(**found), note
 
 
@@ -143,9 +143,7 @@ def _pattern(sets: Int[Tensor, "n size"], d_mlp: int, seed: int) -> tuple[pd.Dat
     found = marking_neurons(sets, clustering.labels, d_mlp, config)
     found = found.sort_values("lift", ascending=False, kind="stable").drop_duplicates(["layer", "index"])
     found = found.sort_values("cluster", kind="stable")
-    return found.assign(role="pattern", neuron=found["layer"] * d_mlp + found["index"], cluster=found["cluster"] + 1)[
-        list(empty.columns)
-    ], note
+    return found.assign(role="pattern", neuron=found["layer"] * d_mlp + found["index"])[list(empty.columns)], note
 
 
 def _representative(

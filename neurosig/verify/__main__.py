@@ -4,8 +4,7 @@
 
 Finds every manifest, training run, evaluation, comparison and grid in the folder. Files must match their recorded
 hashes, votes and aggregates must follow from their rows, and a training run's manifest, an evaluation's adapter and a
-comparison's evaluations must be the ones in the folder. Prints one line per check, "skip" where its files are not in
-the folder; exit code 2 if one fails.
+comparison's evaluations must be in the folder. One line per check, "skip" without its files; exit code 2 if one fails.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from neurosig.neurons.config import neuron_name
 from neurosig.runtime.cli import CommonConfig, printable, run_command, untimed
 from neurosig.runtime.errors import UserError
 from neurosig.verify import SKIPPED
@@ -171,13 +171,13 @@ def _signals_problem(folder: Path, rollouts: int) -> str:
     with (folder / "neurons.csv").open(newline="", encoding="utf-8") as handle:
         for number, row in enumerate(csv.DictReader(handle), start=2):
             role, layer, index = row.get("role", "hallucination"), int(row["layer"]), int(row["index"])
-            number_of = {"hallucination": "weight", "pattern": "q"}.get(role)
+            number_of, name = {"hallucination": "weight", "pattern": "q"}.get(role), neuron_name(layer, index)
             if number_of is None:
                 return f"neurons.csv:{number}: no role {role}; expected hallucination or pattern"
             if not (0 <= layer < sites["n_layers"] and 0 <= index < sites["d_mlp"]):
-                return f"neurons.csv:{number}: no neuron {layer}.{index}; the model has {sites}"
+                return f"neurons.csv:{number}: no neuron {name}; the model has {sites}"
             if (role, layer, index) in seen or not math.isfinite(float(row[number_of])):
-                return f"neurons.csv:{number}: neuron {layer}.{index} appears twice or has no finite {number_of}"
+                return f"neurons.csv:{number}: neuron {name} appears twice or has no finite {number_of}"
             seen.add((role, layer, index))
     return ""
 

@@ -1,123 +1,18 @@
-"""The views of an export; `neurosig.views.explorer.Explorer` makes them."""
+"""Views of neurons and of several rollouts; `neurosig.views.explorer.Explorer` makes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
-from torch import Tensor
 
-from neurosig.views.html import View, bounds, short
-
-
-def token_label(text: str) -> str:
-    """A token for display: a leading space as ``·``, line ends as ``⏎``, a token of nothing as ``∅``."""
-    shown = text.replace("\n", "⏎").replace("\t", "⇥")
-    return "·" + shown[1:] if shown.startswith(" ") else shown or "∅"
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens coloured by one number each; the scale runs over ``low`` to ``high``."""
-
-    texts: Sequence[str]
-    values: Float[np.ndarray, " tokens"]
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, texts: Sequence[str], values: Float[Tensor, " tokens"]) -> Tokens:
-        return cls(texts, values.numpy(), *bounds(values.numpy()))
-
-    @property
-    def pairs(self) -> list[tuple[str, float]]:
-        return [(token_label(text), float(value)) for text, value in zip(self.texts, self.values, strict=True)]
-
-
-@dataclass(frozen=True, repr=False)
-class TokenLayerMap(View):
-    """Heat map of one rollout: one row per layer, the last on top, one column per token.
-
-    Attributes:
-        question: Its text.
-        tokens: Text of each completion token.
-        values: One number per layer and token.
-        quantity: Name of the number.
-        note: How to read it.
-    """
-
-    question: str
-    tokens: Sequence[str]
-    values: Float[Tensor, "layer token"]
-    quantity: str
-    note: str = ""
-    macro: ClassVar[str] = "token_layer_map"
-
-    @property
-    def labels(self) -> list[str]:
-        return [token_label(text) for text in self.tokens]
-
-    @property
-    def rows(self) -> list[tuple[int, list[float]]]:
-        return [(layer, row.tolist()) for layer, row in reversed(list(enumerate(self.values)))]
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        return bounds(self.values.numpy())
-
-    def text(self) -> str:
-        low, high = self.scale
-        marks = "▁▂▃▄▅▆▇█"
-        lines = [
-            short(self.question, 100),
-            f"{self.quantity}, {low:.3g} to {high:.3g}; tokens: {short(' '.join(self.labels), 200)}",
-        ]
-        for layer, row in self.rows:
-            levels = [min(7, int(8 * (value - low) / ((high - low) or 1.0))) for value in row]
-            lines.append(f"{layer:>3} " + "".join(marks[level] for level in levels))
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True, repr=False)
-class LayerNeurons(View):
-    """One layer of one rollout: each token's largest contributors.
-
-    Attributes:
-        question: Its text.
-        layer: The layer.
-        tokens: Text of each completion token.
-        neurons: Index of each token's largest contributors, largest first.
-        contributions: Their contributions.
-        weights: Weight in the probe of the layer's neurons that have one, by index.
-    """
-
-    question: str
-    layer: int
-    tokens: Sequence[str]
-    neurons: Sequence[Sequence[int]]
-    contributions: Sequence[Sequence[float]]
-    weights: Mapping[int, float]
-    macro: ClassVar[str] = "layer_neurons"
-
-    @property
-    def rows(self) -> list[tuple[str, list[tuple[int, float, float | None]]]]:
-        return [
-            (token_label(text), [(j, c, self.weights.get(j)) for j, c in zip(row, values, strict=True)])
-            for text, row, values in zip(self.tokens, self.neurons, self.contributions, strict=True)
-        ]
-
-    @property
-    def scale(self) -> tuple[float, float]:
-        return bounds([value for row in self.contributions for value in row])
-
-    def text(self) -> str:
-        lines = [f"{short(self.question, 100)}\nlayer {self.layer}: each token's largest contributors"]
-        for label, row in self.rows:
-            lines.append(f"{short(label, 16):>16}  " + "  ".join(f"{j} {value:.3f}" for j, value, _ in row))
-        return "\n".join(lines)
+from neurosig.neurons.config import neuron_name
+from neurosig.views.html import View, short
+from neurosig.views.tokens import Tokens, token_label
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +36,9 @@ class NeuronCard(View):
         active: Rollouts whose active set holds it.
         rollouts: All rollouts.
         mean: Its mean contribution in the rollouts that hold it; 0 without any.
-        top_tokens: The tokens of the examples at which it contributes most: token, contribution, value.
-        raised: Tokens whose logit its positive value raises most, and by how much per unit.
+        top_tokens: The tokens of the examples, not of all rollouts, at which it contributes most: token, contribution,
+            value.
+        raised: Tokens whose logit a value of 1 raises most, and by how much; a value below 0 does the reverse.
         lowered: Tokens whose logit it lowers most.
         examples: Rollouts with its largest mean contributions, one per question.
     """
@@ -161,7 +57,7 @@ class NeuronCard(View):
 
     @property
     def name(self) -> str:
-        return f"{self.layer}.{self.index}"
+        return neuron_name(self.layer, self.index)
 
     @property
     def sentence(self) -> str:
@@ -175,20 +71,32 @@ class NeuronCard(View):
         return [(token_label(text), contribution, value) for text, contribution, value in self.top_tokens]
 
     @property
-    def effects(self) -> list[tuple[str, list[tuple[str, float]]]]:
-        return [
-            (title, [(token_label(text), effect) for text, effect in pairs])
-            for title, pairs in (("raises", self.raised), ("lowers", self.lowered))
+    def effects(self) -> list[tuple[str, int, list[tuple[str, float]], list[tuple[str, float]]]]:
+        """For either sign of its value: the sign, its count among ``top_tokens``, what it raises, what it lowers."""
+        raised, lowered = (
+            [(token_label(text), effect) for text, effect in side] for side in (self.raised, self.lowered)
+        )
+        below = sum(value < 0 for _, _, value in self.top_tokens)
+        reverse = [[(text, -effect) for text, effect in side] for side in (lowered, raised)]
+        rows = [
+            ("above 0", len(self.top_tokens) - below, raised, lowered),
+            ("below 0", below, reverse[0], reverse[1]),
         ]
+        return sorted(rows, key=lambda row: -row[1])
+
+    def frame(self) -> pd.DataFrame:
+        """The tokens at which it contributes most: ``token``, ``contribution``, ``value``."""
+        return pd.DataFrame(self.top_tokens, columns=["token", "contribution", "value"])
 
     def text(self) -> str:
         lines = [f"neuron {self.name}. {self.sentence}"]
         lines.append(f"active in {self.active} of {self.rollouts} rollouts, mean contribution {self.mean:.4f}")
         lines += [f"{name.replace('_', ' ')}: {value:.4g}" for name, value in self.facts.items()]
-        tops = ", ".join(f"{short(token, 16)} {value:.3f}" for token, value, _ in self.labelled_tokens)
-        lines.append(f"largest at: {tops or 'nowhere'}")
-        for title, pairs in self.effects:
-            lines.append(f"{title}: " + ", ".join(f"{short(token, 16)} {effect:+.3f}" for token, effect in pairs))
+        tops = ", ".join(f"{short(token, 16)} {c:.3f} (value {value:+.3g})" for token, c, value in self.labelled_tokens)
+        lines.append(f"in {len(self.examples)} rollouts largest at: {tops or 'nowhere'}")
+        for sign, count, *sides in self.effects:
+            effects = [", ".join(f"{short(text, 16)} {effect:+.3f}" for text, effect in pairs) for pairs in sides]
+            lines.append(f"value {sign} ({count} of these): raises {effects[0]}; lowers {effects[1]}")
         lines += [
             f"{example.mean:.4f}  {short(example.question, 60)} -> {short(''.join(example.tokens.texts), 60)}"
             for example in self.examples
@@ -205,14 +113,15 @@ class Side:
         answer: Its parsed answer.
         tokens: Its tokens, coloured by the probe's evidence.
         numbers: Scores of the rollout, by name.
-        own: Its neurons that the other lacks, largest contribution first: name, contribution, probe weight.
+        larger: The neurons whose mean contribution is larger here, largest difference first: name, mean contribution
+            here and in the other rollout, probe weight.
     """
 
     verdict: str
     answer: str | None
     tokens: Tokens
     numbers: Mapping[str, float]
-    own: Sequence[tuple[str, float, float | None]]
+    larger: Sequence[tuple[str, float, float, float | None]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -240,6 +149,11 @@ class RolloutComparison(View):
     def layers(self) -> list[float]:
         return self.by_layer.tolist()
 
+    def frame(self) -> pd.DataFrame:
+        """``side``, ``neuron``, its mean contribution ``here`` and ``there``, its ``weight`` in the probe."""
+        rows = [(side.verdict, *neuron) for side in self.sides for neuron in side.larger]
+        return pd.DataFrame(rows, columns=["side", "neuron", "here", "there", "weight"])
+
     def text(self) -> str:
         lines = [short(self.question, 100)]
         for side in self.sides:
@@ -247,8 +161,8 @@ class RolloutComparison(View):
             lines.append(f"{side.verdict:>9}: {short(''.join(side.tokens.texts), 80)}  ({numbers})")
         lines.append(f"Jaccard {self.similarity:.3f}, {self.shared} neurons shared")
         for side in self.sides:
-            own = ", ".join(f"{name} {value:.3f}" for name, value, _ in side.own)
-            lines.append(f"only {side.verdict}: {own or 'none'}")
+            larger = ", ".join(f"{name} {here:.3f} against {there:.3f}" for name, here, there, _ in side.larger)
+            lines.append(f"larger in {side.verdict}: {larger or 'none'}")
         return "\n".join(lines)
 
 
@@ -301,10 +215,13 @@ class NeighbourBrowser(View):
     neighbours: Sequence[Neighbour]
     typical: float
     macro: ClassVar[str] = "neighbour_browser"
-    ranked: tuple[float, float] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ranked", bounds([neighbour.similarity for neighbour in self.neighbours]))
+    def frame(self) -> pd.DataFrame:
+        """The fields of `Neighbour`, its shared neurons as one text."""
+        names = ["rank", "used", "similarity", "shared", "kind", "question", "response"]
+        rows = [[getattr(one, name) for name in names] for one in self.neighbours]
+        table = pd.DataFrame(rows, columns=names)
+        return table.assign(reasons=[", ".join(name for name, _ in one.reasons) for one in self.neighbours])
 
     def text(self) -> str:
         decided = f"{short(self.decision, 40)}; policy {short(self.policy, 40)}"

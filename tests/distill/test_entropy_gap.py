@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.entropy_gap import ContextGain, TokenEntropies, context_gains, fresh_accuracy, token_entropies
+from distill.entropy_gap import fresh_accuracy, token_entropies
 from distill.tasks import manifest_tasks
 from neurosig.manifest import read_manifest
 from neurosig.models.load import load_model
@@ -55,15 +55,3 @@ def test_student_and_teacher_get_the_same_random_numbers(tmp_path: Path) -> None
     assert both[0] == both[1] and list(both[0]) == [row.question_id for row in manifest.selected]
     with pytest.raises(UserError, match="no selected question has a gold answer"):
         fresh_accuracy(manifest, loaded, {}, teacher=True)
-
-
-def test_gains_join_by_question_and_weigh_tokens_alike() -> None:
-    entropies = [
-        TokenEntropies("a", 0, (1, 2, 3), np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.5, 0.5])),
-        TokenEntropies("a", 1, (1,), np.array([1.0]), np.array([2.0])),
-        TokenEntropies("b", 0, (1,), np.array([1.0]), np.array([0.25])),
-        TokenEntropies("c", 0, (1,), np.array([1.0]), np.array([0.25])),
-    ]
-    found = context_gains(entropies, {"a": 0.25, "b": 0.5}, {"a": 0.75, "b": 0.25, "c": 1.0})
-    assert found == [ContextGain("a", 0.875, 0.25, 0.75), ContextGain("b", 0.75, 0.5, 0.25)]
-    assert [one.gain for one in found] == [0.5, -0.25]

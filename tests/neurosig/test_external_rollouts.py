@@ -31,7 +31,7 @@ def test_k_is_what_the_rollouts_file_holds(tmp_path: Path, caplog: pytest.LogCap
     assert manifest.header.options["num_generations"] == manifest.k == K
     assert {row.vote.n for row in manifest.rows if row.vote} == {K}
     edit_header(folder / "manifest", lambda header: header["options"].update(num_generations=8))  # as a stranger's may
-    report(ReportConfig(manifest=folder / "manifest", out=folder / "report", quiet=True))
+    report(ReportConfig(manifest=folder / "manifest", out=folder / "report", permutations=0, resamples=100, quiet=True))
     page = (folder / "report" / "report.html").read_text()
     assert f"K={K}; a perfectly calibrated sampler" in page and f"about {ece_floor(K, N, seed=0):.3f}" in page
     export(replace(given, out=folder / "again", reuse=folder / "manifest", keep_fraction=1.0))

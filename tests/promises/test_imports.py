@@ -31,6 +31,7 @@ def test_the_import_contracts_hold() -> None:
         "neurosig",
         "neurosig.export",
         "neurosig.screen",
+        "neurosig.show",
         "neurosig.intervene.__main__",
         "distill.train",
         "distill.evaluate",

@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 COMMANDS = [
     f"{package}.{name}".removesuffix(".")
     for package, names in {
-        "neurosig": ("", "export", "check", "screen", "report", "intervene", "verify"),
+        "neurosig": ("", "export", "check", "screen", "show", "report", "intervene", "verify"),
         "neurosig.organism": ("study", "train"),
         "distill": ("", "train", "evaluate", "merge", "rescore", "compare"),
         "figures": ("", "grid", "grid.evidence", "grid.rescore", "experiments.signal_search"),

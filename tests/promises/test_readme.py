@@ -27,6 +27,7 @@ CONFIGS = {
     "neurosig.check": "CheckConfig",
     "neurosig.report": "ReportConfig",
     "neurosig.screen": "ScreenConfig",
+    "neurosig.show": "ShowConfig",
     "neurosig.locate": "LocateConfig",
     "neurosig.intervene": "InterveneConfig",
     "neurosig.verify": "VerifyConfig",

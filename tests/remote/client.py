@@ -11,7 +11,7 @@ from nnsight.modeling.huggingface import _ID_CACHE
 from nnsight.schema.request import RequestModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from neurosig import trace_neurons
+from neurosig.neurons.backends import trace_neurons
 from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets
 

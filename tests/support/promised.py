@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 
 COMMANDS = (
     *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.intervene", "neurosig.verify"),
-    *("neurosig.screen", "neurosig.locate"),
+    *("neurosig.screen", "neurosig.show", "neurosig.locate"),
     *("neurosig.organism.train", "neurosig.organism.study"),
     *("distill.train", "distill.evaluate", "distill.rescore", "distill.compare"),
     *("figures", "figures.grid", "figures.grid.evidence", "figures.grid.rescore", "figures.experiments.signal_search"),

@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from distill.entropy_gap import TokenEntropies
+from figures.notebook import parts
+from figures.notebook.calibration import calibration_points, calibration_summary, calibration_table
 from figures.notebook.explore import (
     agreement_scatter,
     auroc_forest,
-    calibration_summary,
-    calibration_table,
+    dose_curves,
     entropy_curves,
-    gap_scatter,
+    outcome_strips,
     reliability_diagrams,
     silhouettes,
     similarity_map,
 )
 from figures.notebook.runs import another_selection
+from figures.style import use_style
 from neurosig.report.signal_table import Signal, SignalRow
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.metrics import Interval, ece
-from neurosig.statistics.regression import line_fit
 from tests.support.flow import make_manifest
 
 
@@ -85,6 +89,24 @@ def test_the_reliability_diagrams_plot_the_accuracy_of_each_number_of_votes(run:
     np.testing.assert_allclose(points, np.column_stack([rows.index / 4, rows]))
 
 
+def test_each_point_has_the_interval_of_its_own_questions(run: Path) -> None:
+    table = calibration_table(run)
+    table = table[(table["scope"] == "in-domain") & (table["method"] == "base")]
+    one = table[table["votes"] == table["votes"].mode()[0]]
+    alone = one.head(1).assign(votes=0)
+    points = calibration_points(pd.concat([one, alone]))
+    assert list(points["n"]) == [1, len(one)] and points[["low", "high"]].isna().all(axis=1).tolist() == [True, False]
+    values, rng = one["accuracy"].to_numpy(), np.random.default_rng(1)
+    draws = values[rng.integers(0, len(values), (20_000, len(values)))].mean(axis=1)
+    np.testing.assert_allclose(
+        points.loc[1, ["low", "high"]].astype(float), np.quantile(draws, [0.025, 0.975]), atol=0.07
+    )
+    assert 0 <= points["low"][1] < points["accuracy"][1] < points["high"][1] <= 1
+    drawn = reliability_diagrams(table, calibration_summary(table, resamples=200)).axes[0].collections[0].get_segments()
+    every = calibration_points(table).dropna()
+    np.testing.assert_allclose([bar[:, 1] for bar in drawn if len(bar)], every[["low", "high"]])
+
+
 def test_without_an_evaluation_there_is_nothing_to_draw(tmp_path: Path) -> None:
     make_manifest(tmp_path)
     with pytest.raises(UserError, match="no finished evaluation"):
@@ -109,6 +131,7 @@ def test_the_similarity_map_shows_its_matrix() -> None:
     np.testing.assert_array_equal(shown[off], similarity[off])
     assert np.ma.getmaskarray(figure.axes[0].images[0].get_array())[~off].all()
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["a b", "c"]
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
 
 
 def test_scatters_plot_every_point() -> None:
@@ -116,12 +139,27 @@ def test_scatters_plot_every_point() -> None:
     points = np.concatenate([np.asarray(part.get_offsets()) for part in figure.axes[0].collections])
     np.testing.assert_array_equal(np.sort(points[:, 1]), [0.3, 0.6, 0.9])
     np.testing.assert_allclose(np.sort(points[:, 0]), [0.25, 0.5, 1.0], atol=0.013)
-    table = pd.DataFrame({"gap": [0.0, 1.0, 2.0], "gain": [0.5, 0.0, 0.25], "policy": ["a", "a", "b"]})
-    fit = line_fit(table["gap"].to_numpy(), table["gain"].to_numpy(), ["p", "q", "r"], resamples=100)
-    axis = gap_scatter(table, fit).axes[0]
-    line = axis.lines[0].get_xydata()
-    np.testing.assert_allclose(line[:, 1], fit.intercept + fit.slope.estimate * np.array([0.0, 2.0]))
-    assert sum(len(part.get_offsets()) for part in axis.collections) == 3
+
+
+def test_every_question_is_in_the_row_of_its_outcome() -> None:
+    table = pd.DataFrame(
+        {
+            "question_id": ["p", "q", "p", "q"],
+            "context": ["a", "a", "b", "b"],
+            "outcome_strict": ["fix", "break", "break", "break"],
+            "entropy_gap": [0.5, 0.25, -0.25, 0.75],
+            "belief_shift": [0.0, 0.1, 0.2, 0.3],
+        }
+    )
+    gap, shift = outcome_strips(table).axes
+    assert [tick.get_text() for tick in gap.get_yticklabels()] == ["fix (n=1)", "break (n=3)"]
+    points = np.concatenate([np.asarray(gap.collections[place].get_offsets()) for place in (0, 1)])
+    np.testing.assert_allclose(points[:, 0], table["entropy_gap"])
+    np.testing.assert_array_equal(points[:, 1].round(), [1, 0, 0, 0])
+    (mean,) = [
+        line.get_xdata() for line in shift.lines if line.get_marker() == "|"
+    ]  # fix has one question: no interval
+    np.testing.assert_allclose(mean, [0.2])
 
 
 def test_entropy_curves_average_over_questions_not_rollouts() -> None:
@@ -145,6 +183,47 @@ def test_the_forest_is_sorted_by_auroc() -> None:
     assert [float(line.get_xdata()[0]) for line in axis.lines[:3]] == [0.4, 0.6, 0.9]
 
 
+def test_a_dose_curve_has_each_groups_change_and_interval() -> None:
+    table = pd.DataFrame({"group": ["located", "layer"], "factor": [0.0, 0.0], "change": [0.5, 0.1]})
+    table = table.assign(change_low=[0.2, 0.0], change_high=[0.9, 0.3], neurons=7, texts=12)
+    axis = dose_curves(table).axes[0]
+    assert [float(one.lines[0].get_ydata()[0]) for one in axis.containers] == [0.5, 0.1]
+    np.testing.assert_allclose(axis.containers[0].lines[2][0].get_segments()[0][:, 1], [0.2, 0.9])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["located", "layer"]
+    assert "7 neurons per group, n=12 texts" in (axis.get_title(), axis.get_title("left"))  # by style
+
+
 def test_the_chosen_number_of_clusters_is_marked() -> None:
     axis = silhouettes(pd.DataFrame({"k": [2, 3, 4], "silhouette": [0.1, 0.3, 0.2]}), 3).axes[0]
     np.testing.assert_array_equal(axis.lines[1].get_xydata(), [[3, 0.3]])
+
+
+def test_pictures_are_drawn_on_given_axes() -> None:
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert silhouettes(pd.DataFrame({"k": [2, 3], "silhouette": [0.1, 0.3]}), 3, ax=left) is figure
+    assert agreement_scatter([0.25], [0.3], ["x"], ax=right) is figure
+    assert left.get_ylabel() == "silhouette" and len(right.collections) == 1
+    assert len(similarity_map(np.ones((2, 2)), ["a", "b"], title="t", ax=right).axes) == 3  # with its colour bar
+
+
+def test_a_notebooks_picture_reads_on_white_and_on_black(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw() -> np.ndarray:
+        canvas = FigureCanvasAgg(silhouettes(pd.DataFrame({"k": [2, 3], "silhouette": [0.1, 0.3]}), 3))
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())
+
+    with matplotlib.rc_context():
+        use_style()
+        paper = draw()
+        monkeypatch.setattr(parts, "_theme", {})
+        parts.notebook_colours()
+        use_style()  # as a figure of the paper, drawn in between, does
+        picture = draw()
+        monkeypatch.undo()
+        np.testing.assert_array_equal(draw(), paper)
+    assert (paper[..., 3] == 255).all() and (paper[0, 0] == 255).all()
+    assert picture[0, 0, 3] == 0 and (picture[..., 3] == 0).mean() > 0.5
+    grey = (np.ptp(picture[..., :3].astype(int), axis=-1) < 8) & (picture[..., 3] == 255)
+    levels = picture[..., :3].mean(axis=-1)[grey]
+    assert levels.min() > 90 and levels.max() < 160  # neither black nor white

@@ -197,7 +197,7 @@ def test_neurons_are_chosen_by_sign(tmp_path: Path) -> None:
         ("layer,index,weight\n0,1,heavy\n", "expected the columns layer, index and weight"),
         ("layer,index,weight\n0,1,1\n3,1,1\n", r"neurons\.csv:3: neuron 1 of layer 3 is outside the model"),
         ("layer,index,weight\n0,1,1\n0,20,1\n", r"neurons\.csv:3: neuron 20 of layer 0 is outside the model"),
-        ("layer,index,weight\n0,1,1\n0,1,1\n", r"neuron 0\.1 appears twice"),
+        ("layer,index,weight\n0,1,1\n0,1,1\n", "neuron L0/1 appears twice"),
         ("layer,index,weight\n", "no neuron with a positive weight"),
         ("layer,index,weight\n0,1,-1\n1,1,0\n", "no neuron with a positive weight"),
     ],

@@ -59,10 +59,10 @@ def test_the_command_writes_tables_that_an_intervention_takes(
     exports: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(LocateConfig(manifest=exports, out=tmp_path / "out", pairs=4, permutations=1, quiet=True))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "located.json").read_text())
-    assert said.index("Power: ") < said.index("Stable over questions")  # what can be found is said first
-    assert all(line in said for line in record["findings"])
+    assert printed.index("Power: ") < printed.index("Stable over questions")  # what can be found is said first
+    assert all(line in printed for line in record["findings"])
     assert {row["left_out"] for row in record["auroc"]} == {"question", "entity", "kind", "domain"}
     groups = {row["left_out"]: row["groups"] for row in record["auroc"]}
     assert (groups["question"], groups["kind"], groups["domain"]) == (80, 4, 2)

@@ -126,7 +126,7 @@ def test_every_command_takes_it_and_names_it(folder: Path, tmp_path: Path, capsy
         report(ReportConfig(manifest=folder / "again", adapter=folder / "run", out=tmp_path, quiet=True))
     assert ExportedRun(folder / "again").loaded.info.adapter == digest
     with pytest.raises(UserError, match=r"made by .* with an adapter, not by .* with this one"):
-        ExportedRun(folder / "again", adapter=folder / "run")
+        _ = ExportedRun(folder / "again", adapter=folder / "run").loaded
 
     verify(VerifyConfig(folder=folder))
     lines = capsys.readouterr().out.splitlines()

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import OPTForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from neurosig import trace_neurons
-from neurosig.neurons.backends import Backend
+from neurosig.neurons.backends import Backend, trace_neurons
 from neurosig.neurons.config import TraceConfig
 from neurosig.neurons.contributions import ActiveSets
 from neurosig.neurons.lens_reader import LensTracer
@@ -262,8 +261,9 @@ def test_a_backend_loads_its_library_only(tmp_path: Path, backend: Backend, othe
     model = save_tiny(tmp_path / "model")
     code = f"""
 import sys, neurosig
+from neurosig.neurons.backends import trace_neurons
 loaded = neurosig.load_model({str(model)!r})
-sets = neurosig.trace_neurons(loaded, [[5, 6]], [[7, 8]], backend={backend!r})
+sets = trace_neurons(loaded, [[5, 6]], [[7, 8]], backend={backend!r})
 print(sets.neuron_ids.shape[0], {backend!r} in sys.modules, {other!r} in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -107,7 +107,7 @@ def test_marking_neurons_by_hand() -> None:
     sets = torch.tensor([[17, 3]] * 6 + [[17, 3]] + [[3, PAD]] * 7 + [[3, 25]] * 2, dtype=torch.int32)
     labels = np.array([0] * 6 + [1] * 10)
     table = marking_neurons(sets, labels, 10, ClusterConfig(max_fdr=0.05))
-    assert table[["cluster", "layer", "index"]].to_numpy().tolist() == [[0, 1, 7]]
+    assert table[["cluster", "layer", "index"]].to_numpy().tolist() == [[1, 1, 7]]
     row = table.iloc[0]
     assert (row["share_in"], row["share_rest"]) == (1.0, 0.1)
     assert row["lift"] == pytest.approx((6.5 / 7) / (1.5 / 11))
@@ -115,7 +115,7 @@ def test_marking_neurons_by_hand() -> None:
     # three neurons in two clusters: six tests, the best of them
     assert row["q"] == pytest.approx(6 * row["p"])
     everything = marking_neurons(sets, labels, 10, ClusterConfig(max_fdr=1.0))
-    assert everything[["cluster", "layer", "index"]].to_numpy().tolist() == [[0, 1, 7], [1, 2, 5], [1, 0, 3]]
+    assert everything[["cluster", "layer", "index"]].to_numpy().tolist() == [[1, 1, 7], [2, 2, 5], [2, 0, 3]]
     assert (everything["lift"] > 1).all()
 
 
@@ -125,7 +125,7 @@ def test_planted_markers_come_first_and_noise_is_not_named() -> None:
     assert len(found.clustering.medoids) == 3
     for cluster in range(3):
         true = int(np.bincount(group[found.clustering.labels == cluster]).argmax())
-        markers = found.markers[found.markers["cluster"] == cluster]
+        markers = found.markers[found.markers["cluster"] == cluster + 1]
         assert markers["layer"].tolist() == [true] * 8 and sorted(markers["index"]) == list(range(8))
         assert markers["lift"].is_monotonic_decreasing
     shuffled = np.random.default_rng(0).permutation(found.clustering.labels)

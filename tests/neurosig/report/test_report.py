@@ -24,9 +24,8 @@ from neurosig.manifest import read_manifest
 from neurosig.patterns.clusters import ClusterConfig, pattern_clusters
 from neurosig.report.__main__ import ReportConfig, main
 from neurosig.report.data import layer_profile, rollout_level
-from neurosig.report.html import visible
 from neurosig.report.patterns import patterns
-from neurosig.runtime.cli import run_command
+from neurosig.runtime.cli import run_command, visible
 from neurosig.runtime.errors import UserError
 from tests.support.exports import BIDI, K, N, write_lines, write_world
 from tests.support.flow import export_config, file_bytes, make_manifest
@@ -163,22 +162,22 @@ def test_visible_keeps_text_and_shows_what_hides() -> None:
     assert visible("a\u200fb\u061cc\r\t\x7f\ufeff\ue000") == r"a\u200fb\u061cc\r\t\x7f\ufeff\ue000"
 
 
-def test_the_same_manifest_gives_the_same_report(world: Path, reported: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_same_manifest_gives_the_same_report(world: Path, tmp_path: Path) -> None:
     """In a process of its own too, which needs neither transformers nor nnsight."""
-    first = file_bytes(reported[0])
+    first = file_bytes(report(world, tmp_path / "first", permutations=2, examples=N))
     code = f"""
 import sys
 from pathlib import Path
 from neurosig.report.__main__ import ReportConfig, main
 early = [name for name in ("numpy", "jinja2", "sklearn") if name in sys.modules]
 run, out = Path({str(world)!r}), Path({str(tmp_path / "again")!r})
-main(ReportConfig(manifest=run, out=out, resamples=300, examples={N}, quiet=True))
+main(ReportConfig(manifest=run, out=out, resamples=300, permutations=2, examples={N}, quiet=True))
 print(early, [name for name in ("transformers", "nnsight", "matplotlib") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[] []"
     assert file_bytes(tmp_path / "again") == first
-    other = file_bytes(report(world, tmp_path / "other", seed=1))
+    other = file_bytes(report(world, tmp_path / "other", seed=1, permutations=2))
     assert other["signals.csv"] != first["signals.csv"]
 
 

@@ -180,7 +180,7 @@ def test_model_text_is_shown_harmlessly() -> None:
     "module",
     [
         *("neurosig.export", "neurosig.check", "neurosig.report", "neurosig.intervene", "neurosig.verify"),
-        *("neurosig.screen", "neurosig.locate", "figures.experiments.screening"),
+        *("neurosig.screen", "neurosig.show", "neurosig.locate", "figures.experiments.screening"),
         *("distill.train", "distill.evaluate", "distill.compare", "figures", "figures.grid"),
     ],
 )

@@ -32,11 +32,12 @@ from neurosig.runtime.shapes import Above0, AtLeast, Shapes, check_config, optio
 from neurosig.sampling.choice_scoring import completions
 from neurosig.screen import ScreenConfig
 from neurosig.selection.rows import manifest_rows
+from neurosig.show import ShowConfig
 from neurosig.views import explorer
 from tests.support.tiny import tiny_model
 
 
-@pytest.mark.parametrize("config_class", [ExportConfig, TrainConfig, EvaluateConfig, ScreenConfig])
+@pytest.mark.parametrize("config_class", [ExportConfig, TrainConfig, EvaluateConfig, ScreenConfig, ShowConfig])
 def test_every_option_has_one_mark(config_class: type) -> None:
     hints = typing.get_type_hints(config_class, include_extras=True)
     for field in fields(config_class):

@@ -77,13 +77,13 @@ def test_stability_and_signs_are_those_of_the_labels(exported: Exported) -> None
     for neuron in neurons.itertuples():
         column = np.searchsorted(scaled.columns, neuron.layer * signals.d_mlp + neuron.index)
         means = scaled.matrix[:, [column]].toarray().reshape(len(rows), K).mean(axis=1)
-        told = agreeing = 0
+        n_kinds = n_agreeing = 0
         for kind in ("even", "odd"):
             members = [i for i, row in enumerate(rows) if row.kind == kind and labels[i] >= 0]
             if min(np.bincount(labels[members], minlength=2)) >= LEAST_QUESTIONS and np.ptp(means[members]) > 0:
-                told += 1
-                agreeing += np.sign(roc_auc_score(labels[members], means[members]) - 0.5) == np.sign(neuron.weight)
-        assert (neuron.kinds, neuron.kinds_agreeing) == (told, agreeing)
+                n_kinds += 1
+                n_agreeing += np.sign(roc_auc_score(labels[members], means[members]) - 0.5) == np.sign(neuron.weight)
+        assert (neuron.kinds, neuron.kinds_agreeing) == (n_kinds, n_agreeing)
     halves = neurons["stability"] * 2 * neuron_table.PAIRS
     assert np.allclose(halves, halves.round(), atol=1e-3) and neurons["stability"].nunique() > 1
     assert neurons["stability"].sum() <= selection_limit(1.0, len(scaled.columns), 0.75)
@@ -99,7 +99,7 @@ def test_pattern_neurons_are_the_markers_of_the_reports_clusters(exported: Expor
     best = markers.groupby(["layer", "index"])["lift"].max()
     for neuron in written.itertuples():
         assert neuron.lift == pytest.approx(best[neuron.layer, neuron.index], rel=1e-5)
-        row = markers.query(f"layer == {neuron.layer} and index == {neuron.index} and cluster == {neuron.cluster - 1}")
+        row = markers.query(f"layer == {neuron.layer} and index == {neuron.index} and cluster == {neuron.cluster}")
         assert row["q"].item() == pytest.approx(neuron.q, rel=1e-5)
 
 

@@ -213,9 +213,9 @@ SAID = {"text": "Answer: x", "finish_reason": "stop"}
             lambda folder: edit_header(folder / "manifest", lambda header: header["dataset"].update(answer="Paris")),
             "manifest: no gold answer in it",
         ),
-        (neurons("2,0,1.0,0.1"), "neurons.csv:3: no neuron 2.0"),
-        (neurons("1,2,1.0,0.1"), "neurons.csv:3: neuron 1.2 appears twice"),
-        (neurons("1,3,nan,0.1"), "neurons.csv:3: neuron 1.3 appears twice or has no finite weight"),
+        (neurons("2,0,1.0,0.1"), "neurons.csv:3: no neuron L2/0"),
+        (neurons("1,2,1.0,0.1"), "neurons.csv:3: neuron L1/2 appears twice"),
+        (neurons("1,3,nan,0.1"), "neurons.csv:3: neuron L1/3 appears twice or has no finite weight"),
         (
             fields("manifest/run.json", lambda record: record["libraries"].update(torch=None)),
             "the record lacks libraries.torch",

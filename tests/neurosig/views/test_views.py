@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,55 +21,15 @@ from neurosig.neurons.token_trace import largest_neurons, trace_tokens, vocabula
 from neurosig.neurons.tracer import NeuronTracer
 from neurosig.patterns.similarity import jaccard
 from neurosig.runtime.errors import UserError
-from neurosig.views.explorer import Choice, Explorer, NeighbourBrowser, NeuronCard, RolloutComparison, TokenLayerMap
+from neurosig.views.explorer import Choice, Explorer, NeighbourBrowser, TokenLayerMap
 from neurosig.views.html import LONGEST, View, bounds, shade
-from neurosig.views.kinds import LayerNeurons, Neighbour, NeuronExample, Side, Tokens, token_label
+from neurosig.views.tokens import LayerNeurons, token_label
 from tests.support.flow import make_manifest, save_tiny
 from tests.support.parsers import UNCUT
 from tests.support.tiny import ARCHS, Arch, tiny_model
+from tests.support.views import HOSTILE, example_views
 
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</style><img src=x onerror=alert(1)>",
-    "\x1b[31mred\x1b[0m",
-    "abc\u202edcb",
-    "costs $x$ or \\(y\\) or $$z$$",
-    "&amp;lt;b&gt; \" ' `",
-    "{{ 7 * 7 }}{% raw %}",
-    "https://example.org/pixel.png",
-    "A" * 1_000_000,
-)
 PROMPT, COMPLETION = [1, 7, 9, 30, 40], [50, 61, 72, 83]
-
-
-def example_views(text: str) -> dict[str, View]:
-    """Every kind of view with this text wherever a model or a file can put text."""
-    texts = [text, " ok", "\n", ""]
-    values = torch.tensor([[0.5, -0.25, 0.125, 0.0], [1.0, 0.75, -1.5, 0.25], [0.0, 0.0, 0.0, 2.0]])
-    tokens = Tokens.of(texts, values[0])
-    heat = TokenLayerMap(text, texts, values, "evidence", "note")
-    side = Side("right", text, tokens, {"probe score": 0.25}, [("1.2", 0.5, -0.75), ("0.3", 0.25, None)])
-    near = Neighbour(text, text, text, 1, True, 0.625, 17, [("1.2", 0.125)])
-    far = Neighbour(text, text, text, 2, False, 0.5, 11, [])
-    return {
-        "map": heat,
-        "layer": LayerNeurons(text, 1, texts, [[3, 1]] * 4, [[0.5, 0.25]] * 4, {3: 0.5}),
-        "card": NeuronCard(
-            4,
-            9,
-            {"weight": 0.5, "stable": False},
-            3,
-            12,
-            0.0625,
-            [(text, 0.5, -0.125)],
-            [(text, 1.5)],
-            [(text, -2.5)],
-            [NeuronExample(text, text, 0.375, tokens)],
-        ),
-        "comparison": RolloutComparison(text, text, (side, side), 0.25, 5, np.array([0.5, 0.125, 0.0])),
-        "neighbours": NeighbourBrowser(text, text, text, text, text, [0], [near, far], 0.375),
-        "choice": Choice("layer", {text[:50]: heat, "other": heat}),
-    }
 
 
 def parsed(view: View) -> BeautifulSoup:
@@ -111,7 +72,7 @@ def test_hostile_model_text_stays_inert(kind: str, text: str) -> None:
     ]
     assert shape[0] == shape[1]
     assert not page.find_all(["script", "img", "iframe", "object", "link", "a", "form"])
-    assert len(page.find_all("style")) == 1
+    assert not page.find_all(["style", "svg"])
     for tag in page.find_all(True):
         assert not any(name.startswith("on") or name in ("href", "src", "srcset") for name in tag.attrs), tag
     assert not any(ord(char) < 32 and char != "\n" for char in html)
@@ -127,9 +88,7 @@ def test_mathjax_finds_no_formula(kind: str) -> None:
     page = parsed(example_views("costs $x$ or \\(y\\)")[kind])
     root = page.find(True)
     assert isinstance(root, Tag) and {"tex2jax_ignore", "mathjax_ignore"} <= set(root["class"])
-    texts = [
-        str(node) for node in page.find_all(string=True) if node.parent is not None and node.parent.name != "style"
-    ]
+    texts = [str(node) for node in page.find_all(string=True)]
     assert any(text == "$" for text in texts)
     for text in texts:
         assert "$" not in text.replace("$", "", 1) and (text == "$" or "$" not in text)
@@ -160,7 +119,7 @@ def test_the_saved_page_forbids_everything_but_its_style(tmp_path: Path) -> None
     page = BeautifulSoup(example_views("x")["card"].save(tmp_path / "card.html").read_text(), "html.parser")
     policy = page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})
     assert isinstance(policy, Tag) and policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-    assert "Neuron 4.9" in page.get_text()
+    assert "Neuron L4/9" in page.get_text()
 
 
 def test_whatever_has_a_background_sets_its_ink() -> None:
@@ -198,32 +157,49 @@ def test_the_heat_map_shows_its_tensor() -> None:
     page = parsed(view)
     rows = page.select("table.map tbody tr")
     found = torch.tensor([[float(cell["title"].rsplit(": ", 1)[1]) for cell in row.select("td")] for row in rows])
-    torch.testing.assert_close(found.flip(0), view.values)
-    assert [cell["title"].split(",")[0] for cell in rows[0].select("td")] == ["layer 2"] * 4
-    assert [cell.get_text() for cell in page.select("tfoot th.token")] == ["plain", "·ok", "⏎", "∅"]
-    styles = [[cell["style"] for cell in row.select("td")] for row in rows]
-    assert styles[1][2] == shade(-1.5, -2.0, 2.0) and len({style for row in styles for style in row}) == 9
+    torch.testing.assert_close(found.T, view.values)
+    assert [cell["title"].split(":")[0] for cell in rows[0].select("td")] == ["L0", "L1", "L2"]
+    assert [row.find("th").get_text() for row in rows] == ["plain", "·ok", "⏎", "∅"]  # type: ignore[union-attr]
+    assert [cell.get_text() for cell in page.select("thead th")] == ["layer", "L0", "L1", "L2"]
+    styles = [[cell["style"].split(";")[2] for cell in row.select("td")] for row in rows]
+    assert styles[2][1] == shade(-1.5, -2.0, 2.0).split(";")[0] and len({one for row in styles for one in row}) == 9
+    assert view.frame().loc[(2, "\n"), "L1"] == -1.5 and view.frame().shape == (4, 3)
 
 
 def test_the_card_shows_its_numbers() -> None:
     page = parsed(example_views("plain")["card"])
     text = " ".join(page.get_text().split())
-    assert "Neuron 4.9 layer 4, index 9" in text and "weighs it +0.500: it points to guessing" in text
+    assert "Neuron L4/9 layer 4, index 9" in text and "weighs it +0.500: it points to guessing" in text
     assert "Active in 3 of 12 rollouts, with a mean contribution of 0.0625" in text
-    assert "weight 0.5; stable no" in text
-    assert page.select_one("tr.raises td").get_text() == "plain +1.500"  # type: ignore[union-attr]
-    assert page.select_one("tr.lowers td").get_text() == "plain -2.500"  # type: ignore[union-attr]
-    assert "0.500 (value below 0)" in text
+    assert "weight 0.5; stable no" in text and "in the 1 rollouts below, not in all" in text
+    assert "plain 0.500, value -0.125" in text
     assert [token["title"] for token in page.select(".example .token")] == ["0.5", "-0.25", "0.125", "0"]
+    assert ["border-bottom" in token["style"] for token in page.select(".example .token")] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_value_below_0_pushes_the_other_way() -> None:
+    page = parsed(example_views("plain")["card"])
+    rows = [[" ".join(cell.get_text().split()) for cell in row.select("th, td")] for row in page.select("tr[class]")]
+    assert rows == [
+        ["below 0 (at 2 of the 3 tokens)", "plain +2.500", "plain -1.500"],
+        ["above 0 (at 1 of the 3 tokens)", "plain +1.500", "plain -2.500"],
+    ]
 
 
 def test_the_comparison_shows_both_sides() -> None:
     page = parsed(example_views("plain")["comparison"])
     assert len(page.select(".side")) == 2 and len(page.select(".side .token")) == 8
-    text = " ".join(page.get_text().split())
-    assert "Jaccard similarity 0.250, 5 neurons shared" in text and "1.2 0.500, weight -0.75, 0.3 0.250" in text
-    assert [bar.title.string for bar in page.select("svg rect")] == ["layer 0: 0.5", "layer 1: 0.125", "layer 2: 0"]
-    assert [float(str(bar["height"])) for bar in page.select("svg rect")] == [32.0, 8.0, 0.0]
+    assert "Jaccard similarity 0.250, 5 neurons shared" in " ".join(page.get_text().split())
+    rows = [[cell.get_text() for cell in row.select("td")] for row in page.select("table.larger")[0].select("tbody tr")]
+    assert rows == [["L1/2", "0.5000", "0.2500", "-0.75"], ["L0/3", "0.2500", "0.0000", ""]]
+    cells = page.select(".by-layer .cell")
+    assert [cell.get_text() for cell in cells] == ["L0 0.50", "L1 0.12", "L2 0.00"]
+    assert all(shade(value, 0.0, 1.0) in cell["style"] for cell, value in zip(cells, (0.5, 0.125, 0.0), strict=True))
 
 
 def test_the_browser_shows_context_and_reasons() -> None:
@@ -232,10 +208,11 @@ def test_the_browser_shows_context_and_reasons() -> None:
         [cell.get_text(" ", strip=True) for cell in row.select("td")]
         for row in page.select("table.neighbours tbody tr")
     ]
-    assert rows[0][:3] == ["1 context", "0.6250", "17"] and rows[0][5] == "1.2 12%"
+    assert rows[0][:3] == ["1 context", "0.6250", "17"] and rows[0][5] == "L1/2 12%"
     assert rows[1][:3] == ["2", "0.5000", "11"] and rows[1][5] == "none"
     assert len(page.select("ol li")) == 1
-    assert "0.375 on average" in page.get_text()
+    assert "0.375 on average" in page.get_text() and "the same scale for every question: 0" in page.get_text()
+    assert shade(0.625, 0.0, 1.0) in page.select("table.neighbours tbody td")[1]["style"]
 
 
 # Sliders
@@ -265,7 +242,7 @@ def test_a_slider_changes_what_is_shown() -> None:
     views = {str(layer): example_views(f"layer {layer}")["map"] for layer in range(3)}
     choice = Choice("layer", views, start="1")
     control, shown = choice.widget().children
-    assert control.value == "1" and "layer 1" in BeautifulSoup(shown.value, "html.parser").h4.get_text()  # type: ignore[union-attr]
+    assert control.value == "1" and "layer 1" in BeautifulSoup(shown.value, "html.parser").p.get_text()  # type: ignore[union-attr]
     control.value = "2"
     assert shown.value == views["2"]._repr_html_()
     bundle = choice._repr_mimebundle_()
@@ -320,7 +297,7 @@ def test_the_effect_on_the_vocabulary_is_what_a_value_of_one_adds_before_the_nor
     effect = vocabulary_effect(tracer, 1, 5)
     direction = w_out(model, ffn_sites(model).layers[1])[5]
     torch.testing.assert_close(effect, model.get_output_embeddings()(direction).detach())
-    with pytest.raises(UserError, match=r"neuron 2\.5: the model has layers 0 to 1"):
+    with pytest.raises(UserError, match=r"neuron L2/5: the model has layers 0 to 1"):
         vocabulary_effect(tracer, 2, 5)
 
 
@@ -341,21 +318,44 @@ def test_the_explorer_finds_the_exports_own_numbers(explorer: Explorer) -> None:
     name = explorer.selected[0]
     row, rollout = explorer.row(name), explorer.rollout(name, 1)
     view = explorer.heat_map(name, 1)
-    place = explorer.place[name, 1]
-    active = explorer.active(place)
-    stored = explorer.signals.contributions[place].float().view(2, -1).mean(dim=1)  # layer_mean: equally many per layer
+    place = explorer.exported.place[name, 1]
+    active, signals = explorer.active(rollout), explorer.exported.signals
+    stored = signals.contributions[place].float().view(2, -1).mean(dim=1)  # layer_mean: equally many per layer
     torch.testing.assert_close(view.values.mean(dim=1), stored, rtol=2e-3, atol=1e-4)
     assert view.question == row.question and len(view.tokens) == len(rollout.completion_ids_without_eos)
-    assert active.sum() == (explorer.signals.neuron_ids[place] != PAD).sum()
+    assert active.sum() == (signals.neuron_ids[place] != PAD).sum()
+    assert "rollout 1 (3 from 0)" in view.which and view.note.startswith("Mean over the layer's active neurons of CETT")
+
+
+def test_a_rollout_sampled_now_is_shown_and_not_the_representative(explorer: Explorer) -> None:
+    name, other = explorer.selected[:2]
+    stored = explorer.rollout(name, 0)
+    made = replace(stored, text="another", completion_ids=stored.completion_ids[::-1])
+    view = explorer.heat_map(name, made)
+    assert view.which == "a rollout that is not in the export: another"
+    assert view.tokens == explorer.texts(made.completion_ids_without_eos)
+    sets = explorer.tracer.trace([explorer.prompt_ids(name)], [made.completion_ids_without_eos])
+    torch.testing.assert_close(
+        view.values.mean(dim=1), sets.contributions.view(2, -1).mean(dim=1), rtol=2e-3, atol=1e-4
+    )
+    with pytest.raises(UserError, match=f'answers question "{name}", not "{other}"'):
+        explorer.heat_map(other, made)
+
+
+def test_layers_start_where_the_probe_has_most_evidence(explorer: Explorer) -> None:
+    name = explorer.selected[0]
+    evidence = explorer.heat_map(name, 0, quantity="evidence").values.abs().sum(dim=1)
+    choice = explorer.layers(name, 0)
+    assert choice.first == str(int(evidence.argmax())) and evidence.max() > 0
 
 
 def test_evidence_is_weight_times_contribution(explorer: Explorer) -> None:
     name = explorer.selected[0]
     trace, view = explorer.trace(name, 0), explorer.heat_map(name, 0, quantity="evidence")
     expected = torch.zeros_like(view.values)
-    ids, values = explorer.signals.neuron_ids, explorer.signals.contributions.float()
+    ids, values = explorer.exported.signals.neuron_ids, explorer.exported.signals.contributions.float()
     for layer, index, weight in ((0, 3, 0.5), (1, 7, -0.25), (1, 2, 0.125)):
-        contributions = values[ids == layer * explorer.signals.d_mlp + index]
+        contributions = values[ids == layer * explorer.exported.signals.d_mlp + index]
         if len(contributions):
             expected[layer] += weight / contributions.max() * trace.contributions[layer, :, index]
     torch.testing.assert_close(view.values, expected, rtol=1e-3, atol=1e-5)
@@ -372,7 +372,11 @@ def test_layers_cover_the_model(explorer: Explorer) -> None:
 
 
 def test_the_card_of_a_neuron(explorer: Explorer) -> None:
-    ids, values, d_mlp = explorer.signals.neuron_ids, explorer.signals.contributions.float(), explorer.signals.d_mlp
+    ids, values, d_mlp = (
+        explorer.exported.signals.neuron_ids,
+        explorer.exported.signals.contributions.float(),
+        explorer.exported.signals.d_mlp,
+    )
     flat = int(ids.flatten().mode().values)  # the neuron most often active
     card = explorer.neuron(flat // d_mlp, flat % d_mlp, examples=2, tokens=5)
     assert (card.active, card.rollouts) == (int((ids == flat).sum()), len(ids))
@@ -407,8 +411,13 @@ def test_the_comparison_of_two_rollouts(explorer: Explorer) -> None:
         for b in keys
         if (row.answers[a], row.answers[b]) == (view.sides[0].answer, view.sides[1].answer)
     ]
-    sets = {k: explorer.signals.neuron_ids[explorer.place[name, k]] for k in keys}
+    sets = {k: explorer.exported.signals.neuron_ids[explorer.exported.place[name, k]] for k in keys}
     assert any(view.similarity == pytest.approx(float(jaccard(sets[a][None], sets[b][None]))) for a, b in pairs)
+    for side, other in (view.sides, view.sides[::-1]):
+        assert [row[1] - row[2] for row in side.larger] == sorted(
+            (row[1] - row[2] for row in side.larger), reverse=True
+        )
+        assert side.larger[0][1] > side.larger[0][2] and side.larger != other.larger
     either = 2 * int((sets[0] != PAD).sum()) - view.shared
     assert view.similarity == pytest.approx(view.shared / either)
     assert view.by_layer.shape == (2,)
@@ -416,7 +425,7 @@ def test_the_comparison_of_two_rollouts(explorer: Explorer) -> None:
 
 def test_gold_answers_turn_majorities_into_verdicts(explorer: Explorer) -> None:
     judged = Explorer(explorer.manifest.folder, model=explorer.loaded)
-    name = next(iter(judged.rows))
+    name = next(iter(judged.exported.rows))
     assert judged.verdict(judged.row(name), 0) == "wrong" and judged.compare(name, 0, 1).gold == "GOLD0"
     assert not explorer.gold and not judged.contrasting  # every rollout of a random model is wrong
     with pytest.raises(UserError, match="same verdict"):
@@ -440,18 +449,20 @@ def test_neighbours_agree_with_the_manifest(explorer: Explorer) -> None:
 
 def test_shared_neurons_are_shared_and_the_rarest_come_first(explorer: Explorer) -> None:
     name = explorer.selected[0]
-    own_set = set(explorer.signals.neuron_ids[explorer.place[name, explorer.representative(name)]].tolist())
+    own_set = set(
+        explorer.exported.signals.neuron_ids[explorer.exported.place[name, explorer.representative(name)]].tolist()
+    )
     for neighbour in explorer.neighbours(name).neighbours:
-        named = [tuple(map(int, text.split("."))) for text, _ in neighbour.reasons]
-        assert {layer * explorer.signals.d_mlp + index for layer, index in named} <= own_set
+        named = [tuple(map(int, text[1:].split("/"))) for text, _ in neighbour.reasons]
+        assert {layer * explorer.exported.signals.d_mlp + index for layer, index in named} <= own_set
         shares = [share for _, share in neighbour.reasons]
-        assert shares == sorted(shares) and all(2 / len(explorer.rows) <= share <= 1 for share in shares)
+        assert shares == sorted(shares) and all(2 / len(explorer.exported.rows) <= share <= 1 for share in shares)
 
 
 def test_a_choice_over_questions_and_neurons(explorer: Explorer) -> None:
     chosen = explorer.choice(explorer.neighbours, explorer.selected[:3])
     assert len(chosen.views) == 3 and all(isinstance(view, NeighbourBrowser) for view in chosen.views.values())
-    assert list(explorer.cards(explorer.located).views) == ["0.3", "1.7", "1.2"]
+    assert list(explorer.cards(explorer.located).views) == ["L0/3", "L1/7", "L1/2"]
 
 
 def test_what_is_not_there_is_an_error(explorer: Explorer) -> None:
@@ -463,4 +474,4 @@ def test_what_is_not_there_is_an_error(explorer: Explorer) -> None:
 
 def test_another_model_is_refused(explorer: Explorer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give the model that made it"):
-        Explorer(explorer.manifest.folder, model=str(save_tiny(tmp_path, seed=1)))
+        _ = Explorer(explorer.manifest.folder, model=str(save_tiny(tmp_path, seed=1))).loaded

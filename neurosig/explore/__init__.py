@@ -1,0 +1,1 @@
+"""A notebook's way in: trace texts, look at their neurons, change them."""
