@@ -117,7 +117,10 @@ def tried_name(method: str, source: str, learning_rate: float) -> str:
 def trained_cells(
     config: GridConfig, sources: Mapping[str, str], targets: Mapping[str, str], chosen: Mapping[str, Try]
 ) -> list[Cell]:
-    """Every method of ``chosen`` on every source with every seed; all cells of the first seed come first."""
+    """Every method of ``chosen`` on every source with every seed; all cells of the first seed come first.
+
+    A try is a training with the first seed, which is not repeated.
+    """
     return [
         _trained_cell(config, method, source, seed, sources[source], targets, chosen[method])
         for seed in (*config.seeds, *config.more_seeds)
@@ -131,7 +134,8 @@ def _trained_cell(
     config: GridConfig, name: str, source: str, seed: int, questions: str, targets: Mapping[str, str], chosen: Try
 ) -> Cell:
     cell = f"{name}--{source}--seed{seed}"
-    folder = config.out / "cells" / cell
+    tried = bool(config.learning_rates) and seed == config.seeds[0]
+    folder = config.out / (f"tries/{tried_name(name, source, chosen.learning_rate)}" if tried else f"cells/{cell}")
     adapter = {"adapter": chosen.adapter(folder / "train")}
     train = _training(config, name, source, questions, folder, seed, chosen)
     return Cell(cell, [*train, *_evaluations(config, cell, targets, adapter)])

@@ -68,7 +68,7 @@ def collect(out: Path, targets: Sequence[str], allow_difference: Sequence[str] =
                 known = {**run_columns(run, summary), "target": target}
                 rows += [{**row, **known} for row in sampled]
                 texts += rollout_rows(folder, known)
-                results.append({**_key(run, target), **_aggregates(folder), **_training(cell / "train" / "train.json")})
+                results.append({**_key(run, target), **_aggregates(folder), **_training(out, folder)})
     write_atomic(out / RESULTS, _csv(results))
     if not rows:
         return ""
@@ -145,13 +145,21 @@ def _aggregates(folder: Path) -> dict[str, Any]:
     return row | {"temperature": config["temperature"], EVALUATION_SEED: config["seed"]}
 
 
-def _training(record: Path) -> dict[str, Any]:
-    if not record.is_file():
+def _training(out: Path, evaluation: Path) -> dict[str, Any]:
+    """What the training of the evaluated adapter spent, and after which step the adapter was taken."""
+    adapter = json.loads((evaluation / "summary.json").read_text(encoding="utf-8"))["config"]["adapter"]
+    parts = Path(adapter or "").parts  # of a grid that may have been moved: .../cells or tries/CELL/train/...
+    if "train" not in parts:
         return {}
-    trained = json.loads(record.read_text(encoding="utf-8"))
+    end = len(parts) - parts[::-1].index("train")
+    folder = out.joinpath(*parts[end - 3 : end])
+    trained = json.loads((folder / "train.json").read_text(encoding="utf-8"))
     row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {})}
-    with (record.parent / METRICS_FILE).open(encoding="utf-8") as lines:
-        gaps = [gap for line in lines if (gap := json.loads(line).get("entropy_gap")) is not None]
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    row["seconds"] = sum(value for line in lines for name, value in line.items() if name.startswith("seconds_"))
+    step = parts[-1].removeprefix("step-")
+    row["adapter_step"] = int(step) if step.isdigit() else trained["updates"]
+    gaps = [gap for line in lines if (gap := line.get("entropy_gap")) is not None]
     return row | ({"first_entropy_gap": gaps[0]} if gaps else {})
 
 

@@ -87,9 +87,18 @@ def test_the_best_mean_over_the_sources_is_chosen_and_all_tries_are_kept(tmp_pat
     assert kept == {("probe", 5e-4, 4), ("ttrl", 1e-4, 2)}
     cells = trained_cells(config, SOURCES, {"red": "red-test.jsonl"}, chosen)
     judged_with = {cell.name: cell.commands[-1].options["adapter"] for cell in cells}
-    place = tmp_path / "cells"
-    assert judged_with["probe--red--seed0"] == place / "probe--red--seed0" / "train" / "adapter"
-    assert judged_with["ttrl--blue--seed0"] == place / "ttrl--blue--seed0" / "train" / "checkpoints" / "step-000002"
+    assert judged_with["probe--red--seed0"] == tmp_path / "tries" / "probe--red--lr0.0005" / "train" / "adapter"
+    kept = tmp_path / "tries" / "ttrl--blue--lr0.0001" / "train"
+    assert judged_with["ttrl--blue--seed0"] == kept / "checkpoints" / "step-000002"
+
+
+def test_the_first_seed_is_trained_once(tmp_path: Path) -> None:
+    config = config_in(tmp_path, methods=("probe",), seeds=(3,), more_seeds=(4,), more_seeds_for=("probe",))
+    tried = {cell.name: cell for cell in tried_cells(config, SOURCES, DEV)}
+    cells = trained_cells(config, SOURCES, {"red": "red-test.jsonl"}, {"probe": Try(5e-4, 4, 4)})
+    first, other = (next(c for c in cells if c.name == f"probe--red--seed{seed}") for seed in (3, 4))
+    assert first.commands[:2] == tried[tried_name("probe", "red", 5e-4)].commands[:2]
+    assert other.commands[1].out == tmp_path / "cells" / "probe--red--seed4" / "train"
 
 
 def test_sources_without_development_questions_are_refused(tmp_path: Path) -> None:
