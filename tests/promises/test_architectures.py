@@ -28,8 +28,8 @@ from neurosig.sampling.config import SamplingConfig
 from neurosig.sampling.sampler import Prompt, sample
 from tests.support.architectures import ARCHITECTURES, models_table, save
 from tests.support.flow import export_config, write_questions
+from tests.support.pages import section
 from tests.support.parsers import UNCUT
-from tests.support.paths import ROOT
 from tests.support.runs import metrics_of, train_config
 from tests.support.sampling import draw, prompts
 from tests.support.tiny import D_MODEL
@@ -122,4 +122,4 @@ def test_a_whole_export_and_training(folder: tuple[str, Path], tmp_path: Path) -
 
 def test_the_readme_has_the_table_of_these_tests() -> None:
     """``python -m tests.support.architectures`` prints it."""
-    assert models_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert models_table() in section("Which models")

@@ -1,4 +1,4 @@
-"""Commands, make targets, tests and files that the README names exist."""
+"""Commands, make targets, tests, files and numbers on the project's pages are real."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from neurosig.runtime.arguments import parse_config
 from neurosig.statistics.vote_table import GRADINGS
 from tests.benchmarks import memory
 from tests.support.commands import command_module
+from tests.support.pages import PAGES, README, section, words
 from tests.support.paths import FIGURE_DATA, ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+EVERYTHING = "\n".join(PAGES.values())
 CONFIGS = {
     "neurosig.export": "ExportConfig",
     "neurosig.check": "CheckConfig",
@@ -39,10 +40,10 @@ CONFIGS = {
 
 
 def commands() -> list[str]:
-    """The lines of the README's sh blocks, continued lines joined, without comments."""
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", " ")
+    """The lines of the pages' sh blocks, each once, continued lines joined, without comments."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", EVERYTHING, flags=re.DOTALL)).replace("\\\n", " ")
     lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in blocks.splitlines())
-    return [" ".join(line.removeprefix("$ ").split()) for line in lines if line]
+    return list(dict.fromkeys(words(line.removeprefix("$ ")) for line in lines if line))
 
 
 @pytest.mark.parametrize(
@@ -65,25 +66,44 @@ def test_every_command_parses(command: str) -> None:
     parse_config(getattr(loaded, CONFIGS[module]), presets=getattr(loaded, "PRESETS", {}), prog=module, argv=argv)
 
 
+def test_every_link_leads_somewhere() -> None:
+    """Files exist, and headings are those of the page."""
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if link.startswith("http"):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.relative_to(ROOT)}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", PAGES[target], flags=re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in slugs, f"{page.relative_to(ROOT)}: {link}"
+
+
+def test_the_front_page_is_read_in_four_minutes() -> None:
+    assert len(README.splitlines()) <= 230
+
+
 def test_every_make_target_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = set(
-        re.findall(r"\bmake ([a-z][a-z-]+)", "\n".join(commands()) + " ".join(re.findall(r"`([^`]*)`", README)))
+        re.findall(r"\bmake ([a-z][a-z-]+)", "\n".join(commands()) + " ".join(re.findall(r"`([^`\n]*)`", EVERYTHING)))
     )
     assert {"demo", "test"} <= named <= targets
 
 
 def test_every_test_named_as_evidence_exists() -> None:
-    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", README)
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", EVERYTHING)
+    assert len(named) > 40
     for file, name in named:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
 
 
 def layout() -> Iterator[tuple[Path, str]]:
-    """The names under Layout that end in ``/`` or ``.py``, each with the folder of its line or block."""
-    section = README[README.index("## Layout") :]
-    block = section.split("```")[1].partition("\n")[2]
+    """The names under "Where things go" that end in ``/`` or ``.py``, each with the folder of its line or block."""
+    block = section("Where things go").split("```")[1].partition("\n")[2]
     parents: list[tuple[int, Path]] = [(-1, ROOT)]
     for line in block.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -108,7 +128,11 @@ def test_the_layout_names_every_folder_and_what_it_names_exists() -> None:
 
 def test_the_memory_table_is_the_arithmetic() -> None:
     terms = memory.gigabytes(memory.Arithmetic())
-    table = {line.split("|")[1].strip(): line.split("|")[2:5] for line in README.splitlines() if line.startswith("| ")}
+    table = {
+        line.split("|")[1].strip(): line.split("|")[2:5]
+        for line in section("Memory").splitlines()
+        if line.startswith("| ")
+    }
 
     def cells(name: str) -> list[float]:
         return [float(cell) for cell in next(row for head, row in table.items() if head.startswith(name))]
@@ -131,11 +155,11 @@ def test_the_memory_table_is_the_arithmetic() -> None:
 
 def test_what_screening_buys_is_the_committed_table() -> None:
     """Every number with an interval in that section is one of the table's."""
-    section = README[README.index("### Sample where it is worth it") :].partition("\n##")[0]
+    text = section("Sample where it is worth it")
     with (FIGURE_DATA / "screening.csv").open(newline="") as handle:
         rows = [[row[name] for name in ("value", "low", "high")] for row in csv.DictReader(handle) if row["low"]]
     numbers = [[float(number) for number in row] for row in rows]
-    named = re.findall(r"(\d*\.\d+) \[(\d*\.\d+), (\d*\.\d+)\]", section)
+    named = re.findall(r"(\d*\.\d+) \[(\d*\.\d+), (\d*\.\d+)\]", text)
     assert len(named) >= 8
     for found in named:
         digits = len(found[0].partition(".")[2])
@@ -144,7 +168,7 @@ def test_what_screening_buys_is_the_committed_table() -> None:
 
 
 def test_what_the_published_selectors_select_is_the_committed_table() -> None:
-    text = " ".join(README[README.index("Of the majorities that each selects") :].partition("\n###")[0].split())
+    text = words(section("What published selectors select"))
     table = pd.read_csv(FIGURE_DATA / "selectors.csv")
     table = table[table["model"] == "smollm2-135m"].drop(columns=["model", "questions"])
     strict, lenient = (table[table["grading"] == grading].drop(columns="grading") for grading in GRADINGS)
@@ -161,7 +185,7 @@ def test_what_the_published_selectors_select_is_the_committed_table() -> None:
 
 def test_what_scaling_neurons_does_is_in_the_committed_tables() -> None:
     """Every number with an interval in that section is a change, a difference or a value of one of the two runs."""
-    section = README[README.index("### Do the located neurons cause anything?") :].partition("\n##")[0]
+    text = section("Do the located neurons cause anything?")
     rows: list[dict[str, str]] = []
     for name in ("dose_response.csv", "dose_response_pilot.csv"):
         with (FIGURE_DATA / name).open(newline="") as handle:
@@ -170,14 +194,14 @@ def test_what_scaling_neurons_does_is_in_the_committed_tables() -> None:
         [row[f"{name}{end}"] for end in ("", "_low", "_high")] for row in rows for name in ("change", "difference")
     ]
     known = {tuple(round(float(number), 3) for number in cell) for cell in cells if cell[0]}
-    named = re.findall(r"([+-]\.\d+) \[(-?\.\d+), (-?\.\d+)\]", section)
+    named = re.findall(r"([+-]\.\d+) \[(-?\.\d+), (-?\.\d+)\]", text)
     assert len(named) >= 8
     assert {tuple(float(number) for number in found) for found in named} <= known
 
 
 def test_what_is_located_over_kinds_is_the_committed_record() -> None:
     record = json.loads((FIGURE_DATA / "located_over_kinds.json").read_text())
-    text = README[README.index("- **Over twelve kinds") :].partition("\n- **")[0]
+    text = section("What the neurons say").partition("- **Over twelve kinds")[2].partition("\n- **")[0]
     question, _, kind, domain = record["auroc"]
     stated = [question["auroc"], question["null"], kind["auroc"], domain["auroc"]]
     stated += [row["within"] for row in (question, kind, domain)]
@@ -198,7 +222,7 @@ def test_where_locating_fails_is_the_committed_table() -> None:
     def total(data: str, column: str) -> int:
         return sum(int(row[column]) for row in rows if row["data"] == data)
 
-    text = " ".join(README[README.index("**where it fails**") : README.index("![Planted neurons]")].split())
+    text = words(section("What the neurons say").partition("**where it fails**")[2])
     nearly = "half, nearly decisive"
     for sentence in (
         f"{total('no decoys', 'stable_planted')} of 40 planted neurons are stable",
@@ -214,11 +238,11 @@ def test_where_locating_fails_is_the_committed_table() -> None:
 
 def test_numbers_of_the_signal_search_are_those_of_its_table() -> None:
     """Each interval is one of the table's; as many tests add as it says, and the rule keeps the default."""
-    section = " ".join(README.partition("### Looking for more, honestly")[2].partition("\n#")[0].split())
+    text = words(section("Looking for more, honestly"))
     table = pd.read_csv(FIGURE_DATA / "signal_search.csv")
     known = [table[[name, f"{name}_low", f"{name}_high"]].dropna() for name in ("auroc", "over_vote", "over_default")]
     rows = {tuple(f"{number:.3f}" for number in row) for part in known for row in part.to_numpy()}
-    named = re.findall(r"([+-]?\.\d+)\s\[(-?\.\d+), (-?\.\d+)\]", section)
+    named = re.findall(r"([+-]?\.\d+)\s\[(-?\.\d+), (-?\.\d+)\]", text)
     assert len(named) == 6
     for found in named:
         assert tuple(f"{float(number):.3f}" for number in found) in rows, found
@@ -228,13 +252,11 @@ def test_numbers_of_the_signal_search_are_those_of_its_table() -> None:
         own = [adds(tests, base) for base in ("over_vote", "over_outputs")]
         counts[stage] = len(tests), *(int(one.sum()) for one in own)
     assert counts == {"search": (640, 2, 0), "confirmation": (60, 0, 0)}
-    assert "of 640 tests 2 add" in section and "none of 60 tests adds" in section
-    assert (
-        f"{table.loc[table['stage'] == 'search', 'variant'][table['role'] == 'tried'].nunique()} annotation" in section
-    )
+    assert "of 640 tests 2 add" in text and "none of 60 tests adds" in text
+    assert f"{table.loc[table['stage'] == 'search', 'variant'][table['role'] == 'tried'].nunique()} annotation" in text
     mean = table[(table["task"] == "mean over the tasks") & (table["stage"] == "confirmation")]
     mean = mean[(mean["role"] == "tried") & (mean["event"] == "majority is right")]
-    assert (mean["over_default_low"] < 0).all() and "**The defaults stay.**" in section
+    assert (mean["over_default_low"] < 0).all() and "**The defaults stay.**" in text
     assert [ExportConfig.positions, ExportConfig.probe_labels, ExportConfig.probe_values] == [
         "answer",
         "agreement",

@@ -15,6 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.support.flow import save_tiny, write_questions
+from tests.support.pages import section
 from tests.support.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -140,12 +141,11 @@ def test_the_readme_s_notebook_runs_as_written(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the small run in the place of ``make demo``'s."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## In a notebook")[2]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(workplace / "run", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     seen: dict[str, Any] = {}
-    exec(section.partition("```python\n")[2].partition("```")[0], seen)
+    exec(section("Ten lines of Python").partition("```python\n")[2].partition("```")[0], seen)
     assert seen["probe"].auroc > 0.8 and len(seen["probe"].neurons)
     assert 0 < len(seen["export"].questions) == len(seen["export"].scores)
 
