@@ -50,8 +50,9 @@ def main(config: GridConfig) -> None:
     sources = _by_domain(config.sources, "--sources")
     targets = _by_domain(config.targets or config.sources, "--targets")
     dev = _by_domain(config.dev, "--dev")
-    _check(config)
-    judging = _dev_of_sources(config, sources, dev)
+    _check(config, sources)
+    tuning = {name: sources[name] for name in config.tuning_sources or sources}
+    judging = _dev_of_sources(config, tuning, dev)
     check_installed("figures.grid", *EXTRAS["signals"])
     with output_folder(config.out, finished=RESULTS, owned=(), resume=True, overwrite=False):
         _keep_settings(config, {"sources": sources, "targets": targets, "dev": dev})
@@ -59,8 +60,8 @@ def main(config: GridConfig) -> None:
         failed = []
         for folder, cells_of in (
             ("cells", lambda: untrained_cells(config, targets, dev)),
-            ("tries", lambda: tried_cells(config, sources, judging)),
-            ("cells", lambda: trained_cells(config, sources, targets, choose(config, sources))),
+            ("tries", lambda: tried_cells(config, tuning, judging)),
+            ("cells", lambda: trained_cells(config, sources, targets, choose(config, tuning))),
         ):
             cells = cells_of()
             _check_finished(cells)
@@ -91,7 +92,7 @@ def _by_domain(values: Sequence[str], flag: str) -> dict[str, str]:
 
 
 def _dev_of_sources(config: GridConfig, sources: Mapping[str, str], dev: Mapping[str, str]) -> dict[str, str]:
-    """Source -> its development questions."""
+    """Source of the tries -> its development questions."""
     found = {name: dev.get(name, f"{name}:dev" if questions == name else "") for name, questions in sources.items()}
     if missing := [name for name, questions in found.items() if not questions and config.learning_rates]:
         raise UserError(
@@ -100,10 +101,12 @@ def _dev_of_sources(config: GridConfig, sources: Mapping[str, str], dev: Mapping
     return found
 
 
-def _check(config: GridConfig) -> None:
+def _check(config: GridConfig, sources: Mapping[str, str]) -> None:
     unknown = [name for name in (*config.methods, *config.more_seeds_for, *config.methods_train) if name not in METHODS]
     if unknown:
         raise UserError(f"method {unknown[0]}: expected one of {', '.join(METHODS)}")
+    if unknown := [name for name in config.tuning_sources if name not in sources]:
+        raise UserError(f"--tuning-sources {unknown[0]}: expected domains of --sources: {', '.join(sources)}")
     if not config.evaluation_seeds:
         raise UserError("--evaluation-seeds: give at least one")
     if "seed" in config.evaluate:

@@ -91,7 +91,7 @@ def tries(config: GridConfig, method: str) -> list[Try]:
 
 
 def tried_cells(config: GridConfig, sources: Mapping[str, str], dev: Mapping[str, str]) -> list[Cell]:
-    """Every try of every method on every source, judged on the source's development questions."""
+    """Every try of every method on each of the sources, judged on the source's development questions."""
     seed = config.seeds[0]
     found: dict[str, Cell] = {}
     for method in config.methods if config.learning_rates else ():
@@ -134,7 +134,7 @@ def _trained_cell(
     config: GridConfig, name: str, source: str, seed: int, questions: str, targets: Mapping[str, str], chosen: Try
 ) -> Cell:
     cell = f"{name}--{source}--seed{seed}"
-    tried = bool(config.learning_rates) and seed == config.seeds[0]
+    tried = bool(config.learning_rates) and seed == config.seeds[0] and source in (config.tuning_sources or [source])
     folder = config.out / (f"tries/{tried_name(name, source, chosen.learning_rate)}" if tried else f"cells/{cell}")
     adapter = {"adapter": chosen.adapter(folder / "train")}
     train = _training(config, name, source, questions, folder, seed, chosen)

@@ -97,9 +97,11 @@ class GridConfig(CommonConfig):
     control_temperatures: tuple[float, ...] = (0.1, 0.3, 0.5)
     """Candidates of the temperature control."""
     learning_rates: tuple[Annotated[float, Above0], ...] = ()
-    """Factors on each method's learning rate. Every method is trained with each of them in every source, and judged on
-    the source's development questions after half of its steps and at the end; the pair with the best mean Avg@K is the
-    method's in the whole grid. Default: the learning rate as it is, all steps."""
+    """Factors on each method's learning rate. Every method is trained with each of them in every one of
+    --tuning-sources, and judged on the source's development questions after half of its steps and at the end; the pair
+    with the best mean Avg@K is the method's in the whole grid. Default: the learning rate as it is, all steps."""
+    tuning_sources: tuple[str, ...] = ()
+    """Domains of --sources in which learning rates are tried; default: all."""
     dev: tuple[str, ...] = ()
     """Labelled development questions that choose temperature and learning rates, given like --sources; default: of the
     bundled targets and sources."""
@@ -121,14 +123,15 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "model": "smollm2-135m",
         "sources": ("geography", "language", "chemistry"),
         "learning_rates": (0.3, 1.0, 3.0),
-        "train": {"steps": 40},
+        "tuning_sources": ("geography",),
+        "train": {"steps": 20},
         "evaluate": {"limit": 100},
-        "methods_train": {  # 640 rollouts each, so that all sample as many tokens; lmsi learns from the export's
-            **{name: {**SMALL, "steps": 80, "num_generations": 1} for name in ("nopsd", "inflow")},
+        "methods_train": {  # 320 rollouts each, so that all sample as many tokens; lmsi learns from the export's
+            **{name: {**SMALL, "steps": 40, "num_generations": 1} for name in ("nopsd", "inflow")},
             "canon": SMALL,
             "ttrl": {
                 **{"learning_rate": 2e-4, "num_generations": 4, "questions_per_step": 4, "vote_generations": 8},
-                "steps": 20,
+                "steps": 10,
             },
             "intuitor": {"learning_rate": 5e-5, "num_generations": 4, "questions_per_step": 4},
         },

@@ -99,6 +99,9 @@ def test_the_first_seed_is_trained_once(tmp_path: Path) -> None:
     first, other = (next(c for c in cells if c.name == f"probe--red--seed{seed}") for seed in (3, 4))
     assert first.commands[:2] == tried[tried_name("probe", "red", 5e-4)].commands[:2]
     assert other.commands[1].out == tmp_path / "cells" / "probe--red--seed4" / "train"
+    config = config_in(tmp_path, methods=("probe",), tuning_sources=("red",))
+    cells = trained_cells(config, SOURCES, {"red": "red-test.jsonl"}, {"probe": Try(5e-4, 4, 4)})
+    assert [cell.commands[1].out.parts[-3] for cell in cells] == ["tries", "cells"]
 
 
 def test_sources_without_development_questions_are_refused(tmp_path: Path) -> None:
