@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from neurosig.sampling.sampler import sample
     from neurosig.views.explorer import read_export
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Probe",
     "Traces",

@@ -241,7 +241,7 @@ def test_the_score_of_the_readme_works_as_it_says(tmp_path: Path, monkeypatch: p
         own = [manifest.rollouts[row.question_id, k] for k, one in enumerate(row.answers) if one == row.pseudo_label]
         spread = np.std([rollout.mean_logprob or 0.0 for rollout in own])
         assert row.scores["my_scores:wavering"] == pytest.approx(spread, abs=1e-6)
-    (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    (commands,) = re.findall(r"```sh\n([^`]*my_scores:wavering.*?)```", PAGE, flags=re.DOTALL)
     export_line, report_line = (shlex.split(line)[3:] for line in commands.replace("\\\n", " ").strip().splitlines())
     parse_config(ExportConfig, presets=PRESETS, prog="export", argv=export_line)
     parse_config(ReportConfig, presets={}, prog="report", argv=report_line)

@@ -95,7 +95,7 @@ def test_every_make_target_exists() -> None:
 
 def test_every_test_named_as_evidence_exists() -> None:
     named = re.findall(r"`(tests/\S+\.py)::(\w+)`", EVERYTHING)
-    assert len(named) > 40
+    assert len(named) > 30
     for file, name in named:
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{file}::{name}"
