@@ -199,6 +199,21 @@ def test_what_scaling_neurons_does_is_in_the_committed_tables() -> None:
     assert {tuple(float(number) for number in found) for found in named} <= known
 
 
+def test_what_the_neurons_say_is_the_committed_report() -> None:
+    text = words(section("What the neurons say").partition("- **Forty neurons**")[0])
+    table = pd.read_csv(FIGURE_DATA / "signal_report.csv")
+    columns = ("auroc", "over_vote", "over_outputs")
+    rows = {
+        tuple(f"{row[f'{name}{end}']:.3f}" for end in ("", "_low", "_high"))
+        for name in columns
+        for row in table.to_dict("records")
+    }
+    named = re.findall(r"([+-]?\.\d+) \[(-?\.\d+), (-?\.\d+)\]", text)
+    assert len(named) == 6 and {tuple(f"{float(one):.3f}" for one in found) for found in named} <= rows
+    scores = table[(table["kind"] == "neuron") & (table["level"] == "question")]
+    assert len(scores) == 5 and (scores["over_vote_low"] <= 0).all()
+
+
 def test_what_is_located_over_kinds_is_the_committed_record() -> None:
     record = json.loads((FIGURE_DATA / "located_over_kinds.json").read_text())
     text = section("What the neurons say").partition("- **Over twelve kinds")[2].partition("\n- **")[0]
