@@ -100,6 +100,7 @@ trust: setup ## faults, kills, mutants, fuzzing and fresh installs at full lengt
 	$(RUN) tests.trust.fuzz questions --seconds 300
 	$(RUN) tests.trust.fuzz manifest --seconds 300
 	TORCH="$(TORCH)" $(RUN) tests.trust.installs
+	TORCH="$(TORCH)" $(RUN) tests.trust.front_page
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(TEST_JOBS) -m slow
 	TEST_DEVICE=cpu $(RUN) pytest -m gpu -o addopts=--strict-markers -q tests/promises/test_gpu.py
 
