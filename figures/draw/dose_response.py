@@ -33,7 +33,7 @@ COMPARED = ("change", "change_low", "change_high", "difference", "difference_low
 PANELS = {
     "avg_at_k": "Avg@{k}",
     "no_answer": "no answer or a refusal",
-    "nll": "perplexity of its own samples",
+    "nll": "perplexity of its own rollouts",
     "agreement": "majority's share of the votes",
 }
 
@@ -60,7 +60,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     draws = int(table["draws"].max())
     caption(
         figure,
-        f"factor on the values of {sizes.pop()} neurons; {int(table['n'].iloc[0])} questions, {record['k']} samples "
+        f"factor on the values of {sizes.pop()} neurons; {int(table['n'].iloc[0])} questions, {record["k"]} rollouts "
         f"each, random controls of {draws} draws, seed {record['config']['seed']};\nbars: 95% bootstrap interval of "
         "the change against x1, paired over questions, cut at 0",
     )

@@ -164,7 +164,7 @@ def _draw_votes(axis: Axes, parts: dict[str, pd.DataFrame], facts: dict[str, int
     axis.set_yticks(range(len(votes)), [textwrap.shorten(name, 12, placeholder="…") for name in votes["label"]])
     axis.set(ylim=(len(votes) - 0.4, -0.6), xlim=(0, 1.2 * float(votes["value"].max())), xticks=[])
     axis.spines["bottom"].set_visible(False)
-    axis.set_xlabel(f"votes of {facts['samples']} samples", fontsize=SMALL, labelpad=3)
+    axis.set_xlabel(f"votes of {facts['samples']} rollouts", fontsize=SMALL, labelpad=3)
     question = textwrap.shorten(str(parts["question"]["label"].iloc[0]), 38, placeholder=" …")
     axis.text(LEFT, 1.03, question, fontsize=SMALL, color=Colour.TEXT, transform=axis.transAxes, va="bottom")
 

@@ -1,7 +1,7 @@
 """Reliability diagrams of every evaluation, in the domain that was trained on and across domains.
 
 Reads ``eval/*`` and ``manifest`` of a results folder; writes ``reliability.pdf``, ``.png`` and the plotted numbers as
-``reliability.csv``. Confidence is the majority's share of the K samples, so each number of votes is a bin.
+``reliability.csv``. Confidence is the majority's share of the K rollouts, so each number of votes is a bin.
 """
 
 from __future__ import annotations

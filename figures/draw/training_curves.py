@@ -32,7 +32,7 @@ PANELS: tuple[tuple[str, str, dict[str, tuple[str, str, str, str]]], ...] = (
             "entropy_gap": ("gap", Colour.CONTROL, "s", ":"),
         },
     ),
-    ("length of the student's samples", "tokens, mean", {"mean_length": ("length", Colour.OURS, "D", "-")}),
+    ("length of the student's rollouts", "tokens, mean", {"mean_length": ("length", Colour.OURS, "D", "-")}),
     ("norm of the gradient", "before clipping", {"grad_norm": ("norm", Colour.OURS, "D", "-")}),
 )
 """Title, axis label, and column -> label, colour, marker and line."""
@@ -67,7 +67,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     caption(
         figure,
         f"one run of {len(table)} steps, {config['questions_per_step']} questions x {config['num_generations']} "
-        f"samples per step, seed {config['seed']}; points: single steps, each on other questions, so no "
+        f"rollouts per step, seed {config['seed']}; points: single steps, each on other questions, so no "
         f"interval;\nlines: centred means of {WINDOW} steps, fewer at the ends",
     )
     return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))

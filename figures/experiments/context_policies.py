@@ -3,7 +3,7 @@
     python -m figures.experiments.context_policies --manifest runs/demo/manifest --out runs/contexts
 
 The manifest's rollouts are selected from again under each policy (`neurosig.export` with ``--reuse``). The teacher
-answers the selected questions on fresh samples, with the same random numbers under every policy, and the entropy gap
+answers the selected questions on fresh rollouts, with the same random numbers under every policy, and the entropy gap
 is measured on the student's own rollouts (`distill.entropy_gap`). Gold answers are read here, to judge only. ``none``
 is the student itself; policies that draw contexts from other pools are measured on the same questions. Each policy's
 measurements are kept in OUT/parts, so a second run resumes the first.
@@ -133,7 +133,7 @@ def summary(points: pd.DataFrame, *, k: int, seed: int) -> pd.DataFrame:
     Args:
         points: Columns ``policy``, ``question``, ``same_kind``, ``teacher``, ``gain``, ``gap``.
         k: Samples per question.
-        seed: Seed of samples and bootstrap.
+        seed: Seed of rollouts and bootstrap.
     """
     import numpy as np
     import pandas as pd
@@ -229,7 +229,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     axes[0].set_ylim(len(table) - 0.5, -0.5)
     caption(
         figure,
-        f"{n} selected questions, {k} fresh samples each, seed {seed}; lines: 95% bootstrap intervals over questions\n"
+        f"{n} selected questions, {k} fresh rollouts each, seed {seed}; lines: 95% bootstrap intervals over questions\n"
         "(paired in the middle); diamonds: chosen by neurons; in brackets: demonstrations of the same kind",
     )
     return save_figure(figure, out, NAME, source.read_text())
