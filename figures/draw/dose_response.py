@@ -60,7 +60,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     draws = int(table["draws"].max())
     caption(
         figure,
-        f"factor on the values of {sizes.pop()} neurons; {int(table['n'].iloc[0])} questions, {record["k"]} rollouts "
+        f"factor on the values of {sizes.pop()} neurons; {int(table['n'].iloc[0])} questions, {record['k']} rollouts "
         f"each, random controls of {draws} draws, seed {record['config']['seed']};\nbars: 95% bootstrap interval of "
         "the change against x1, paired over questions, cut at 0",
     )
