@@ -225,8 +225,8 @@ def _sizes(grid: Grid, ours: dict[str, Table]) -> str:
     control = "" if CONTROL in {row.method for row in rows} else " There is no control of the sampling temperature."
     return (
         f"Questions: {n}; K={grid.k}. Training seeds (the fewest over the sources): {seeds or 'none'}. Intervals: 95% "
-        f"percentile bootstrap, training seeds and then questions with all their rollouts, paired ({RESAMPLES:,} draws, "
-        f"seed {SEED}), {evaluation_text(grid.evaluations)}. {coverage_text(grid)}{control}"
+        f"percentile bootstrap, training seeds and then questions with all their rollouts, paired ({RESAMPLES:,} "
+        f"draws, seed {SEED}), {evaluation_text(grid.evaluations)}. {coverage_text(grid)}{control}"
     )
 
 
