@@ -214,6 +214,16 @@ def test_what_the_neurons_say_is_the_committed_report() -> None:
     assert len(scores) == 5 and (scores["over_vote_low"] <= 0).all()
 
 
+def test_what_contexts_do_is_the_committed_table() -> None:
+    text = words(section("What the neurons say").partition("- **A context helps by")[2].partition("- **")[0])
+    table = pd.read_csv(FIGURE_DATA / "context_policies.csv").set_index("policy")
+    for policy in ("none", "random", "random_within_kind", "nearest"):
+        assert f"{table.loc[policy, 'teacher']:.3f}".lstrip("0") in text, policy
+    estimate, low, high = (table.loc["nearest", f"over_kind{end}"] for end in ("", "_low", "_high"))
+    assert f"{estimate:.3f} [{low:.3f}, {high:.3f}]".replace("0.", ".") in text
+    assert f"For the {table['n'].max()} questions" in text
+
+
 def test_what_is_located_over_kinds_is_the_committed_record() -> None:
     record = json.loads((FIGURE_DATA / "located_over_kinds.json").read_text())
     text = section("What the neurons say").partition("- **Over twelve kinds")[2].partition("\n- **")[0]
