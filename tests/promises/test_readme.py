@@ -224,6 +224,14 @@ def test_what_contexts_do_is_the_committed_table() -> None:
     assert f"For the {table['n'].max()} questions" in text
 
 
+def test_what_the_organism_shows_is_the_committed_study() -> None:
+    text = words(section("A model whose truth is known")).partition("`--preset organism`")[0]
+    table = pd.read_csv(FIGURE_DATA / "organism.csv")
+    rows = {tuple(f"{number:.3f}" for number in row) for row in table[["estimate", "low", "high"]].dropna().to_numpy()}
+    named = re.findall(r"([+-]?\d?\.\d+) \[(-?\d?\.\d+), (-?\d?\.\d+)\]", text)
+    assert len(named) == 6 and {tuple(f"{float(one):.3f}" for one in found) for found in named} <= rows
+
+
 def test_what_is_located_over_kinds_is_the_committed_record() -> None:
     record = json.loads((FIGURE_DATA / "located_over_kinds.json").read_text())
     text = section("What the neurons say").partition("- **Over twelve kinds")[2].partition("\n- **")[0]
