@@ -1,14 +1,15 @@
 """The part of a grid that its figures and tests need: ``python -m figures.grid.evidence --grid runs/grid``.
 
 Copies the grid's rows and aggregates, and adds ``signals.csv``: for every training question of every source, whether
-its majority answer is right, and the trust that each score puts in it. Gold answers are read here, to judge only.
+its majority answer is right by either grading, and the trust that each score puts in it. Gold answers are read here, to
+judge only.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,8 @@ def grid_folder(results: Path) -> Path:
 
 
 def signals(folder: Path, source: str) -> pd.DataFrame:
-    """One row per question of a manifest: ``source``, ``question_id``, ``right``, and its trust by each score.
+    """One row per question of a manifest: ``source``, ``question_id``, ``right``, ``right_lenient``, and its trust by
+    each score.
 
     Raises:
         UserError: The manifest, or the gold answers of its questions, cannot be read.
@@ -80,14 +82,23 @@ def signals(folder: Path, source: str) -> pd.DataFrame:
     import pandas as pd
 
     from neurosig.exported import Exported, join_gold
+    from neurosig.questions.reader import Reading
+    from neurosig.questions.vote import majority_vote, n_tied_right_lenient
     from neurosig.report.data import question_level
 
     exported = Exported(folder)
     gold, _ = join_gold(exported.manifest, required=True)
     level = question_level(exported, gold)
     ids = [name for name in exported.rows if name in gold]
-    columns = {signal.name: signal.trust for signal in level.signals}
-    return pd.DataFrame({"source": source, "question_id": ids, "right": level.right, **columns})
+    reader, lenient = exported.manifest.header.answer_reader(), []
+    for name in ids:
+        row = exported.rows[name]
+        vote = majority_vote(row.answers, name)
+        winner = replace(vote, tied_answers=() if vote.winner is None else (vote.winner,))
+        grades = reader.grade(Reading(row.raw_answers, row.answers, vote), exported.rollouts[name], gold[name])
+        lenient.append(n_tied_right_lenient(winner, row.answers, grades.lenient) == 1)
+    columns = {"right": level.right, "right_lenient": lenient, **{one.name: one.trust for one in level.signals}}
+    return pd.DataFrame({"source": source, "question_id": ids, **columns})
 
 
 if __name__ == "__main__":
