@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from figures.draw import findings, methods
@@ -20,8 +21,9 @@ from figures.grid.collect import RESULTS
 from figures.grid.config import METHODS, PLAN, PRESETS, GridConfig
 from figures.grid.evidence import COMMITTED, SIGNALS
 from figures.grid.rows import grid_results, read_grid, write_grid
-from figures.grid.tables import Layout
+from figures.grid.tables import METHOD_LABELS, Layout
 from figures.sources import DATA
+from figures.style import METHODS as STYLE
 from figures.style import save_figure
 from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.errors import UserError
@@ -226,6 +228,12 @@ def test_figures_show_the_table(
     np.testing.assert_allclose(changes["delta"], own["delta"], rtol=1e-4, atol=1e-6)
     labels = [text.get_text() for text in shown[2].axes[0].get_yticklabels()]
     assert labels[0] == "base, best temperature" and len(labels) == 1 + len(METHODS)
+    names = [name for name in METHOD_LABELS if name != "base"]
+    assert labels == [METHOD_LABELS[name] for name in names]
+    for part in shown[2].axes[0].collections:
+        in_domain = [y + 0.15 for _, y in part.get_offsets() if hasattr(part, "get_sizes") and round(y % 1, 2) == 0.85]
+        for place in in_domain:
+            assert to_hex(part.get_facecolor()[0]) == STYLE[names[round(place)]][0].lower()
 
 
 def test_each_baseline_is_tested_on_its_own_and_corrected_with_all(
