@@ -175,7 +175,7 @@ def markdown(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> 
         if not table["planned"].all() and row["p_as_planned"] == row["p_as_planned"]:
             p += f"; {row['p_as_planned']:.3f} as planned"
         values = [[row[graded(name, grading)] for name in ESTIMATE] for grading in GRADINGS]
-        texts = ["" if np.isnan(value[0]) else format_interval(*value, "+.3g") for value in values]
+        texts = ["" if np.isnan(value[0]) else format_interval(value[0], value[1], value[2], "+.3g") for value in values]
         lines.append(f"| {' | '.join([row['id'], _named(row), *texts, row['unit'], p, row['verdict']])} |")
     return "\n".join(["# The findings at this scale", "", *_claims(findings), "", *lines, "", caption]) + "\n"
 

@@ -82,8 +82,7 @@ def signals(folder: Path, source: str) -> pd.DataFrame:
     import pandas as pd
 
     from neurosig.exported import Exported, join_gold
-    from neurosig.questions.reader import Reading
-    from neurosig.questions.vote import majority_vote, n_tied_right_lenient
+    from neurosig.questions.vote import n_tied_right_lenient
     from neurosig.report.data import question_level
 
     exported = Exported(folder)
@@ -92,11 +91,10 @@ def signals(folder: Path, source: str) -> pd.DataFrame:
     ids = [name for name in exported.rows if name in gold]
     reader, lenient = exported.manifest.header.answer_reader(), []
     for name in ids:
-        row = exported.rows[name]
-        vote = majority_vote(row.answers, name)
-        winner = replace(vote, tied_answers=() if vote.winner is None else (vote.winner,))
-        grades = reader.grade(Reading(row.raw_answers, row.answers, vote), exported.rollouts[name], gold[name])
-        lenient.append(n_tied_right_lenient(winner, row.answers, grades.lenient) == 1)
+        reading = reader.read(exported.rollouts[name], gold[name])
+        grades = reader.grade(reading, exported.rollouts[name], gold[name])
+        winner = replace(reading.vote, tied_answers=() if reading.vote.winner is None else (reading.vote.winner,))
+        lenient.append(n_tied_right_lenient(winner, reading.answers, grades.lenient) == 1)
     columns = {"right": level.right, "right_lenient": lenient, **{one.name: one.trust for one in level.signals}}
     return pd.DataFrame({"source": source, "question_id": ids, **columns})
 

@@ -53,10 +53,7 @@ FILES, LAYOUT = ("grid.parquet", "grid.csv"), "layout.json"
 TEXT = ("method", "source", "target", "question_id")
 WHOLE = ("seed", "n_correct", "k", "votes", "n_tied", "n_tied_right")
 LENIENT = ("n_correct_lenient", "n_tied_right_lenient")
-MOST = {
-    "votes": "k",
-    **{graded(n, g): m for g in GRADINGS for n, m in (("n_correct", "k"), ("n_tied_right", "n_tied"))},
-}
+MOST = {"votes": "k", "n_correct": "k", LENIENT[0]: "k", "n_tied_right": "n_tied", LENIENT[1]: "n_tied"}
 """Count -> the column that it cannot exceed."""
 EVALUATION_SEED = "evaluation_seed"
 KEY = ("method", "source", "seed", "target", EVALUATION_SEED, "question_id")

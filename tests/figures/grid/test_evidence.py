@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import tomllib
@@ -19,15 +20,19 @@ from figures.draw import findings, methods
 from figures.grid import coverage
 from figures.grid.collect import RESULTS
 from figures.grid.config import METHODS, PLAN, PRESETS, GridConfig
-from figures.grid.evidence import COMMITTED, SIGNALS
+from figures.grid.evidence import COMMITTED, SIGNALS, signals
 from figures.grid.rows import grid_results, read_grid, write_grid
 from figures.grid.tables import METHOD_LABELS, Layout
 from figures.sources import DATA
 from figures.style import METHODS as STYLE
 from figures.style import save_figure
+from neurosig.export import main as export
 from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.significance import holm
+from tests.support.exports import K as EXPORTED_K
+from tests.support.exports import write_lines, write_world
+from tests.support.flow import export_config
 from tests.support.paths import ROOT
 
 K, N = 8, 120
@@ -234,6 +239,25 @@ def test_figures_show_the_table(
         in_domain = [y + 0.15 for _, y in part.get_offsets() if hasattr(part, "get_sizes") and round(y % 1, 2) == 0.85]
         for place in in_domain:
             assert to_hex(part.get_facecolor()[0]) == STYLE[names[round(place)]][0].lower()
+
+
+def test_a_majority_can_be_right_leniently_alone(tmp_path: Path) -> None:
+    """Six majorities answer "west gold" for gold; of the other questions, both gradings say the same."""
+    folder = write_world(tmp_path)
+    lines = (folder / "rollouts.jsonl").read_text().splitlines()
+    longer = [f"q{index:02d}" for index in range(10, 16)]
+    rollouts = [
+        {**row, "text": f"I would say. Answer: west gold{int(row['question_id'][1:])}"}
+        if row["question_id"] in longer
+        else row
+        for row in map(json.loads, lines)
+    ]
+    known = {"rollouts": write_lines(folder / "rollouts.jsonl", rollouts), "num_generations": EXPORTED_K}
+    export(export_config(folder, folder / "model", folder / "questions.jsonl", **known))
+    table = signals(folder / "manifest", "made up").set_index("question_id")
+    assert not table.loc[longer, "right"].any() and table.loc[longer, "right_lenient"].all()
+    others = table.drop(longer)
+    assert (others["right"] == others["right_lenient"]).all() and 0 < others["right"].sum() < len(others)
 
 
 def test_each_baseline_is_tested_on_its_own_and_corrected_with_all(
