@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from figures.experiments.loglikelihood import table_text
 from figures.grid.collect import RESULTS
 from figures.grid.config import BASE, CONTROL, METHODS, PLAN
 from figures.grid.coverage import coverage_text, evaluation_text
@@ -89,7 +90,10 @@ def draw(results: Path, out: Path) -> list[Path]:
     text = caption(plan, evidence, table)
     figure = _draw(table, plan["findings"], text)
     paths = save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
-    write_atomic(out / f"{NAME}.md", markdown(table, plan["findings"], text))
+    page = markdown(table, plan["findings"], text)
+    if unparsed := table_text(grid_folder(results)):
+        page += f"\n## Without a parser\n\n{unparsed}"
+    write_atomic(out / f"{NAME}.md", page)
     return [*paths, out / f"{NAME}.md"]
 
 
@@ -175,7 +179,9 @@ def markdown(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> 
         if not table["planned"].all() and row["p_as_planned"] == row["p_as_planned"]:
             p += f"; {row['p_as_planned']:.3f} as planned"
         values = [[row[graded(name, grading)] for name in ESTIMATE] for grading in GRADINGS]
-        texts = ["" if np.isnan(value[0]) else format_interval(value[0], value[1], value[2], "+.3g") for value in values]
+        texts = [
+            "" if np.isnan(value[0]) else format_interval(value[0], value[1], value[2], "+.3g") for value in values
+        ]
         lines.append(f"| {' | '.join([row['id'], _named(row), *texts, row['unit'], p, row['verdict']])} |")
     return "\n".join(["# The findings at this scale", "", *_claims(findings), "", *lines, "", caption]) + "\n"
 

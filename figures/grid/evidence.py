@@ -17,6 +17,7 @@ from figures.grid.cells import SHARED_EXPORT
 from figures.grid.collect import RESULTS
 from figures.grid.config import PLAN, SETTINGS
 from figures.grid.rows import FILES, LAYOUT, find_grid
+from figures.grid.tuning import TUNING
 from figures.sources import DATA
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = "signals.csv"
+SIGNALS, LOGLIKELIHOOD = "signals.csv", "loglikelihood.csv"
 COMMITTED = DATA / "grid"
 
 
@@ -38,7 +39,8 @@ class EvidenceConfig(CommonConfig):
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
     out: Path = COMMITTED
-    """Folder of grid.parquet, layout.json, results.csv, the kept texts, signals.csv and the stated tests."""
+    """Folder of grid.parquet, layout.json, results.csv, tuning.csv, loglikelihood.csv, the kept texts, signals.csv and
+    the stated tests."""
 
 
 def main(config: EvidenceConfig) -> None:
@@ -55,8 +57,8 @@ def main(config: EvidenceConfig) -> None:
         if not (config.grid / name).is_file():
             raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
     config.out.mkdir(parents=True, exist_ok=True)
-    for name in (FILES[0], LAYOUT, RESULTS, PLAN.name, *texts.FILES):
-        if (config.grid / name).is_file():  # an older grid has no copy of the stated tests, or no texts
+    for name in (FILES[0], LAYOUT, RESULTS, PLAN.name, TUNING, LOGLIKELIHOOD, *texts.FILES):
+        if (config.grid / name).is_file():  # not every grid has tries, scores without a parser, or kept texts
             write_atomic(config.out / name, (config.grid / name).read_bytes())
     sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()
     frames = [signals(config.grid / SHARED_EXPORT.format(source=source), source) for source in sources]
