@@ -2,8 +2,8 @@
 
 Writes ``paper_tables.md`` (the page), ``.tex`` (booktabs), ``.csv`` (every cell, unrounded, with its interval), and
 ``.pdf`` and ``.png`` of the changes in-domain. The published numbers are ``figures/data/paper_table3.csv`` and
-``paper_table4.csv`` (arXiv 2607.02460, poster); our own come from the ``grid.parquet`` or ``grid.csv`` of the results
-folder, or of ``figures/data/grid`` (`figures.grid.evidence`).
+``paper_table4.csv`` (arXiv 2607.02460, poster), and INFLOW's on the page (`figures.draw.inflow_table`); our own come
+from the ``grid.parquet`` or ``grid.csv`` of the results folder, or of ``figures/data/grid`` (`figures.grid.evidence`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from figures.draw import inflow_table
 from figures.grid import table_text
 from figures.grid.config import BASE, CONTROL
 from figures.grid.coverage import coverage_text, evaluation_text
@@ -152,6 +153,7 @@ def _page(paper: dict[str, Table], grid: Grid, ours: dict[str, Table]) -> str:
     for published in paper.values():
         table = next_to(ours[f"{published.metric.name} against {BASE}"], published)
         parts += [f"### {table.metric.title}", table_text.markdown(table)]
+    parts += inflow_table.page(ours["avg_at_k, every source and target"])
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
