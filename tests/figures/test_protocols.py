@@ -23,6 +23,7 @@ from neurosig.runtime.arguments import parse_config
 from neurosig.runtime.errors import UserError
 from tests.support.exports import write_lines
 from tests.support.flow import WORDS, save_tiny
+from tests.support.parsers import UNCUT
 
 SHARES = {"math": 0.2, "natural_science": 0.4, "humanities_social": 0.4}
 
@@ -130,7 +131,9 @@ def test_a_published_preset_runs_at_small_size(name: str, method: str, tmp_path:
     questions = write_lines(tmp_path / "questions.jsonl", records)
     named, small = f"{OVERALL}={questions}", {"max_new_tokens": 4}
     tables: dict[str, Any] = {table: {**PRESETS[name].get(table, {}), **small} for table in ("export", "evaluate")}  # type: ignore[dict-item]
-    tables["export"] |= {"question_filter": "all", "keep_truncated": True, "set_size": 16}
+    for table in tables.values():
+        table["answer_parser"] = UNCUT
+    tables["export"] |= {"question_filter": "all", "keep_truncated": True, "set_size": 16, "max_context_tokens": 200}
     train = {**PRESETS[name].get("train", {}), **small, "steps": 1, "questions_per_step": 2}  # type: ignore[dict-item]
     options = {**PRESETS[name], **tables, "train": {**train, "keep_truncated": True}, "model": str(tmp_path / "model")}
     options |= {"methods": (method,), "control_temperatures": (0.5,), "quiet": True}
