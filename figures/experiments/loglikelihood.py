@@ -140,7 +140,7 @@ def _row(folder: Path, run: Run, target: str, skipped: int, cell: Cell) -> dict[
     row = {"method": run.method, "source": run.source, "target": target, "seed": run.seed, "n": len(own)}
     row |= {"skipped": skipped, "chance": (1 / own["choices"]).mean()}
     for name, column in MEASURES.items():
-        row[name] = own[column].mean()
+        row |= {name: own[column].mean(), f"{name}_change": None, f"{name}_low": None, f"{name}_high": None}
         if run.method != BASE:
             pair = (table.loc[own.index, column].to_numpy(dtype=np.float64) for table in (own, base))
             change = paired_mean_interval(*pair, seed=0)
