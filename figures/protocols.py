@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from figures.sources import question_lines
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
 
@@ -95,7 +96,6 @@ def main(config: ProtocolsConfig) -> None:
     Raises:
         UserError: A name is unknown, or a domain has too few labelled questions.
     """
-    from figures.grid.texts import question_lines
     from neurosig.questions.load import Question, load_questions
     from neurosig.runtime.files import write_atomic
 

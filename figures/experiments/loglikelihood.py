@@ -28,7 +28,8 @@ from figures.grid.evidence import LOGLIKELIHOOD
 from figures.grid.processes import LOG, forkserver, run_cells
 from figures.grid.rows import Run
 from figures.grid.tables import METHOD_LABELS, method_label
-from figures.grid.texts import evaluated_questions, question_lines
+from figures.grid.texts import evaluated_questions
+from figures.sources import question_lines
 from neurosig.questions.answers.spaces import members
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError

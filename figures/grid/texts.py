@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from figures.grid.config import BASE
 from figures.grid.rows import KEY
 from figures.grid.tables import method_label
+from figures.sources import question_lines
 from neurosig.options import RereadOptions
 from neurosig.questions.load import Question, load_questions, questions_sha256
 from neurosig.runtime.errors import UserError
@@ -74,12 +74,6 @@ def evaluated_questions(folder: Path) -> list[Question]:
         sources = ", ".join(options["questions"])
         raise UserError(f"{folder}: {sources} changed after it was evaluated; restore the file, or evaluate again")
     return evaluated
-
-
-def question_lines(questions: Iterable[Question]) -> str:
-    """Questions as the lines of a file that `load_questions` reads."""
-    records = [{k: v for k, v in asdict(one).items() if k != "line"} for one in questions]
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def reread_grid(folder: Path, options: RereadOptions) -> list[dict[str, Any]]:
