@@ -79,9 +79,9 @@ intervene: setup ## scale the demo's located neurons and their controls (half an
 		--controls 2 --out $(DEMO)/intervene --resume
 	$(RUN) figures dose_response --results $(DEMO)
 
-grid: setup ## every method on three domains, three seeds of some (three hours on 2 cores); results in runs/grid
-	$(RUN) figures.grid --preset cpu --jobs 2 --more-seeds 1 2 --evaluation-seeds 0 1 --out runs/grid --methods nopsd nopsd-random nopsd-kind \
-		vote-only vote-only-random u-opsd lmsi ttrl intuitor
+grid: setup ## every method on three domains, three seeds of some (hours on 2 cores); results in runs/grid
+	$(RUN) figures.grid --preset cpu --more-seeds 1 2 --evaluation-seeds 0 1 --jobs 2 --out runs/grid
+	$(RUN) figures.experiments.loglikelihood --grid runs/grid --jobs 2
 	$(RUN) figures.grid.evidence --grid runs/grid --out runs/grid/evidence
 	$(RUN) figures findings methods paper_tables --results runs/grid/evidence --out runs/grid/figures
 

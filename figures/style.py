@@ -17,9 +17,9 @@ class Colour:
     """The palette: hues of Okabe & Ito (2008), named by meaning, and greys. Markers, lines or hatches repeat them."""
 
     OURS = "#0072B2"
-    """N-OPSD, neuron signals, located neurons."""
+    """N-OPSD with this project's probe, neuron signals, located neurons."""
     VARIANT = "#56B4E9"
-    """Variants of ours."""
+    """N-OPSD as published, variants of ours."""
     CONTROL = "#E69F00"
     """Controls: the best temperature, random neurons, neurons or contexts of the same kind."""
     BASELINE = "#7f7f7f"
@@ -28,6 +28,8 @@ class Colour:
     GREEN = "#009E73"
     PURPLE = "#CC79A7"
     """Green and purple: further series."""
+    WINE, OLIVE, TEAL, INDIGO = "#882255", "#999933", "#44AA99", "#332288"
+    """Further methods; hues of Tol's muted scheme."""
     BLACK = "#000000"
     TEXT = "#333333"
     NOTE = "#555555"
@@ -40,10 +42,32 @@ class Colour:
     GRID = "#e6e6e6"
 
 
+METHODS: Mapping[str, tuple[str, str]] = {
+    "base": (Colour.BASELINE, "o"),
+    "control": (Colour.CONTROL, "s"),
+    "lmsi": (Colour.WINE, "o"),
+    "ttrl": (Colour.PURPLE, "s"),
+    "intuitor": (Colour.OLIVE, "^"),
+    "u-opsd": (Colour.TEAL, "v"),
+    "opsa": (Colour.BLACK, "P"),
+    "canon": (Colour.INDIGO, "v"),
+    "full": (Colour.OTHER_METHOD, "s"),
+    "redundancy": (Colour.OTHER_METHOD, "v"),
+    "consistency": (Colour.OTHER_METHOD, "^"),
+    "mutual": (Colour.OTHER_METHOD, "P"),
+    "inflow": (Colour.GREEN, "^"),
+    "nopsd": (Colour.VARIANT, "D"),
+    "probe": (Colour.OURS, "D"),
+    "vote-only": (Colour.CONTROL, "o"),
+    "probe-kind": (Colour.CONTROL, "^"),
+    "probe-random": (Colour.CONTROL, "v"),
+    "vote-only-random": (Colour.CONTROL, "P"),
+}
+"""Method of the grid -> its colour and marker in every figure; controls share a colour."""
 RUNS: Mapping[str, tuple[str, str, str]] = {
-    "base": ("base", Colour.BASELINE, "o"),
-    "control": ("base, best temperature", Colour.CONTROL, "s"),
-    "trained": ("N-OPSD", Colour.OURS, "D"),
+    "base": ("base", *METHODS["base"]),
+    "control": ("base, best temperature", *METHODS["control"]),
+    "trained": ("N-OPSD", *METHODS["probe"]),
 }
 """Run -> label, colour and marker."""
 SERIES = (

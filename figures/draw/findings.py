@@ -1,9 +1,10 @@
 """The stated tests on a grid of runs: which findings hold, are contradicted, or stay open.
 
-The tests are those of ``figures/data/evidence_plan.toml``. One that is not in the copy of this file that the grid kept
-when it was started is labelled post hoc. The data is ``grid.parquet``,
-``results.csv`` and ``signals.csv`` (`figures.grid.evidence`) of the results folder, or of ``figures/data/grid``.
-Writes ``findings.pdf``, ``.png``, ``.csv`` and the same as a Markdown table.
+The tests are those of ``figures/data/evidence_plan.toml``, each under the strict and the lenient grading of the
+answers: its p is the larger of both, and it is open where they differ in sign. A test that is not in the copy of this
+file that the grid kept when it was started is labelled post hoc; one of methods that were not run is left out and
+named. The data is ``grid.parquet``, ``results.csv`` and ``signals.csv`` (`figures.grid.evidence`) of the results
+folder, or of ``figures/data/grid``. Writes ``findings.pdf``, ``.png``, ``.csv`` and the same as a Markdown table.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from figures.experiments.loglikelihood import table_text
 from figures.grid.collect import RESULTS
-from figures.grid.config import BASE, PLAN
+from figures.grid.config import BASE, CONTROL, METHODS, PLAN
 from figures.grid.coverage import coverage_text, evaluation_text
 from figures.grid.evidence import SIGNALS, grid_folder
 from figures.grid.rows import FILES, grid_results, read_grid
@@ -32,6 +34,7 @@ from neurosig.statistics.auroc import auroc_draws
 from neurosig.statistics.metrics import format_interval
 from neurosig.statistics.resampling import percentile_ends, question_counts
 from neurosig.statistics.significance import bootstrap_p, holm
+from neurosig.statistics.vote_table import GRADINGS, Grading, graded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +46,8 @@ RESAMPLES, SEED = 2000, 0
 POST_HOC = (
     " Post hoc: not stated when this grid was started. As planned: corrected over the tests that were primary then."
 )
+ESTIMATE = ("estimate", "low", "high")
+RIGHT, GAIN = "right", "avg_at_k"
 VERDICTS = {"holds": (Colour.OURS, "D"), "open": (Colour.BASELINE, "o"), "contradicted": (Colour.CONTRADICTED, "X")}
 """Verdict -> colour and marker."""
 UNITS = {
@@ -59,7 +64,7 @@ class Evidence:
     """The data of the tests.
 
     Attributes:
-        results: Metric -> its values by method.
+        results: Metric, with its grading (`graded`) -> its values by method.
         cells: Aggregates of the cells, one row per cell, target and evaluation seed.
         signals: Scores of the training questions.
         coverage: How often such intervals hold the truth, measured (`figures.grid.coverage.coverage_text`).
@@ -77,15 +82,18 @@ def draw(results: Path, out: Path) -> list[Path]:
     """Compute the tests on ``results``, write and draw them into ``out``.
 
     Raises:
-        UserError: A file is missing, or a method that a test names was not run.
+        UserError: A file is missing, or a test names an unknown method.
     """
     plan = tomllib.loads(PLAN.read_text(encoding="utf-8"))
     evidence = read_evidence(grid_folder(results))
     table = tests(plan, evidence)
-    caption = _caption(evidence, table)
-    figure = _draw(table, plan["findings"], caption)
+    text = caption(plan, evidence, table)
+    figure = _draw(table, plan["findings"], text)
     paths = save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
-    write_atomic(out / f"{NAME}.md", markdown(table, plan["findings"], caption))
+    page = markdown(table, plan["findings"], text)
+    if unparsed := table_text(grid_folder(results)):
+        page += f"\n## Without a parser\n\n{unparsed}"
+    write_atomic(out / f"{NAME}.md", page)
     return [*paths, out / f"{NAME}.md"]
 
 
@@ -99,59 +107,82 @@ def read_evidence(folder: Path) -> Evidence:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: no {name}; run python -m figures.grid.evidence --grid GRID --out {folder}")
     grid = read_grid(folder)
-    results = grid_results(grid, resamples=RESAMPLES, seed=SEED)
+    results = {
+        graded(name, grading): result
+        for grading in grid.gradings
+        for name, result in grid_results(read_grid(folder, grading), resamples=RESAMPLES, seed=SEED).items()
+    }
     kept = folder / PLAN.name
     planned = tomllib.loads(kept.read_text(encoding="utf-8"))["tests"] if kept.is_file() else []
     return Evidence(results, pd.read_csv(folder / RESULTS), pd.read_csv(folder / SIGNALS), coverage_text(grid), planned)
 
 
 def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
-    """Every test of the plan with estimate, 95% interval, p, p after Holm's correction, and its verdict.
+    """Every test of the plan with its estimates, 95% intervals, p, p after Holm's correction, and its verdict.
 
-    ``planned`` is whether the same comparison was stated when the grid was started, whatever its id and wording;
-    ``p_as_planned`` its p corrected over the tests that were primary then.
+    ``estimate``, ``low`` and ``high`` are strict, those with ``_lenient`` are lenient and empty where the evidence has
+    no such grades; ``p`` is the larger of both gradings'. ``planned`` is whether the same comparison was stated when
+    the grid was started, whatever its id and wording; ``p_as_planned`` its p corrected over the tests that were primary
+    then. Tests of `missing` methods are left out.
 
     Raises:
-        UserError: A method that a test names was not run.
+        UserError: A test names an unknown method.
     """
     rows: list[dict[str, Any]] = []
     stated = [_compared(test) for test in evidence.planned]
     as_planned = _as_planned(evidence)
     for test in plan["tests"]:
-        draws = _DRAWS[test["kind"]](test, evidence)
-        low, high = percentile_ends(draws[1:])
-        rows.append(
-            {
-                "id": test["id"],
-                "finding": test.get("finding", 0),
-                "test": test["text"],
-                "unit": UNITS[test.get("metric", test["kind"])],
-                "claim": test["claim"],
-                "margin": test.get("margin", 0.0),
-                "estimate": draws[0],
-                "low": low,
-                "high": high,
-                "p": _p(test, draws),
-                "primary": test["primary"],
-                "planned": _compared(test) in stated,
-                "p_as_planned": as_planned.get(_compared(test), np.nan),
-            }
-        )
+        if missing(test, evidence):
+            continue
+        draws = _draws(test, evidence)
+        row = {
+            "id": test["id"],
+            "finding": test.get("finding", 0),
+            "test": test["text"],
+            "unit": UNITS[test.get("metric", test["kind"])],
+            "claim": test["claim"],
+            "margin": test.get("margin", 0.0),
+        }
+        for grading in GRADINGS:
+            values = draws.get(grading, np.full(2, np.nan))
+            ends = (values[0], *percentile_ends(values[1:]))
+            row |= {graded(name, grading): end for name, end in zip(ESTIMATE, ends, strict=True)}
+        compared = _compared(test)
+        row |= {"p": _p(test, draws), "primary": test["primary"], "planned": compared in stated}
+        rows.append(row | {"p_as_planned": as_planned.get(compared, np.nan)})
     primary = [row for row in rows if row["primary"]]
     for row, corrected in zip(primary, holm([row["p"] for row in primary]), strict=True):
         row["p_holm"] = corrected
     return pd.DataFrame([row | {"verdict": _verdict(row, plan["threshold"])} for row in rows])
 
 
+def missing(test: Mapping[str, Any], evidence: Evidence) -> list[str]:
+    """Methods of a test that were not run on every source.
+
+    Raises:
+        UserError: A name is no method.
+    """
+    results, names = evidence.results["avg_at_k"], [] if test["kind"] == "auroc" else [*test["a"], *test.get("b", ())]
+    for name in names:
+        if name not in (BASE, CONTROL, *METHODS):
+            raise UserError(f"test {test['id']}: no method {name}; have {', '.join((BASE, CONTROL, *METHODS))}")
+    own = np.eye(len(results.layout.domains), dtype=bool)
+    ran = {name for name, matrix in results.trained.items() if not np.isnan(matrix[own]).any()}
+    return [name for name in names if name not in ran and name not in results.untrained]
+
+
 def markdown(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> str:
     """The tests as a Markdown table, one row per test, and what its numbers rest on."""
-    lines = ["| | test | estimate [95%] | p (Holm) | verdict |", "|---|---|---|---|---|"]
+    lines = ["| | test | strict [95%] | lenient [95%] | unit | p (Holm) | verdict |", "|---|---|---|---|---|---|---|"]
     for row in table.to_dict("records"):
         p = f"{row['p_holm']:.3f}" if row["primary"] else f"{row['p']:.3f} (uncorrected)"
         if not table["planned"].all() and row["p_as_planned"] == row["p_as_planned"]:
             p += f"; {row['p_as_planned']:.3f} as planned"
-        value = f"{format_interval(row['estimate'], row['low'], row['high'], '+.3g')} {row['unit']}"
-        lines.append(f"| {row['id']} | {_named(row)} | {value} | {p} | {row['verdict']} |")
+        values = [[row[graded(name, grading)] for name in ESTIMATE] for grading in GRADINGS]
+        texts = [
+            "" if np.isnan(value[0]) else format_interval(value[0], value[1], value[2], "+.3g") for value in values
+        ]
+        lines.append(f"| {' | '.join([row['id'], _named(row), *texts, row['unit'], p, row['verdict']])} |")
     return "\n".join(["# The findings at this scale", "", *_claims(findings), "", *lines, "", caption]) + "\n"
 
 
@@ -160,14 +191,15 @@ def _compared(test: Mapping[str, Any]) -> str:
     return repr([test.get(name) for name in ("kind", "metric", "scope", "a", "b", "claim", "margin")])
 
 
-def _p(test: Mapping[str, Any], draws: Float[np.ndarray, " draws"]) -> float:
-    return bootstrap_p(draws[1:] - test.get("margin", 0.0))
+def _p(test: Mapping[str, Any], draws: Mapping[Grading, Float[np.ndarray, " draws"]]) -> float:
+    """The larger of the gradings' p."""
+    return max(bootstrap_p(values[1:] - test.get("margin", 0.0)) for values in draws.values())
 
 
 def _as_planned(evidence: Evidence) -> dict[str, float]:
     """p of the tests that were primary when the grid was started, corrected over these alone."""
-    primary = [test for test in evidence.planned if test["primary"]]
-    corrected = holm([_p(test, _DRAWS[test["kind"]](test, evidence)) for test in primary])
+    primary = [test for test in evidence.planned if test["primary"] and not missing(test, evidence)]
+    corrected = holm([_p(test, _draws(test, evidence)) for test in primary])
     return {_compared(test): p for test, p in zip(primary, corrected, strict=True)}
 
 
@@ -175,34 +207,37 @@ def _named(row: Mapping[Any, Any]) -> str:
     return str(row["test"]) if row["planned"] else f"{row['test']} (post hoc)"
 
 
-# Draws of a test; the first is the observed value
+def _draws(test: Mapping[str, Any], evidence: Evidence) -> dict[Grading, Float[np.ndarray, " draws"]]:
+    """Draws of a test under each grading that the evidence has; the first is the observed value."""
+    make = {"difference": _difference, "auroc": _auroc, "slope": _slope}[test["kind"]]
+    name, known = {
+        "difference": (test.get("metric", ""), evidence.results),
+        "auroc": (RIGHT, evidence.signals),
+        "slope": (GAIN, evidence.cells),
+    }[test["kind"]]
+    return {grading: make(test, evidence, grading) for grading in GRADINGS if graded(name, grading) in known}
 
 
-def _difference(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " draws"]:
-    results = evidence.results[test["metric"]]
-    sides = [
-        np.mean([_mean(results, method, test["scope"], test["id"]) for method in test[side]], axis=0)
-        for side in ("a", "b")
-    ]
+def _difference(test: Mapping[str, Any], evidence: Evidence, grading: Grading) -> Float[np.ndarray, " draws"]:
+    results = evidence.results[graded(test["metric"], grading)]
+    sides = [np.mean([_mean(results, method, test["scope"]) for method in test[side]], axis=0) for side in ("a", "b")]
     return np.asarray(sides[0] - sides[1])
 
 
-def _mean(results: Results, method: str, scope: str, test: str) -> Float[np.ndarray, " draws"]:
+def _mean(results: Results, method: str, scope: str) -> Float[np.ndarray, " draws"]:
     """A method's value, mean over the sources in-domain, or over all other targets cross-domain."""
     if method in results.untrained:
         return np.asarray(results.untrained[method].mean(axis=0))
-    if method not in results.trained:
-        raise UserError(f"test {test}: no runs of method {method} in the grid")
     n = len(results.layout.domains)
     chosen = np.eye(n, dtype=bool) if scope == "in" else ~np.eye(n, dtype=bool)
     return np.asarray(results.trained[method][chosen].mean(axis=0))
 
 
-def _auroc(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " draws"]:
+def _auroc(test: Mapping[str, Any], evidence: Evidence, grading: Grading) -> Float[np.ndarray, " draws"]:
     """Mean over the sources; the same draws of questions for both signals."""
     by_source = []
     for index, (_, rows) in enumerate(evidence.signals.groupby("source", sort=False)):
-        right, owners = rows["right"].to_numpy(dtype=bool), np.arange(len(rows))
+        right, owners = rows[graded(RIGHT, grading)].to_numpy(dtype=bool), np.arange(len(rows))
         counts = np.concatenate(
             [np.ones((1, len(rows)), dtype=np.int64), *question_counts(len(rows), RESAMPLES, seed=[SEED, index])]
         )
@@ -214,30 +249,24 @@ def _auroc(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " d
     return np.asarray(np.mean(by_source, axis=0))
 
 
-def gap_and_gain(test: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
-    """One row per cell of the lowest seed: ``method``, ``source``, ``gap`` in nats, ``gain`` in points.
-
-    Raises:
-        UserError: A method of the test was not run.
-    """
-    run = ["method", "source", "target", "seed"]  # a cell's evaluation seeds are one point
-    every = evidence.cells.groupby(run, dropna=False)[["avg_at_k", "first_entropy_gap"]].mean().reset_index()
+def gap_and_gain(test: Mapping[str, Any], evidence: Evidence, grading: Grading = "strict") -> pd.DataFrame:
+    """One row per cell of the lowest seed: ``method``, ``source``, ``gap`` in nats, ``gain`` in points."""
+    run, name = ["method", "source", "target", "seed"], graded(GAIN, grading)  # a cell's evaluation seeds are one point
+    every = evidence.cells.groupby(run, dropna=False)[[name, "first_entropy_gap"]].mean().reset_index()
     cells = every[every["source"] == every["target"]].set_index(["method", "source"])
-    base = every[every["method"] == BASE].set_index("target")["avg_at_k"]
+    base = every[every["method"] == BASE].set_index("target")[name]
     rows = []
     for method in test["a"]:
-        if method not in cells.index:
-            raise UserError(f"test {test['id']}: no runs of method {method} in the grid")
         runs = cells.loc[[method]]
         for (_, source), row in runs[runs["seed"] == runs["seed"].min()].iterrows():
-            gain = 100 * (row["avg_at_k"] - base[source])
+            gain = 100 * (row[name] - base[source])
             rows.append({"method": method, "source": source, "gap": row["first_entropy_gap"], "gain": gain})
     return pd.DataFrame(rows)
 
 
-def _slope(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " draws"]:
+def _slope(test: Mapping[str, Any], evidence: Evidence, grading: Grading) -> Float[np.ndarray, " draws"]:
     """The least-squares slope, refitted on resampled cells."""
-    points = gap_and_gain(test, evidence)
+    points = gap_and_gain(test, evidence, grading)
     n = len(points)
     drawn = np.random.default_rng(SEED).integers(n, size=(RESAMPLES, n))
     chosen = np.concatenate([np.arange(n)[None], drawn])
@@ -246,27 +275,24 @@ def _slope(test: Mapping[str, Any], evidence: Evidence) -> Float[np.ndarray, " d
     return np.asarray((x * y).sum(axis=1) / (x * x).sum(axis=1))
 
 
-_DRAWS = {"difference": _difference, "auroc": _auroc, "slope": _slope}
-
-
 def _verdict(row: Mapping[str, Any], threshold: float) -> str:
     p = row.get("p_holm", row["p"])
-    if p >= threshold:
+    values = [row[graded(ESTIMATE[0], grading)] for grading in GRADINGS]
+    above = {value > row["margin"] for value in values if not np.isnan(value)}
+    if p >= threshold or len(above) > 1:  # the gradings differ in sign
         return "open"
-    above = row["estimate"] > row["margin"]
-    return "holds" if above == (row["claim"] == "greater") else "contradicted"
+    return "holds" if above == {row["claim"] == "greater"} else "contradicted"
 
 
 def _claims(findings: Mapping[str, str]) -> list[str]:
     return [f"{number}. {text}" for number, text in findings.items()]
 
 
-# Drawing
-
-
-def _caption(evidence: Evidence, table: pd.DataFrame) -> str:
+def caption(plan: Mapping[str, Any], evidence: Evidence, table: pd.DataFrame) -> str:
+    """What the numbers of `tests` rest on, and which tests of the plan are not among them."""
     results = evidence.results["ece"]
     seeds = ", ".join(f"{method} {count}" for method, count in results.seeds.items() if count > 1)
+    graded_by = f"Filled: strict grading; hollow: lenient; p is the larger of both.{_ungraded(table)}"
     return (
         f"n = {sum(results.questions or ())} test questions in {len(results.layout.domains)} domains (2 to 4), "
         f"{len(evidence.signals)} training questions (1). Training seeds: {seeds + ', others 1' if seeds else '1'}; "
@@ -274,8 +300,25 @@ def _caption(evidence: Evidence, table: pd.DataFrame) -> str:
         f"95% bootstrap intervals over questions and training seeds ({RESAMPLES:,} draws, seed {SEED}), for 4 over "
         f"cells. {evidence.coverage}\n"
         f"Verdicts at p < .05 after Holm's correction over the {int(table['primary'].sum())} tests of findings 1 to 4. "
-        "Dotted: the margin stated beforehand." + ("" if table["planned"].all() else POST_HOC)
+        "Dotted: the margin stated beforehand." + ("" if table["planned"].all() else POST_HOC) + "\n"
+        f"{graded_by}{_left_out(plan, evidence)}"
     )
+
+
+def _ungraded(table: pd.DataFrame) -> str:
+    """Which tests have no lenient grades."""
+    ids = table["id"][table[graded(ESTIMATE[0], "lenient")].isna()]
+    which = "" if ids.empty else "this grid" if len(ids) == len(table) else ", ".join(ids)
+    return f" Graded strictly alone: {which}." if which else ""
+
+
+def _left_out(plan: Mapping[str, Any], evidence: Evidence) -> str:
+    """Which tests of the plan are left out, and the methods that were not run."""
+    ids: dict[tuple[str, ...], list[str]] = {}
+    for test in plan["tests"]:
+        ids.setdefault(tuple(sorted(missing(test, evidence))), []).append(test["id"])
+    lacking = [f"{', '.join(tests)} ({', '.join(methods)})" for methods, tests in ids.items() if methods]
+    return f" Left out, with the methods that this grid lacks: {'; '.join(lacking)}." if lacking else ""
 
 
 def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> Figure:
@@ -284,7 +327,9 @@ def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> Fig
     for _, row in table.iterrows():
         panels.setdefault((row["finding"], row["unit"]), []).append(dict(row))
     heights = [len(rows) + 1.6 for rows in panels.values()]
-    figure, axes = subplots(len(panels), 1, size=(9.5, 0.36 * sum(heights)), height_ratios=heights)
+    lines = [wrapped for line in caption.splitlines() for wrapped in textwrap.wrap(line, 150)]
+    size = (9.5, 0.36 * sum(heights) + 0.15 * len(lines))
+    figure, axes = subplots(len(panels), 1, size=size, height_ratios=heights)
     for axis, ((finding, unit), rows) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, rows)
         text = findings.get(str(finding), "Secondary tests (not corrected)")
@@ -293,7 +338,6 @@ def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> Fig
     for verdict, (colour, marker) in VERDICTS.items():
         axes[-1].scatter([], [], color=colour, marker=marker, s=30, label=verdict)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    lines = [wrapped for line in caption.splitlines() for wrapped in textwrap.wrap(line, 150)]
     figure.supxlabel("\n".join(lines), fontsize=7.5)
     return figure
 
@@ -304,8 +348,12 @@ def _draw_panel(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         colour, marker = VERDICTS[row["verdict"]]
         if row["margin"]:
             axis.plot([row["margin"]] * 2, [y - 0.4, y + 0.4], color="black", linewidth=0.8, linestyle=":")
-        axis.hlines(y, row["low"], row["high"], color=colour, linewidth=1.4)
-        axis.scatter(row["estimate"], y, color=colour, marker=marker, s=34, zorder=3)
+        known = [grading for grading in GRADINGS if not np.isnan(row[graded(ESTIMATE[0], grading)])]
+        for grading, shift in zip(known, (-0.17, 0.17) if len(known) > 1 else (0.0,), strict=True):
+            estimate, low, high = (row[graded(name, grading)] for name in ESTIMATE)
+            face = colour if grading == "strict" else "white"
+            axis.hlines(y + shift, low, high, color=colour, linewidth=1.4)
+            axis.scatter(estimate, y + shift, color=face, edgecolors=colour, marker=marker, s=30, zorder=3)
     axis.set_yticks(range(len(rows)), [_named(row) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)

@@ -6,7 +6,7 @@ Reads the results folder's ``grid.parquet`` (`figures.grid.rows`), or the commit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,8 @@ from figures.grid.config import CONTROL
 from figures.grid.coverage import evaluation_text
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
-from figures.grid.tables import AVERAGE, METHOD_LABELS, Results, scope_table
-from figures.style import Colour, save_figure, subplots
+from figures.grid.tables import AVERAGE, METHOD_LABELS, Results, method_label, scope_table
+from figures.style import METHODS, Colour, save_figure, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 NAME = "methods"
 NEEDS = None
 RESAMPLES, SEED = 2000, 0
-LABELS: Mapping[str, str] = {**METHOD_LABELS, "nopsd": "N-OPSD (neuron filter, nearest)"}
-COLOURS = {"nopsd": Colour.OURS, CONTROL: Colour.CONTROL, "opsa": Colour.CONTROL}
 
 
 def draw(results: Path, out: Path) -> list[Path]:
@@ -38,7 +36,7 @@ def draw(results: Path, out: Path) -> list[Path]:
     grid = read_grid(grid_folder(results))
     tables = grid_results(grid, resamples=RESAMPLES, seed=SEED)
     table = changes(tables)
-    names = [name for name in LABELS if name in set(table["method"])]
+    names = [name for name in METHOD_LABELS if name in set(table["method"])]
     figure, axes = subplots(1, len(tables), size=(11, 1.5 + 0.36 * len(names)), sharey=True)
     for axis, (name, result) in zip(axes, tables.items(), strict=True):
         _draw_panel(axis, table[table["metric"] == name], names)
@@ -68,16 +66,14 @@ def changes(results: Mapping[str, Results]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["metric", "method", "scope", "seeds", "value", "delta", "low", "high"])
 
 
-def _draw_panel(axis: Axes, table: pd.DataFrame, names: list[str]) -> None:
+def _draw_panel(axis: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     control = table[(table["method"] == CONTROL) & (table["scope"] == "in")]
     axis.axvline(0, color="black", linewidth=0.8)
     for _, row in control.iterrows():
         axis.axvspan(row["low"], row["high"], color=Colour.CONTROL, alpha=0.13, linewidth=0)
         axis.axvline(row["delta"], color=Colour.CONTROL, linewidth=1, linestyle="--")
     for y, name in enumerate(names):
-        variant = "opsd" in name or "vote-only" in name
-        colour = COLOURS.get(name, Colour.VARIANT if variant else Colour.OTHER_METHOD)
-        marker = "D" if name == "nopsd" else "o"
+        colour, marker = METHODS[name]
         for shift, scope in ((-0.15, "in"), (0.15, "cross")):
             for _, row in table[(table["method"] == name) & (table["scope"] == scope)].iterrows():
                 if name == CONTROL and scope == "cross":
@@ -88,7 +84,7 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, names: list[str]) -> None:
     axis.scatter([], [], color="black", s=26, label="in-domain")
     axis.scatter([], [], color="white", edgecolors="black", s=26, label="cross-domain")
     axis.plot([], [], color=Colour.CONTROL, linewidth=1, linestyle="--", label="control")
-    axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axis.set_yticks(range(len(names)), [METHOD_LABELS[name] for name in names])
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
 
@@ -97,7 +93,7 @@ def _caption(grid: Grid, table: pd.DataFrame) -> str:
     n = ", ".join(f"{len(ids)} {domain}" for domain, ids in grid.ids.items())
     trained = table[table["seeds"] > 1].drop_duplicates("method")
     several = "".join(
-        f"{int(row['seeds'])} for {LABELS[row['method']].partition(' (')[0]}; " for _, row in trained.iterrows()
+        f"{int(row['seeds'])} for {method_label(row['method']).partition(' (')[0]}; " for _, row in trained.iterrows()
     )
     return (
         f"Means over {len(grid.ids)} source domains; n = {n} test questions, K={grid.k}; 95% paired bootstrap "

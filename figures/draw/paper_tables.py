@@ -2,8 +2,8 @@
 
 Writes ``paper_tables.md`` (the page), ``.tex`` (booktabs), ``.csv`` (every cell, unrounded, with its interval), and
 ``.pdf`` and ``.png`` of the changes in-domain. The published numbers are ``figures/data/paper_table3.csv`` and
-``paper_table4.csv`` (arXiv 2607.02460, poster); our own come from the ``grid.parquet`` or ``grid.csv`` of the results
-folder, or of ``figures/data/grid`` (`figures.grid.evidence`).
+``paper_table4.csv`` (arXiv 2607.02460, poster), and INFLOW's on the page (`figures.draw.inflow_table`); our own come
+from the ``grid.parquet`` or ``grid.csv`` of the results folder, or of ``figures/data/grid`` (`figures.grid.evidence`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from figures.draw import inflow_table
 from figures.grid import table_text
 from figures.grid.config import BASE, CONTROL
 from figures.grid.coverage import coverage_text, evaluation_text
@@ -35,7 +36,7 @@ from figures.grid.tables import (
     scope_table,
 )
 from figures.sources import DATA
-from figures.style import Colour, save_figure, subplots
+from figures.style import METHODS, Colour, save_figure, subplots
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.significance import planned_mde
 
@@ -48,15 +49,10 @@ NEEDS = None
 PUBLISHED = {"Table 3": ("paper_table3.csv", "avg_at_k"), "Table 4": ("paper_table4.csv", "ece")}
 PAPER_K = 8
 RESAMPLES, SEED = 5000, 0
-MARKS = {
-    "LMSI": (Colour.BASELINE, "o"),
-    "TTRL": (Colour.CONTROL, "s"),
-    "Intuitor": (Colour.GREEN, "^"),
-    "U-OPSD": (Colour.PURPLE, "v"),
-    "OPSA (no teacher)": (Colour.BLACK, "P"),
-    "N-OPSD": (Colour.OURS, "D"),
-}
-"""Method -> colour and marker; for variants of N-OPSD see `figures.draw.methods`."""
+IN_PAPER = {"lmsi": "LMSI", "ttrl": "TTRL", "intuitor": "Intuitor", "nopsd": "N-OPSD"}
+"""Our method -> the paper's name of it."""
+DRAWN = {**IN_PAPER, **{name: method_label(name) for name in ("u-opsd", "opsa", "canon", "inflow", "probe")}}
+"""Method -> its label in the figure; the controls of ours are in `figures.draw.methods`."""
 LEGEND = (
     "A cell reads *value (change / smallest change that this comparison would detect with 80% power at the 5% level)*. "
     "**Bold**: best of its column among the rows of its kind (the base competes with `in`). `~` (grey in LaTeX): the "
@@ -128,7 +124,7 @@ def next_to(ours: Table, paper: Table) -> Table:
     rows = []
     for row in ours.rows:
         rows.append(replace(row, cells=_chosen(row, ours.columns, columns)))
-        twin = paper_rows.get((method_label(row.method), row.scope))
+        twin = paper_rows.get((IN_PAPER.get(row.method, row.method), row.scope))
         if twin is not None:
             cells = _chosen(twin, paper.columns, columns)
             rows.append(Row(f"{twin.method} (paper)", twin.scope, cells, rivals=f"paper {twin.rivals}"))
@@ -157,6 +153,7 @@ def _page(paper: dict[str, Table], grid: Grid, ours: dict[str, Table]) -> str:
     for published in paper.values():
         table = next_to(ours[f"{published.metric.name} against {BASE}"], published)
         parts += [f"### {table.metric.title}", table_text.markdown(table)]
+    parts += inflow_table.page(ours["avg_at_k, every source and target"])
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -287,17 +284,19 @@ def _draw_changes(paper: dict[str, Table], ours: dict[str, Table]) -> Figure:
     for points, shade, systems in zip(reversed(band), Colour.BANDS, ("dissimilar", "similar"), strict=True):
         label = f"±{points:.1f}: smallest detectable with 1,000 questions, {systems} systems"
         axes[0][0].axhspan(-points, points, color=shade, zorder=0, label=label)
-    axes[0][0].legend(fontsize=7, loc="upper left")
+    marks = {label: mark for axis in axes.flat for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
 def _draw_panel(axis: Axes, table: Table) -> None:
-    rows = [row for row in table.rows if row.scope == "in" and method_label(row.method) in MARKS]
+    drawn = {label: METHODS[name] for name, label in DRAWN.items()}
+    rows = [row for row in table.rows if row.scope == "in" and DRAWN.get(row.method, row.method) in drawn]
     axis.axhline(0, color="black", linewidth=0.8)
     for offset, row in enumerate(rows):
-        label = method_label(row.method)
-        colour, marker = MARKS[label]
-        shift = 0.14 * (offset - (len(rows) - 1) / 2)
+        label = DRAWN.get(row.method, row.method)
+        colour, marker = drawn[label]
+        shift = min(0.14, 0.8 / len(rows)) * (offset - (len(rows) - 1) / 2)
         for x, cell in enumerate(row.cells):
             if cell.delta is None:
                 continue
@@ -309,4 +308,3 @@ def _draw_panel(axis: Axes, table: Table) -> None:
     axis.set_xticks(range(len(table.columns)), [column.replace("_", " ") for column in table.columns], fontsize=7.5)
     axis.set_ylabel("change against base, in-domain")
     axis.grid(axis="x", visible=False)
-    axis.legend(fontsize=7, loc="best")

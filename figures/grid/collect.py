@@ -58,7 +58,7 @@ def collect(out: Path, targets: Sequence[str], allow_difference: Sequence[str] =
     chosen = control_temperature(sorted((out / "cells").iterdir()))
     rows, texts, results, notes = [], [], [], []
     for cell in sorted(path for path in (out / "cells").iterdir() if path.is_dir()):
-        run = _run(cell.name, chosen)
+        run = run_of(cell.name, chosen)
         if run is None:
             continue
         for target in targets:
@@ -116,7 +116,16 @@ def evaluations(folder: Path, target: str) -> list[Path]:
     return [path for path in found if (path / "summary.json").is_file()]
 
 
-def _run(cell: str, control: str | None) -> Run | None:
+def adapter_of(out: Path, evaluation: Path) -> Path | None:
+    """The adapter of an evaluation in the grid ``out``, which may have been moved; ``None`` for the untrained model."""
+    adapter = json.loads((evaluation / "summary.json").read_text(encoding="utf-8"))["config"]["adapter"]
+    parts = Path(adapter or "").parts  # .../cells or tries/CELL/train/...
+    if "train" not in parts:
+        return None
+    return out.joinpath(*parts[len(parts) - parts[::-1].index("train") - 3 :])
+
+
+def run_of(cell: str, control: str | None) -> Run | None:
     """The run of the cell of this name; ``None`` for a temperature that was not chosen."""
     method, *trained = cell.split("--")
     if trained:
@@ -147,17 +156,15 @@ def _aggregates(folder: Path) -> dict[str, Any]:
 
 def _training(out: Path, evaluation: Path) -> dict[str, Any]:
     """What the training of the evaluated adapter spent, and after which step the adapter was taken."""
-    adapter = json.loads((evaluation / "summary.json").read_text(encoding="utf-8"))["config"]["adapter"]
-    parts = Path(adapter or "").parts  # of a grid that may have been moved: .../cells or tries/CELL/train/...
-    if "train" not in parts:
+    adapter = adapter_of(out, evaluation)
+    if adapter is None:
         return {}
-    end = len(parts) - parts[::-1].index("train")
-    folder = out.joinpath(*parts[end - 3 : end])
+    folder = next(path for path in adapter.parents if path.name == "train")
     trained = json.loads((folder / "train.json").read_text(encoding="utf-8"))
     row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {})}
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     row["seconds"] = sum(value for line in lines for name, value in line.items() if name.startswith("seconds_"))
-    step = parts[-1].removeprefix("step-")
+    step = adapter.name.removeprefix("step-")
     row["adapter_step"] = int(step) if step.isdigit() else trained["updates"]
     gaps = [gap for line in lines if (gap := line.get("entropy_gap")) is not None]
     return row | ({"first_entropy_gap": gaps[0]} if gaps else {})

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Fixed
 
+from figures.protocols import OVERALL, PROTOCOLS, file_options
 from figures.sources import DATA
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.shapes import Above0, AtLeast, Shapes
@@ -21,7 +22,10 @@ BASE, CONTROL = "base", "control"
 """The untrained model, and the same at its best temperature."""
 
 
-PUBLISHED = {"nopsd": "published", "inflow": "inflow", "canon": "canon"}
+PUBLISHED = {
+    "nopsd": "published",
+    **{name: name for name in ("full", "redundancy", "consistency", "mutual", "inflow", "canon")},
+}
 """Method -> its preset of neurosig.export and distill.train; ``nopsd`` is the only published reading of N-OPSD."""
 
 
@@ -118,6 +122,12 @@ SMALL: Options = {
     **{"questions_per_step": 8, "num_generations": 2, "max_new_tokens": 24},
 }
 """What of a published training is made for models of billions of parameters, as this project's defaults have it."""
+STRUCTURED: Options = {
+    "instruction": "Give key words, then the method in one sentence, and end with one line: Answer: <answer>",
+    "choice_instruction": "Give key words, then the method in one sentence and the option's text, and end with one "
+    "line: Answer: <letter>",
+}
+"""INFLOW's form of a response, in our words."""
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "cpu": {
         "model": "smollm2-135m",
@@ -138,6 +148,9 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     },
     "paper": {
         "model": "Qwen/Qwen3-4B",
+        "sources": file_options("paper", tuple(PROTOCOLS["paper"]), "train"),
+        "targets": file_options("paper", tuple(PROTOCOLS["paper"]), "test"),
+        "dev": file_options("paper", tuple(PROTOCOLS["paper"]), "dev"),
         "control_temperatures": (0.3, 0.6, 0.8),
         "export": {"preset": "qwen3-4b"},
         "train": {"preset": "qwen3-4b"},
@@ -147,4 +160,17 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
             "intuitor": {"num_generations": 8, "questions_per_step": 4, "learning_rate": 3e-6},
         },
     },
+    "inflow": {
+        "model": "Qwen/Qwen3-4B",
+        "methods": ("full", "redundancy", "consistency", "nopsd", "mutual", "inflow"),
+        "sources": file_options("inflow", (OVERALL,), "train"),
+        "targets": file_options("inflow", (OVERALL, *PROTOCOLS["inflow"]), "test"),
+        "dev": file_options("inflow", (OVERALL,), "dev"),
+        "export": {**STRUCTURED, "max_new_tokens": 256, "student_thinking": False},
+        "evaluate": {
+            **{**STRUCTURED, "max_new_tokens": 2048, "eval_thinking": False},
+            **{"num_generations": 3, "temperature": 0.6, "top_p": 0.95},
+        },
+    },
 }
+"""``paper`` and ``inflow`` are the published protocols, on the files of `figures.protocols`."""

@@ -1,14 +1,15 @@
 """The part of a grid that its figures and tests need: ``python -m figures.grid.evidence --grid runs/grid``.
 
 Copies the grid's rows and aggregates, and adds ``signals.csv``: for every training question of every source, whether
-its majority answer is right, and the trust that each score puts in it. Gold answers are read here, to judge only.
+its majority answer is right by either grading, and the trust that each score puts in it. Gold answers are read here, to
+judge only.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from figures.grid.cells import SHARED_EXPORT
 from figures.grid.collect import RESULTS
 from figures.grid.config import PLAN, SETTINGS
 from figures.grid.rows import FILES, LAYOUT, find_grid
+from figures.grid.tuning import TUNING
 from figures.sources import DATA
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = "signals.csv"
+SIGNALS, LOGLIKELIHOOD = "signals.csv", "loglikelihood.csv"
 COMMITTED = DATA / "grid"
 
 
@@ -37,7 +39,8 @@ class EvidenceConfig(CommonConfig):
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
     out: Path = COMMITTED
-    """Folder of grid.parquet, layout.json, results.csv, the kept texts, signals.csv and the stated tests."""
+    """Folder of grid.parquet, layout.json, results.csv, tuning.csv, loglikelihood.csv, the kept texts, signals.csv and
+    the stated tests."""
 
 
 def main(config: EvidenceConfig) -> None:
@@ -54,8 +57,8 @@ def main(config: EvidenceConfig) -> None:
         if not (config.grid / name).is_file():
             raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
     config.out.mkdir(parents=True, exist_ok=True)
-    for name in (FILES[0], LAYOUT, RESULTS, PLAN.name, *texts.FILES):
-        if (config.grid / name).is_file():  # an older grid has no copy of the stated tests, or no texts
+    for name in (FILES[0], LAYOUT, RESULTS, PLAN.name, TUNING, LOGLIKELIHOOD, *texts.FILES):
+        if (config.grid / name).is_file():  # not every grid has tries, scores without a parser, or kept texts
             write_atomic(config.out / name, (config.grid / name).read_bytes())
     sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()
     frames = [signals(config.grid / SHARED_EXPORT.format(source=source), source) for source in sources]
@@ -72,7 +75,8 @@ def grid_folder(results: Path) -> Path:
 
 
 def signals(folder: Path, source: str) -> pd.DataFrame:
-    """One row per question of a manifest: ``source``, ``question_id``, ``right``, and its trust by each score.
+    """One row per question of a manifest: ``source``, ``question_id``, ``right``, ``right_lenient``, and its trust by
+    each score.
 
     Raises:
         UserError: The manifest, or the gold answers of its questions, cannot be read.
@@ -80,14 +84,21 @@ def signals(folder: Path, source: str) -> pd.DataFrame:
     import pandas as pd
 
     from neurosig.exported import Exported, join_gold
+    from neurosig.questions.vote import n_tied_right_lenient
     from neurosig.report.data import question_level
 
     exported = Exported(folder)
     gold, _ = join_gold(exported.manifest, required=True)
     level = question_level(exported, gold)
     ids = [name for name in exported.rows if name in gold]
-    columns = {signal.name: signal.trust for signal in level.signals}
-    return pd.DataFrame({"source": source, "question_id": ids, "right": level.right, **columns})
+    reader, lenient = exported.manifest.header.answer_reader(), []
+    for name in ids:
+        reading = reader.read(exported.rollouts[name], gold[name])
+        grades = reader.grade(reading, exported.rollouts[name], gold[name])
+        winner = replace(reading.vote, tied_answers=() if reading.vote.winner is None else (reading.vote.winner,))
+        lenient.append(n_tied_right_lenient(winner, reading.answers, grades.lenient) == 1)
+    columns = {"right": level.right, "right_lenient": lenient, **{one.name: one.trust for one in level.signals}}
+    return pd.DataFrame({"source": source, "question_id": ids, **columns})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
     votes          votes of the majority answer; 0 without any answer
     n_tied         number of answers tied for most votes
     n_tied_right   number of right answers among those
+    n_correct_lenient, n_tied_right_lenient   the same by the lenient grading; optional
     evaluation_seed   sampling seed of the evaluation; optional, 0 where there is no such column
 
 All but the first four and the last are columns of distill.evaluate's ``results.parquet``, whose ``domain`` is the
@@ -41,6 +42,7 @@ from neurosig.runtime.files import write_atomic
 from neurosig.statistics.metrics import maj_at_k
 from neurosig.statistics.resampling import question_counts, resample_weights
 from neurosig.statistics.significance import ece_draws, mean_draws
+from neurosig.statistics.vote_table import GRADINGS, Grading, graded
 
 if TYPE_CHECKING:
     import pyarrow
@@ -50,6 +52,9 @@ logger = logging.getLogger(__name__)
 FILES, LAYOUT = ("grid.parquet", "grid.csv"), "layout.json"
 TEXT = ("method", "source", "target", "question_id")
 WHOLE = ("seed", "n_correct", "k", "votes", "n_tied", "n_tied_right")
+LENIENT = ("n_correct_lenient", "n_tied_right_lenient")
+MOST = {"votes": "k", "n_correct": "k", LENIENT[0]: "k", "n_tied_right": "n_tied", LENIENT[1]: "n_tied"}
+"""Count -> the column that it cannot exceed."""
 EVALUATION_SEED = "evaluation_seed"
 KEY = ("method", "source", "seed", "target", EVALUATION_SEED, "question_id")
 
@@ -90,12 +95,14 @@ class Grid:
         layout: Domains and groups.
         ids: Ids of each target's questions, sorted.
         answers: Answers of each run, by target.
+        gradings: Gradings that the file can be read under.
     """
 
     k: int
     layout: Layout
     ids: Mapping[str, Sequence[str]]
     answers: Mapping[Run, Mapping[str, Answers]]
+    gradings: tuple[Grading, ...] = ("strict",)
 
     @property
     def evaluations(self) -> int:
@@ -152,22 +159,25 @@ def run_columns(run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
 def sampled_grid_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The columns of `write_grid` of rows of `distill.results.sampled_row` with those of `run_columns` and
     ``target``."""
-    return [{name: row[name] for name in (*TEXT, *WHOLE, EVALUATION_SEED)} for row in rows]
+    return [{name: row[name] for name in (*TEXT, *WHOLE, *LENIENT, EVALUATION_SEED)} for row in rows]
 
 
-def read_grid(folder: Path) -> Grid:
+def read_grid(folder: Path, grading: Grading = "strict") -> Grid:
     """Read ``grid.parquet`` or ``grid.csv`` of ``folder``. A run that lacks a target is left out, with a warning.
 
     Raises:
         UserError: The file is missing; a column is missing or of the wrong type; a count is out of range; a question
             appears twice in a run; there are several K, or no base; a run has other questions than the base; the
-            layout lacks a domain.
+            layout lacks a domain; the grid was not graded like this.
     """
     path = find_grid(folder)
     if path is None:
         raise UserError(f"{folder}: neither {' nor '.join(FILES)} there; run figures.grid --out {folder}")
     table = _checked(_load(path), path)
-    answers, ids = _split(table, path)
+    gradings = tuple(name for name in GRADINGS if graded("n_correct", name) in table.column_names)
+    if grading not in gradings:
+        raise UserError(f"{path}: no {grading} grades; grade its kept texts again with figures.grid.rescore")
+    answers, ids = _split(table, path, grading)
     layout = _layout(folder, sorted(set(table["target"].to_pylist())))
     base_ids: dict[str, Sequence[str]] = {}
     for run in (run for run in answers if run.method == BASE and not run.source):
@@ -196,7 +206,8 @@ def read_grid(folder: Path) -> Grid:
             logger.warning("%s: %s: no rows for %s; left out of the tables", path, run, ", ".join(missing))
         else:
             complete[run] = by_target
-    return Grid(int(table["k"][0].as_py()), layout, {domain: base_ids[domain] for domain in layout.domains}, complete)
+    questions = {domain: base_ids[domain] for domain in layout.domains}
+    return Grid(int(table["k"][0].as_py()), layout, questions, complete, gradings)
 
 
 def grid_results(grid: Grid, *, resamples: int = 2000, seed: int = 0) -> dict[str, Results]:
@@ -242,9 +253,6 @@ def grid_results(grid: Grid, *, resamples: int = 2000, seed: int = 0) -> dict[st
     return {name: _results(name, grid, values[name], cells, weights) for name in METRICS}
 
 
-# Inside
-
-
 def _load(path: Path) -> pyarrow.Table:
     import pyarrow
     import pyarrow.csv
@@ -272,7 +280,7 @@ def _checked(table: pyarrow.Table, path: Path) -> pyarrow.Table:
     if EVALUATION_SEED not in table.column_names:
         table = table.append_column(EVALUATION_SEED, pyarrow.array([0] * table.num_rows))
     columns = {}
-    for name in (*TEXT, *WHOLE, EVALUATION_SEED):
+    for name in (*TEXT, *WHOLE, *(LENIENT if set(LENIENT) <= set(table.column_names) else ()), EVALUATION_SEED):
         try:
             column = table[name].cast(pyarrow.string() if name in TEXT else pyarrow.int64())
         except (ValueError, NotImplementedError) as error:  # of pyarrow, both
@@ -284,14 +292,10 @@ def _checked(table: pyarrow.Table, path: Path) -> pyarrow.Table:
         elif column.null_count:
             raise UserError(f'{path}: column "{name}" has {column.null_count} rows without a value')
         columns[name] = column
-    count = {name: columns[name].to_numpy() for name in WHOLE}
+    count = {name: column.to_numpy() for name, column in columns.items() if name not in TEXT}
+    ranges = [(name, most) for name, most in MOST.items() if name in count]
     for reason, wrong in (
-        ("n_correct is not between 0 and k", (count["n_correct"] < 0) | (count["n_correct"] > count["k"])),
-        ("votes is not between 0 and k", (count["votes"] < 0) | (count["votes"] > count["k"])),
-        (
-            "n_tied_right is not between 0 and n_tied",
-            (count["n_tied_right"] < 0) | (count["n_tied_right"] > count["n_tied"]),
-        ),
+        *((f"{name} is not between 0 and {m}", (count[name] < 0) | (count[name] > count[m])) for name, m in ranges),
         ("k differs from the first row's; evaluate all with the same --num-generations", count["k"] != count["k"][0]),
         ("k is below 1", count["k"] < 1),
     ):
@@ -302,11 +306,12 @@ def _checked(table: pyarrow.Table, path: Path) -> pyarrow.Table:
 
 
 def _split(
-    table: pyarrow.Table, path: Path
+    table: pyarrow.Table, path: Path, grading: Grading
 ) -> tuple[dict[Run, dict[str, Answers]], dict[Run, dict[str, Sequence[str]]]]:
     """Answers and question ids of each run, by target; methods in the order of `METHOD_LABELS`."""
     key = {name: table[name].to_numpy() for name in KEY}
-    count = {name: table[name].to_numpy() for name in WHOLE}
+    names = (graded("n_correct", grading), "votes", graded("n_tied_right", grading), "n_tied")
+    n_correct, votes, n_tied_right, n_tied = (table[name].to_numpy() for name in names)
     new = np.zeros(len(key["question_id"]), dtype=bool)
     for name in KEY[:-1]:
         new[1:] |= key[name][1:] != key[name][:-1]
@@ -321,8 +326,8 @@ def _split(
     for start, end in pairwise(edges):
         run, target = Run(key["method"][start], key["source"][start], int(key["seed"][start])), key["target"][start]
         rows = slice(start, end)
-        majority = maj_at_k(count["n_tied_right"][rows], count["n_tied"][rows])
-        parts = [part[:, None] for part in (count["n_correct"][rows], count["votes"][rows], majority)]
+        majority = maj_at_k(n_tied_right[rows], n_tied[rows])
+        parts = [part[:, None] for part in (n_correct[rows], votes[rows], majority)]
         question_ids = key["question_id"][rows].tolist()
         earlier = answers.setdefault(run, {}).get(target)
         if earlier is not None:

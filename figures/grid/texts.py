@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from figures.grid.config import BASE
 from figures.grid.rows import KEY
 from figures.grid.tables import method_label
+from figures.sources import question_lines
 from neurosig.options import RereadOptions
 from neurosig.questions.load import Question, load_questions, questions_sha256
 from neurosig.runtime.errors import UserError
@@ -53,19 +53,27 @@ def write_texts(out: Path, rows: Sequence[Mapping[str, Any]], evaluations: Itera
     summary: dict[str, Any] = {}
     for folder in evaluations:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        options = summary["config"]
-        read = load_questions(options["questions"], split=options["split"], fields=options.get("fields", ()))
-        known = {one.id: one for one in read}
-        evaluated = [known[name] for name in read_rollouts(folder / "rollouts.jsonl") if name in known]
-        if questions_sha256(evaluated) != summary["questions_sha256"]:
-            sources = ", ".join(options["questions"])
-            raise UserError(f"{folder}: {sources} changed after it was evaluated; restore the file, or evaluate again")
-        questions |= {one.id: one for one in evaluated}
-    records = [{k: v for k, v in asdict(one).items() if k != "line"} for one in questions.values()]
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        questions |= {one.id: one for one in evaluated_questions(folder)}
     write_parquet(out / ROLLOUTS, sorted(rows, key=_key), compression="zstd")
-    write_atomic(out / QUESTIONS, "".join(lines))
+    write_atomic(out / QUESTIONS, question_lines(questions.values()))
     write_atomic(out / READER, json.dumps(summary["answers"], indent=1) + "\n")
+
+
+def evaluated_questions(folder: Path) -> list[Question]:
+    """The questions of an evaluation, with their gold answers.
+
+    Raises:
+        UserError: They are not here, or have changed.
+    """
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    options = summary["config"]
+    read = load_questions(options["questions"], split=options["split"], fields=options.get("fields", ()))
+    known = {one.id: one for one in read}
+    evaluated = [known[name] for name in read_rollouts(folder / "rollouts.jsonl") if name in known]
+    if questions_sha256(evaluated) != summary["questions_sha256"]:
+        sources = ", ".join(options["questions"])
+        raise UserError(f"{folder}: {sources} changed after it was evaluated; restore the file, or evaluate again")
+    return evaluated
 
 
 def reread_grid(folder: Path, options: RereadOptions) -> list[dict[str, Any]]:

@@ -129,6 +129,11 @@ def _teacher_prompts(
     contexts: Mapping[str, Sequence[DemonstrationRecord]] | None,
 ) -> tuple[dict[str, Prompt], dict[str, Sequence[Message]]]:
     assert first is not None and contexts is not None  # as on the main process
+    if not contexts:
+        raise UserError(
+            f"none of {len(first.questions)} questions has a context, so that --teacher-rollouts "
+            f"{config.teacher_rollouts} has nothing to show the teacher; look at the rollouts with --teacher-rollouts 0"
+        )
     questions, rollouts = first.questions, first.groups
     builder = PromptBuilder(loaded.tokenizer, config.teacher_prompt_config())
     messages: dict[str, Sequence[Message]] = {}

@@ -288,7 +288,7 @@ def jobs(folder: Path) -> dict[str, Job]:
         figures.grid.__main__.forkserver = lambda: multiprocessing.get_context("fork")  # the imports are here already
         figures.grid.__main__.main(
             GridConfig(
-                out=folder / "grid", model=str(model), methods=("nopsd", "nopsd-random"), jobs=2,
+                out=folder / "grid", model=str(model), methods=("probe", "probe-random"), jobs=2,
                 sources=(f"a={questions}",), targets=(f"a={questions}",), control_temperatures=(),
                 export={**quick, "set_size": 16, "question_filter": "all", "keep_truncated": True},
                 train={"steps": 2, "questions_per_step": 2, "lora_r": 2, "keep_truncated": True, "save_steps": 1},

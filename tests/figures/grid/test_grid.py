@@ -17,6 +17,8 @@ import pandas
 import pyarrow.parquet
 import pytest
 
+from figures.experiments.loglikelihood import LoglikelihoodConfig
+from figures.experiments.loglikelihood import main as score
 from figures.grid.__main__ import main
 from figures.grid.collect import collect, control_temperature
 from figures.grid.config import PRESETS, GridConfig
@@ -31,6 +33,7 @@ from neurosig.runtime.errors import UserError
 from neurosig.runtime.folder import output_folder
 from neurosig.verify.__main__ import VerifyConfig
 from neurosig.verify.__main__ import main as verify
+from tests.support.exports import write_lines
 from tests.support.flow import save_tiny, write_questions
 from tests.support.paths import ROOT
 
@@ -43,15 +46,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(folder / "model")
     for name in ("red", "blue"):
         write_questions(folder / f"{name}.jsonl", domain=name)
+    spaced = write_questions(folder / "red-test.jsonl", domain="red", answer_space=[f"GOLD{i}" for i in range(8)])
+    *six, last, other = map(json.loads, spaced.read_text().splitlines())
+    write_lines(spaced, [*six, last | {"answer_space": None}, other | {"answer_space": None}])
     return folder
 
 
 def grid(folder: Path, **changes: Any) -> GridConfig:
-    named = tuple(f"{name}={folder / name}.jsonl" for name in ("red", "blue"))
+    named = tuple(f"{name.removesuffix('-test')}={folder / name}.jsonl" for name in ("red", "red-test", "blue"))
     options: dict[str, Any] = {
         "methods": ("probe", "probe-random"),
         "sources": named[:1],
-        "targets": named,
+        "targets": named[1:],
         "dev": named[:1],
         "control_temperatures": (0.5,),
         "export": {**TINY, "set_size": 16, "question_filter": "all", "keep_truncated": True},
@@ -118,9 +124,34 @@ def test_a_grid_runs_resumes_and_collects(
         first = json.loads(steps.read_text().splitlines()[0]) if row["source"] else {"entropy_gap": math.nan}
         assert float(row["first_entropy_gap"] or "nan") == pytest.approx(first["entropy_gap"], rel=1e-5, nan_ok=True)
 
+    check_loglikelihood(folder, caplog, capsys)
     check_kept(folder, len(answers), monkeypatch)
     check_seeds(folder, caplog, capsys)
     check_other_options_are_refused(folder)
+
+
+def check_loglikelihood(folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every trained cell in its own domain, on the six questions with an answer space; blue has none."""
+    capsys.readouterr()
+    score(LoglikelihoodConfig(grid=folder / "grid", quiet=True))
+    assert "| N-OPSD with our probe | 1 | 6 |" in capsys.readouterr().out
+    assert "blue: left out; no evaluated question of it has choices or an answer space" in caplog.text
+    table = pandas.read_csv(folder / "grid" / "loglikelihood.csv", keep_default_na=False).set_index("method")
+    assert set(table.index) == {"base", "probe", "probe-random"} and set(table.target) == {"red"}
+    assert set(table.n) == {6} and set(table.skipped) == {2} and set(table.chance) == {1 / 8}
+    for method, cell in (("base", "base--red"), ("probe", "probe--red--seed0--red")):
+        summary = json.loads((folder / "grid" / "loglikelihood" / cell / "summary.json").read_text())
+        adapter = summary["config"]["adapter"]
+        assert adapter == (None if method == "base" else str(folder / "grid/cells/probe--red--seed0/train/adapter"))
+        for name in ("accuracy", "accuracy_mutual_info"):
+            assert table.loc[method, name] == pytest.approx(summary["domains"]["red"][name]["estimate"], abs=1e-5)
+    changes = table.accuracy - table.accuracy["base"]
+    assert table.accuracy_change[["probe", "probe-random"]].astype(float).tolist() == pytest.approx(
+        changes[1:].tolist()
+    )
+    before = {path: path.stat().st_mtime_ns for path in (folder / "grid" / "loglikelihood").rglob("summary.json")}
+    score(LoglikelihoodConfig(grid=folder / "grid", quiet=True))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def check_kept(folder: Path, n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +216,7 @@ def check_other_options_are_refused(folder: Path) -> None:
         main(grid(folder, evaluate={**TINY, "seed": 3}))
 
     shutil.copy(folder / "blue.jsonl", folder / "kept.jsonl")
-    moved = (f"red={folder / 'red'}.jsonl", f"blue={folder / 'kept'}.jsonl")
+    moved = (f"red={folder / 'red-test'}.jsonl", f"blue={folder / 'kept'}.jsonl")
     with pytest.raises(
         UserError, match=r"other targets options: targets.blue .\S*blue.jsonl before, \S*kept.jsonl now"
     ):

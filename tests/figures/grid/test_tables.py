@@ -7,21 +7,25 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 
 from distill.evaluate import EvaluateConfig
 from distill.evaluate import main as evaluate
 from figures.draw import paper_tables
 from figures.draw.paper_tables import averages_without
-from figures.grid.config import BASE
+from figures.grid import config
+from figures.grid.config import BASE, CONTROL
 from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from figures.grid.table_text import FIELDS, markdown, rounded, signed
-from figures.grid.tables import METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
+from figures.grid.tables import METHOD_LABELS, METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
+from figures.style import METHODS
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
 from neurosig.statistics.significance import minimum_detectable_effect
@@ -276,7 +280,7 @@ def test_the_page_of_a_grid(folder: Path, tmp_path: Path) -> None:
     paths = paper_tables.draw(folder, tmp_path / "out")
     assert {path.suffix for path in paths} == {".md", ".tex", ".csv", ".pdf", ".png"}
     page, tex = ((tmp_path / "out" / f"paper_tables.{suffix}").read_text() for suffix in ("md", "tex"))
-    assert "N-OPSD (1 seed)" in page and "LMSI (1 seed)" in page
+    assert "N-OPSD (published reading) (1 seed)" in page and "LMSI (1 seed)" in page
     assert "changes against base, best temperature" in page
     assert "Questions: 60 geography, 30 language, 20 chemistry; K=8." in page
     assert "| N-OPSD (paper) | in | **74.47** (+2.05) |" in page
@@ -297,12 +301,25 @@ def test_the_page_of_a_grid(folder: Path, tmp_path: Path) -> None:
     assert all(path.read_bytes() == (tmp_path / "out" / path.name).read_bytes() for path in again)
 
 
+def test_a_method_has_one_colour_and_marker_in_every_figure() -> None:
+    assert set(METHODS) == set(METHOD_LABELS) == {BASE, CONTROL, *config.METHODS}
+    assert len(set(METHODS.values())) == len(METHODS)
+    own = paper_tables.own_tables({"avg_at_k": witness(3), "ece": witness(4)})
+    legend = paper_tables._draw_changes(paper_tables.published(), own).legends[0]
+    marks = [to_hex(mark.get_facecolor()[0]) for mark in legend.legend_handles[:4]]
+    assert marks == [METHODS[name][0].lower() for name in ("lmsi", "ttrl", "intuitor", "nopsd")]
+    assert [text.get_text() for text in legend.get_texts()[:4]] == ["LMSI", "TTRL", "Intuitor", "N-OPSD"]
+
+
 def test_our_rows_are_next_to_the_papers() -> None:
     ours, published = scope_table(witness(3)), paper_tables.published()["Table 3"]
     lines = markdown(paper_tables.next_to(ours, published)).splitlines()[2:]
     assert len(lines) == 18
     for own, paper in zip(lines[::2], lines[1::2], strict=True):
         assert own.replace(" |", " (paper) |", 1) == paper
+    named = replace(ours, rows=tuple(replace(row, method="nopsd") for row in ours.rows if row.method == "N-OPSD"))
+    lines = markdown(paper_tables.next_to(named, published)).splitlines()[2:]
+    assert [line.split(" |")[0] for line in lines[:2]] == ["| N-OPSD (published reading)", "| N-OPSD (paper)"]
 
 
 def test_rows_come_from_evaluations(tmp_path: Path) -> None:

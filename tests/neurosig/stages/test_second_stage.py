@@ -233,3 +233,11 @@ def test_a_published_selector_on_the_organism(name: str, tmp_path: Path) -> None
         left = [row.scores[score] for row in asked if not row.selected]
         assert max(kept) <= min(left) if config.keep_scores == "lowest" else min(kept) >= max(left)
     assert manifest.header.options["context_policy"] == config.context_policy
+
+
+def test_without_any_context_the_teacher_is_not_asked(tmp_path: Path) -> None:
+    """As where no rollout has an answer."""
+    model, questions = save_tiny(tmp_path / "model"), write_questions(tmp_path / "questions.jsonl")
+    config = export_config(tmp_path, model, questions, **{**SECOND, "answer_parser": None, "num_generations": 1})
+    with pytest.raises(UserError, match="none of 8 questions has a context, so that --teacher-rollouts 2 has nothing"):
+        export(config)
