@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.notebook.calibration import calibration_points
+from figures.notebook.calibration import calibration_points, probability_bins
 from figures.notebook.parts import (
     axes_for,
     draw_forest,
@@ -31,6 +31,7 @@ from figures.notebook.parts import (
 )
 from figures.style import SERIES, Colour, use_style
 from neurosig.statistics import metrics
+from neurosig.statistics.auroc import AnalysisConfig, auroc_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,6 +245,43 @@ def outcome_strips(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> 
 
 
 # Calibration
+
+
+@themed
+def probe_reliability(
+    probabilities: Float[np.ndarray, " texts"],
+    positive: Sequence[bool] | Bool[np.ndarray, " texts"],
+    *,
+    groups: Sequence[Any],
+    event: str,
+    ax: Axes | None = None,
+) -> Figure:
+    """Share of positive texts at each probability that a probe gives, and the probe's AUROC on these texts.
+
+    Args:
+        probabilities: Of the positive class, from texts that the probe was not fitted on.
+        positive: Which texts are positive.
+        groups: What the AUROC's 95% bootstrap interval draws, one value per text, such as its question.
+        event: What the positive class is called.
+        ax: Axes to draw on; default: a figure of their own.
+    """
+    axis, truth = axes_for(ax, (4.2, 3.6)), np.asarray(positive, dtype=bool)
+    points = probability_bins(probabilities, truth)
+    owners = pd.factorize(np.asarray(groups))[0]
+    auroc = auroc_interval(probabilities, truth, owners, AnalysisConfig())
+    axis.plot([0, 1], [0, 1], color=ink(), linewidth=0.8, linestyle="--", label="perfectly calibrated")
+    ends = [points["share"] - points["low"], points["high"] - points["share"]]
+    axis.errorbar(points["probability"], points["share"], yerr=ends, fmt="D", color=Colour.OURS, capsize=2)
+    axis.set(xlabel=f"probability of {event!r}, mean of the bin", ylabel=f"share of {event!r}")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    sizes = f"{points['n'].min()} to {points['n'].max()}" if points["n"].nunique() > 1 else f"{points['n'].iloc[0]}"
+    axis.set_title(
+        f"AUROC {metrics.format_interval(auroc.estimate, auroc.low, auroc.high, '.2f')}, n={len(truth)} texts\n"
+        f"bars: 95% interval of bins of {sizes} texts",
+        fontsize=9,
+    )
+    axis.legend(fontsize=8)
+    return figure_of(axis)
 
 
 @themed
