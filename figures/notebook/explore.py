@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from figures.draw.dose_response import GROUPS
 from figures.notebook.calibration import calibration_points, probability_bins
 from figures.notebook.parts import (
     axes_for,
@@ -29,7 +30,7 @@ from figures.notebook.parts import (
     notebook_colours,
     themed,
 )
-from figures.style import SERIES, Colour, use_style
+from figures.style import Colour, use_style
 from neurosig.statistics import metrics
 from neurosig.statistics.auroc import AnalysisConfig, auroc_interval
 
@@ -145,15 +146,18 @@ def probe_path(fitted: Probe, *, ax: Sequence[Axes] | None = None) -> Figure:
 
 @themed
 def dose_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
-    """Change of each group's nats per token by factor, with its 95% interval, as `Probe.causal_check` returns it."""
-    axis = axes_for(ax, (5.8, 3.2))
+    """Change of the texts' negative log-likelihood when each group of neurons is scaled, in nats per token, with its
+    95% interval over texts and draws, as `Probe.causal_check` returns it."""
+    axis = axes_for(ax, (6.4, 3.4))
     for place, (group, rows) in enumerate(table.groupby("group", sort=False)):
-        colour, marker = SERIES[place % len(SERIES)]
+        label, colour, marker, line = GROUPS[str(group)]
+        colour = ink() if colour == Colour.BLACK else colour
         x = rows["factor"] + 0.04 * place  # next to each other
         ends = [rows["change"] - rows["change_low"], rows["change_high"] - rows["change"]]
-        axis.errorbar(x, rows["change"], yerr=ends, fmt=marker + "-", color=colour, capsize=2, label=str(group))
+        axis.errorbar(x, rows["change"], yerr=ends, fmt=marker + line, color=colour, capsize=2, label=label)
     axis.axhline(0, color=ink(), linewidth=0.8, linestyle="--")
-    axis.set(xlabel="values multiplied by", ylabel="change in nats per token", xticks=sorted({*table["factor"], 1.0}))
+    axis.set(xlabel="the neurons' values are multiplied by", xticks=sorted({*table["factor"], 1.0}))
+    axis.set_ylabel("change of the negative log-\nlikelihood (nats per token)")
     axis.set_title(f"{table['neurons'].iloc[0]} neurons per group, n={table['texts'].iloc[0]} texts")
     axis.legend(fontsize=8)
     return figure_of(axis)
@@ -203,7 +207,7 @@ def entropy_curves(
             axis.fill_between(range(1, len(mean) + 1), low, high, color=colour, alpha=0.2, linewidth=0)
         axis.set(xlabel="token", ylim=(0, None))
         axis.set_title(name.replace("_", " "))
-    axes[0].set_ylabel("entropy (nats)")
+    axes[0].set_ylabel("next-token entropy (nats)")
     axes[0].legend(fontsize=8)
     n = len({one.question_id for rollouts in entropies.values() for one in rollouts})
     figure = figure_of(axes[0])
@@ -228,7 +232,8 @@ def outcome_strips(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> 
     rng = np.random.default_rng(0)
     heights = {name: len(rows) - 1 - place for place, name in enumerate(rows)}
     y = table["outcome_strict"].map(heights).to_numpy(np.float64) + rng.uniform(-0.16, 0.16, len(table))
-    for axis, name in zip(axes, ("entropy_gap", "belief_shift"), strict=True):
+    units = {"entropy_gap": "nats per token", "belief_shift": "nats"}
+    for axis, (name, unit) in zip(axes, units.items(), strict=True):
         draw_series(axis, table[name].to_numpy(), y, list(table["context"]), alpha=0.75)
         for outcome, height in heights.items():
             means = table[table["outcome_strict"] == outcome].groupby("question_id")[name].mean().to_numpy()
@@ -237,7 +242,7 @@ def outcome_strips(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> 
                 axis.hlines(height - 0.32, found.low, found.high, color=ink(), linewidth=1.4)
                 axis.plot(found.estimate, height - 0.32, "|", color=ink(), markersize=9)
         axis.axvline(0, color=Colour.ZERO, linewidth=0.8, zorder=0)
-        axis.set(xlabel=f"{name.replace('_', ' ')} (nats)")
+        axis.set(xlabel=f"{name.replace('_', ' ')} ({unit})")
     counts = table["outcome_strict"].value_counts()
     axes[0].set_yticks(list(heights.values()), [f"{name} (n={counts[name]})" for name in rows])
     axes[1].legend(fontsize=8, title="context", title_fontsize=8)

@@ -32,8 +32,8 @@ ORGANISM_EXPORT: Mapping[str, Any] = {"limit": 48, "num_generations": 4, "probe_
 
 
 def run_folder(*parts: Part) -> Path:
-    """Folder of a run of the embedded model, with a ``manifest``, for ``adapter`` with the one that was trained on it in
-    ``nopsd/adapter``, and for ``evaluations`` with ``eval`` folders.
+    """Folder of a run of the embedded model, with a ``manifest``, for ``adapter`` with the adapter trained on it
+    (``nopsd/adapter``), and for ``evaluations`` with ``eval`` folders.
 
     Raises:
         UserError: ``NEUROSIG_RUN`` names a folder without a finished export or without what else is asked for.

@@ -14,13 +14,19 @@ from matplotlib.figure import Figure
 
 from distill.entropy_gap import TokenEntropies
 from figures.notebook import parts
-from figures.notebook.calibration import calibration_points, calibration_summary, calibration_table
+from figures.notebook.calibration import (
+    calibration_points,
+    calibration_summary,
+    calibration_table,
+    probability_bins,
+)
 from figures.notebook.explore import (
     agreement_scatter,
     auroc_forest,
     dose_curves,
     entropy_curves,
     outcome_strips,
+    probe_reliability,
     reliability_diagrams,
     silhouettes,
     similarity_map,
@@ -107,6 +113,27 @@ def test_each_point_has_the_interval_of_its_own_questions(run: Path) -> None:
     np.testing.assert_allclose([bar[:, 1] for bar in drawn if len(bar)], every[["low", "high"]])
 
 
+def test_a_probes_probabilities_are_compared_with_how_often_texts_are_positive() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.uniform(0, 1, 4000)
+    positive = rng.uniform(0, 1, 4000) < probabilities
+    points = probability_bins(probabilities, positive, bins=8)
+    assert points["n"].tolist() == [500] * 8 and (points["share"] - points["probability"]).abs().max() < 0.07
+    assert ((points["low"] < points["probability"]) & (points["probability"] < points["high"])).sum() >= 7
+    certain = probability_bins(np.array([0.1] * 9 + [0.9] * 8), np.array([False] * 9 + [True] * 8), bins=2)
+    assert certain["share"].tolist() == [0, 1] and certain["n"].tolist() == [9, 8]
+    np.testing.assert_allclose(certain[["low", "high"]], [[0, 0.2991], [0.6756, 1]], atol=1e-4)  # Wilson's, not 0 and 1
+    alike = probability_bins(np.full(6, 0.5), np.array([True, False] * 3))  # of a probe that knows nothing
+    assert alike[["probability", "share", "n"]].to_numpy().tolist() == [[0.5, 0.5, 6]]
+    axis = probe_reliability(probabilities, positive, groups=np.arange(4000), event="wrong").axes[0]
+    drawn = probability_bins(probabilities, positive)
+    np.testing.assert_allclose(axis.lines[1].get_xydata(), drawn[["probability", "share"]])
+    (bars,) = axis.containers[0].lines[2]
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], drawn[["low", "high"]])
+    title = axis.get_title() or axis.get_title("left")
+    assert title.startswith("AUROC 0.8") and "n=4000 texts" in title and axis.get_ylabel() == "share of 'wrong'"
+
+
 def test_without_an_evaluation_there_is_nothing_to_draw(tmp_path: Path) -> None:
     make_manifest(tmp_path)
     with pytest.raises(UserError, match="no finished evaluation"):
@@ -189,7 +216,11 @@ def test_a_dose_curve_has_each_groups_change_and_interval() -> None:
     axis = dose_curves(table).axes[0]
     assert [float(one.lines[0].get_ydata()[0]) for one in axis.containers] == [0.5, 0.1]
     np.testing.assert_allclose(axis.containers[0].lines[2][0].get_segments()[0][:, 1], [0.2, 0.9])
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["located", "layer"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "located by the probe",
+        "random, same layers",
+    ]
+    assert axis.get_ylabel().replace("\n", "") == "change of the negative log-likelihood (nats per token)"
     assert "7 neurons per group, n=12 texts" in (axis.get_title(), axis.get_title("left"))  # by style
 
 

@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PICTURES = {
     "01_neuron_signals": 3,
-    "02_hallucination_neurons": 3,
+    "02_hallucination_neurons": 4,
     "03_reasoning_patterns": 3,
     "04_entropy_gap": 2,
     "05_calibration": 1,
@@ -28,8 +28,8 @@ PICTURES = {
 }
 """Figures of each notebook; none of them is skipped."""
 VIEWS = {
-    "01_neuron_signals": 6,
-    "02_hallucination_neurons": 3,
+    "01_neuron_signals": 7,
+    "02_hallucination_neurons": 2,
     "03_reasoning_patterns": 7,
     "04_entropy_gap": 1,
     "06_the_whole_method": 2,
