@@ -118,9 +118,9 @@ def probability_bins(
         interval after Wilson 1927, texts counted as independent) and ``n`` (texts).
     """
     texts = pd.DataFrame({"probability": probabilities, "positive": positive})
-    edges = np.unique(np.quantile(probabilities, np.linspace(0, 1, bins + 1)))
+    edges = np.unique(np.quantile(probabilities, np.linspace(0, 1, bins + 1)[1:-1]))
     rows = []
-    for _, group in texts.groupby(np.searchsorted(edges[1:-1], probabilities)):
+    for _, group in texts.groupby(np.searchsorted(edges, probabilities)):
         found = stats.binomtest(int(group["positive"].sum()), len(group)).proportion_ci(method="wilson")
         rows.append((group["probability"].mean(), group["positive"].mean(), found.low, found.high, len(group)))
     return pd.DataFrame(rows, columns=["probability", "share", "low", "high", "n"])
