@@ -61,6 +61,20 @@ def notebook_style() -> None:
 
 
 @themed
+def attribution_bars(parts: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
+    """Direct effect of each layer's attention and FFN on one token's logit, as `Traces.attribution` returns it."""
+    axis = axes_for(ax, (8.0, 2.8))
+    table = parts.dropna().pivot(index="layer", columns="part", values="effect")
+    for place, (part, colour) in enumerate({"attention": Colour.CONTROL, "ffn": Colour.OURS}.items()):
+        axis.bar(table.index.to_numpy(int) + 0.4 * place - 0.2, table[part], 0.4, color=colour, label=part)
+    axis.axhline(0, color=ink(), linewidth=0.8)
+    axis.set(xlabel="layer", ylabel="direct effect on the logit")
+    axis.grid(axis="x", visible=False)
+    axis.legend(fontsize=8)
+    return figure_of(axis)
+
+
+@themed
 def similarity_map(
     similarity: Float[np.ndarray, "n n"],
     labels: Sequence[str],
@@ -149,9 +163,11 @@ def dose_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
     """Change of the texts' negative log-likelihood when each group of neurons is scaled, in nats per token, with its
     95% interval over texts and draws, as `Probe.causal_check` returns it."""
     axis = axes_for(ax, (6.4, 3.4))
-    for place, (group, rows) in enumerate(table.groupby("group", sort=False)):
+    for place, (group, measured) in enumerate(table.groupby("group", sort=False)):
         label, colour, marker, line = GROUPS[str(group)]
         colour = ink() if colour == Colour.BLACK else colour
+        unscaled = pd.DataFrame({"factor": [1.0], "change": [0.0]})
+        rows = pd.concat([measured, unscaled]).sort_values("factor")
         x = rows["factor"] + 0.04 * place  # next to each other
         ends = [rows["change"] - rows["change_low"], rows["change_high"] - rows["change"]]
         axis.errorbar(x, rows["change"], yerr=ends, fmt=marker + line, color=colour, capsize=2, label=label)

@@ -120,7 +120,8 @@ def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
     from neurosig.export import main as export
 
     header = read_manifest(manifest).header
-    label = "-".join(f"{name}-{value}" for name, value in sorted(options.items()))
+    words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    label = "-".join(f"{name}-{value}" for name, value in sorted(words.items()))
     out = into / f"{label}-{header.content_sha256[:8]}"
     known = {
         name: tuple(value) if isinstance(value, list) else value

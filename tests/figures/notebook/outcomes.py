@@ -39,13 +39,13 @@ def hallucination_neurons(seen: Mapping[str, Any]) -> None:
     assert seen["probe"].auroc > 0.5 and free.auroc > 0.5
     assert (free.neurons["weight"] != 0).sum() == len(free.fitted_.columns) > 0
     assert rows["vote_share"].estimate > 0.5 and rows["vote_share"].estimate > rows["random"].low
-    assert "least_sure" in rows and "least_sure" in seen["again"].scores
+    assert "faint" in rows and "faint" in seen["again"].scores
     assert all(auroc.low <= auroc.estimate <= auroc.high for auroc in rows.values())
-    chances, transfer, wrong = seen["chances"], seen["transfer"].astype(float), (seen["truth"] == "wrong").to_numpy()
+    chances, transfer, wrong = seen["chances"], seen["transfer"], (seen["truth"] == "wrong").to_numpy()
     assert ((chances > 0) & (chances < 1)).all() and abs(chances.mean() - wrong.mean()) < 0.1
     assert chances[wrong].mean() > 0.6 > 0.4 > chances[~wrong].mean()  # on questions that it has not seen
-    assert (transfer["language"].drop("language") < transfer.loc["language", "language"]).all()
-    assert transfer.loc["chemistry", "language"] > 0.7 > transfer.loc["geography", "language"]
+    language = transfer["fitted on language"]
+    assert language["language"] == language.max() and language["chemistry"] > 0.7 > language["geography"]
     silenced = doses[doses["factor"] == 0].set_index("group")["change"]
     assert silenced["strongest"] > 0  # silencing the largest contributors costs likelihood
 
