@@ -27,6 +27,13 @@ PICTURES = {
     "06_the_whole_method": 0,
 }
 """Figures of each notebook; none of them is skipped."""
+SMALLER_RUN = """
+from pathlib import Path
+from figures.notebook import runs
+runs.SMALL_EXPORT = {**runs.SMALL_EXPORT, "limit": 24}
+runs.SMALL_EVALUATION = {**runs.SMALL_EVALUATION, "limit": (8, 6)}
+runs.small_run(Path("run"), "evaluations")
+"""
 VIEWS = {
     "01_neuron_signals": 7,
     "02_hallucination_neurons": 2,
@@ -72,8 +79,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("notebooks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        make = "import pathlib, figures.notebook.runs as runs; runs.small_run(pathlib.Path('run'), 'evaluations')"
-        subprocess.run([sys.executable, "-c", make], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-c", SMALLER_RUN], cwd=folder, check=True)
         patch.setenv("NEUROSIG_RUN", str(folder / "run"))
         yield folder
 
