@@ -241,8 +241,8 @@ def entropy_gap(
     student: tuple[Prompt, Prefix],
     teacher: tuple[Prompt, Prefix],
 ) -> float:
-    """Mean over the rollouts of the student's next-token entropy minus the teacher's on the same tokens, in nats; each
-    has its prompt and what running it gave."""
+    """Mean over the rollouts of the student's next-token entropy minus the teacher's on the same tokens, in nats per
+    token; each has its prompt and what running it gave."""
     completions = [rollout.completion_ids for rollout in rollouts]
     lengths = [len(teacher[0].token_ids) + len(ids) for ids in completions]
     gaps = []

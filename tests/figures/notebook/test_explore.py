@@ -22,6 +22,7 @@ from figures.notebook.calibration import (
 )
 from figures.notebook.explore import (
     agreement_scatter,
+    attribution_bars,
     auroc_forest,
     dose_curves,
     entropy_curves,
@@ -161,6 +162,15 @@ def test_the_similarity_map_shows_its_matrix() -> None:
     assert figure.axes[0].images[0].get_clim() == (0, 1)
 
 
+def test_a_logits_parts_are_a_bar_per_layer_and_sublayer() -> None:
+    parts = ["embedding", "attention", "ffn", "attention", "ffn", "bias"]
+    layers = pd.Series([None, 0, 0, 1, 1, None], dtype="Int64")
+    table = pd.DataFrame({"part": parts, "layer": layers, "effect": [9.0, 1.0, -2.0, 3.0, 4.0, 9.0]})
+    axis = attribution_bars(table).axes[0]
+    heights = {str(bars.get_label()): [bar.get_height() for bar in bars] for bars in axis.containers}
+    assert heights == {"attention": [1.0, 3.0], "ffn": [-2.0, 4.0]}
+
+
 def test_scatters_plot_every_point() -> None:
     figure = agreement_scatter([0.25, 0.5, 1.0], [0.3, 0.6, 0.9], ["x", "y", "x"])
     points = np.concatenate([np.asarray(part.get_offsets()) for part in figure.axes[0].collections])
@@ -214,7 +224,7 @@ def test_a_dose_curve_has_each_groups_change_and_interval() -> None:
     table = pd.DataFrame({"group": ["located", "layer"], "factor": [0.0, 0.0], "change": [0.5, 0.1]})
     table = table.assign(change_low=[0.2, 0.0], change_high=[0.9, 0.3], neurons=7, texts=12)
     axis = dose_curves(table).axes[0]
-    assert [float(one.lines[0].get_ydata()[0]) for one in axis.containers] == [0.5, 0.1]
+    assert [one.lines[0].get_ydata().tolist() for one in axis.containers] == [[0.5, 0.0], [0.1, 0.0]]  # times 1: none
     np.testing.assert_allclose(axis.containers[0].lines[2][0].get_segments()[0][:, 1], [0.2, 0.9])
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [
         "located by the probe",

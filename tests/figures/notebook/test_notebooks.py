@@ -111,6 +111,8 @@ def test_a_named_run_must_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert run_folder() == tmp_path
     with pytest.raises(UserError, match="no finished evaluations in "):
         run_folder("evaluations")
+    with pytest.raises(UserError, match="no finished adapter in "):
+        run_folder("adapter")
 
 
 def test_a_named_run_is_seen_from_here_and_from_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -173,3 +175,6 @@ def test_a_small_run_says_that_it_is_made(
     assert f"a small one is made once, in {folder} (about a minute" in printed.out and "small run: 100%" in printed.err
     assert runs.small_run(tmp_path / "small") == folder
     assert not capsys.readouterr().out
+    monkeypatch.setattr(runs, "SMALL_TRAIN", {"steps": 1, "questions_per_step": 2, "warmup_steps": 0})
+    assert (runs.small_run(folder, "adapter") / "nopsd" / "adapter" / "adapter_config.json").is_file()
+    assert "small run: 100%" in capsys.readouterr().err
