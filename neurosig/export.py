@@ -364,7 +364,8 @@ def _report(
     reasons = Counter(row.reason for row in rows)
     logger.info("%s: %s", config.out, ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()))
     logger.info("%s: %s", config.out, lengths_text(lengths))
-    warn_of_truncation(str(config.out), lengths)
+    if config.reuse is None:  # the export that sampled them has said it
+        warn_of_truncation(str(config.out), lengths)
     if not reasons["selected"]:
         first = next(iter(groups.values()))[0]
         logger.warning(

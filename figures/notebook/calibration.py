@@ -1,4 +1,4 @@
-"""The numbers behind the reliability diagrams: every evaluation of a run, its calibration errors, their intervals."""
+"""The numbers behind the reliability diagrams: of every evaluation of a run, and of a probe's probabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
+from scipy import stats
 
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
@@ -103,3 +104,23 @@ def calibration_points(questions: pd.DataFrame, *, seed: int = 0, resamples: int
         rows.append((scope, method, votes, confidence, float(accuracy.mean()), low, high, len(group)))
     columns = ["scope", "method", "votes", "confidence", "accuracy", "low", "high", "n"]
     return pd.DataFrame(rows, columns=columns).sort_values(["scope", "method", "votes"], ignore_index=True)
+
+
+def probability_bins(
+    probabilities: Float[np.ndarray, " texts"], positive: Bool[np.ndarray, " texts"], *, bins: int = 6
+) -> pd.DataFrame:
+    """How often texts are positive, by the probability that a probe gives them.
+
+    Each bin holds about as many texts as any other; equal probabilities share one.
+
+    Returns:
+        A row per bin: ``probability`` (mean), ``share`` of its texts that are positive, ``low`` and ``high`` (its 95%
+        interval after Wilson 1927, texts counted as independent) and ``n`` (texts).
+    """
+    texts = pd.DataFrame({"probability": probabilities, "positive": positive})
+    edges = np.unique(np.quantile(probabilities, np.linspace(0, 1, bins + 1)[1:-1]))
+    rows = []
+    for _, group in texts.groupby(np.searchsorted(edges, probabilities)):
+        found = stats.binomtest(int(group["positive"].sum()), len(group)).proportion_ci(method="wilson")
+        rows.append((group["probability"].mean(), group["positive"].mean(), found.low, found.high, len(group)))
+    return pd.DataFrame(rows, columns=["probability", "share", "low", "high", "n"])

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.notebook.calibration import calibration_points
+from figures.draw.dose_response import GROUPS
+from figures.notebook.calibration import calibration_points, probability_bins
 from figures.notebook.parts import (
     axes_for,
     draw_forest,
@@ -29,8 +30,9 @@ from figures.notebook.parts import (
     notebook_colours,
     themed,
 )
-from figures.style import SERIES, Colour, use_style
+from figures.style import Colour, use_style
 from neurosig.statistics import metrics
+from neurosig.statistics.auroc import AnalysisConfig, auroc_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +58,20 @@ def notebook_style() -> None:
 
 
 # Neurons
+
+
+@themed
+def attribution_bars(parts: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
+    """Direct effect of each layer's attention and FFN on one token's logit, as `Traces.attribution` returns it."""
+    axis = axes_for(ax, (8.0, 2.8))
+    table = parts.dropna().pivot(index="layer", columns="part", values="effect")
+    for place, (part, colour) in enumerate({"attention": Colour.CONTROL, "ffn": Colour.OURS}.items()):
+        axis.bar(table.index.to_numpy(int) + 0.4 * place - 0.2, table[part], 0.4, color=colour, label=part)
+    axis.axhline(0, color=ink(), linewidth=0.8)
+    axis.set(xlabel="layer", ylabel="direct effect on the logit")
+    axis.grid(axis="x", visible=False)
+    axis.legend(fontsize=8)
+    return figure_of(axis)
 
 
 @themed
@@ -144,15 +160,20 @@ def probe_path(fitted: Probe, *, ax: Sequence[Axes] | None = None) -> Figure:
 
 @themed
 def dose_curves(table: pd.DataFrame, *, ax: Axes | None = None) -> Figure:
-    """Change of each group's nats per token by factor, with its 95% interval, as `Probe.causal_check` returns it."""
-    axis = axes_for(ax, (5.8, 3.2))
-    for place, (group, rows) in enumerate(table.groupby("group", sort=False)):
-        colour, marker = SERIES[place % len(SERIES)]
+    """Change of the texts' negative log-likelihood when each group of neurons is scaled, in nats per token, with its
+    95% interval over texts and draws, as `Probe.causal_check` returns it."""
+    axis = axes_for(ax, (6.4, 3.4))
+    for place, (group, measured) in enumerate(table.groupby("group", sort=False)):
+        label, colour, marker, line = GROUPS[str(group)]
+        colour = ink() if colour == Colour.BLACK else colour
+        unscaled = pd.DataFrame({"factor": [1.0], "change": [0.0]})
+        rows = pd.concat([measured, unscaled]).sort_values("factor")
         x = rows["factor"] + 0.04 * place  # next to each other
         ends = [rows["change"] - rows["change_low"], rows["change_high"] - rows["change"]]
-        axis.errorbar(x, rows["change"], yerr=ends, fmt=marker + "-", color=colour, capsize=2, label=str(group))
+        axis.errorbar(x, rows["change"], yerr=ends, fmt=marker + line, color=colour, capsize=2, label=label)
     axis.axhline(0, color=ink(), linewidth=0.8, linestyle="--")
-    axis.set(xlabel="values multiplied by", ylabel="change in nats per token", xticks=sorted({*table["factor"], 1.0}))
+    axis.set(xlabel="the neurons' values are multiplied by", xticks=sorted({*table["factor"], 1.0}))
+    axis.set_ylabel("change of the negative log-\nlikelihood (nats per token)")
     axis.set_title(f"{table['neurons'].iloc[0]} neurons per group, n={table['texts'].iloc[0]} texts")
     axis.legend(fontsize=8)
     return figure_of(axis)
@@ -202,7 +223,7 @@ def entropy_curves(
             axis.fill_between(range(1, len(mean) + 1), low, high, color=colour, alpha=0.2, linewidth=0)
         axis.set(xlabel="token", ylim=(0, None))
         axis.set_title(name.replace("_", " "))
-    axes[0].set_ylabel("entropy (nats)")
+    axes[0].set_ylabel("next-token entropy (nats)")
     axes[0].legend(fontsize=8)
     n = len({one.question_id for rollouts in entropies.values() for one in rollouts})
     figure = figure_of(axes[0])
@@ -227,7 +248,8 @@ def outcome_strips(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> 
     rng = np.random.default_rng(0)
     heights = {name: len(rows) - 1 - place for place, name in enumerate(rows)}
     y = table["outcome_strict"].map(heights).to_numpy(np.float64) + rng.uniform(-0.16, 0.16, len(table))
-    for axis, name in zip(axes, ("entropy_gap", "belief_shift"), strict=True):
+    units = {"entropy_gap": "nats per token", "belief_shift": "nats"}
+    for axis, (name, unit) in zip(axes, units.items(), strict=True):
         draw_series(axis, table[name].to_numpy(), y, list(table["context"]), alpha=0.75)
         for outcome, height in heights.items():
             means = table[table["outcome_strict"] == outcome].groupby("question_id")[name].mean().to_numpy()
@@ -236,7 +258,7 @@ def outcome_strips(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> 
                 axis.hlines(height - 0.32, found.low, found.high, color=ink(), linewidth=1.4)
                 axis.plot(found.estimate, height - 0.32, "|", color=ink(), markersize=9)
         axis.axvline(0, color=Colour.ZERO, linewidth=0.8, zorder=0)
-        axis.set(xlabel=f"{name.replace('_', ' ')} (nats)")
+        axis.set(xlabel=f"{name.replace('_', ' ')} ({unit})")
     counts = table["outcome_strict"].value_counts()
     axes[0].set_yticks(list(heights.values()), [f"{name} (n={counts[name]})" for name in rows])
     axes[1].legend(fontsize=8, title="context", title_fontsize=8)
@@ -244,6 +266,43 @@ def outcome_strips(table: pd.DataFrame, *, ax: Sequence[Axes] | None = None) -> 
 
 
 # Calibration
+
+
+@themed
+def probe_reliability(
+    probabilities: Float[np.ndarray, " texts"],
+    positive: Sequence[bool] | Bool[np.ndarray, " texts"],
+    *,
+    groups: Sequence[Any],
+    event: str,
+    ax: Axes | None = None,
+) -> Figure:
+    """Share of positive texts at each probability that a probe gives, and the probe's AUROC on these texts.
+
+    Args:
+        probabilities: Of the positive class, from texts that the probe was not fitted on.
+        positive: Which texts are positive.
+        groups: What the AUROC's 95% bootstrap interval draws, one value per text, such as its question.
+        event: What the positive class is called.
+        ax: Axes to draw on; default: a figure of their own.
+    """
+    axis, truth = axes_for(ax, (4.2, 3.6)), np.asarray(positive, dtype=bool)
+    points = probability_bins(probabilities, truth)
+    owners = pd.factorize(np.asarray(groups))[0]
+    auroc = auroc_interval(probabilities, truth, owners, AnalysisConfig())
+    axis.plot([0, 1], [0, 1], color=ink(), linewidth=0.8, linestyle="--", label="perfectly calibrated")
+    ends = [points["share"] - points["low"], points["high"] - points["share"]]
+    axis.errorbar(points["probability"], points["share"], yerr=ends, fmt="D", color=Colour.OURS, capsize=2)
+    axis.set(xlabel=f"probability of {event!r}, mean of the bin", ylabel=f"share of {event!r}")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    sizes = f"{points['n'].min()} to {points['n'].max()}" if points["n"].nunique() > 1 else f"{points['n'].iloc[0]}"
+    axis.set_title(
+        f"AUROC {metrics.format_interval(auroc.estimate, auroc.low, auroc.high, '.2f')}, n={len(truth)} texts\n"
+        f"bars: 95% interval of bins of {sizes} texts",
+        fontsize=9,
+    )
+    axis.legend(fontsize=8)
+    return figure_of(axis)
 
 
 @themed

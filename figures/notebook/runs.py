@@ -19,7 +19,7 @@ from neurosig.runtime.shapes import check_choice
 
 VARIABLE = "NEUROSIG_RUN"
 REPOSITORY = Path(__file__).resolve().parents[2]
-Part = Literal["export", "evaluations"]
+Part = Literal["export", "adapter", "evaluations"]
 
 SMALL_EXPORT: Mapping[str, Any] = {"limit": 32, "num_generations": 4, "probe_folds": 3, "probe_inverse_penalty": 1.0}
 SMALL_TRAIN: Mapping[str, Any] = {"steps": 3, "questions_per_step": 4, "warmup_steps": 1}
@@ -32,10 +32,11 @@ ORGANISM_EXPORT: Mapping[str, Any] = {"limit": 48, "num_generations": 4, "probe_
 
 
 def run_folder(*parts: Part) -> Path:
-    """Folder of a run of the embedded model, with a ``manifest``, and for ``evaluations`` with ``eval`` folders.
+    """Folder of a run of the embedded model, with a ``manifest``, for ``adapter`` with the adapter trained on it
+    (``nopsd/adapter``), and for ``evaluations`` with ``eval`` folders.
 
     Raises:
-        UserError: ``NEUROSIG_RUN`` names a folder without a finished export or without evaluations.
+        UserError: ``NEUROSIG_RUN`` names a folder without a finished export or without what else is asked for.
     """
     for part in parts:
         check_choice("part", part, Part)
@@ -59,22 +60,25 @@ def small_run(folder: Path, *parts: Part) -> Path:
     """Make a small run in ``folder``, saying so and with a bar; finished parts are kept."""
     from tqdm.auto import tqdm
 
-    last = folder / "eval" / "nopsd" / "summary.json" if "evaluations" in parts else folder / "manifest" / HEADER
-    if last.is_file():
+    evaluated = "evaluations" in parts
+    trained = evaluated or "adapter" in parts
+    if all(_holds(folder, part) for part in ("export", *parts)) and (not evaluated or _evaluated(folder, "nopsd")):
         return folder
-    minutes = "two minutes" if "evaluations" in parts else "a minute"
+    minutes = "two minutes" if evaluated else "a minute"
     print(f"No finished run here yet: a small one is made once, in {folder} (about {minutes} on two CPU cores).")
-    bar = tqdm(total=5 if "evaluations" in parts else 1, desc="small run")
+    bar = tqdm(total=5 if evaluated else 2 if trained else 1, desc="small run")
     _export(folder / "manifest", {"model": "smollm2-135m", "questions": ("world-facts",), **SMALL_EXPORT})
     bar.update()
-    if "evaluations" in parts:
+    if trained:
         from distill.config import TrainConfig
-        from distill.evaluate import EvaluateConfig
-        from distill.evaluate import main as evaluate
         from distill.train import main as train
 
         train(TrainConfig(manifest=folder / "manifest", out=folder / "nopsd", resume=True, quiet=True, **SMALL_TRAIN))
         bar.update()
+    if evaluated:
+        from distill.evaluate import EvaluateConfig
+        from distill.evaluate import main as evaluate
+
         variants: Mapping[str, Mapping[str, Any]] = {
             "base": {},
             "control": {"temperature": 0.1},
@@ -116,7 +120,8 @@ def select_again(manifest: Path, into: Path, **options: Any) -> Manifest:
     from neurosig.export import main as export
 
     header = read_manifest(manifest).header
-    label = "-".join(f"{name}-{value}" for name, value in sorted(options.items()))
+    words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    label = "-".join(f"{name}-{value}" for name, value in sorted(words.items()))
     out = into / f"{label}-{header.content_sha256[:8]}"
     known = {
         name: tuple(value) if isinstance(value, list) else value
@@ -139,9 +144,12 @@ def _root() -> Path:
 
 
 def _holds(run: Path, part: Part) -> bool:
-    if part == "export":
-        return (run / "manifest" / HEADER).is_file()
-    return (run / "eval" / "base" / "summary.json").is_file()
+    files = {"export": f"manifest/{HEADER}", "adapter": "nopsd/adapter/adapter_config.json"}
+    return _evaluated(run, "base") if part == "evaluations" else (run / files[part]).is_file()
+
+
+def _evaluated(run: Path, method: str) -> bool:
+    return (run / "eval" / method / "summary.json").is_file()
 
 
 def _export(out: Path, options: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ TEXTS = 4
 """Texts of a notebook's table."""
 FIRST = 15
 """Neurons that a notebook shows of a probe or a comparison."""
-CELL = "padding:2px 8px;border-bottom:1px solid currentColor;background:transparent;color:inherit"
+CELL = "padding:2px 8px;border-bottom:1px solid rgba(128,128,128,.4);background:transparent;color:inherit"
 TABLE = "border-collapse:collapse;background:transparent;color:inherit;font-size:90%"
 
 

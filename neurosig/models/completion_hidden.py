@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from neurosig.models.prefix import distinct_rows, has_states, pad, run_prompts
+from neurosig.models.prefix import Prefix, distinct_rows, has_states, pad, run_prompts
 from neurosig.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ _SCALES: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
 
 
 def completion_hidden(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, ...]],
+    completions: Sequence[Sequence[int]],
+    prefix: Prefix | None = None,
 ) -> Float[Tensor, "tokens d_head"]:
     """Hidden states, after the final norm, at the positions that predict each completion token, as `head_weight`
     takes them.
@@ -38,6 +41,7 @@ def completion_hidden(
         model: Causal language model; its head is not computed.
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
+        prefix: Of the distinct prompts, in order of first use, if they were run before.
     """
     lengths = torch.tensor([[len(completion)] for completion in completions], device=model.device)
     if torch.is_grad_enabled() and has_states(model):  # linear attention overwrites its state in place
@@ -47,7 +51,8 @@ def completion_hidden(
         first = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=model.device)
     else:
         distinct, owners = distinct_rows(prompts)
-        prefix = run_prompts(model, distinct).rows(torch.tensor(owners, device=model.device))
+        prefix = run_prompts(model, distinct) if prefix is None else prefix
+        prefix = prefix.rows(torch.tensor(owners, device=model.device))
         shown = [completion[:-1] or completion for completion in completions]
         rest = model.base_model(**prefix.inputs(shown)).last_hidden_state
         hidden = torch.cat([prefix.last_hidden[:, None], rest], dim=1)
@@ -64,7 +69,10 @@ def for_head(model: PreTrainedModel, hidden: Float[Tensor, "tokens d_model"]) ->
 
 @torch.inference_mode()
 def completion_entropies(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, ...]],
+    completions: Sequence[Sequence[int]],
+    prefix: Prefix | None = None,
 ) -> list[float]:
     """Mean next-token entropy along each completion at temperature 1, in nats.
 
@@ -72,8 +80,9 @@ def completion_entropies(
         model: Causal language model.
         prompts: Prompt ids of each row.
         completions: Completion ids of each row, at least one.
+        prefix: See `completion_hidden`.
     """
-    hidden = completion_hidden(model, prompts, completions)
+    hidden = completion_hidden(model, prompts, completions, prefix)
     parts = []
     for block in hidden.split(HEAD_ROWS):
         log_p = head_logits(model, block).log_softmax(-1)

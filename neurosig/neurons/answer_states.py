@@ -19,7 +19,7 @@ from torch import Tensor
 
 from neurosig.models.completion_hidden import for_head, head_logits
 from neurosig.models.load import LoadedModel
-from neurosig.models.prefix import distinct_rows, run_prompts
+from neurosig.models.prefix import Prefix, distinct_rows, run_prompts
 from neurosig.neurons.sites import ffn_sites
 from neurosig.neurons.tracer import pack_rows
 from neurosig.questions.answers import normalise
@@ -59,6 +59,7 @@ def answer_states(
     *,
     temperature: float,
     batch_tokens: int = 4096,
+    prefix: Prefix | None = None,
 ) -> AnswerStates:
     """Read each rollout once, teacher-forced. Without a located answer, its last token counts.
 
@@ -70,6 +71,7 @@ def answer_states(
         questions: What each answers.
         temperature: Of the beliefs; the rollouts' own (0 counts as 1).
         batch_tokens: Tokens per forward pass; memory and speed only.
+        prefix: Of the prompt, if all rollouts have one and it was run before.
     """
     model, places = loaded.model, _AnswerPlaces(loaded)
     found = [places.of(*row) for row in zip(rollouts, answers, questions, strict=True)]
@@ -81,15 +83,16 @@ def answer_states(
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
     for batch in pack_rows(lengths, batch_tokens):
         distinct, owners = distinct_rows([prompts[index] for index in batch])
-        prefix = run_prompts(model, distinct).rows(torch.tensor(owners, device=model.device))
-        inputs = prefix.inputs([completions[index] for index in batch])
+        known = run_prompts(model, distinct) if prefix is None else prefix
+        known = known.rows(torch.tensor(owners, device=model.device))
+        inputs = known.inputs([completions[index] for index in batch])
         states = model.base_model(**inputs, output_hidden_states=True).hidden_states[1:]
         rows, at = torch.arange(len(batch)), torch.tensor([found[index].token for index in batch])
         own = torch.stack([layer[rows, at].float().cpu() for layer in states], dim=1)
         unit = torch.nn.functional.normalize(own, dim=-1)
         trajectory[batch] = torch.einsum("nld,ldp->np", unit, signs) / PROJECTED**0.5
         final[batch] = own[:, -1]
-        before = torch.where((at > 0)[:, None].to(model.device), states[-1][rows, at - 1], prefix.last_hidden)
+        before = torch.where((at > 0)[:, None].to(model.device), states[-1][rows, at - 1], known.last_hidden)
         logits = head_logits(model, for_head(model, before)).cpu()
         for row, index in enumerate(batch):
             if tokens := found[index].tokens:

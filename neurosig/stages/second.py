@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from neurosig.hallucination.belief import AnswerState, Belief, certainty, mean_belief, votes_belief
 from neurosig.hallucination.context_scores import TeacherSignals
 from neurosig.hallucination.scores import QuestionSignals
 from neurosig.models.completion_hidden import completion_entropies
+from neurosig.models.prefix import Prefix, run_prompts
 from neurosig.neurons.answer_states import AnswerStates, answer_states, possible_answers
 from neurosig.neurons.signals_file import load_shards, trace_to_shards
 from neurosig.neurons.tracer import NeuronTracer, pack_rows
@@ -151,6 +153,7 @@ def _teacher_prompts(
     return prompts, messages
 
 
+@torch.inference_mode()
 def with_teacher(
     config: ExportConfig,
     loaded: LoadedModel,
@@ -169,12 +172,15 @@ def with_teacher(
             teacher = reader.read(group, question)
             ids = run.sets.neuron_ids[start : start + len(group)]
             start += len(group)
-            own = states_of(config, loaded, question, signal.rollouts, signal.reading.raw_answers, prompts[name])
-            after = states_of(config, loaded, question, group, teacher.raw_answers, run.prompts[name])
+            student, shown = (
+                (prompt, run_prompts(loaded.model, [prompt.token_ids])) for prompt in (prompts[name], run.prompts[name])
+            )
+            own = states_of(config, loaded, question, signal.rollouts, signal.reading.raw_answers, *student)
+            after = states_of(config, loaded, question, group, teacher.raw_answers, *shown)
             raw = (*signal.reading.raw_answers, *teacher.raw_answers)
             merged = merge_answers(raw, question, config.vote_merge)
             k = len(signal.rollouts)
-            gap = entropy_gap(config, loaded, signal.rollouts, prompts[name], run.prompts[name])
+            gap = entropy_gap(config, loaded, signal.rollouts, student, shown)
             enriched[name] = replace(
                 signal,
                 belief=_belief(own.beliefs, merged[:k]),
@@ -223,26 +229,33 @@ def states_of(
     rollouts: Sequence[Rollout],
     raw_answers: Sequence[str | None],
     prompt: Prompt,
+    prefix: Prefix,
 ) -> AnswerStates:
-    """`answer_states` of one question's completions after one prompt."""
+    """`answer_states` of one question's completions after one prompt, which was run to ``prefix``."""
     n = len(rollouts)
     return answer_states(
         loaded, [prompt.token_ids] * n, rollouts, raw_answers, [question] * n,
-        temperature=config.temperature, batch_tokens=config.batch_tokens,
+        temperature=config.temperature, batch_tokens=config.batch_tokens, prefix=prefix,
     )  # fmt: skip
 
 
 def entropy_gap(
-    config: ExportConfig, loaded: LoadedModel, rollouts: Sequence[Rollout], student: Prompt, teacher: Prompt
+    config: ExportConfig,
+    loaded: LoadedModel,
+    rollouts: Sequence[Rollout],
+    student: tuple[Prompt, Prefix],
+    teacher: tuple[Prompt, Prefix],
 ) -> float:
-    """Mean over the rollouts of the student's next-token entropy minus the teacher's on the same tokens, in nats."""
+    """Mean over the rollouts of the student's next-token entropy minus the teacher's on the same tokens, in nats per
+    token; each has its prompt and what running it gave."""
     completions = [rollout.completion_ids for rollout in rollouts]
-    lengths = [len(teacher.token_ids) + len(ids) for ids in completions]
+    lengths = [len(teacher[0].token_ids) + len(ids) for ids in completions]
     gaps = []
     for batch in pack_rows(lengths, max(config.batch_tokens, max(lengths))):
         part = [completions[index] for index in batch]
         before, after = (
-            completion_entropies(loaded.model, [prompt.token_ids] * len(part), part) for prompt in (student, teacher)
+            completion_entropies(loaded.model, [prompt.token_ids] * len(part), part, prefix)
+            for prompt, prefix in (student, teacher)
         )
         gaps += [a - b for a, b in zip(before, after, strict=True)]
     return float(np.mean(gaps))

@@ -125,7 +125,7 @@ class ExportedRun:
 
         Columns: ``question_id``, ``selected``, majority answers of ``student`` and ``teacher``, ``outcome_strict`` and
         ``outcome_lenient`` (``fix``: only the teacher is right, ``break``: only the student is, ``right``, ``wrong``:
-        both), and the scores of the second stage, such as ``belief_shift`` and ``entropy_gap`` in nats.
+        both), and the scores of the second stage, such as ``belief_shift`` (nats), ``entropy_gap`` (nats per token).
 
         Raises:
             UserError: There are no teacher rollouts, or no gold answers.

@@ -124,14 +124,19 @@ def test_a_thought_that_is_not_shown_costs_no_context(world: tuple[Path, dict[st
     assert sizes == [{2}, {1}]
 
 
-def test_modes_are_recorded_and_the_teachers_can_change_without_sampling(tmp_path: Path) -> None:
+def test_modes_are_recorded_and_the_teachers_can_change_without_sampling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     given = write_world(tmp_path, KEEPS)
     first = exported(tmp_path, "first", **given, student_thinking=False).manifest.header
     assert (first.options["student_thinking"], first.options["teacher_thinking"]) == (False, None)
     assert first.prompt_config().enable_thinking is first.teacher_prompt_config().enable_thinking is False
     config = export_config(tmp_path, tmp_path / "model", tmp_path / "questions.jsonl", "second", **given)
     config = replace(config, student_thinking=False, teacher_thinking=True, reuse=tmp_path / "first")
+    assert "were cut off at --max-new-tokens" in caplog.text
+    caplog.clear()
     export(config)
+    assert "were cut off" not in caplog.text  # nothing is sampled, so no option can change it
     second = read_manifest(tmp_path / "second").header
     assert (second.prompt_config().enable_thinking, second.teacher_prompt_config().enable_thinking) == (False, True)
     with pytest.raises(UserError, match=r"--reuse .*student_thinking \(false there, true here\)"):

@@ -8,8 +8,15 @@ from typing import Any
 import pandas as pd
 import torch
 
+import neurosig
+
 
 def neuron_signals(seen: Mapping[str, Any]) -> None:
+    probe, found = seen["probe"], neurosig.compare(seen["run_base"], seen["run_trained"])
+    assert probe.auroc > 0.8 and len(probe.neurons) and probe.classes_.tolist() == ["right", "wrong"]
+    right, wrong = neurosig.load_probe(seen["saved"]).score(seen["other_run"])
+    assert right < wrong  # of a country that the probe has not seen
+    assert found.models[0] != found.models[1] and (found.jaccard < 1).any() and (found.table["change"] != 0).any()
     parts, export, overview = seen["parts"], seen["export"], seen["overview"]
     assert abs(parts["effect"].sum() - parts.attrs["logit"]) < 1e-3
     paris = seen["likeliest"].set_index("token").loc[" Paris"]
@@ -18,7 +25,7 @@ def neuron_signals(seen: Mapping[str, Any]) -> None:
     torch.testing.assert_close(float(read), seen["writers"]["value"][0], rtol=1e-4, atol=1e-4)
     activity = seen["activity"].values
     assert activity.shape == (export.tracer.sites.n_layers, len(seen["activity"].tokens)) and (activity > 0).all()
-    kinds = seen["kinds"]
+    kinds = seen["question_kinds"]
     same = torch.tensor([[a == b for b in kinds] for a in kinds])
     between = torch.from_numpy(seen["similarity"])
     assert between[same & ~torch.eye(len(kinds), dtype=torch.bool)].mean() > between[~same].mean() + 0.02
@@ -32,9 +39,13 @@ def hallucination_neurons(seen: Mapping[str, Any]) -> None:
     assert seen["probe"].auroc > 0.5 and free.auroc > 0.5
     assert (free.neurons["weight"] != 0).sum() == len(free.fitted_.columns) > 0
     assert rows["vote_share"].estimate > 0.5 and rows["vote_share"].estimate > rows["random"].low
-    assert "least_sure" in rows and "least_sure" in seen["again"].scores
+    assert "faint" in rows and "faint" in seen["again"].scores
     assert all(auroc.low <= auroc.estimate <= auroc.high for auroc in rows.values())
-    assert len(seen["chances"]) == len(seen["other_run"]) and ((seen["chances"] > 0) & (seen["chances"] < 1)).all()
+    chances, transfer, wrong = seen["chances"], seen["transfer"], (seen["truth"] == "wrong").to_numpy()
+    assert ((chances > 0) & (chances < 1)).all() and abs(chances.mean() - wrong.mean()) < 0.1
+    assert chances[wrong].mean() > 0.6 > 0.4 > chances[~wrong].mean()  # on questions that it has not seen
+    language = transfer["fitted on language"]
+    assert language["language"] == language.max() and language["chemistry"] > 0.7 > language["geography"]
     silenced = doses[doses["factor"] == 0].set_index("group")["change"]
     assert silenced["strongest"] > 0  # silencing the largest contributors costs likelihood
 

@@ -14,13 +14,20 @@ from matplotlib.figure import Figure
 
 from distill.entropy_gap import TokenEntropies
 from figures.notebook import parts
-from figures.notebook.calibration import calibration_points, calibration_summary, calibration_table
+from figures.notebook.calibration import (
+    calibration_points,
+    calibration_summary,
+    calibration_table,
+    probability_bins,
+)
 from figures.notebook.explore import (
     agreement_scatter,
+    attribution_bars,
     auroc_forest,
     dose_curves,
     entropy_curves,
     outcome_strips,
+    probe_reliability,
     reliability_diagrams,
     silhouettes,
     similarity_map,
@@ -107,6 +114,27 @@ def test_each_point_has_the_interval_of_its_own_questions(run: Path) -> None:
     np.testing.assert_allclose([bar[:, 1] for bar in drawn if len(bar)], every[["low", "high"]])
 
 
+def test_a_probes_probabilities_are_compared_with_how_often_texts_are_positive() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.uniform(0, 1, 4000)
+    positive = rng.uniform(0, 1, 4000) < probabilities
+    points = probability_bins(probabilities, positive, bins=8)
+    assert points["n"].tolist() == [500] * 8 and (points["share"] - points["probability"]).abs().max() < 0.07
+    assert ((points["low"] < points["probability"]) & (points["probability"] < points["high"])).sum() >= 7
+    certain = probability_bins(np.array([0.1] * 9 + [0.9] * 8), np.array([False] * 9 + [True] * 8), bins=2)
+    assert certain["share"].tolist() == [0, 1] and certain["n"].tolist() == [9, 8]
+    np.testing.assert_allclose(certain[["low", "high"]], [[0, 0.2991], [0.6756, 1]], atol=1e-4)  # Wilson's, not 0 and 1
+    alike = probability_bins(np.full(6, 0.5), np.array([True, False] * 3))  # of a probe that knows nothing
+    assert alike[["probability", "share", "n"]].to_numpy().tolist() == [[0.5, 0.5, 6]]
+    axis = probe_reliability(probabilities, positive, groups=np.arange(4000), event="wrong").axes[0]
+    drawn = probability_bins(probabilities, positive)
+    np.testing.assert_allclose(axis.lines[1].get_xydata(), drawn[["probability", "share"]])
+    (bars,) = axis.containers[0].lines[2]
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], drawn[["low", "high"]])
+    title = axis.get_title() or axis.get_title("left")
+    assert title.startswith("AUROC 0.8") and "n=4000 texts" in title and axis.get_ylabel() == "share of 'wrong'"
+
+
 def test_without_an_evaluation_there_is_nothing_to_draw(tmp_path: Path) -> None:
     make_manifest(tmp_path)
     with pytest.raises(UserError, match="no finished evaluation"):
@@ -132,6 +160,15 @@ def test_the_similarity_map_shows_its_matrix() -> None:
     assert np.ma.getmaskarray(figure.axes[0].images[0].get_array())[~off].all()
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["a b", "c"]
     assert figure.axes[0].images[0].get_clim() == (0, 1)
+
+
+def test_a_logits_parts_are_a_bar_per_layer_and_sublayer() -> None:
+    parts = ["embedding", "attention", "ffn", "attention", "ffn", "bias"]
+    layers = pd.Series([None, 0, 0, 1, 1, None], dtype="Int64")
+    table = pd.DataFrame({"part": parts, "layer": layers, "effect": [9.0, 1.0, -2.0, 3.0, 4.0, 9.0]})
+    axis = attribution_bars(table).axes[0]
+    heights = {str(bars.get_label()): [bar.get_height() for bar in bars] for bars in axis.containers}
+    assert heights == {"attention": [1.0, 3.0], "ffn": [-2.0, 4.0]}
 
 
 def test_scatters_plot_every_point() -> None:
@@ -187,9 +224,13 @@ def test_a_dose_curve_has_each_groups_change_and_interval() -> None:
     table = pd.DataFrame({"group": ["located", "layer"], "factor": [0.0, 0.0], "change": [0.5, 0.1]})
     table = table.assign(change_low=[0.2, 0.0], change_high=[0.9, 0.3], neurons=7, texts=12)
     axis = dose_curves(table).axes[0]
-    assert [float(one.lines[0].get_ydata()[0]) for one in axis.containers] == [0.5, 0.1]
+    assert [one.lines[0].get_ydata().tolist() for one in axis.containers] == [[0.5, 0.0], [0.1, 0.0]]  # times 1: none
     np.testing.assert_allclose(axis.containers[0].lines[2][0].get_segments()[0][:, 1], [0.2, 0.9])
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["located", "layer"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "located by the probe",
+        "random, same layers",
+    ]
+    assert axis.get_ylabel().replace("\n", "") == "change of the negative log-likelihood (nats per token)"
     assert "7 neurons per group, n=12 texts" in (axis.get_title(), axis.get_title("left"))  # by style
 
 

@@ -21,16 +21,25 @@ from tests.support.paths import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PICTURES = {
     "01_neuron_signals": 3,
-    "02_hallucination_neurons": 3,
+    "02_hallucination_neurons": 4,
     "03_reasoning_patterns": 3,
     "04_entropy_gap": 2,
     "05_calibration": 1,
     "06_the_whole_method": 0,
 }
 """Figures of each notebook; none of them is skipped."""
+SMALLER_RUN = """
+from pathlib import Path
+from figures.notebook import runs
+runs.SMALL_EXPORT = {**runs.SMALL_EXPORT, "limit": 24}
+runs.SMALL_EVALUATION = {**runs.SMALL_EVALUATION, "limit": (8, 6)}
+runs.small_run(Path("run"), "adapter")
+assert not Path("run/eval").exists()
+runs.small_run(Path("run"), "evaluations")  # continues
+"""
 VIEWS = {
-    "01_neuron_signals": 6,
-    "02_hallucination_neurons": 3,
+    "01_neuron_signals": 7,
+    "02_hallucination_neurons": 2,
     "03_reasoning_patterns": 7,
     "04_entropy_gap": 1,
     "06_the_whole_method": 2,
@@ -73,8 +82,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("notebooks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        make = "import pathlib, figures.notebook.runs as runs; runs.small_run(pathlib.Path('run'), 'evaluations')"
-        subprocess.run([sys.executable, "-c", make], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-c", SMALLER_RUN], cwd=folder, check=True)
         patch.setenv("NEUROSIG_RUN", str(folder / "run"))
         yield folder
 
@@ -106,6 +114,8 @@ def test_a_named_run_must_be_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert run_folder() == tmp_path
     with pytest.raises(UserError, match="no finished evaluations in "):
         run_folder("evaluations")
+    with pytest.raises(UserError, match="no finished adapter in "):
+        run_folder("adapter")
 
 
 def test_a_named_run_is_seen_from_here_and_from_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_it_prints_text_as_text() -> None:
     assert "\u202e" not in html
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
     assert not re.search(r"<style|class=|http|#[0-9a-f]{3}|<link|onload", html)
-    assert "currentColor" in html and "background:transparent" in html
+    assert "color:inherit" in html and "background:transparent" in html
     assert html.count("<tr>") == 1 + 4 * 4  # the texts' whole active sets
     assert "3 more texts" in html
     text = repr(run)
