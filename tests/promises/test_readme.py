@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -197,6 +198,22 @@ def test_what_scaling_neurons_does_is_in_the_committed_tables() -> None:
     named = re.findall(r"([+-]\.\d+) \[(-?\.\d+), (-?\.\d+)\]", text)
     assert len(named) >= 8
     assert {tuple(float(number) for number in found) for found in named} <= known
+
+
+def test_what_we_found_is_in_the_tables_of_the_grid() -> None:
+    """Every number with an interval on the front page and in its long form is a finding or a change of a method."""
+    findings, methods = (pd.read_csv(FIGURE_DATA / f"{name}.csv") for name in ("findings", "methods"))
+    tested = findings[["estimate", "low", "high"]].to_numpy().tolist()
+    rows = [*tested, *methods[["delta", "low", "high"]].to_numpy().tolist()]
+    known = [row for low in rows for row in (low, [-low[0], -low[2], -low[1]])]
+    number = r"([+-]?\d*\.\d+)"
+    for text in (section("What we found"), section("What the evidence says").partition("| question |")[2]):
+        named = re.findall(rf"{number} (?:points )?(?:of Avg@8 )?\[{number}, {number}\]", words(text))
+        assert len(named) >= 5
+        for found in named:
+            digits = len(found[0].partition(".")[2])
+            stated = [float(one) for one in found]
+            assert any(np.allclose(stated, row, rtol=0, atol=0.51 * 10**-digits) for row in known), found
 
 
 def test_what_the_neurons_say_is_the_committed_report() -> None:
