@@ -39,6 +39,7 @@ from figures.sources import DATA
 from figures.style import METHODS, Colour, save_figure, subplots
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.significance import planned_mde
+from neurosig.statistics.vote_table import graded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +70,12 @@ def draw(results: Path, out: Path) -> list[Path]:
         UserError: The grid's file cannot be used (`figures.grid.rows.read_grid`).
     """
     paper = published()
-    grid = read_grid(grid_folder(results))
+    folder = grid_folder(results)
+    grid = read_grid(folder)
     ours = own_tables(grid_results(grid, resamples=RESAMPLES, seed=SEED))
+    if "lenient" in grid.gradings:
+        lenient = grid_results(read_grid(folder, "lenient"), resamples=RESAMPLES, seed=SEED)
+        ours |= {f"{graded(name, 'lenient')} against {BASE}": scope_table(result) for name, result in lenient.items()}
     cells = table_text.csv_rows({**{f"paper: {name}": table for name, table in paper.items()}, **ours})
     paths = save_figure(_draw_changes(paper, ours), out, NAME, cells)
     texts = {"md": _page(paper, grid, ours), "tex": _latex(paper, grid, ours)}
@@ -230,6 +235,7 @@ def _sizes(grid: Grid, ours: dict[str, Table]) -> str:
 def _title(name: str, table: Table) -> str:
     against = method_label(table.against)
     form = "every source and target" if "every" in name else f"changes against {against}"
+    form += ", lenient grading" if "lenient" in name else ""
     return f"{table.metric.title}, {form}"
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from neurosig.questions.answers.spaces import members
 from neurosig.runtime.cli import CommonConfig, run_command
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
+from neurosig.runtime.shapes import AtLeast, Shapes
 from neurosig.statistics.metrics import paired_mean_interval
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class LoglikelihoodConfig(CommonConfig):
 
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
-    jobs: int = 1
+    jobs: Annotated[int, Shapes.RESOURCES, AtLeast(1)] = 1
     """Cells that are scored at the same time."""
 
 

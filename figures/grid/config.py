@@ -11,6 +11,7 @@ from tyro.conf import Fixed
 
 from figures.protocols import OVERALL, PROTOCOLS, file_options
 from figures.sources import DATA
+from neurosig.options import QWEN3_4B
 from neurosig.runtime.cli import CommonConfig
 from neurosig.runtime.shapes import Above0, AtLeast, Shapes
 
@@ -152,7 +153,10 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
         "targets": file_options("paper", tuple(PROTOCOLS["paper"]), "test"),
         "dev": file_options("paper", tuple(PROTOCOLS["paper"]), "dev"),
         "control_temperatures": (0.3, 0.6, 0.8),
-        "export": {"preset": "qwen3-4b"},
+        "export": {  # the prompts also for the methods whose export has a preset of its own
+            **{"preset": "qwen3-4b", "student_thinking": False},
+            **{name: QWEN3_4B[name] for name in ("instruction", "choice_instruction", "max_new_tokens")},
+        },
         "train": {"preset": "qwen3-4b"},
         "evaluate": {"preset": "qwen3-4b"},
         "methods_train": {

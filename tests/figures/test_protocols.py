@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from figures.draw.inflow_table import PUBLISHED, page, published
 from figures.grid.__main__ import main as run_grid
 from figures.grid.cells import Try, trained_cells, untrained_cells
 from figures.grid.config import PRESETS, GridConfig
+from figures.grid.processes import CONFIGS
+from figures.grid.processes import _words as command_line
 from figures.grid.table_text import markdown
 from figures.grid.tables import METRICS, Layout, matrix_table, plain
 from figures.protocols import OVERALL, PROTOCOLS, Pool, ProtocolsConfig, main
@@ -119,8 +122,25 @@ def test_a_published_preset_names_all_its_cells(name: str) -> None:
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["paper", "inflow"])
+def test_commands_take_the_options_of_a_published_preset(name: str) -> None:
+    config = parse_config(GridConfig, presets=PRESETS, prog="grid", argv=["--preset", name, "--out", "x"])
+    source = {"a": "a.jsonl"}
+    cells = trained_cells(config, source, source, {method: Try(1e-5, 2, 2) for method in config.methods})
+    commands = {repr((one.module, {**one.options, "adapter": 0})): one for cell in cells for one in cell.commands}
+    prompts = set()
+    for command in commands.values():
+        module, words = importlib.import_module(command.module), {"out": command.out, **command.options}
+        argv = command_line(command.module, words)
+        parsed = parse_config(getattr(module, CONFIGS[command.module]), presets=module.PRESETS, prog="x", argv=argv)
+        thinking = "eval_thinking" if command.module == "distill.evaluate" else "student_thinking"
+        prompts.add(getattr(parsed, "choice_instruction", None))
+        assert getattr(parsed, thinking, False) is False, argv
+    assert len(prompts - {None}) == 1  # all methods are asked alike, in export and evaluation
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "method"), [("paper", "probe"), ("inflow", "inflow")])
+@pytest.mark.parametrize(("name", "method"), [("paper", "nopsd"), ("inflow", "inflow")])
 def test_a_published_preset_runs_at_small_size(name: str, method: str, tmp_path: Path) -> None:
     """One method on a random model and twelve questions, with every other option of the preset."""
     save_tiny(tmp_path / "model")

@@ -16,7 +16,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from figures.draw import findings, methods
+from figures.draw import findings, methods, paper_tables
 from figures.grid import coverage
 from figures.grid.collect import RESULTS
 from figures.grid.config import METHODS, PLAN, PRESETS, GridConfig
@@ -239,6 +239,19 @@ def test_figures_show_the_table(
         in_domain = [y + 0.15 for _, y in part.get_offsets() if hasattr(part, "get_sizes") and round(y % 1, 2) == 0.85]
         for place in in_domain:
             assert to_hex(part.get_facecolor()[0]) == STYLE[names[round(place)]][0].lower()
+
+
+def test_the_page_of_tables_has_both_gradings(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_tables, "RESAMPLES", 20)
+    monkeypatch.setattr(coverage, "STUDIES", 20)
+    paper_tables.draw(folder, tmp_path)
+    page = (tmp_path / "paper_tables.md").read_text(encoding="utf-8")
+    assert "### Avg@8 (per cent), changes against base, lenient grading" in page
+    cells = pd.read_csv(tmp_path / "paper_tables.csv").set_index(["table", "method", "scope", "column"])["value"]
+    kept = pd.read_csv(folder / RESULTS, keep_default_na=False).set_index(["method", "source", "target"])
+    for name in ("avg_at_k", "avg_at_k_lenient"):
+        value = cells[f"{name} against base", "ttrl", "in", "geography"]
+        assert value == pytest.approx(100 * kept.loc[("ttrl", "geography", "geography"), name])
 
 
 def test_a_majority_can_be_right_leniently_alone(tmp_path: Path) -> None:
