@@ -91,21 +91,27 @@ def tries(config: GridConfig, method: str) -> list[Try]:
 
 
 def tried_cells(config: GridConfig, sources: Mapping[str, str], dev: Mapping[str, str]) -> list[Cell]:
-    """Every try of every method on each of the sources, judged on the source's development questions."""
+    """Every try of every method on each of the sources, judged on the source's development questions.
+
+    The methods take turns, so that cells at the same time do not wait for one export.
+    """
     seed = config.seeds[0]
     found: dict[str, Cell] = {}
-    for method in config.methods if config.learning_rates else ():
-        for source, questions in sources.items():
-            for one in tries(config, method):
-                name = tried_name(method, source, one.learning_rate)
-                train = _training(config, method, source, questions, config.out / "tries" / name, seed, one)
-                found.setdefault(name, Cell(name, train))
-                judged = {"adapter": one.adapter(config.out / "tries" / name / "train"), "questions": [dev[source]]}
-                options = {"model": config.model, **config.evaluate, **judged, "seed": config.evaluation_seeds[0]}
-                place = config.out / "tries" / name / "eval" / f"step-{one.at:06d}"
-                found[name] = Cell(
-                    name, [*found[name].commands, Command("distill.evaluate", place, "summary.json", options)]
-                )
+    methods = config.methods if config.learning_rates else ()
+    planned = [
+        (*numbered, method, source)
+        for method in methods
+        for source in sources
+        for numbered in enumerate(tries(config, method))
+    ]
+    for _, one, method, source in sorted(planned, key=lambda each: each[0]):
+        name = tried_name(method, source, one.learning_rate)
+        train = _training(config, method, source, sources[source], config.out / "tries" / name, seed, one)
+        found.setdefault(name, Cell(name, train))
+        judged = {"adapter": one.adapter(config.out / "tries" / name / "train"), "questions": [dev[source]]}
+        options = {"model": config.model, **config.evaluate, **judged, "seed": config.evaluation_seeds[0]}
+        place = config.out / "tries" / name / "eval" / f"step-{one.at:06d}"
+        found[name] = Cell(name, [*found[name].commands, Command("distill.evaluate", place, "summary.json", options)])
     return list(found.values())
 
 
