@@ -159,13 +159,18 @@ def _training(out: Path, evaluation: Path) -> dict[str, Any]:
     adapter = adapter_of(out, evaluation)
     if adapter is None:
         return {}
-    folder = next(path for path in adapter.parents if path.name == "train")
-    trained = json.loads((folder / "train.json").read_text(encoding="utf-8"))
-    row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {})}
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    row["seconds"] = sum(value for line in lines for name, value in line.items() if name.startswith("seconds_"))
+    row = training_row(next(path for path in adapter.parents if path.name == "train"))
     step = adapter.name.removeprefix("step-")
-    row["adapter_step"] = int(step) if step.isdigit() else trained["updates"]
+    return {**row, **({"adapter_step": int(step)} if step.isdigit() else {})}
+
+
+def training_row(run: Path) -> dict[str, Any]:
+    """What a training spent and how it began: selected questions, budget, seconds, and the first entropy gap."""
+    trained = json.loads((run / "train.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    seconds = sum(value for line in lines for name, value in line.items() if name.startswith("seconds_"))
+    row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {}), "seconds": seconds}
+    row["adapter_step"] = trained["updates"]
     gaps = [gap for line in lines if (gap := line.get("entropy_gap")) is not None]
     return row | ({"first_entropy_gap": gaps[0]} if gaps else {})
 

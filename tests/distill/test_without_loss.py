@@ -22,7 +22,7 @@ from distill.tasks import Task
 from distill.teacher import Teacher
 from distill.train import main
 from figures.draw import training_curves
-from figures.grid.collect import _training
+from figures.grid.collect import training_row
 from neurosig.models.load import load_model
 from neurosig.sampling.rollouts import Rollout
 from neurosig.sampling.sampler import sample
@@ -169,7 +169,7 @@ def test_masked_steps_reach_every_reader(tmp_path: Path, manifest: Path, masked:
     card = (folder / "adapter" / "README.md").read_text()
     assert "| entropy_gap | not measured | not measured |" in card and "4 steps with 2 updates" in card
     steps = metrics_of(folder)
-    assert _training(folder / "train.json")["first_entropy_gap"] == steps[1]["entropy_gap"]
+    assert training_row(folder)["first_entropy_gap"] == steps[1]["entropy_gap"]
     assert {text for text, problem in check_training(folder, Found()) if problem} == set()
     folder.rename(tmp_path / "nopsd")
     training_curves.draw(tmp_path, tmp_path)
