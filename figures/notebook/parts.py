@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-TRUST = {"neuron": (Colour.OURS, "D"), "output": (Colour.BASELINE, "o"), "control": (Colour.BLACK, "x")}
+TRUST = {
+    "neuron": (Colour.OURS, "D"),
+    "other": (Colour.GREEN, "^"),
+    "output": (Colour.BASELINE, "o"),
+    "control": (Colour.BLACK, "x"),
+}
 """Kind of signal -> colour and marker."""
 MID_GREY = "#7a7a7a"
 """Contrast 4.3 on white and 4.4 on #111."""
@@ -111,6 +116,8 @@ def draw_forest(axis: Axes, signals: Sequence[tuple[str, str, Interval]]) -> Non
         axis.hlines(place, auroc.low, auroc.high, color=colour, linewidth=1.4)
         axis.plot(auroc.estimate, place, marker, color=colour, markersize=5.5)
     for kind in TRUST:
+        if kind == "other" and kind not in {each for _, each, _ in ranked}:
+            continue
         colour, marker = _look(kind)
         label = {"neuron": "reads neurons", "output": "reads outputs"}.get(kind, kind)
         axis.plot([], [], marker, color=colour, label=label)

@@ -22,6 +22,9 @@ from neurosig.registry import ContextScore
 from neurosig.report.signal_table import Signal, SignalKind
 from neurosig.statistics.auroc import token_overlap
 
+NEURON_LEVEL = frozenset(
+    {"probe_score", "agreement", "agreement_majority", "knn_medoid", "neuron_count", "teacher_set_size"}
+)
 OUTPUT_LEVEL = frozenset({"vote_share", "mean_logprob", "entropy", "self_certainty", "length", "token_overlap"})
 CONTROLS = frozenset({"random"})
 
@@ -246,14 +249,11 @@ def _example(exported: Exported, gold: Mapping[str, Question], row: QuestionRow,
 
 
 def _signals(by_name: Mapping[str, Float[np.ndarray, " n"]]) -> tuple[Signal, ...]:
-    """Signals in the order of their kinds: neurons, outputs, controls."""
-
-    def kind(name: str) -> SignalKind:
-        return "output" if name in OUTPUT_LEVEL else "control" if name in CONTROLS else "neuron"
-
-    order: list[SignalKind] = ["neuron", "output", "control"]
-    found = [Signal(name, values, kind(name), name == "probe_score") for name, values in by_name.items()]
-    return tuple(sorted(found, key=lambda signal: order.index(signal.kind)))
+    """Signals in the order of their kinds."""
+    known: Mapping[SignalKind, frozenset[str]] = {"neuron": NEURON_LEVEL, "output": OUTPUT_LEVEL, "control": CONTROLS}
+    kinds = {name: kind for kind, names in known.items() for name in names}
+    found = [Signal(name, values, kinds.get(name, "other"), name == "probe_score") for name, values in by_name.items()]
+    return tuple(sorted(found, key=lambda signal: get_args(SignalKind).index(signal.kind)))
 
 
 def _standardised_difference(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " m"]) -> float | None:

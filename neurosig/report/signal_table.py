@@ -29,7 +29,7 @@ from neurosig.statistics.auroc import (
 from neurosig.statistics.metrics import Interval
 from neurosig.statistics.significance import holm
 
-SignalKind = Literal["neuron", "output", "control"]
+SignalKind = Literal["neuron", "other", "output", "control"]
 
 DISGUISE = 0.8
 """Least absolute Spearman correlation at which a verdict says what a signal is nearly the same as."""
@@ -42,8 +42,8 @@ class Signal:
     Attributes:
         name: Its name.
         trust: One value per row, higher is more trustworthy.
-        kind: ``output`` needs the sampled text and its probabilities only, ``neuron`` the activations, ``control``
-            knows nothing.
+        kind: ``neuron`` reads activations, ``output`` only the sampled text and its probabilities, ``control`` nothing;
+            ``other`` is a function of the user's, or a score of the teacher's answers.
         fitted: Whether it was fitted to labels. What it adds then keeps its sign as fixed beforehand, and takes a p
             from refits to be believed.
     """

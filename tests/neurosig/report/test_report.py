@@ -18,12 +18,14 @@ from sklearn.metrics import roc_auc_score
 
 from neurosig.export import main as export
 from neurosig.exported import Exported, join_gold
+from neurosig.hallucination import context_scores
 from neurosig.hallucination.locate import FittedProbe, read_neurons
 from neurosig.hallucination.probe import contribution_matrix
+from neurosig.hallucination.scores import SCORES
 from neurosig.manifest import read_manifest
 from neurosig.patterns.clusters import ClusterConfig, pattern_clusters
 from neurosig.report.__main__ import ReportConfig, main
-from neurosig.report.data import layer_profile, rollout_level
+from neurosig.report.data import NEURON_LEVEL, _signals, layer_profile, rollout_level
 from neurosig.report.patterns import patterns
 from neurosig.runtime.cli import run_command, visible
 from neurosig.runtime.errors import UserError
@@ -215,6 +217,16 @@ def test_gold_is_joined_by_id_and_text(world: Path, tmp_path: Path) -> None:
     assert gone == {} and reason is not None and "no such file" in reason and "--questions" in reason
     with pytest.raises(UserError, match="no such file"):
         join_gold(manifest, [str(tmp_path / "none.jsonl")], required=True)
+
+
+def test_only_scores_of_neurons_count_as_neuron_signals() -> None:
+    """A function of the user's may read anything, and the teacher's scores its answers."""
+    names = (*SCORES, "my_scores:wavering", "token_overlap")
+    found = {signal.name: signal.kind for signal in _signals({name: np.zeros(3) for name in names})}
+    assert {name for name, kind in found.items() if kind == "neuron"} == NEURON_LEVEL
+    others = {"my_scores:wavering", *context_scores.SCORES} - NEURON_LEVEL
+    assert {name for name, kind in found.items() if kind == "other"} == others
+    assert {name for name, kind in found.items() if kind == "control"} == {"random"}
 
 
 def test_one_class_is_reported_and_does_no_harm(tmp_path: Path) -> None:
