@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,10 @@ def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **la
 
 
 def caption(figure: Figure, text: str) -> None:
-    """Small print below the panels: how many questions, which seeds, which interval."""
-    figure.supxlabel(text, fontsize=7.5, color=Colour.TEXT)
+    """Small print below the panels, in lines that fit: how many questions, which seeds, which interval."""
+    fits = int(18 * figure.get_size_inches()[0])
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, fits)]
+    figure.supxlabel("\n".join(lines), fontsize=7.5, color=Colour.TEXT)
 
 
 def save_figure(figure: Figure, folder: Path, name: str, numbers: str) -> list[Path]:

@@ -333,7 +333,7 @@ def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> Fig
     for axis, ((finding, unit), rows) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, rows)
         text = findings.get(str(finding), "Secondary tests (not corrected)")
-        axis.set_title("\n".join(textwrap.wrap(f"{finding}. {text}" if finding else text, 100)), loc="left", x=-0.75)
+        axis.set_title("\n".join(textwrap.wrap(f"{finding}. {text}" if finding else text, 100)), loc="left", x=-0.74)
         axis.set_xlabel(unit, fontsize=8, labelpad=1)
     for verdict, (colour, marker) in VERDICTS.items():
         axes[-1].scatter([], [], color=colour, marker=marker, s=30, label=verdict)

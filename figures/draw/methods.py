@@ -17,7 +17,7 @@ from figures.grid.coverage import evaluation_text
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
 from figures.grid.tables import AVERAGE, METHOD_LABELS, Results, method_label, scope_table
-from figures.style import METHODS, Colour, save_figure, subplots
+from figures.style import METHODS, Colour, caption, save_figure, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def draw(results: Path, out: Path) -> list[Path]:
         better = "" if result.metric.higher_is_better else ", lower is better"
         axis.set_xlabel(f"change against base{', points' if result.metric.scale == 100 else better}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    figure.supxlabel(_caption(grid, table), fontsize=7.5)
+    caption(figure, _caption(grid, table))
     return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 
 
