@@ -29,7 +29,7 @@ from neurosig.runtime.files import csv_cell, write_atomic
 from neurosig.runtime.recorded import check_alike, unlike
 from neurosig.statistics.vote_table import graded
 
-RESULTS = "results.csv"
+RESULTS, SECONDS = "results.csv", "seconds.csv"
 AGGREGATES = (
     *("brier", "smooth_ece", "ece_floor", "pass_at_k", "mean_confidence", "signed_gap", "parse_rate", "unparsed_rate"),
     *("tie_rate", "truncated_rate", "distinct_answers", "mean_length", "mean_entropy"),
@@ -40,8 +40,9 @@ def collect(out: Path, targets: Sequence[str], allow_difference: Sequence[str] =
     """Collect the finished cells of the grid in ``out``.
 
     Writes ``grid.parquet`` (`figures.grid.rows`), the texts behind it (`figures.grid.texts`) and ``results.csv``, the
-    aggregates of each cell, target and evaluation seed with the budget of its training. The untrained model at the
-    temperature with the best mean Avg@K on the development questions is named ``control``.
+    aggregates of each cell, target and evaluation seed with the budget of its training; ``seconds.csv`` has the time of
+    each training, which alone differs between two runs. The untrained model at the temperature with the best mean Avg@K
+    on the development questions is named ``control``.
 
     Args:
         out: Folder of the grid.
@@ -57,6 +58,7 @@ def collect(out: Path, targets: Sequence[str], allow_difference: Sequence[str] =
     """
     chosen = control_temperature(sorted((out / "cells").iterdir()))
     rows, texts, results, notes = [], [], [], []
+    seconds: dict[str, dict[str, Any]] = {}
     for cell in sorted(path for path in (out / "cells").iterdir() if path.is_dir()):
         run = run_of(cell.name, chosen)
         if run is None:
@@ -69,7 +71,11 @@ def collect(out: Path, targets: Sequence[str], allow_difference: Sequence[str] =
                 rows += [{**row, **known} for row in sampled]
                 texts += rollout_rows(folder, known)
                 results.append({**_key(run, target), **_aggregates(folder), **_training(out, folder)})
+                if (adapter := adapter_of(out, folder)) is not None:
+                    spent = {"seconds": training_seconds(_run_folder(adapter))}
+                    seconds[cell.name] = {"method": run.method, "source": run.source, "seed": run.seed, **spent}
     write_atomic(out / RESULTS, _csv(results))
+    write_atomic(out / SECONDS, _csv(list(seconds.values())))
     if not rows:
         return ""
     write_grid(out, sampled_grid_rows(rows), Layout(tuple(targets)))
@@ -159,20 +165,31 @@ def _training(out: Path, evaluation: Path) -> dict[str, Any]:
     adapter = adapter_of(out, evaluation)
     if adapter is None:
         return {}
-    row = training_row(next(path for path in adapter.parents if path.name == "train"))
+    row = training_row(_run_folder(adapter))
     step = adapter.name.removeprefix("step-")
     return {**row, **({"adapter_step": int(step)} if step.isdigit() else {})}
 
 
 def training_row(run: Path) -> dict[str, Any]:
-    """What a training spent and how it began: selected questions, budget, seconds, and the first entropy gap."""
+    """What a training spent and how it began: selected questions, budget, last step, and the first entropy gap."""
     trained = json.loads((run / "train.json").read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    seconds = sum(value for line in lines for name, value in line.items() if name.startswith("seconds_"))
-    row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {}), "seconds": seconds}
+    row = {"questions_selected": trained["questions_selected"], **trained.get("budget", {})}
     row["adapter_step"] = trained["updates"]
-    gaps = [gap for line in lines if (gap := line.get("entropy_gap")) is not None]
+    gaps = [gap for line in _steps(run) if (gap := line.get("entropy_gap")) is not None]
     return row | ({"first_entropy_gap": gaps[0]} if gaps else {})
+
+
+def training_seconds(run: Path) -> float:
+    """Seconds of all phases of all steps."""
+    return float(sum(value for line in _steps(run) for name, value in line.items() if name.startswith("seconds_")))
+
+
+def _run_folder(adapter: Path) -> Path:
+    return next(path for path in adapter.parents if path.name == "train")
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from figures.grid.cells import SHARED_EXPORT
-from figures.grid.collect import RESULTS
+from figures.grid.collect import RESULTS, SECONDS
 from figures.grid.config import PLAN, SETTINGS
 from figures.grid.rows import FILES, LAYOUT, find_grid
 from figures.grid.tuning import TUNING
@@ -39,8 +39,8 @@ class EvidenceConfig(CommonConfig):
     grid: Path = Path("runs/grid")
     """Folder written by figures.grid."""
     out: Path = COMMITTED
-    """Folder of grid.parquet, layout.json, results.csv, tuning.csv, loglikelihood.csv, the kept texts, signals.csv and
-    the stated tests."""
+    """Folder of grid.parquet, layout.json, results.csv, seconds.csv, tuning.csv, loglikelihood.csv, the kept texts,
+    signals.csv and the stated tests."""
 
 
 def main(config: EvidenceConfig) -> None:
@@ -57,7 +57,7 @@ def main(config: EvidenceConfig) -> None:
         if not (config.grid / name).is_file():
             raise UserError(f"{config.grid}: no {name}; run python -m figures.grid --out {config.grid}")
     config.out.mkdir(parents=True, exist_ok=True)
-    for name in (FILES[0], LAYOUT, RESULTS, PLAN.name, TUNING, LOGLIKELIHOOD, *texts.FILES):
+    for name in (FILES[0], LAYOUT, RESULTS, SECONDS, PLAN.name, TUNING, LOGLIKELIHOOD, *texts.FILES):
         if (config.grid / name).is_file():  # not every grid has tries, scores without a parser, or kept texts
             write_atomic(config.out / name, (config.grid / name).read_bytes())
     sources = pd.read_csv(config.grid / RESULTS)["source"].dropna().unique()

@@ -163,7 +163,7 @@ def outcome(folder: Path) -> dict[str, bytes]:
     files = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if not path.is_file() or "checkpoints/" in name or path.name in ("log.txt", "run.json"):
+        if not path.is_file() or "checkpoints/" in name or path.name in ("log.txt", "run.json", "seconds.csv"):
             continue
         data = result_bytes(path)
         if path.name in ("train.json", "summary.json"):

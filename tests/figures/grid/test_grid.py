@@ -124,6 +124,9 @@ def test_a_grid_runs_resumes_and_collects(
         first = json.loads(steps.read_text().splitlines()[0]) if row["source"] else {"entropy_gap": math.nan}
         assert float(row["first_entropy_gap"] or "nan") == pytest.approx(first["entropy_gap"], rel=1e-5, nan_ok=True)
 
+    with (folder / "grid" / "seconds.csv").open(newline="") as handle:
+        spent = {row["method"]: float(row["seconds"]) for row in csv.DictReader(handle)}
+    assert set(spent) == set(policies) and min(spent.values()) > 0
     check_loglikelihood(folder, caplog, capsys)
     check_kept(folder, len(answers), monkeypatch)
     check_seeds(folder, caplog, capsys)
