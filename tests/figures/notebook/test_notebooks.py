@@ -155,7 +155,7 @@ def test_the_readme_s_notebook_runs_as_written(
     (tmp_path / "runs" / "demo").symlink_to(workplace / "run", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     seen: dict[str, Any] = {}
-    exec(section("Ten lines of Python").partition("```python\n")[2].partition("```")[0], seen)
+    exec(section("In Python").partition("```python\n")[2].partition("```")[0], seen)
     assert seen["probe"].auroc > 0.8 and len(seen["probe"].neurons)
     assert 0 < len(seen["export"].questions) == len(seen["export"].scores)
 
