@@ -65,16 +65,16 @@ demo: setup-notebooks ## the whole method on a CPU with the embedded model; resu
 	$(RUN) figures before_after --results $(DEMO)
 	@echo "demo: done in $$(( $$(date +%s) - $(DEMO_START) )) s; see $(DEMO)"
 
-control: setup ## the dev runs that chose the control's temperature; results in runs/control
+control: setup-notebooks ## the dev runs that chose the control's temperature; results in runs/control
 	for t in 0.1 0.2 0.3 0.5 0.6 0.8; do \
 		$(RUN) distill.evaluate --model smollm2-135m --questions world-facts:dev --temperature $$t \
 			--out runs/control/t$$t --resume; \
 	done
 
-report: setup ## what the demo's signals are worth: one page in runs/demo/manifest/report
+report: setup-notebooks ## what the demo's signals are worth: one page in runs/demo/manifest/report
 	$(RUN) neurosig.report --manifest $(DEMO)/manifest
 
-intervene: setup ## scale the demo's located neurons and their controls (half an hour); results in runs/demo/intervene
+intervene: setup-notebooks ## scale the demo's located neurons and their controls (half an hour); results in runs/demo/intervene
 	$(RUN) neurosig.intervene --manifest $(DEMO)/manifest --questions world-facts --limit 40 --num-generations 4 \
 		--controls 2 --out $(DEMO)/intervene --resume
 	$(RUN) figures dose_response --results $(DEMO)
@@ -117,10 +117,10 @@ bench-gpu: setup ## one GPU: its numbers against the CPU's, Qwen3's shapes besid
 	$(RUN) pytest -m gpu -o addopts=--strict-markers -q -rs tests/promises/test_gpu.py
 	$(RUN) tests.benchmarks.gpu --out figures/data/gpu.csv
 
-figures: setup ## every figure and table
+figures: setup-notebooks ## every figure and table
 	$(RUN) figures
 
-notebooks: setup ## execute the notebooks; rendered pages in runs/notebooks, dark ones in its folder dark
+notebooks: setup-notebooks ## execute the notebooks; rendered pages in runs/notebooks, dark ones in its folder dark
 	$(RUN) nbconvert --execute --ExecutePreprocessor.timeout=1800 --ExecutePreprocessor.store_widget_state=False \
 		--to notebook --output-dir runs/notebooks notebooks/*.ipynb
 	for theme in light dark; do \
