@@ -26,7 +26,7 @@ EVALUATE := $(RUN) distill.evaluate --model smollm2-135m --questions world-facts
 .PHONY: help setup setup-train setup-notebooks demo control report intervene grid test test-fast trust lint bench bench-gpu figures notebooks clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-10s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  %-15s %s\n' "$$name" "$$text"; done
 
 # $(call install,NAME,EXTRAS,SIZE): the project with these extras, unless it or everything is there and up to date
 define install

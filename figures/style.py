@@ -124,9 +124,13 @@ def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **la
 
 def caption(figure: Figure, text: str) -> None:
     """Small print below the panels, in lines that fit: how many questions, which seeds, which interval."""
-    fits = int(18 * figure.get_size_inches()[0])
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, fits)]
+    lines = caption_lines(text, figure.get_size_inches()[0])
     figure.supxlabel("\n".join(lines), fontsize=7.5, color=Colour.TEXT)
+
+
+def caption_lines(text: str, width: float) -> list[str]:
+    """The lines of a caption below a figure of this width in inches."""
+    return [part for line in text.splitlines() for part in textwrap.wrap(line, int(18 * width))]
 
 
 def save_figure(figure: Figure, folder: Path, name: str, numbers: str) -> list[Path]:

@@ -27,7 +27,8 @@ from figures.grid.coverage import coverage_text, evaluation_text
 from figures.grid.evidence import SIGNALS, grid_folder
 from figures.grid.rows import FILES, grid_results, read_grid
 from figures.grid.tables import Results
-from figures.style import Colour, save_figure, subplots
+from figures.style import Colour, caption_lines, save_figure, subplots
+from figures.style import caption as write_caption
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.auroc import auroc_draws
@@ -321,14 +322,13 @@ def _left_out(plan: Mapping[str, Any], evidence: Evidence) -> str:
     return f" Left out, with the methods that this grid lacks: {'; '.join(lacking)}." if lacking else ""
 
 
-def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> Figure:
+def _draw(table: pd.DataFrame, findings: Mapping[str, str], note: str) -> Figure:
     """One panel per finding, one line per test."""
     panels: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for _, row in table.iterrows():
         panels.setdefault((row["finding"], row["unit"]), []).append(dict(row))
     heights = [len(rows) + 1.6 for rows in panels.values()]
-    lines = [wrapped for line in caption.splitlines() for wrapped in textwrap.wrap(line, 150)]
-    size = (9.5, 0.36 * sum(heights) + 0.15 * len(lines))
+    size = (9.5, 0.36 * sum(heights) + 0.15 * len(caption_lines(note, 9.5)))
     figure, axes = subplots(len(panels), 1, size=size, height_ratios=heights)
     for axis, ((finding, unit), rows) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, rows)
@@ -338,7 +338,7 @@ def _draw(table: pd.DataFrame, findings: Mapping[str, str], caption: str) -> Fig
     for verdict, (colour, marker) in VERDICTS.items():
         axes[-1].scatter([], [], color=colour, marker=marker, s=30, label=verdict)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    figure.supxlabel("\n".join(lines), fontsize=7.5)
+    write_caption(figure, note)
     return figure
 
 

@@ -90,7 +90,7 @@ def _run(main: Callable[[Any], None], kind: type, presets: Any, options: dict[st
     """Call a command with these options, resuming what an earlier call began."""
     from neurosig.runtime.arguments import parse_config
 
-    words = [*command_words(options), "--resume", *(["--quiet"] if quiet else [])]
+    words = [*command_words(options, kind), "--resume", *(["--quiet"] if quiet else [])]
     main(parse_config(kind, presets=presets, prog=kind.__name__, argv=words))
 
 

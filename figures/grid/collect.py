@@ -58,24 +58,26 @@ def collect(out: Path, targets: Sequence[str], allow_difference: Sequence[str] =
     """
     chosen = control_temperature(sorted((out / "cells").iterdir()))
     rows, texts, results, notes = [], [], [], []
-    seconds: dict[str, dict[str, Any]] = {}
+    seconds: list[dict[str, Any]] = []
     for cell in sorted(path for path in (out / "cells").iterdir() if path.is_dir()):
         run = run_of(cell.name, chosen)
         if run is None:
             continue
-        for target in targets:
-            for folder in evaluations(cell / "eval", target):
-                notes += _notes(out / "cells" / BASE / "eval" / target, folder, allow_difference)
-                summary, sampled, _ = read_sampled(folder)
-                known = {**run_columns(run, summary), "target": target}
-                rows += [{**row, **known} for row in sampled]
-                texts += rollout_rows(folder, known)
-                results.append({**_key(run, target), **_aggregates(folder), **_training(out, folder)})
-                if (adapter := adapter_of(out, folder)) is not None:
-                    spent = {"seconds": training_seconds(_run_folder(adapter))}
-                    seconds[cell.name] = {"method": run.method, "source": run.source, "seed": run.seed, **spent}
+        judged = [(target, folder) for target in targets for folder in evaluations(cell / "eval", target)]
+        adapter = adapter_of(out, judged[0][1]) if judged else None
+        trained = _training(adapter) if adapter else {}
+        if adapter:
+            spent = {"seconds": training_seconds(_run_folder(adapter))}
+            seconds.append({"method": run.method, "source": run.source, "seed": run.seed, **spent})
+        for target, folder in judged:
+            notes += _notes(out / "cells" / BASE / "eval" / target, folder, allow_difference)
+            summary, sampled, _ = read_sampled(folder)
+            known = {**run_columns(run, summary), "target": target}
+            rows += [{**row, **known} for row in sampled]
+            texts += rollout_rows(folder, known)
+            results.append({**_key(run, target), **_aggregates(folder), **trained})
     write_atomic(out / RESULTS, _csv(results))
-    write_atomic(out / SECONDS, _csv(list(seconds.values())))
+    write_atomic(out / SECONDS, _csv(seconds))
     if not rows:
         return ""
     write_grid(out, sampled_grid_rows(rows), Layout(tuple(targets)))
@@ -160,11 +162,8 @@ def _aggregates(folder: Path) -> dict[str, Any]:
     return row | {"temperature": config["temperature"], EVALUATION_SEED: config["seed"]}
 
 
-def _training(out: Path, evaluation: Path) -> dict[str, Any]:
-    """What the training of the evaluated adapter spent, and after which step the adapter was taken."""
-    adapter = adapter_of(out, evaluation)
-    if adapter is None:
-        return {}
+def _training(adapter: Path) -> dict[str, Any]:
+    """What the adapter's training spent, and after which step the adapter was taken."""
     row = training_row(_run_folder(adapter))
     step = adapter.name.removeprefix("step-")
     return {**row, **({"adapter_step": int(step)} if step.isdigit() else {})}

@@ -11,11 +11,11 @@ import signal
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING
 
 from figures.grid.cells import Cell, Command
 from neurosig.runtime.cli import EXIT_DONE, EXIT_INTERRUPTED, command_words, printable, progress, run_command
@@ -137,7 +137,8 @@ class _Runner:
 
         The process sees only ``device``, unless that is None or the command has a ``--device`` of its own.
         """
-        argv = [*_words(command.module, {"out": command.out, **command.options}), "--resume"]
+        config = getattr(importlib.import_module(command.module), CONFIGS[command.module])
+        argv = [*command_words({"out": command.out, **command.options}, config), "--resume"]
         device = None if "device" in command.options else device
         process = self._context.Process(target=_in_process, args=(command.module, argv, log, self._jobs, device))
         process.start()
@@ -147,14 +148,6 @@ class _Runner:
         process.join()
         self._processes.discard(process)
         return int(process.exitcode or 0)
-
-
-def _words(module: str, options: Mapping[str, Any]) -> list[str]:
-    """Options as the words of a command; one that may also be None takes True or False as its value."""
-    hints = get_type_hints(getattr(importlib.import_module(module), CONFIGS[module]))
-    plain = {name for name, hint in hints.items() if hint is bool}
-    valued = {name for name, value in options.items() if isinstance(value, bool) and name not in plain}
-    return command_words({name: str(value) if name in valued else value for name, value in options.items()})
 
 
 def _in_process(module: str, argv: Sequence[str], log: Path, jobs: int, device: str | None) -> None:

@@ -115,9 +115,8 @@ def draw_forest(axis: Axes, signals: Sequence[tuple[str, str, Interval]]) -> Non
         colour, marker = _look(kind)
         axis.hlines(place, auroc.low, auroc.high, color=colour, linewidth=1.4)
         axis.plot(auroc.estimate, place, marker, color=colour, markersize=5.5)
-    for kind in TRUST:
-        if kind == "other" and kind not in {each for _, each, _ in ranked}:
-            continue
+    present = {kind for _, kind, _ in ranked}
+    for kind in (kind for kind in TRUST if kind in present):
         colour, marker = _look(kind)
         label = {"neuron": "reads neurons", "output": "reads outputs"}.get(kind, kind)
         axis.plot([], [], marker, color=colour, label=label)

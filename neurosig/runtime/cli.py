@@ -173,12 +173,15 @@ def list_commands(package: str, commands: Mapping[str, str]) -> int:
     return EXIT_DONE
 
 
-def command_words(options: Mapping[str, Any]) -> list[str]:
-    """Options as command-line words: ``{"lora_r": 8, "full": True}`` is ``--lora-r 8 --full``."""
-    words = []
+def command_words(options: Mapping[str, Any], config: type | None = None) -> list[str]:
+    """Options as command-line words: ``{"lora_r": 8, "full": True}`` is ``--lora-r 8 --full``.
+
+    With the command's ``config``, an option that may also be None takes True or False as its value.
+    """
+    hints, words = typing.get_type_hints(config) if config else {}, []
     for name, value in options.items():
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and hints.get(name, bool) is bool:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]

@@ -17,12 +17,12 @@ from figures.grid.__main__ import main as run_grid
 from figures.grid.cells import Try, trained_cells, untrained_cells
 from figures.grid.config import PRESETS, GridConfig
 from figures.grid.processes import CONFIGS
-from figures.grid.processes import _words as command_line
 from figures.grid.table_text import markdown
 from figures.grid.tables import METRICS, Layout, matrix_table, plain
 from figures.protocols import OVERALL, PROTOCOLS, Pool, ProtocolsConfig, main
 from neurosig.questions.load import load_questions
 from neurosig.runtime.arguments import parse_config
+from neurosig.runtime.cli import command_words
 from neurosig.runtime.errors import UserError
 from tests.support.exports import write_lines
 from tests.support.flow import WORDS, save_tiny
@@ -131,8 +131,9 @@ def test_commands_take_the_options_of_a_published_preset(name: str) -> None:
     prompts = set()
     for command in commands.values():
         module, words = importlib.import_module(command.module), {"out": command.out, **command.options}
-        argv = command_line(command.module, words)
-        parsed = parse_config(getattr(module, CONFIGS[command.module]), presets=module.PRESETS, prog="x", argv=argv)
+        kind = getattr(module, CONFIGS[command.module])
+        argv = command_words(words, kind)
+        parsed = parse_config(kind, presets=module.PRESETS, prog="x", argv=argv)
         thinking = "eval_thinking" if command.module == "distill.evaluate" else "student_thinking"
         prompts.add(getattr(parsed, "choice_instruction", None))
         assert getattr(parsed, thinking, False) is False, argv
