@@ -158,7 +158,7 @@ def tests(plan: Mapping[str, Any], evidence: Evidence) -> pd.DataFrame:
 
 
 def missing(test: Mapping[str, Any], evidence: Evidence) -> list[str]:
-    """Methods of a test that were not run on every source.
+    """Methods of a test that were not run on every source of the grid.
 
     Raises:
         UserError: A name is no method.
@@ -167,8 +167,7 @@ def missing(test: Mapping[str, Any], evidence: Evidence) -> list[str]:
     for name in names:
         if name not in (BASE, CONTROL, *METHODS):
             raise UserError(f"test {test['id']}: no method {name}; have {', '.join((BASE, CONTROL, *METHODS))}")
-    own = np.eye(len(results.layout.domains), dtype=bool)
-    ran = {name for name, matrix in results.trained.items() if not np.isnan(matrix[own]).any()}
+    ran = {name for name in results.trained if not np.isnan(results.mean(name, "in")[0])}
     return [name for name in names if name not in ran and name not in results.untrained]
 
 
@@ -221,17 +220,8 @@ def _draws(test: Mapping[str, Any], evidence: Evidence) -> dict[Grading, Float[n
 
 def _difference(test: Mapping[str, Any], evidence: Evidence, grading: Grading) -> Float[np.ndarray, " draws"]:
     results = evidence.results[graded(test["metric"], grading)]
-    sides = [np.mean([_mean(results, method, test["scope"]) for method in test[side]], axis=0) for side in ("a", "b")]
-    return np.asarray(sides[0] - sides[1])
-
-
-def _mean(results: Results, method: str, scope: str) -> Float[np.ndarray, " draws"]:
-    """A method's value, mean over the sources in-domain, or over all other targets cross-domain."""
-    if method in results.untrained:
-        return np.asarray(results.untrained[method].mean(axis=0))
-    n = len(results.layout.domains)
-    chosen = np.eye(n, dtype=bool) if scope == "in" else ~np.eye(n, dtype=bool)
-    return np.asarray(results.trained[method][chosen].mean(axis=0))
+    a, b = (np.mean([results.mean(method, test["scope"]) for method in test[side]], axis=0) for side in ("a", "b"))
+    return np.asarray(a - b)
 
 
 def _auroc(test: Mapping[str, Any], evidence: Evidence, grading: Grading) -> Float[np.ndarray, " draws"]:
@@ -294,10 +284,10 @@ def caption(plan: Mapping[str, Any], evidence: Evidence, table: pd.DataFrame) ->
     results = evidence.results["ece"]
     seeds = ", ".join(f"{method} {count}" for method, count in results.seeds.items() if count > 1)
     graded_by = f"Filled: strict grading; hollow: lenient; p is the larger of both.{_ungraded(table)}"
+    trained = f"Training seeds: {seeds + ', others 1' if seeds else '1'}; {evaluation_text(results.evaluations)}."
     return (
-        f"n = {sum(results.questions or ())} test questions in {len(results.layout.domains)} domains (2 to 4), "
-        f"{len(evidence.signals)} training questions (1). Training seeds: {seeds + ', others 1' if seeds else '1'}; "
-        f"{evaluation_text(results.evaluations)}.\n"
+        f"n = {sum(results.questions or ())} test questions in {len(results.layout.domains)} domains, "
+        f"trained on {results.sources_text} (2 to 4), {len(evidence.signals)} training questions (1). {trained}\n"
         f"95% bootstrap intervals over questions and training seeds ({RESAMPLES:,} draws, seed {SEED}), for 4 over "
         f"cells. {evidence.coverage}\n"
         f"Verdicts at p < .05 after Holm's correction over the {int(table['primary'].sum())} tests of findings 1 to 4. "
@@ -329,15 +319,16 @@ def _draw(table: pd.DataFrame, findings: Mapping[str, str], note: str) -> Figure
         panels.setdefault((row["finding"], row["unit"]), []).append(dict(row))
     heights = [len(rows) + 1.6 for rows in panels.values()]
     size = (9.5, 0.36 * sum(heights) + 0.15 * len(caption_lines(note, 9.5)))
-    figure, axes = subplots(len(panels), 1, size=size, height_ratios=heights)
-    for axis, ((finding, unit), rows) in zip(axes, panels.items(), strict=True):
+    figure, axes = subplots(len(panels), 1, size=size, height_ratios=heights, squeeze=False)
+    for axis, ((finding, unit), rows) in zip(axes[:, 0], panels.items(), strict=True):
         _draw_panel(axis, rows)
         text = findings.get(str(finding), "Secondary tests (not corrected)")
         axis.set_title("\n".join(textwrap.wrap(f"{finding}. {text}" if finding else text, 100)), loc="left", x=-0.74)
         axis.set_xlabel(unit, fontsize=8, labelpad=1)
+    last = axes[-1, 0]
     for verdict, (colour, marker) in VERDICTS.items():
-        axes[-1].scatter([], [], color=colour, marker=marker, s=30, label=verdict)
-    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
+        last.scatter([], [], color=colour, marker=marker, s=30, label=verdict)
+    figure.legend(*last.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     write_caption(figure, note)
     return figure
 

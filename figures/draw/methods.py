@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
-from figures.grid.config import CONTROL
+from figures.grid.config import BASE, CONTROL
 from figures.grid.coverage import evaluation_text
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
-from figures.grid.tables import AVERAGE, METHOD_LABELS, Results, method_label, scope_table
+from figures.grid.tables import LEVEL, METHOD_LABELS, SCOPES, Results, method_label
 from figures.style import METHODS, Colour, caption, save_figure, subplots
+from neurosig.statistics.resampling import percentile_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,25 +46,26 @@ def draw(results: Path, out: Path) -> list[Path]:
         better = "" if result.metric.higher_is_better else ", lower is better"
         axis.set_xlabel(f"change against base{', points' if result.metric.scale == 100 else better}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    caption(figure, _caption(grid, table))
+    caption(figure, _caption(grid, table, tables["ece"].sources_text))
     return save_figure(figure, out, NAME, table.to_csv(index=False, float_format="%.6g"))
 
 
 def changes(results: Mapping[str, Results]) -> pd.DataFrame:
-    """Mean change of every method against base over the domains: one row per metric, method and scope.
+    """Mean change of every method against base over the grid's sources: one row per metric, method and scope.
 
     Columns ``metric``, ``method``, ``scope`` ("in", "cross"), ``seeds``, ``value``, ``delta``, ``low``, ``high``.
-    An untrained model has no source and so the same change in both scopes.
+    Methods that lack a source are left out.
     """
     rows = []
     for name, result in results.items():
-        table = scope_table(result)
-        for row in table.rows:
-            cell = row.cells[table.columns.index(AVERAGE)]
-            if cell.delta is None:
-                continue
-            for scope in ("in", "cross") if row.scope == "base" else (row.scope,):
-                rows.append((name, row.method, scope, row.seeds, cell.value, cell.delta, cell.low, cell.high))
+        for method in (*result.untrained, *result.trained):
+            seeds = 0 if method in result.untrained else result.seeds.get(method)
+            for scope in SCOPES:
+                value = result.mean(method, scope)
+                change = value - result.mean(BASE, scope)
+                if method != BASE and not np.isnan(change[0]):
+                    ends = percentile_ends(change[1:], LEVEL)
+                    rows.append((name, method, scope, seeds, value[0], change[0], *ends))
     return pd.DataFrame(rows, columns=["metric", "method", "scope", "seeds", "value", "delta", "low", "high"])
 
 
@@ -89,14 +92,14 @@ def _draw_panel(axis: Axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def _caption(grid: Grid, table: pd.DataFrame) -> str:
+def _caption(grid: Grid, table: pd.DataFrame, sources: str) -> str:
     n = ", ".join(f"{len(ids)} {domain}" for domain, ids in grid.ids.items())
     trained = table[table["seeds"] > 1].drop_duplicates("method")
     several = "".join(
         f"{int(row['seeds'])} for {method_label(row['method']).partition(' (')[0]}; " for _, row in trained.iterrows()
     )
     return (
-        f"Means over {len(grid.ids)} source domains; n = {n} test questions, K={grid.k}; 95% paired bootstrap "
+        f"Means of models trained on {sources}; n = {n} test questions, K={grid.k}; 95% paired bootstrap "
         f"intervals over questions and seeds ({RESAMPLES:,} draws, seed {SEED}).\n"
         f"Training seeds: {several}1 for {'the others' if several else 'all'}; {evaluation_text(grid.evaluations)}. "
         "Band: the untrained base at the temperature that development questions prefer."

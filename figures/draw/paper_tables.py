@@ -298,12 +298,13 @@ def _draw_changes(paper: dict[str, Table], ours: dict[str, Table]) -> Figure:
 def _draw_panel(axis: Axes, table: Table) -> None:
     drawn = {label: METHODS[name] for name, label in DRAWN.items()}
     rows = [row for row in table.rows if row.scope == "in" and DRAWN.get(row.method, row.method) in drawn]
+    shown = [at for at in range(len(table.columns)) if any(row.cells[at].delta is not None for row in rows)]
     axis.axhline(0, color="black", linewidth=0.8)
     for offset, row in enumerate(rows):
         label = DRAWN.get(row.method, row.method)
         colour, marker = drawn[label]
         shift = min(0.14, 0.8 / len(rows)) * (offset - (len(rows) - 1) / 2)
-        for x, cell in enumerate(row.cells):
+        for x, cell in enumerate(row.cells[at] for at in shown):
             if cell.delta is None:
                 continue
             if cell.low is not None and cell.high is not None:
@@ -311,6 +312,6 @@ def _draw_panel(axis: Axes, table: Table) -> None:
             face = "white" if cell.unsure else colour
             axis.scatter(x + shift, cell.delta, color=face, edgecolors=colour, marker=marker, s=26, zorder=3)
         axis.scatter([], [], color=colour, marker=marker, s=26, label=label)
-    axis.set_xticks(range(len(table.columns)), [column.replace("_", " ") for column in table.columns], fontsize=7.5)
+    axis.set_xticks(range(len(shown)), [table.columns[at].replace("_", " ") for at in shown], fontsize=7.5)
     axis.set_ylabel("change against base, in-domain")
     axis.grid(axis="x", visible=False)

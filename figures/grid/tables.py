@@ -221,6 +221,29 @@ class Results:
     questions: Sequence[int] | None = None
     evaluations: int = 1
 
+    @property
+    def sources(self) -> list[int]:
+        """Indices of the domains that any method was trained on; of all, without a trained one."""
+        trained = [~np.isnan(matrix[:, :, 0]).all(axis=1) for matrix in self.trained.values()]
+        return np.flatnonzero(np.any(trained, axis=0)).tolist() if trained else list(range(len(self.layout.domains)))
+
+    @property
+    def sources_text(self) -> str:
+        """Names of the domains that any method was trained on."""
+        return ", ".join(self.layout.domains[index] for index in self.sources)
+
+    def mean(self, method: str, scope: str) -> Float[np.ndarray, " draws"]:
+        """A method's mean over the sources, ``in`` the source itself or ``cross``, over all other targets.
+
+        An untrained model counts over the same pairs of source and target. ``nan`` where a pair has no value.
+        """
+        pairs = [(s, t) for s in self.sources for t in range(len(self.layout.domains)) if (s == t) == (scope == "in")]
+        if method in self.untrained:
+            values = [self.untrained[method][target] for _, target in pairs]
+        else:
+            values = [self.trained[method][source, target] for source, target in pairs]
+        return np.mean(values, axis=0) if pairs else np.full_like(self.untrained[BASE][0], np.nan)
+
 
 def plain(
     metric: Metric,

@@ -198,6 +198,37 @@ def test_a_grid_without_lenient_grades_says_so(folder: Path, tmp_path: Path, pla
     assert row.split("|")[4].strip() == "" and row.endswith("| holds |")
 
 
+def test_a_grid_may_be_trained_on_fewer_domains_than_it_is_judged_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], evidence: findings.Evidence
+) -> None:
+    """Untrained models then count over the pairs of source and target of the trained ones, and no test is left out."""
+    monkeypatch.setattr(coverage, "STUDIES", 20)
+    grid = tmp_path / "grid"
+    shutil.copytree(folder, grid)
+    rows = pd.read_parquet(folder / "grid.parquet")
+    rows = rows[rows["source"].isin(["", "geography"])]
+    write_grid(grid, rows.to_dict("records"))  # type: ignore[arg-type]
+    one = findings.read_evidence(grid)
+    table = findings.tests(plan, one)
+    assert set(table["id"]) == set(findings.tests(plan, evidence)["id"])
+    assert "in 2 domains, trained on geography (2 to 4)" in findings.caption(plan, one, table)
+    points = 100 / K * rows.groupby(["method", "target"])["n_correct"].mean()
+    changes = methods.changes(grid_results(read_grid(grid), resamples=50)).set_index(["metric", "scope", "method"])
+    for name, scope, target, other in (("2c", "in", "geography", "control"), ("2b", "cross", "language", "base")):
+        expected = points["nopsd", target] - points[other, target]
+        assert table.set_index("id").loc[name, "estimate"] == pytest.approx(expected)
+        shift = points["control", target] - points["base", target]
+        assert changes.loc[("avg_at_k", scope, "control"), "delta"] == pytest.approx(shift)
+    chosen = tmp_path / "plan.toml"
+    test = plan["tests"][2]
+    lines = [f"{name} = {json.dumps(value)}" for name, value in test.items()]
+    chosen.write_text("threshold = 0.05\n[findings]\n2 = 'One'\n[[tests]]\n" + "\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(findings, "PLAN", chosen)
+    for figure in (findings, methods, paper_tables):
+        assert figure.draw(grid, tmp_path / "drawn")
+    assert list(pd.read_csv(tmp_path / "drawn" / "findings.csv")["id"]) == [test["id"]]
+
+
 def test_figures_show_the_table(
     folder: Path,
     tmp_path: Path,
