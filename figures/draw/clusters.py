@@ -113,12 +113,15 @@ def numbers(folder: Path) -> pd.DataFrame:
 
 
 def principal_coordinates(similarity: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "2 n"]:
-    """The two leading coordinates of the centred similarities; the farthest point is positive on each."""
+    """The two leading coordinates of the centred similarities; the farthest point is positive on each.
+
+    Questions with equal similarities have equal coordinates, so that the figure's bytes do not depend on last bits.
+    """
     centring = np.eye(len(similarity)) - 1 / len(similarity)
     values, vectors = np.linalg.eigh(centring @ similarity @ centring)
     coordinates = (vectors[:, -2:] * np.sqrt(values[-2:].clip(0))).T[::-1]
     farthest = np.abs(coordinates).argmax(axis=1)
-    return coordinates * np.sign(coordinates[np.arange(2), farthest])[:, None]
+    return np.round(coordinates * np.sign(coordinates[np.arange(2), farthest])[:, None], 9)
 
 
 def _draw_heat(axis: Axes, points: pd.DataFrame, pairs: pd.DataFrame) -> None:

@@ -115,6 +115,12 @@ def test_principal_coordinates_give_back_similarities_of_rank_two() -> None:
     assert x.std() >= y.std() and x[np.abs(x).argmax()] > 0 and y[np.abs(y).argmax()] > 0
 
 
+def test_equal_signatures_share_a_place() -> None:
+    sets = (np.random.default_rng(0).random((5, 60)) < 0.3)[[0, 0, 0, 0, 1, 1, 2, 2, 3, 4]]
+    both, either = ((sets[:, None] & sets).sum(axis=-1), (sets[:, None] | sets).sum(axis=-1))
+    assert len({*map(tuple, clusters.principal_coordinates(both / either).T)}) == 5
+
+
 def test_reliability_is_that_of_the_evaluations(results: Path, tmp_path: Path, drawn: list[Figure]) -> None:
     reliability.draw(results, tmp_path)
     titles = [axis.get_title(loc="left") for axis in drawn[0].axes]
