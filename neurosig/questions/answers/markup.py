@@ -36,6 +36,8 @@ _SUPERSCRIPTS = str.maketrans(
     "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+"
 )
 _SUBSCRIPT = re.compile(r"(?<=[A-Za-z)\]])_\{?(\d{1,3})\}?")
+_VULGAR = re.compile("(?<=\\d)(?=[\u00bc-\u00be\u2150-\u215e])")
+"""Between a number and the one-character fraction that it is mixed with."""
 _BLANKS, _BLANK_LINES = re.compile(r"[^\S\n]+"), re.compile(r"\n[ \n]*\n")
 _BOLD = re.compile(r"\*\*|__|`+")
 _ITALIC = re.compile(r"(?<![\w*])\*(?=\S)|(?<=\S)\*(?![\w*])")
@@ -71,7 +73,7 @@ def with_marks(text: str) -> str:
     text = _JSON.sub(lambda found: f"\n{MARK_OPEN}{found[1] or found[2] or found[3] or ''}{MARK_CLOSE}\n", text)
     text = _HASHES.sub(rf"\n{MARK_OPEN}\1{MARK_CLOSE}\n", text)
     text = _SUPERSCRIPT.sub(lambda found: "^" + found[0].translate(_SUPERSCRIPTS), text)
-    text = _SUBSCRIPT.sub(r"\1", unicodedata.normalize("NFKC", text))
+    text = _SUBSCRIPT.sub(r"\1", unicodedata.normalize("NFKC", _VULGAR.sub(" ", text)))
     for _ in range(3):
         text = _WRAPPED.sub(r"\1", text)
     text = _DELIMITER.sub("", _SPACING.sub(" ", text))

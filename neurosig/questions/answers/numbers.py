@@ -18,7 +18,8 @@ from neurosig.questions.answers.sentences import answer_tails, sentences
 _SPACE = "\u00a0\u2009\u202f\u2007 "
 _GROUPED = (
     rf"(?:\d{{1,3}}(?:[,'’{_SPACE}]\d{{3}})+(?!\d)"  # 1,000 1'000 1 000
-    r"|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d+)"  # 12,34,567
+    r"|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)"  # 12,34,567
+    r"|\d{1,3}(?:\.\d{3}){2,}(?![.\d])|\d+)"  # 1.000.000
 )
 _DECIMAL_COMMA = r"(?<!\d,)(?:\d{1,3}(?:\.\d{3})+|\d+),\d{1,2}(?![\d,])"  # 1.234,50 3,5
 _PLAIN = rf"(?:{_DECIMAL_COMMA}|{_GROUPED}(?:\.\d+)?|(?<![\d.])\.\d+)"
@@ -26,7 +27,7 @@ _NUMBER = re.compile(
     rf"(?<![A-Za-z_])(?P<sign>(?<![\w)\]])[-+])?(?P<whole>{_PLAIN})(?:[eE](?P<exponent>[-+]?\d{{1,4}})(?!\w))?"
     r"(?:\s*\^\s*[({]?(?P<power>[-+]?\d{1,4})[)}]?)?"
     r"(?:\s*(?:[*x×·]|\\times|\\cdot)\s*10\s*\^\s*[({]?(?P<ten>[-+]?\d{1,4})[)}]?)?"
-    rf"(?:\s*/\s*(?P<divisor>{_PLAIN})(?![\d/]))?"
+    rf"(?:\s*/\s*(?P<divisor>-?{_PLAIN})(?![\d/]))?"
     r"(?:\s*(?P<scale>hundred|thousand|million|billion|trillion|[十百千万萬亿億兆])(?![A-Za-z]))?"
 )
 _SCALES = {
@@ -35,6 +36,12 @@ _SCALES = {
 }  # fmt: skip
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _MIXED = re.compile(r"(?<![\d/.,])(\d{1,6})\s+(\d{1,6})/(\d{1,6})(?![\d/])")
+_LEADING_MINUS = re.compile(r"^\s*-\s+(?=[\d.])")
+"""A minus sign where no list can begin."""
+_SPACED_MINUS = re.compile(r"(?<=[=≈({:])\s*-\s+(?=[\d.])")
+_MINUS_WORD = r"(?<![\d)\]}])(?<![\d)\]}]\s)(?<!\b[A-Za-z]\s)\b(?:minus|negative)\s+"
+_WRITTEN_MINUS = re.compile(rf"{_MINUS_WORD}(?=[$€£]?[\d.])", re.IGNORECASE)
+_WRITTEN = re.compile(rf"(?P<minus>{_MINUS_WORD})?(?P<words>{WRITTEN_NUMBER.pattern})", re.IGNORECASE)
 _DASH = re.compile(r"(?<![\w)\]])[–—](?=\d)")
 _EQUALS = re.compile(r"=|\\approx|≈|\\to|\\rightarrow|→")
 _ASIDE = re.compile(
@@ -61,12 +68,12 @@ def number_answer(text: str, *, complete: bool) -> str | None:
         text: The completion after `neurosig.questions.answers.markup.with_marks`.
         complete: The completion was not cut off; of a cut-off one only marked numbers count, unless they end it.
     """
-    for content in marked(text):
+    for content in (_LEADING_MINUS.sub("-", part) for part in marked(text)):
         if _UNREAD.search(content) or number_in(content) is not None:
             return _expression(content) if _UNREAD.search(content) else number_in(content)
     plain = unmarked(text)
     for tail in answer_tails(without_emphasis(plain)):
-        found = number_in(sentences(tail)[0] if sentences(tail) else tail, first=True)
+        found = number_in(_LEADING_MINUS.sub("-", sentences(tail)[0] if sentences(tail) else tail), first=True)
         if found is not None:
             ends = not complete and plain.rstrip().endswith(tail) and tail[-1:].isdigit()
             return None if ends else found
@@ -103,8 +110,13 @@ def number_in(text: str, *, first: bool = False, asides: bool = True) -> str | N
     chosen = main or found
     if chosen:
         return _value(chosen[0 if first or is_equation else -1])
-    words = WRITTEN_NUMBER.findall(text)
-    return written_number(words[0 if first else -1]) if words else None
+    words = list(_WRITTEN.finditer(text))
+    return _written(words[0 if first else -1]) if words else None
+
+
+def _written(found: re.Match[str]) -> str | None:
+    value = written_number(found["words"])
+    return f"-{value}" if found["minus"] and value not in (None, "0") else value
 
 
 def _matches(text: str) -> list[re.Match[str]]:
@@ -113,7 +125,7 @@ def _matches(text: str) -> list[re.Match[str]]:
 
 def _digits(text: str) -> str:
     """ASCII digits, minus signs, and fractions as a/b."""
-    text = _FRACTION.sub(lambda found: f" {found[1] or found[2]}/{found[3] or found[4]} ", text.replace("{,}", ","))
+    text = _FRACTION.sub(_ratio, text.replace("{,}", ","))
     text = (
         text.replace("\u2212", "-")
         .replace("\u2044", "/")
@@ -123,7 +135,14 @@ def _digits(text: str) -> str:
     )
     text = text.replace("\u066b", ".").replace("\uff0c", ",")
     text = "".join(str(unicodedata.decimal(char, char)) for char in text)
+    text = _WRITTEN_MINUS.sub("-", _SPACED_MINUS.sub("-", text))
     return _MIXED.sub(lambda found: f"{int(found[1]) * int(found[3]) + int(found[2])}/{found[3]}", _DASH.sub("-", text))
+
+
+def _ratio(found: re.Match[str]) -> str:
+    """A LaTeX fraction as a/b, apart from a number before it, but not from its sign."""
+    before = found.string[: found.start()][-1:]
+    return f"{' ' if before.isalnum() else ''}{found[1] or found[2]}/{found[3] or found[4]} "
 
 
 def _value(found: re.Match[str]) -> str | None:
@@ -145,7 +164,7 @@ def _value(found: re.Match[str]) -> str | None:
 def _fraction(text: str) -> Fraction:
     """The value of digits with separators; a comma before one or two last digits is a decimal comma."""
     plain = re.sub(rf"['’{_SPACE}]", "", text)
-    if re.fullmatch(r"\d{1,3}(?:\.\d{3})+,\d+|\d+,\d{1,2}", plain):
+    if re.fullmatch(r"-?(?:\d{1,3}(?:\.\d{3})+,\d+|\d+,\d{1,2}|\d{1,3}(?:\.\d{3}){2,})", plain):
         plain = plain.replace(".", "").replace(",", ".")
     return Fraction(plain.replace(",", ""))
 

@@ -34,6 +34,13 @@ _POLITE = re.compile(
     r"\s*(?:[!,.:;！、，。]|[-–—]\s|$)\s*",
     re.IGNORECASE,
 )
+_CORRECTION = re.compile(
+    r"^\W*(?:(?:oh|ah|hmm+|but|no|oops|sorry)\b\W*)?(?:wait|oops|scratch that|correction|on second thoughts?"
+    r"|let me correct (?:that|myself)|i was wrong|i made a mistake|i meant?)\b"
+    r"(?:\W+(?:no|wait|sorry|actually|i meant?|that(?: i|')s (?:wrong|not right|incorrect))\b)*\W*",
+    re.IGNORECASE,
+)
+"""How a sentence begins that takes back what was said before."""
 _CONTRACTED = re.compile(r"\b(it|that|this|he|she|there|what)['\u2019]s\b", re.IGNORECASE)
 _HEDGE = re.compile(r"^\W*i (?:think|believe|guess|would say)(?: that)? (?=(?:it|that|the)\b)", re.IGNORECASE)
 _ABOUT_TASK = re.compile(
@@ -132,11 +139,20 @@ def statements(text: str) -> Iterator[tuple[str, bool]]:
         return
     if is_refusal(plain):
         return
-    for sentence in map(_without_courtesy, sentences(plain)):
+    for sentence in map(_without_courtesy, _corrected(sentences(plain))):
         is_statement = any(map(str.isalpha, sentence)) or (sentence.strip(" .").isdigit() and sentence == plain.strip())
         is_statement = is_statement and not sentence.rstrip("\"'”*) ").endswith(("?", "？"))
         if is_statement and not _ABOUT_TASK.search(sentence):
             yield sentence[:LONGEST_STATEMENT], False
+
+
+def _corrected(parts: Sequence[str]) -> list[str]:
+    """The sentences from the last correction on, without its opening words, then those before it."""
+    starts = [(place, found.end()) for place, part in enumerate(parts) if (found := _CORRECTION.match(part))]
+    if not starts:
+        return list(parts)
+    place, end = starts[-1]
+    return [parts[place][end:], *parts[place + 1 :], *parts[:place]]
 
 
 def found_members(statement: str, question: str, space: Sequence[Sequence[str]]) -> list[str]:
