@@ -182,7 +182,7 @@ def fit_probe(
 
 
 def _without_signal(shortage: str, rollouts: int, config: ProbeConfig) -> ProbeResult:
-    logger.warning("probe: no signal: %s, so every hallucination score is 0.5", shortage)
+    logger.warning("probe: no signal: %s, so probe_score is 0.5 for every question", shortage)
     empty, same = np.empty(0), np.full((config.fold_seeds, rollouts), 0.5)
     return ProbeResult(same[0], same, empty.astype(np.int64), empty, shortage)
 
