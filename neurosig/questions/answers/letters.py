@@ -40,6 +40,15 @@ _EXPLICIT = (
         r"(?:答案|正解|答え|回答|解答|正确选项|正確選項|应选|應選|所以选|故选|选择|選択|选|選|정답|답)"
         rf"(?:应该|應該|应|應|是|为|為|は|选|選|项|項|选项|選項|은|는|\s|[:：])*{_LETTER}"
     ),
+    re.compile(
+        rf"{_LETTER}[)\]]*\s*(?:选项|選項|项|項)?\s*(?:が|は|是|이|가|은|는)?\s*(?:最も)?(?:正しい|正解|正确|正確|对的|對的|맞|정답)"
+    ),
+)
+_ASKED = re.compile(r"[)\]\"']*\s*[?？]\s*\S")
+"""After a letter that the completion itself asks about, and goes on."""
+_RIGHT_TEXT = re.compile(
+    r"\b(?:is|was|would be|must be)\s+(?:the\s+)?(?:right|correct|best)(?:\s+(?:answer|choice|option|one))?\b",
+    re.IGNORECASE,
 )
 _WEAK = re.compile(
     r"\b(?:options?|choice|letter|choose|choosing|chose|pick|picking|select|selecting|with|leaves|leaving|remains|it\s+is|"
@@ -67,6 +76,10 @@ _AFTER_WORD = re.compile(
     r"\s+(?:is|are|because|since|as|due|and|or|for|which|with|but|based|given|so|not|here|therefore|und|et)\b"
 )
 _DENIAL_WORDS = re.compile(r"\b(?:not|never|neither|nor|except|unlike|isn t|wasn t|nicht|kein\w*|pas)\b")  # normalised
+_DENIED_AFTER = re.compile(  # normalised
+    r" (?:(?:is|are|was|would be) (?:wrong|incorrect|false)"
+    r"|(?:\w+ not|cannot|(?:isn|aren|wasn|can|couldn|wouldn) t)(?: be)?(?: the)? (?:correct|right|best|true|answer))\b"
+)
 _PRESENTING = frozenset(
     """
     thus so therefore hence then and but or not it is be must would should will i am i'd i'm we choose pick take say
@@ -161,6 +174,8 @@ def _explicit(text: str, letters: str) -> set[str]:
     matches += [found for found in _FIVE_SHOT.finditer(text) if found["letter"] in letters]
     matches.sort(key=lambda found: (found.start("letter"), found.re is _FIVE_SHOT))
     for found in reversed(matches[-MOST_STATEMENTS:]):
+        if _ASKED.match(text[found.end("letter") :][:20]):
+            continue
         if stated := {found["letter"]} if found.re is _FIVE_SHOT else _stated(found, letters):
             return stated
     return set()
@@ -208,8 +223,13 @@ def _bare(text: str, letters: str) -> set[str]:
 
 
 def _tail_choice(text: str, choices: Sequence[str]) -> set[str]:
-    """The choice whose text follows the last ``answer:`` or "the answer is"."""
-    return next((named for tail in answer_tails(text) if (named := named_choices(tail, choices))), set())
+    """The choice whose text follows the last ``answer:`` or "the answer is", or the only one before "is correct"."""
+    parts = list(answer_tails(text))
+    for found in reversed(list(_RIGHT_TEXT.finditer(text))[-MOST_STATEMENTS:]):
+        clause = re.split(r"[.;:\n]", text[max(0, found.start() - LONGEST_SENTENCE) : found.start()])[-1]
+        parts.append(clause)
+    named = (named_choices(part, choices) for part in parts)
+    return next(filter(None, named), set())
 
 
 def _choice_text(text: str, choices: Sequence[str]) -> set[str]:
@@ -236,6 +256,10 @@ def named_choices(text: str, choices: Sequence[str]) -> set[str]:
             for start in found
         ]
         free = [s for s in starts if not any(low <= s and s + len(texts[index]) <= high for low, high in longer)]
-        if any(not _DENIAL_WORDS.search(plain[max(0, start - 20) : start]) for start in free):
+        ends = len(texts[index])
+        if any(
+            not _DENIAL_WORDS.search(plain[max(0, start - 20) : start]) and not _DENIED_AFTER.match(plain, start + ends)
+            for start in free
+        ):
             named.add(string.ascii_uppercase[index])
     return named

@@ -116,6 +116,26 @@ def test_letters(text: str, answer: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
+        ("The answer is A? No. It is C.", "c"),
+        ("Is it A? The answer is C?", "c"),
+        ("Paris is the right answer; Berlin is in Germany.", "c"),
+        ("Berlin is wrong and Paris is correct", "c"),
+        ("I am sure that Paris is the correct answer. Berlin, Madrid and Rome are capitals too.", "c"),
+        ("Paris is not the correct answer.", None),
+        ("選択肢Cが正しい", "c"),
+        ("C选项正确，B不正确。", "c"),
+        ("C가 정답입니다", "c"),
+        ("B不正确", None),
+    ],
+)
+def test_letters_and_texts_of_choices(text: str, answer: str | None) -> None:
+    choices = ("Berlin", "Madrid", "Paris", "Rome")
+    assert extract_answer(text, ask(CAPITAL.format("France"), choices)) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
         ("3 * 6 = 18. #### 18", "18"),
         ("The total is $1,800.00 dollars", "1800"),
         ("First 5, then 7.", "7"),
