@@ -59,7 +59,10 @@ _YES_NO = re.compile(
 _YEAR_QUESTION = re.compile(r"\b(?:what|which) year\b|\bin welchem jahr\b|\bquelle année\b", re.IGNORECASE)
 _WHEN_QUESTION = re.compile(r"^\W*(?:when|wann|quand|cuándo)\b", re.IGNORECASE)
 _YEAR = re.compile(r"(?<!\d)[12]\d{3}(?!\d)")
-_COUNT_QUESTION = re.compile(r"\bhow many\b|\bhow much is\b|\bwie viele\b|\bcombien\b|\bcuánt[oa]s\b", re.IGNORECASE)
+_COUNT_QUESTION = re.compile(
+    r"\b(?:how many|wie viele|combien d['e]|cuánt[oa]s)\s*(?P<noun>\w+)|\bhow (?:many|much is)\b|\bcombien\b",
+    re.IGNORECASE,
+)
 _CONCESSION = re.compile(
     r"\b(?:(?:many|most|some|people|you|one)\b[^.\"]{0,60}?\b(?:think|thought|believ\w*|assum\w*|say|said|mistak\w*)|not|although)\b"
     r"[^.\"]{0,120}?\sbut\s|^(?:while|although|though)\b[^,.\"]{0,80},\s",
@@ -78,6 +81,8 @@ _BRACKETS = re.compile(r"\([^()]*\)")
 _COMPOUND = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)+")
 _IS_NUMBER = re.compile(r"\bis\s+(?:(?:about|approximately|roughly)\s+)?\d+\W*$")
 _A_NAME = re.compile(r"^\s*(?:\w+ly\s+)?an?\s+[A-Z][\w-]*\s*[,.!]")
+COUNTED_WITHIN = 5
+"""Words before a noun that may count it: "one hundred and five bones"."""
 LONGEST_BARE = 5
 """Words of a text that names a thing without saying anything of it."""
 _SUBJECT_END = re.compile(r"\b(?:is|are|was|were|has|lies|belongs)\b")
@@ -256,6 +261,14 @@ def _asked_number(statement: str, question: str, members: set[str]) -> str | Non
     return value if value in members or is_stated else None
 
 
+def _count(statement: str, noun: str | None) -> str | None:
+    """The number of the nouns that were asked for ("8 legs, unlike insects, which have 6"), else of the statement."""
+    plain = without_emphasis(statement)
+    places = re.finditer(rf"\b{re.escape(noun)}\b", plain, re.IGNORECASE) if noun else ()
+    near = (number_in(" ".join(plain[: found.start()].split()[-COUNTED_WITHIN:])) for found in places)
+    return next((count for count in near if count is not None), None) or number_in(plain)
+
+
 def _without_courtesy(sentence: str) -> str:
     while (found := _POLITE.match(sentence)) and not _YES_NO.fullmatch(sentence.strip(" .!")):
         sentence = sentence[found.end() :]
@@ -267,7 +280,7 @@ def _statement_answer(statement: str, question: str, *, explicit: bool, space: S
     years = _YEAR.findall(statement)
     if years and (_YEAR_QUESTION.search(question) or (len(years) == 1 and _WHEN_QUESTION.match(question))):
         return str(years[-1])
-    if _COUNT_QUESTION.search(question) and (count := number_in(without_emphasis(statement))) is not None:
+    if (counted := _COUNT_QUESTION.search(question)) and (count := _count(statement, counted["noun"])) is not None:
         return count
     if is_unspaced(statement):
         return unspaced_answer(statement, question)
