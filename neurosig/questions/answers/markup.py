@@ -36,7 +36,7 @@ _SUPERSCRIPTS = str.maketrans(
     "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b\u207a", "0123456789-+"
 )
 _SUBSCRIPT = re.compile(r"(?<=[A-Za-z)\]])_\{?(\d{1,3})\}?")
-_VULGAR = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e](?!\S))")
+_VULGAR = re.compile(r"(?<=\d)(?=[\u00bc-\u00be\u2150-\u215e](?![\u00bc-\u00be\u2150-\u215e]))")
 """Between a number and the one-character fraction that it is mixed with."""
 _BLANKS, _BLANK_LINES = re.compile(r"[^\S\n]+"), re.compile(r"\n[ \n]*\n")
 _BOLD = re.compile(r"\*\*|__|`+")
