@@ -122,9 +122,10 @@ def _export(config: ExportConfig, timer: PhaseTimer, ranks: Ranks) -> None:
     with ranks.together():
         if first is None:
             return
-        with timer.phase("score and select"):
-            if run is not None:
+        if run is not None:
+            with timer.phase("measure the teacher"):
                 first = first.with_teacher(loaded, prompts, run)
+        with timer.phase("score and select"):
             scores = question_scores(list(first.signals.values()), first.probe, _scores(config), seed=config.seed)
             _check_score(config, scores)
             rows, note = manifest_rows(
