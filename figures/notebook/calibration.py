@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from scipy import stats
 
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
+from neurosig.statistics.vote_table import VoteTable
 
 
 def calibration_table(run: Path) -> pd.DataFrame:
@@ -60,13 +60,8 @@ def calibration_summary(questions: pd.DataFrame, *, seed: int = 0, resamples: in
     for (scope, method), group in questions.groupby(["scope", "method"], sort=False):
         votes, k = group["votes"].to_numpy(np.int64), int(group["k"].iloc[0])
         accuracy = group["accuracy"].to_numpy(np.float64)
-
-        def value(
-            chosen: Int[np.ndarray, " questions"], votes: Any = votes, k: int = k, accuracy: Any = accuracy
-        ) -> float:
-            return metrics.ece(votes[chosen], k, accuracy[chosen])
-
-        interval = metrics.bootstrap_interval(value, len(group), seed=seed, resamples=resamples)
+        table = VoteTable(k, votes, {"maj_at_k": accuracy})
+        interval = table.interval("ece", seed=seed, resamples=resamples)
         rows.append(
             {
                 "scope": scope,

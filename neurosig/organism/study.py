@@ -268,9 +268,9 @@ def teacher_rows(
 
 
 def _mean_interval(values: Float[np.ndarray, " n"], seed: int) -> Interval:
-    from neurosig.statistics.metrics import bootstrap_interval
+    from neurosig.statistics.metrics import paired_mean_interval
 
-    return bootstrap_interval(lambda q: float(values[q].mean()), len(values), seed=seed, resamples=RESAMPLES)
+    return paired_mean_interval(values, np.zeros(len(values)), seed=seed, resamples=RESAMPLES)
 
 
 def _accuracy(

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int
 
-from neurosig.statistics.arrays import takes_arrays
-from neurosig.statistics.metrics import Interval, bootstrap_interval, ece, maj_at_k, paired_mean_interval
+from neurosig.statistics.metrics import Interval, ece, maj_at_k, paired_mean_interval
+from neurosig.statistics.resampling import percentile_ends, question_counts
+from neurosig.statistics.significance import ece_draws
 
 Grading = Literal["strict", "lenient"]
 """How completions are graded (`neurosig.questions.reader.Grades`)."""
@@ -84,27 +85,25 @@ class VoteTable:
         Raises:
             UserError: Fewer than two questions.
         """
+        n = len(self)
         if metric in self.columns:
-            own = self[metric]
-            other = np.zeros(len(own)) if minus is None else minus[metric]
-            return paired_mean_interval(own, other, seed=seed, resamples=resamples)
-
-        def statistic(index: Int[np.ndarray, " questions"]) -> float:
-            own = self.ece(index, metric)
-            return own if minus is None else own - minus.ece(index, metric)
-
-        return bootstrap_interval(statistic, len(self), seed=seed, resamples=resamples)
+            other = np.zeros(n) if minus is None else minus[metric]
+            return paired_mean_interval(self[metric], other, seed=seed, resamples=resamples)
+        blocks = [
+            self._ece_draws(metric, counts) - (0.0 if minus is None else minus._ece_draws(metric, counts))
+            for counts in question_counts(n, resamples, seed=seed)
+        ]
+        estimate = self.estimate(metric) - (0.0 if minus is None else minus.estimate(metric))
+        return Interval(estimate, *percentile_ends(np.concatenate(blocks)), n, resamples, seed)
 
     def estimate(self, metric: str) -> float:
         """The metric over all questions."""
-        return float(self[metric].mean()) if metric in self.columns else self.ece(metric=metric)
+        if metric in self.columns:
+            return float(self[metric].mean())
+        return ece(self.votes, self.k, self._majority_right(metric))
 
-    @takes_arrays
-    def ece(self, index: Int[np.ndarray, " questions"] | None = None, metric: str = "ece") -> float:
-        """Expected calibration error over these questions, repeats included; over all by default.
+    def _ece_draws(self, metric: str, counts: Int[np.ndarray, "draws questions"]) -> Float[np.ndarray, " draws"]:
+        return ece_draws(self.votes[:, None], self.k, self._majority_right(metric)[:, None], counts)[:, 0]
 
-        ``metric`` is ``ece``, or its name under another grading.
-        """
-        chosen = slice(None) if index is None else index
-        accuracy = self[metric.replace("ece", "maj_at_k")]
-        return ece(self.votes[chosen], self.k, accuracy[chosen])
+    def _majority_right(self, ece_name: str) -> Float[np.ndarray, " questions"]:
+        return self[ece_name.replace("ece", "maj_at_k")]
