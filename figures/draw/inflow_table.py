@@ -13,8 +13,8 @@ from dataclasses import replace
 import pandas as pd
 
 from figures.grid import table_text
-from figures.grid.config import BASE
-from figures.grid.tables import METRICS, Cell, Row, Table, method_label
+from figures.grid.config import BASE, method_label
+from figures.grid.tables import METRICS, Cell, Row, Table
 from figures.protocols import OVERALL
 from figures.sources import DATA
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from figures.grid.config import BASE, CONTROL
+from figures.grid.config import BASE, CONTROL, METHOD_LABELS, method_label
 from figures.grid.coverage import evaluation_text
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
-from figures.grid.tables import LEVEL, METHOD_LABELS, SCOPES, Results, method_label
+from figures.grid.tables import LEVEL, SCOPES, Results
 from figures.style import METHODS, Colour, caption, save_figure, subplots
 from neurosig.statistics.resampling import percentile_ends
 

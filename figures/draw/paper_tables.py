@@ -17,7 +17,7 @@ import pandas as pd
 
 from figures.draw import inflow_table
 from figures.grid import table_text
-from figures.grid.config import BASE, CONTROL
+from figures.grid.config import BASE, CONTROL, method_label
 from figures.grid.coverage import coverage_text, evaluation_text
 from figures.grid.evidence import grid_folder
 from figures.grid.rows import Grid, grid_results, read_grid
@@ -32,7 +32,6 @@ from figures.grid.tables import (
     Row,
     Table,
     matrix_table,
-    method_label,
     scope_table,
 )
 from figures.sources import DATA

@@ -23,11 +23,10 @@ import numpy as np
 
 from figures.grid.cells import Cell, Command
 from figures.grid.collect import adapter_of, evaluations, run_of
-from figures.grid.config import BASE, SETTINGS
+from figures.grid.config import BASE, METHOD_LABELS, SETTINGS, method_label
 from figures.grid.evidence import LOGLIKELIHOOD
 from figures.grid.processes import LOG, forkserver, run_cells
 from figures.grid.rows import Run
-from figures.grid.tables import METHOD_LABELS, method_label
 from figures.grid.texts import evaluated_questions
 from figures.sources import question_lines
 from neurosig.questions.answers.spaces import members

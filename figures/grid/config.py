@@ -56,6 +56,35 @@ METHODS: Mapping[str, Method] = {
 training of the same name; the 2 x 2 of filter and context; the paper's baselines; the control without a teacher."""
 
 
+METHOD_LABELS = {
+    BASE: "base",
+    CONTROL: "base, best temperature",
+    "lmsi": "LMSI",
+    "ttrl": "TTRL",
+    "intuitor": "Intuitor",
+    "u-opsd": "U-OPSD",
+    "opsa": "OPSA (no teacher)",
+    "canon": "CANON",
+    "full": "FULL",
+    "redundancy": "REDUNDANCY",
+    "consistency": "CONSISTENCY",
+    "mutual": "MUTUAL",
+    "inflow": "INFLOW",
+    "nopsd": "N-OPSD (published reading)",
+    "probe": "N-OPSD with our probe",
+    "vote-only": "vote alone filters",
+    "probe-kind": "our probe, random context of the kind",
+    "probe-random": "our probe, random context",
+    "vote-only-random": "vote alone, random context",
+}
+"""Method -> label, in the order of the tables; other methods follow by name."""
+
+
+def method_label(method: str) -> str:
+    """The label of a method; its own name where it has none."""
+    return METHOD_LABELS.get(method, method)
+
+
 @dataclass(kw_only=True)
 class GridConfig(CommonConfig):
     """Train and evaluate methods x source domains x seeds; run it again to resume.

@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from figures.grid.config import BASE
-from figures.grid.tables import METHOD_LABELS, METRICS, Layout, Results
+from figures.grid.config import BASE, METHOD_LABELS
+from figures.grid.tables import METRICS, Layout, Results
 from neurosig.runtime.errors import UserError
 from neurosig.runtime.files import write_atomic
 from neurosig.statistics.metrics import maj_at_k

@@ -13,7 +13,8 @@ import io
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 
-from figures.grid.tables import Cell, Row, Table, method_label
+from figures.grid.config import method_label
+from figures.grid.tables import Cell, Row, Table
 from neurosig.runtime.files import csv_cell
 
 DASH, GREY, FEWER, STAR = "—", "~", "†", "\\*"

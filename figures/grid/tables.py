@@ -24,41 +24,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jaxtyping import Float
 
-from figures.grid.config import BASE, CONTROL
+from figures.grid.config import BASE
 from neurosig.runtime.errors import UserError
 from neurosig.statistics.resampling import percentile_ends
 from neurosig.statistics.significance import bootstrap_p, holm, minimum_detectable_effect
 
 AVERAGE = "AVG"
 SCOPES = ("in", "cross")
-METHOD_LABELS = {
-    BASE: "base",
-    CONTROL: "base, best temperature",
-    "lmsi": "LMSI",
-    "ttrl": "TTRL",
-    "intuitor": "Intuitor",
-    "u-opsd": "U-OPSD",
-    "opsa": "OPSA (no teacher)",
-    "canon": "CANON",
-    "full": "FULL",
-    "redundancy": "REDUNDANCY",
-    "consistency": "CONSISTENCY",
-    "mutual": "MUTUAL",
-    "inflow": "INFLOW",
-    "nopsd": "N-OPSD (published reading)",
-    "probe": "N-OPSD with our probe",
-    "vote-only": "vote alone filters",
-    "probe-kind": "our probe, random context of the kind",
-    "probe-random": "our probe, random context",
-    "vote-only-random": "vote alone, random context",
-}
-"""Method -> label, in the order of the tables; other methods follow by name."""
 LEVEL = 0.95
-
-
-def method_label(method: str) -> str:
-    """The label of a method; its own name where it has none."""
-    return METHOD_LABELS.get(method, method)
 
 
 @dataclass(frozen=True, slots=True)

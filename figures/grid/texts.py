@@ -13,9 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from figures.grid.config import BASE
+from figures.grid.config import BASE, method_label
 from figures.grid.rows import KEY
-from figures.grid.tables import method_label
 from figures.sources import question_lines
 from neurosig.options import RereadOptions
 from neurosig.questions.load import Question, load_questions, questions_sha256

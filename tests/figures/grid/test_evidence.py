@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from figures.draw import findings, methods, paper_tables
 from figures.grid import coverage
 from figures.grid.collect import RESULTS
-from figures.grid.config import METHODS, PLAN, PRESETS, GridConfig
+from figures.grid.config import METHOD_LABELS, METHODS, PLAN, PRESETS, GridConfig
 from figures.grid.evidence import COMMITTED, SIGNALS, signals
 from figures.grid.rows import grid_results, read_grid, write_grid
-from figures.grid.tables import METHOD_LABELS, Layout
+from figures.grid.tables import Layout
 from figures.sources import DATA
 from figures.style import METHODS as STYLE
 from figures.style import save_figure

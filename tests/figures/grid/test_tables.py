@@ -21,10 +21,10 @@ from distill.evaluate import main as evaluate
 from figures.draw import paper_tables
 from figures.draw.paper_tables import averages_without
 from figures.grid import config
-from figures.grid.config import BASE, CONTROL
+from figures.grid.config import BASE, CONTROL, METHOD_LABELS
 from figures.grid.rows import Run, evaluation_rows, grid_results, read_grid, write_grid
 from figures.grid.table_text import FIELDS, markdown, rounded, signed
-from figures.grid.tables import METHOD_LABELS, METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
+from figures.grid.tables import METRICS, PAPER, Layout, Results, Table, matrix_table, plain, scope_table
 from figures.style import METHODS
 from neurosig.runtime.errors import UserError
 from neurosig.statistics import metrics
