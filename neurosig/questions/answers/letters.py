@@ -256,9 +256,10 @@ def named_choices(text: str, choices: Sequence[str]) -> set[str]:
             for start in found
         ]
         free = [s for s in starts if not any(low <= s and s + len(texts[index]) <= high for low, high in longer)]
-        ends = len(texts[index])
+        length = len(texts[index])
         if any(
-            not _DENIAL_WORDS.search(plain[max(0, start - 20) : start]) and not _DENIED_AFTER.match(plain, start + ends)
+            not _DENIAL_WORDS.search(plain[max(0, start - 20) : start])
+            and not _DENIED_AFTER.match(plain, start + length)
             for start in free
         ):
             named.add(string.ascii_uppercase[index])

@@ -186,8 +186,8 @@ def _in_predicate(subject: str, rest: str, form: QuestionForm, *, names: bool) -
     """The answer after "is": new words, or, if the subject is what was asked for, whatever follows."""
     first = next(filter(content_words, _CLAUSE_END.split(rest)), "").strip(" .!")
     repeats = content_words(first)[:1]
-    is_answer = not form.content & {*content_words(subject)} or (not form.noun and _new_runs(subject, form))
-    if repeats and repeats[0] in form.content and not form.is_on_word and is_answer:
+    subject_answers = not form.content & {*content_words(subject)} or (not form.noun and _new_runs(subject, form))
+    if repeats and repeats[0] in form.content and not form.is_on_word and subject_answers:
         return ""  # Jupiter is the largest planet in the solar system
     if _INDEFINITE.match(rest):
         brief = _QUALIFIED.split(first, maxsplit=1)[0] if names else rest.strip(" .!")
