@@ -210,12 +210,11 @@ class Results:
 
         An untrained model counts over the same pairs of source and target. ``nan`` where a pair has no value.
         """
-        pairs = [(s, t) for s in self.sources for t in range(len(self.layout.domains)) if (s == t) == (scope == "in")]
-        if method in self.untrained:
-            values = [self.untrained[method][target] for _, target in pairs]
-        else:
-            values = [self.trained[method][source, target] for source, target in pairs]
-        return np.mean(values, axis=0) if pairs else np.full_like(self.untrained[BASE][0], np.nan)
+        base = self.untrained[BASE]
+        untrained = self.untrained.get(method)
+        matrix = self.trained[method] if untrained is None else np.broadcast_to(untrained, (len(base), *base.shape))
+        by_source, _ = _by_source(matrix, base, scope)
+        return np.asarray(by_source[self.sources].mean(axis=0))
 
 
 def plain(

@@ -266,7 +266,7 @@ def _count(statement: str, noun: str | None) -> str | None:
     plain = without_emphasis(statement)
     places = re.finditer(rf"\b{re.escape(noun)}\b", plain, re.IGNORECASE) if noun else ()
     near = (number_in(" ".join(plain[: found.start()].split()[-COUNTED_WITHIN:])) for found in places)
-    return next((count for count in near if count is not None), None) or number_in(plain)
+    return next(filter(None, near), None) or number_in(plain)
 
 
 def _without_courtesy(sentence: str) -> str:
